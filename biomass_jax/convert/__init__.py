@@ -1,0 +1,1 @@
+"""PyTorch checkpoints to model bundles and back."""

@@ -1,0 +1,1 @@
+"""Bands, records, rasters and input pipelines."""

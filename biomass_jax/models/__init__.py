@@ -1,0 +1,1 @@
+"""Models, pure Flax Linen, NHWC."""

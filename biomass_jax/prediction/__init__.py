@@ -1,0 +1,1 @@
+"""Biomass maps from images of any size."""

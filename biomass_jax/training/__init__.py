@@ -1,0 +1,1 @@
+"""Training: sharding, optimisers, losses and the loop."""

@@ -1,0 +1,1 @@
+"""From HLS granules and GEDI orbits to training shards; never imports JAX."""
