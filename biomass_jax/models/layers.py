@@ -1,0 +1,120 @@
+"""Layers the decoder and the head share: torch-like batch normalisation, and resizing and pooling as matrix products.
+
+Resizing and adaptive pooling are linear and separable, so each is two small matrices built in NumPy at trace time from
+torch's own index formulas (aten/src/ATen/native/UpSample.h, AdaptiveAveragePooling.cpp). The products are float32
+whatever the model's dtype.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over (B, H, W) with torch's running statistics.
+
+    eps 1e-5; running = 0.9 running + 0.1 batch, where the running variance takes the *unbiased* batch variance and the
+    normalisation the biased one (`flax.linen.BatchNorm` keeps the biased one in both). Statistics are float32; with a
+    batch that is split over devices they are those of the global batch.
+    """
+
+    dtype: Any = jnp.float32
+    epsilon: float = 1e-5
+    momentum: float = 0.9
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """x [B, H, W, C] -> same; updates `batch_stats` when `train`."""
+        c = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones_init(), (c,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros_init(), (c,), jnp.float32)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (c,), jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, (c,), jnp.float32)
+        y = x.astype(jnp.float32)
+        if train:
+            mean = y.mean((0, 1, 2))
+            var = jnp.square(y - mean).mean((0, 1, 2))
+            if not self.is_initializing():
+                count = y.size // c
+                unbiased = var * (count / max(count - 1, 1))
+                running_mean.value = self.momentum * running_mean.value + (1 - self.momentum) * mean
+                running_var.value = self.momentum * running_var.value + (1 - self.momentum) * unbiased
+        else:
+            mean, var = running_mean.value, running_var.value
+        y = (y - mean) * (scale * jax.lax.rsqrt(var + self.epsilon)) + bias
+        return y.astype(self.dtype)
+
+
+class ConvNormRelu(nn.Module):
+    """Convolution without bias, batch normalisation, ReLU (mmsegmentation's ConvModule)."""
+
+    features: int
+    kernel_size: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """x [B, H, W, C] -> [B, H, W, features]."""
+        k = self.kernel_size
+        x = nn.Conv(self.features, (k, k), padding="SAME", use_bias=False, dtype=self.dtype, name="conv")(x)
+        return nn.relu(BatchNorm(self.dtype, name="norm")(x, train=train))
+
+
+@lru_cache(maxsize=64)
+def bilinear_matrix(size_in: int, size_out: int, align_corners: bool) -> np.ndarray:
+    """Weights of torch's 1-D linear interpolation, float32 [size_out, size_in]; each row sums to 1.
+
+    Source coordinates are computed in float32 as torch does: aligned corners, (in - 1) / (out - 1) * i; otherwise,
+    max(in / out * (i + 0.5) - 0.5, 0).
+    """
+    index = np.arange(size_out, dtype=np.float32)
+    if align_corners:
+        scale = np.float32(size_in - 1) / np.float32(size_out - 1) if size_out > 1 else np.float32(0)
+        source = scale * index
+    else:
+        scale = np.float32(size_in) / np.float32(size_out)
+        source = np.maximum(scale * (index + np.float32(0.5)) - np.float32(0.5), np.float32(0))
+    low = np.minimum(source.astype(np.int64), size_in - 1)
+    high = np.minimum(low + 1, size_in - 1)
+    fraction = source - low.astype(np.float32)
+    matrix = np.zeros((size_out, size_in), np.float32)
+    np.add.at(matrix, (np.arange(size_out), low), np.float32(1) - fraction)
+    np.add.at(matrix, (np.arange(size_out), high), fraction)
+    return matrix
+
+
+@lru_cache(maxsize=64)
+def adaptive_pool_matrix(size_in: int, size_out: int) -> np.ndarray:
+    """Weights of torch's 1-D adaptive average pooling, float32 [size_out, size_in].
+
+    Bin i covers [floor(i in / out), ceil((i + 1) in / out)); bins may overlap, and repeat where out > in.
+    """
+    matrix = np.zeros((size_out, size_in), np.float32)
+    for i in range(size_out):
+        start, stop = i * size_in // size_out, -(-(i + 1) * size_in // size_out)
+        matrix[i, start:stop] = 1.0 / (stop - start)
+    return matrix
+
+
+def _apply_separable(x: jax.Array, rows: np.ndarray, cols: np.ndarray) -> jax.Array:
+    """x [B, H, W, C], rows [H', H], cols [W', W] -> [B, H', W', C] in x's dtype, computed in float32."""
+    y = jnp.einsum("ih,bhwc->biwc", rows, x.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    y = jnp.einsum("jw,biwc->bijc", cols, y, precision=jax.lax.Precision.HIGHEST)
+    return y.astype(x.dtype)
+
+
+def resize_bilinear(x: jax.Array, size: tuple[int, ...], *, align_corners: bool) -> jax.Array:
+    """Resize to `size` (H', W') as torch's bilinear `interpolate`: x [B, H, W, C] -> [B, H', W', C]."""
+    if x.shape[1:3] == tuple(size):
+        return x
+    rows = bilinear_matrix(x.shape[1], size[0], align_corners)
+    return _apply_separable(x, rows, bilinear_matrix(x.shape[2], size[1], align_corners))
+
+
+def adaptive_avg_pool(x: jax.Array, size: int) -> jax.Array:
+    """Pool to a size x size grid as torch's `AdaptiveAvgPool2d`: x [B, H, W, C] -> [B, size, size, C]."""
+    return _apply_separable(x, adaptive_pool_matrix(x.shape[1], size), adaptive_pool_matrix(x.shape[2], size))

@@ -1,0 +1,279 @@
+"""Swin Transformer encoder, NHWC, for inputs of any size.
+
+Liu et al., arXiv 2103.14030, with the details in which the granite encoder differs set by fields: it shifts windows
+also where the map is a single window, normalises each stage's output for a decoder, and replicates the edge where the
+image is no multiple of the patch.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from biomass_jax.models import swin_ops
+
+Dtype = Any
+
+# Depths, heads and widths of the published variants; everything else is shared.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "swin_t": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
+    "swin_s": {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)},
+    "swin_b": {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)},
+    "swin_l": {"embed_dim": 192, "depths": (2, 2, 18, 2), "num_heads": (6, 12, 24, 48)},
+}
+
+
+def layer_norm(name: str, dtype: Dtype) -> nn.LayerNorm:
+    """LayerNorm as torch has it: eps 1e-5, two-pass variance (the one-pass form doubles the gradients' error)."""
+    return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=dtype, name=name)
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping convolution and LayerNorm; the image is edge-replicated to a multiple of the patch."""
+
+    embed_dim: int
+    patch_size: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, H, W, bands] -> [B, ceil(H/p), ceil(W/p), E]."""
+        p = self.patch_size
+        pad_h, pad_w = -x.shape[1] % p, -x.shape[2] % p
+        if pad_h or pad_w:
+            x = jnp.pad(x, ((0, 0), (0, pad_h), (0, pad_w), (0, 0)), mode="edge")
+        x = nn.Conv(self.embed_dim, (p, p), strides=(p, p), padding="VALID", dtype=self.dtype, name="projection")(x)
+        return layer_norm("norm", self.dtype)(x)
+
+
+class WindowAttention(nn.Module):
+    """Multi-head self-attention within windows, with a relative position bias."""
+
+    num_heads: int
+    window_size: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: Any = None) -> jax.Array:
+        """x [B * nW, w * w, C], mask [nW, w * w, w * w] or None -> [B * nW, w * w, C]. Softmax in float32."""
+        n, tokens, c = x.shape
+        heads, dim = self.num_heads, c // self.num_heads
+        table = self.param(
+            "relative_position_bias_table",
+            nn.initializers.zeros_init(),
+            ((2 * self.window_size - 1) ** 2, heads),
+            jnp.float32,
+        )
+        qkv = nn.Dense(3 * c, dtype=self.dtype, name="qkv")(x)
+        # Batch-heads-tokens-dim: both products then are plain batched matmuls, without a transpose inside.
+        q, k, v = qkv.reshape(n, tokens, 3, heads, dim).transpose(2, 0, 3, 1, 4)
+        scores = jnp.einsum("bhqd,bhkd->bhqk", q * dim**-0.5, k, preferred_element_type=jnp.float32)
+        bias = table[swin_ops.relative_position_index(self.window_size)].transpose(2, 0, 1)
+        if mask is None:
+            scores = scores + bias
+        else:
+            windows = mask.shape[0]
+            scores = scores.reshape(n // windows, windows, heads, tokens, tokens) + (bias + mask[:, None])
+            scores = scores.reshape(n, heads, tokens, tokens)
+        weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
+        x = jnp.einsum("bhqk,bhkd->bhqd", weights, v)
+        x = x.transpose(0, 2, 1, 3).reshape(n, tokens, c)
+        return nn.Dense(c, dtype=self.dtype, name="proj")(x)
+
+
+class Mlp(nn.Module):
+    """Two dense layers with the exact (erf) GELU between them."""
+
+    hidden_dim: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., C] -> [..., C]."""
+        c = x.shape[-1]
+        x = nn.Dense(self.hidden_dim, dtype=self.dtype, name="fc1")(x)
+        x = nn.gelu(x, approximate=False)
+        return nn.Dense(c, dtype=self.dtype, name="fc2")(x)
+
+
+class SwinBlock(nn.Module):
+    """Windowed attention and an MLP, each behind a LayerNorm and added to its input."""
+
+    num_heads: int
+    window_size: int
+    mlp_ratio: float
+    drop_path_rate: float
+    shifted: bool
+    shift_single_window: bool
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """x [B, H, W, C] -> [B, H, W, C]."""
+        c = x.shape[-1]
+        # Both branches share the rate but draw independently, as in the reference.
+        y = self._attend(layer_norm("norm1", self.dtype)(x))
+        x = x + swin_ops.DropPath(self.drop_path_rate)(y, train=train)
+        y = Mlp(int(c * self.mlp_ratio), self.dtype, name="mlp")(layer_norm("norm2", self.dtype)(x))
+        return x + swin_ops.DropPath(self.drop_path_rate)(y, train=train)
+
+    @nn.nowrap
+    def _attend(self, x: jax.Array) -> jax.Array:
+        _, h, w, _ = x.shape
+        size = self.window_size
+        # Zeros come after the norm and are not masked: in the reference a window sees its padding.
+        pad_h, pad_w = -h % size, -w % size
+        if pad_h or pad_w:
+            x = jnp.pad(x, ((0, 0), (0, pad_h), (0, pad_w), (0, 0)))
+        padded_h, padded_w = h + pad_h, w + pad_w
+        single = padded_h == size and padded_w == size
+        shift = size // 2 if self.shifted and (self.shift_single_window or not single) else 0
+        mask = None
+        if shift:
+            x = jnp.roll(x, (-shift, -shift), axis=(1, 2))
+            mask = jnp.asarray(swin_ops.shift_mask(padded_h, padded_w, size, shift))
+        windows = swin_ops.window_partition(x, size)
+        windows = WindowAttention(self.num_heads, size, self.dtype, name="attn")(windows, mask)
+        x = swin_ops.window_reverse(windows, size, padded_h, padded_w)
+        if shift:
+            x = jnp.roll(x, (shift, shift), axis=(1, 2))
+        return x[:, :h, :w] if pad_h or pad_w else x
+
+
+class PatchMerging(nn.Module):
+    """Halve the map and double the channels: 2 x 2 tokens side by side, LayerNorm, a dense layer without bias."""
+
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, H, W, C] -> [B, ceil(H/2), ceil(W/2), 2C]."""
+        c = x.shape[-1]
+        x = layer_norm("norm", self.dtype)(swin_ops.merge_patches(x))
+        return nn.Dense(2 * c, use_bias=False, dtype=self.dtype, name="reduction")(x)
+
+
+class SwinStage(nn.Module):
+    """Blocks at one resolution, every odd one shifted; the output for the decoder, and the next stage's input."""
+
+    depth: int
+    num_heads: int
+    window_size: int
+    mlp_ratio: float
+    drop_path_rates: tuple[float, ...]
+    shift_single_window: bool
+    downsample: bool
+    out_norm: bool
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
+        """x [B, H, W, C] -> (features [B, H, W, C], normed where `out_norm`; next map, halved where `downsample`)."""
+        for j in range(self.depth):
+            x = SwinBlock(
+                num_heads=self.num_heads,
+                window_size=self.window_size,
+                mlp_ratio=self.mlp_ratio,
+                drop_path_rate=self.drop_path_rates[j],
+                shifted=j % 2 == 1,
+                shift_single_window=self.shift_single_window,
+                dtype=self.dtype,
+                name=f"blocks_{j}",
+            )(x, train=train)
+        features = layer_norm("norm", self.dtype)(x) if self.out_norm else x
+        following = PatchMerging(self.dtype, name="downsample")(x) if self.downsample else x
+        return features, following
+
+
+class SwinTransformer(nn.Module):
+    """Hierarchical encoder: one feature map a stage, at 1/4, 1/8, 1/16 ... of the image with patch 4.
+
+    `shift_single_window`: shift also where the padded map is one window (granite's weights need it; the original, timm
+    and SimMIM do not). `stage_norms`: a LayerNorm on each stage's output for a decoder (granite). `final_norm`: a
+    LayerNorm on the last stage's output (the original, timm, SimMIM).
+    """
+
+    embed_dim: int = 128
+    depths: tuple[int, ...] = (2, 2, 18, 2)
+    num_heads: tuple[int, ...] = (4, 8, 16, 32)
+    window_size: int = 7
+    mlp_ratio: float = 4.0
+    patch_size: int = 4
+    in_channels: int = 6
+    drop_path_rate: float = 0.0
+    shift_single_window: bool = True
+    stage_norms: bool = True
+    final_norm: bool = False
+    dtype: Dtype = jnp.float32
+
+    def setup(self) -> None:
+        """Check the fields against each other and build the stages."""
+        if len(self.depths) != len(self.num_heads):
+            raise ValueError(f"depths {self.depths} and num_heads {self.num_heads} must have one entry a stage each")
+        for i, heads in enumerate(self.num_heads):
+            if self.embed_dim * 2**i % heads:
+                raise ValueError(f"stage {i} has {self.embed_dim * 2**i} channels, not divisible by {heads} heads")
+        self.patch_embed = PatchEmbed(self.embed_dim, self.patch_size, self.dtype)
+        rates = swin_ops.drop_path_rates(self.drop_path_rate, tuple(self.depths))
+        self.stages = [
+            SwinStage(
+                depth=depth,
+                num_heads=self.num_heads[i],
+                window_size=self.window_size,
+                mlp_ratio=self.mlp_ratio,
+                drop_path_rates=tuple(rates[i]),
+                shift_single_window=self.shift_single_window,
+                downsample=i < len(self.depths) - 1,
+                out_norm=self.stage_norms,
+                dtype=self.dtype,
+            )
+            for i, depth in enumerate(self.depths)
+        ]
+        if self.final_norm:
+            self.norm = layer_norm("norm", self.dtype)
+
+    def embed(self, x: jax.Array) -> jax.Array:
+        """Patch tokens: x [B, H, W, bands] -> [B, ceil(H/p), ceil(W/p), E]."""
+        if x.ndim != 4 or x.shape[-1] != self.in_channels:
+            raise ValueError(f"the encoder takes [B, H, W, {self.in_channels}], found an image of shape {x.shape}")
+        return self.patch_embed(x)
+
+    def encode(self, tokens: jax.Array, *, train: bool = False) -> list[jax.Array]:
+        """Feature maps of patch tokens: [B, H', W', E] -> [[B, H', W', E], [B, H'/2, W'/2, 2E], ...]."""
+        x, features = tokens, []
+        for stage in self.stages:
+            stage_features, x = stage(x, train=train)
+            features.append(stage_features)
+        if self.final_norm:
+            features[-1] = self.norm(features[-1])
+        return features
+
+    def __call__(self, x: jax.Array, *, train: bool = False) -> list[jax.Array]:
+        """x [B, H, W, bands], z-scored -> one feature map a stage (see `encode`)."""
+        return self.encode(self.embed(x), train=train)
+
+
+class SwinEncoder(nn.Module):
+    """An encoder alone, its parameters under `encoder` as in the whole models; takes `SwinTransformer`'s fields."""
+
+    embed_dim: int = 128
+    depths: tuple[int, ...] = (2, 2, 18, 2)
+    num_heads: tuple[int, ...] = (4, 8, 16, 32)
+    window_size: int = 7
+    mlp_ratio: float = 4.0
+    patch_size: int = 4
+    in_channels: int = 6
+    drop_path_rate: float = 0.0
+    shift_single_window: bool = False
+    stage_norms: bool = False
+    final_norm: bool = True
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> list[jax.Array]:
+        """x [B, H, W, bands], z-scored -> one feature map a stage."""
+        fields = {
+            name: getattr(self, name) for name in SwinEncoder.__dataclass_fields__ if name not in ("parent", "name")
+        }
+        return SwinTransformer(**fields, name="encoder")(x, train=train)

@@ -1,0 +1,99 @@
+"""Window arithmetic of Swin: partitions, relative positions, shift masks, merging, stochastic depth.
+
+Everything that depends on shapes alone is computed once in NumPy at trace time and enters the program as a constant.
+Formulas: Liu et al., "Swin Transformer" (arXiv 2103.14030), sections 3.2 and 3.3.
+"""
+
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+# Additive penalty between regions that a cyclic shift has brought together, as in the original.
+SHIFT_MASK_VALUE = -100.0
+
+
+def window_partition(x: jax.Array, window_size: int) -> jax.Array:
+    """Cut a map into windows: x [B, H, W, C] -> [B * H/w * W/w, w * w, C], row-major over windows and tokens.
+
+    H and W must be multiples of `window_size`.
+    """
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // window_size, window_size, w // window_size, window_size, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, window_size * window_size, c)
+
+
+def window_reverse(windows: jax.Array, window_size: int, height: int, width: int) -> jax.Array:
+    """Undo `window_partition`: windows [B * H/w * W/w, w * w, C] -> [B, H, W, C]."""
+    c = windows.shape[-1]
+    x = windows.reshape(-1, height // window_size, width // window_size, window_size, window_size, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, height, width, c)
+
+
+@lru_cache(maxsize=32)
+def relative_position_index(window_size: int) -> np.ndarray:
+    """Row of the bias table for each pair of tokens in a window, int32 [w * w, w * w].
+
+    Entry (i, j) is (dy + w - 1) * (2w - 1) + dx + w - 1 with (dy, dx) the position of i minus that of j.
+    """
+    rows, cols = np.divmod(np.arange(window_size * window_size), window_size)
+    dy = rows[:, None] - rows[None, :] + window_size - 1
+    dx = cols[:, None] - cols[None, :] + window_size - 1
+    return (dy * (2 * window_size - 1) + dx).astype(np.int32)
+
+
+@lru_cache(maxsize=64)
+def shift_mask(height: int, width: int, window_size: int, shift: int) -> np.ndarray:
+    """Additive attention mask of a shifted block, float32 [H/w * W/w, w * w, w * w]: 0 within a region, -100 across.
+
+    `height` and `width` are those of the padded map, in tokens.
+    """
+
+    def region(size: int) -> np.ndarray:
+        index = np.arange(size)
+        return (index >= size - window_size).astype(np.int32) + (index >= size - shift)
+
+    regions = region(height)[:, None] * 3 + region(width)[None, :]
+    windows = regions.reshape(height // window_size, window_size, width // window_size, window_size)
+    windows = windows.transpose(0, 2, 1, 3).reshape(-1, window_size * window_size)
+    return np.where(windows[:, :, None] == windows[:, None, :], 0.0, SHIFT_MASK_VALUE).astype(np.float32)
+
+
+def merge_patches(x: jax.Array) -> jax.Array:
+    """Put each 2 x 2 square of tokens on the channel axis: x [B, H, W, C] -> [B, ceil(H/2), ceil(W/2), 4C].
+
+    Channels are four blocks of C taken at (row, column) offsets (0,0), (1,0), (0,1), (1,1), the original Swin's order.
+    Odd sides are zero-padded at the bottom and right.
+    """
+    b, h, w, c = x.shape
+    if h % 2 or w % 2:
+        x = jnp.pad(x, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)))
+        h, w = h + h % 2, w + w % 2
+    x = x.reshape(b, h // 2, 2, w // 2, 2, c)
+    return x.transpose(0, 1, 3, 4, 2, 5).reshape(b, h // 2, w // 2, 4 * c)
+
+
+def drop_path_rates(drop_path_rate: float, depths: tuple[int, ...]) -> list[list[float]]:
+    """Drop probabilities a stage and block: linear from 0 at the first block to `drop_path_rate` at the last."""
+    rates = np.linspace(0.0, drop_path_rate, sum(depths))
+    return [[float(r) for r in part] for part in np.split(rates, np.cumsum(depths)[:-1])]
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drops a whole sample's branch with probability `rate`, scales the kept ones by 1 / (1 - rate).
+
+    Huang et al., arXiv 1603.09382. Draws from the `drop_path` stream.
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """x [B, ...] -> same shape; the identity when `train` is false or the rate is 0."""
+        if not train or self.rate == 0.0:
+            return x
+        keep = 1.0 - self.rate
+        kept = jax.random.bernoulli(self.make_rng("drop_path"), keep, (x.shape[0],) + (1,) * (x.ndim - 1))
+        return jnp.where(kept, x / keep, jnp.zeros_like(x))
