@@ -1,0 +1,57 @@
+# Everything runs in .venv, which the first target that needs it sets up. Another interpreter: make test PYTHON=python3.12
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow check bench clean
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST := $(BIN)/python -m pytest
+
+# A PYTHON given by hand that is not the environment's makes a new environment.
+ifneq ($(origin PYTHON),undefined)
+python_version = $(shell $(1) -c 'import sys; print(sys.version_info[:2])' 2>/dev/null)
+ifneq ($(call python_version,$(PYTHON)),$(call python_version,$(BIN)/python))
+.PHONY: $(STAMP)
+endif
+endif
+PYTHON ?= python3
+
+# Keeps a user's own packages and settings out of the checkout's environment.
+export PYTHONNOUSERSITE := 1
+unexport PYTHONHOME
+
+help: ## show this list
+	@echo "Usage: make TARGET [PYTHON=python3.12]"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 14
+
+setup: $(STAMP) ## set up .venv (the other targets do so by themselves)
+
+# One recipe sets the environment up, and again when what it was made from changes or when an earlier try was cut short.
+$(STAMP): setup.py pyproject.toml .ci/setup_venv $(wildcard constraints/*.txt)
+	@bash .ci/setup_venv "$(PYTHON)" "$(VENV)"
+
+demo: $(STAMP) ## make a synthetic scene, convert a small checkpoint, map it: demo_out/
+	@$(BIN)/python launch/demo.py
+
+test: $(STAMP) ## the quick tests
+	$(PYTEST) -m "not slow"
+
+# pytest exits with 5 where no test is marked slow, which is no failure.
+test-slow: $(STAMP) ## the tests marked slow
+	$(PYTEST) -m slow || test $$? -eq 5
+
+check: $(STAMP) ## formatting, lint, types, import rules
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
+	$(PYTEST) tests/test_imports.py
+
+bench: $(STAMP) ## speed figures; installs torch to compare with
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
+	$(BIN)/python benchmarks/model.py
+	$(BIN)/python benchmarks/predict.py
+
+clean: ## remove .venv, caches and demo_out
+	rm -rf $(VENV) .cache demo_out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,80 @@
+"""Metadata and dependencies; tool settings are in pyproject.toml.
+
+Floors are written here, each with its reason. The exact versions that were tested together are in constraints/, one
+file a Python version, and the Makefile installs those.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "biomass_jax" / "__init__.py").read_text(), re.M).group(1)
+
+CORE = [
+    # 0.10 is the oldest that Flax 0.12.8 takes. Below 0.13, because each minor release drops deprecated names; 0.10 and
+    # 0.12 were run.
+    "jax>=0.10.2,<0.13",
+    "flax>=0.12.8",  # the first release tested with JAX 0.10
+    "optax>=0.2.8",  # tested with JAX 0.10
+    "orbax-checkpoint>=0.12.8",  # bundles are written by its StandardCheckpointer; older layouts were not tried
+    "grain>=0.2.18",  # `grain.experimental.set_next_index`, by which a resumed run finds its place
+    "array_record>=0.8.6",  # shards; the version that Grain 0.2.18 was tested with
+    "tensorflow-datasets>=4.9.10",  # reads array_record without TensorFlow, under Protobuf 6
+    "ml_collections>=1.1.0",  # typed, locked configs
+    "numpy>=2.0",  # JAX 0.10's own floor
+    "rasterio>=1.4.3",  # the first with GDAL 3.9, whose COG driver takes the options used here
+    "matplotlib>=3.9",  # the first built for NumPy 2
+    "tensorboardX>=2.6.4",  # event files without TensorFlow
+    "tqdm>=4.66",  # progress bars
+    "absl-py>=2.0",  # flags; 2.0 brought types
+    "pyyaml>=6.0.1",  # the reference's config.yaml; the first with wheels for Python 3.12
+]
+
+PREP = [
+    "h5py>=3.11",  # GEDI orbits; the first built for NumPy 2
+    "geopandas>=1.0",  # footprints; the first that needs no Fiona
+    "pyarrow>=16.1",  # footprint tables; the first built for NumPy 2
+    "pyproj>=3.7",  # the first with wheels for Python 3.13
+    "earthaccess>=0.14",  # Earthdata search and download; older ones were not tried
+]
+SWEEP = ["optuna>=4.0"]  # 4.0 settled the journal file storage, which needs no database
+DOCS = ["nbclient>=0.10", "ipykernel>=6.29"]  # runs the notebook as a test; the first that allow Python 3.12
+TOOLS = [
+    "pytest>=8.2",  # importlib import mode with packages of one name
+    "pytest-timeout>=2.3",  # a hanging test must not hang the suite
+    "ruff>=0.12",  # the rule set chosen in pyproject.toml
+    "mypy>=1.15",  # understands NumPy 2.2's annotations
+]
+
+setup(
+    name="biomass-jax",
+    version=VERSION,
+    description="Above-ground biomass maps from HLS satellite images with Swin transformers, on JAX",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",  # JAX 0.10's own floor
+    packages=find_packages(include=["biomass_jax*", "data_prep*"]),
+    install_requires=CORE,
+    extras_require={
+        "prep": PREP,
+        "dask": ["dask[distributed]>=2024.8"],  # the first whose dataframes work with NumPy 2
+        "sweep": SWEEP,
+        "hub": ["huggingface_hub>=0.23"],  # resumes broken downloads by itself
+        # The version of the reference's timings and of the numeric references in tests/golden. Only benchmarks/ uses it.
+        "bench": ["torch==2.13.0"],
+        "docs": DOCS,
+        "tools": TOOLS,
+        "dev": PREP + SWEEP + DOCS + TOOLS,
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda13]"],  # bring-your-own CUDA 12: install jax[cuda12] instead
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: GIS",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
