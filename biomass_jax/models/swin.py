@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from biomass_jax.models import swin_ops
+from biomass_jax.models.layers import LayerNorm, gelu
 
 Dtype = Any
 
@@ -22,11 +23,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "swin_b": {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)},
     "swin_l": {"embed_dim": 192, "depths": (2, 2, 18, 2), "num_heads": (6, 12, 24, 48)},
 }
-
-
-def layer_norm(name: str, dtype: Dtype) -> nn.LayerNorm:
-    """LayerNorm as torch has it: eps 1e-5, two-pass variance (the one-pass form doubles the gradients' error)."""
-    return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=dtype, name=name)
 
 
 class PatchEmbed(nn.Module):
@@ -44,7 +40,7 @@ class PatchEmbed(nn.Module):
         if pad_h or pad_w:
             x = jnp.pad(x, ((0, 0), (0, pad_h), (0, pad_w), (0, 0)), mode="edge")
         x = nn.Conv(self.embed_dim, (p, p), strides=(p, p), padding="VALID", dtype=self.dtype, name="projection")(x)
-        return layer_norm("norm", self.dtype)(x)
+        return LayerNorm(self.dtype, name="norm")(x)
 
 
 class WindowAttention(nn.Module):
@@ -93,7 +89,7 @@ class Mlp(nn.Module):
         """x [..., C] -> [..., C]."""
         c = x.shape[-1]
         x = nn.Dense(self.hidden_dim, dtype=self.dtype, name="fc1")(x)
-        x = nn.gelu(x, approximate=False)
+        x = gelu(x)
         return nn.Dense(c, dtype=self.dtype, name="fc2")(x)
 
 
@@ -113,9 +109,9 @@ class SwinBlock(nn.Module):
         """x [B, H, W, C] -> [B, H, W, C]."""
         c = x.shape[-1]
         # Both branches share the rate but draw independently, as in the reference.
-        y = self._attend(layer_norm("norm1", self.dtype)(x))
+        y = self._attend(LayerNorm(self.dtype, name="norm1")(x))
         x = x + swin_ops.DropPath(self.drop_path_rate)(y, train=train)
-        y = Mlp(int(c * self.mlp_ratio), self.dtype, name="mlp")(layer_norm("norm2", self.dtype)(x))
+        y = Mlp(int(c * self.mlp_ratio), self.dtype, name="mlp")(LayerNorm(self.dtype, name="norm2")(x))
         return x + swin_ops.DropPath(self.drop_path_rate)(y, train=train)
 
     @nn.nowrap
@@ -150,7 +146,7 @@ class PatchMerging(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, H, W, C] -> [B, ceil(H/2), ceil(W/2), 2C]."""
         c = x.shape[-1]
-        x = layer_norm("norm", self.dtype)(swin_ops.merge_patches(x))
+        x = LayerNorm(self.dtype, name="norm")(swin_ops.merge_patches(x))
         return nn.Dense(2 * c, use_bias=False, dtype=self.dtype, name="reduction")(x)
 
 
@@ -181,7 +177,7 @@ class SwinStage(nn.Module):
                 dtype=self.dtype,
                 name=f"blocks_{j}",
             )(x, train=train)
-        features = layer_norm("norm", self.dtype)(x) if self.out_norm else x
+        features = LayerNorm(self.dtype, name="norm")(x) if self.out_norm else x
         following = PatchMerging(self.dtype, name="downsample")(x) if self.downsample else x
         return features, following
 
@@ -231,7 +227,7 @@ class SwinTransformer(nn.Module):
             for i, depth in enumerate(self.depths)
         ]
         if self.final_norm:
-            self.norm = layer_norm("norm", self.dtype)
+            self.norm = LayerNorm(self.dtype)
 
     def embed(self, x: jax.Array) -> jax.Array:
         """Patch tokens: x [B, H, W, bands] -> [B, ceil(H/p), ceil(W/p), E]."""
