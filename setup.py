@@ -63,7 +63,7 @@ setup(
         "dask": ["dask[distributed]>=2024.8"],  # the first whose dataframes work with NumPy 2
         "sweep": SWEEP,
         "hub": ["huggingface_hub>=0.23"],  # resumes broken downloads by itself
-        # The version of the reference's timings and of the numeric references in tests/golden. Only benchmarks/ uses it.
+        # The version behind the numeric references in tests/golden. Only benchmarks/ uses it.
         "bench": ["torch==2.13.0"],
         "docs": DOCS,
         "tools": TOOLS,
