@@ -1,0 +1,113 @@
+"""What reading and writing of rasters share: the error, the grid, GDAL's settings, quiet opening."""
+
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import rasterio
+from affine import Affine
+from rasterio._err import CPLE_BaseError  # GDAL's own errors reach the caller as these; there is no public name
+from rasterio.crs import CRS
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
+
+CACHE_BYTES = 256 * 2**20  # GDAL's block cache; its default is a share of the machine's memory
+_OPENING = threading.Lock()  # warning filters belong to the process, not to a thread
+
+
+class RasterError(ValueError):
+    """A raster can't be read or written as it has to be; the message names the file."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Size and place of a raster.
+
+    Attributes:
+        height: rows.
+        width: columns.
+        crs: rasterio CRS, or None.
+        transform: affine from (column, row) of a pixel's upper-left corner to x, y; the identity where unknown.
+    """
+
+    height: int
+    width: int
+    crs: CRS | None
+    transform: Affine
+
+    def same_as(self, other: "Grid", tolerance: float = 0.01) -> bool:
+        """Whether both are the same pixels on the ground, corners within `tolerance` pixels.
+
+        CRSs are compared by what they mean: a UTM zone with or without an EPSG code, and a southern tile given in the
+        north zone with negative northings, are the same ground as the usual southern zone.
+        """
+        if (self.height, self.width) != (other.height, other.width):
+            return False
+        mine, theirs = utm_zone(self.crs), utm_zone(other.crs)
+        shift = 0.0
+        if mine is not None and theirs is not None:
+            if mine[0] != theirs[0]:
+                return False
+            shift = mine[1] - theirs[1]
+        elif self.crs != other.crs:
+            return False
+        size = max(abs(self.transform.a), abs(self.transform.b), abs(self.transform.e), abs(self.transform.d))
+        for corner in ((0, 0), (self.width, 0), (0, self.height), (self.width, self.height)):
+            x, y = self.transform * corner
+            other_x, other_y = other.transform * corner
+            if max(abs(x - other_x), abs(y - shift - other_y)) > tolerance * size:
+                return False
+        return True
+
+    def describe(self) -> str:
+        """Size, upper-left corner, pixel size and CRS in words."""
+        t = self.transform
+        return (
+            f"{self.height} x {self.width} pixels of {t.a:g} x {t.e:g} at ({t.c:.10g}, {t.f:.10g}), "
+            f"{'no CRS' if self.crs is None else self.crs.to_string()}"
+        )
+
+
+def utm_zone(crs: CRS | None) -> tuple[int, float] | None:
+    """(zone, false northing) of a WGS 84 UTM CRS however it is spelled, None for any other CRS."""
+    if crs is None:
+        return None
+    fields = crs.to_dict()
+    if "WGS84" not in (fields.get("datum"), fields.get("ellps")) or fields.get("units", "m") != "m":
+        return None
+    if fields.get("proj") == "utm":
+        return int(fields["zone"]), 1e7 if fields.get("south") else 0.0
+    if fields.get("proj") != "tmerc" or fields.get("lat_0", 0) != 0:
+        return None
+    zone = (fields.get("lon_0", 0) + 183) / 6
+    if fields.get("k", fields.get("k_0")) != 0.9996 or fields.get("x_0") != 500000 or zone != int(zone):
+        return None
+    return int(zone), float(fields.get("y_0", 0))
+
+
+@contextmanager
+def raster_errors(name: str) -> Iterator[None]:
+    """Run a piece of GDAL work with this module's settings; its errors become RasterErrors that name the file."""
+    try:
+        with rasterio.Env(GDAL_CACHEMAX=CACHE_BYTES):
+            yield
+    except (RasterioError, CPLE_BaseError, OSError) as error:
+        if isinstance(error, RasterError):
+            raise
+        cause = error.__cause__ or error.__context__
+        detail = f"{error}" if cause is None or str(cause) in str(error) else f"{error}: {cause}"
+        raise RasterError(f"{name}: {detail}") from error
+
+
+def open_quietly(path: str, mode: str = "r", **options: Any) -> Any:
+    """`rasterio.open` without its warning about a raster without a georeference, which the callers report."""
+    with _OPENING, warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        return rasterio.open(path, mode, **options)
+
+
+def grid_of(dataset: Any) -> Grid:
+    """The grid of an open dataset."""
+    return Grid(dataset.height, dataset.width, dataset.crs or None, dataset.transform)
