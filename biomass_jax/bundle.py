@@ -1,0 +1,398 @@
+"""A model on disk: weights, architecture, bands, statistics and where they came from.
+
+A bundle is a folder with `bundle.json`, Orbax `variables/` and, where training is to go on from it, Orbax `optimizer/`.
+Nothing else is needed to make a map. Reading `bundle.json` alone (`read_meta`) does not start JAX.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SCHEMA_VERSION = 1
+TASKS = ("biomass", "simmim", "encoder")
+CHECK_TOLERANCE = 1e-4
+_REQUIRED = {
+    "schema_version": int,
+    "task": str,
+    "architecture": dict,
+    "input": dict,
+    "output": dict,
+    "training": dict,
+    "provenance": dict,
+    "weights_sha256": str,
+    "check": dict,
+}
+_CHECK_SIDE = 96  # px; a multiple of SimMIM's stride, and small beside the time to compile
+_CHECK_SEED = 20240712
+
+
+class BundleError(ValueError):
+    """A bundle that is missing, incomplete, of another schema version, or not what its description says."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """A bundle in memory: its folder, `bundle.json`, and `variables` = {"params", "batch_stats"} on the device."""
+
+    path: Path
+    meta: dict[str, Any]
+    variables: dict[str, Any]
+
+    @property
+    def task(self) -> str:
+        """`biomass`, `simmim` or `encoder`."""
+        return self.meta["task"]
+
+    @property
+    def bands(self) -> tuple[str, ...]:
+        """Input bands by name, in the model's order."""
+        return tuple(self.meta["input"]["bands"])
+
+    @property
+    def means(self) -> np.ndarray:
+        """Mean of each band, float32 (bands,), digital numbers."""
+        return np.asarray(self.meta["input"]["means"], np.float32)
+
+    @property
+    def stds(self) -> np.ndarray:
+        """Standard deviation of each band, float32 (bands,), digital numbers."""
+        return np.asarray(self.meta["input"]["stds"], np.float32)
+
+    @property
+    def fill(self) -> float | None:
+        """Value that marks no-data in the training images."""
+        return self.meta["input"].get("fill")
+
+    @property
+    def sensors(self) -> tuple[str, ...]:
+        """Sensors of the training images: `L30`, `S30`."""
+        return tuple(self.meta["input"].get("sensors", ()))
+
+    @property
+    def nodata(self) -> float:
+        """Value that marks no-data in the output."""
+        return self.meta["output"]["nodata"]
+
+    @property
+    def weights_sha256(self) -> str:
+        """Digest of the weights (see `weights_sha256`)."""
+        return self.meta["weights_sha256"]
+
+    def module(self, dtype: str = "float32") -> Any:
+        """The Flax module that `variables` belong to."""
+        return build_module(self.task, self.meta["architecture"], dtype)
+
+
+def build_module(task: str, architecture: dict[str, Any], dtype: str = "float32") -> Any:
+    """The Flax module of a task: `BiomassModel`, `SimMIM` or `SwinEncoder`.
+
+    Raises:
+        BundleError: unknown task, or a field that the module does not have.
+    """
+    import jax.numpy as jnp
+
+    from biomass_jax.models.biomass import BiomassModel
+    from biomass_jax.models.simmim import SimMIM
+    from biomass_jax.models.swin import SwinEncoder
+
+    modules = {"biomass": BiomassModel, "simmim": SimMIM, "encoder": SwinEncoder}
+    if task not in modules:
+        raise BundleError(f"unknown task {task!r}; expected one of {', '.join(TASKS)}")
+    known = {f.name for f in dataclasses.fields(modules[task])} - {"parent", "name", "dtype"}
+    if unknown := sorted(set(architecture) - known):
+        raise BundleError(f"architecture has unknown fields {unknown}; {modules[task].__name__} has {sorted(known)}")
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in architecture.items()}
+    return modules[task](**fields, dtype=jnp.dtype(dtype))
+
+
+def dummy_inputs(module: Any, side: int = _CHECK_SIDE) -> tuple[np.ndarray, ...]:
+    """A fixed batch of one z-scored image, float32 (1, side, side, bands), and for SimMIM its mask."""
+    from biomass_jax.models.simmim import SimMIM
+
+    rng = np.random.default_rng(_CHECK_SEED)
+    image = rng.standard_normal((1, side, side, module.in_channels), np.float32)
+    if not isinstance(module, SimMIM):
+        return (image,)
+    cells = side // module.patch_size
+    return image, (rng.random((1, cells, cells)) < 0.6).astype(np.float32)
+
+
+def abstract_variables(module: Any) -> dict[str, Any]:
+    """Shapes and dtypes of a module's variables, without computing anything: a tree of `jax.ShapeDtypeStruct`."""
+    import jax
+
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *dummy_inputs(module)))
+    return {"params": shapes["params"], "batch_stats": shapes.get("batch_stats", {})}
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries -> {'a/b/c': leaf}, sorted by path."""
+    flat: dict[str, Any] = {}
+    for key in sorted(tree):
+        if isinstance(tree[key], dict):
+            flat.update(flatten(tree[key], f"{prefix}{key}/"))
+        else:
+            flat[f"{prefix}{key}"] = tree[key]
+    return flat
+
+
+def weights_sha256(variables: dict[str, Any]) -> str:
+    """Digest over sorted path, dtype, shape and little-endian bytes (Orbax folders are not byte-stable)."""
+    digest = hashlib.sha256()
+    for path, leaf in sorted(flatten(variables).items()):
+        array = np.asarray(leaf)
+        digest.update(f"{path} {array.dtype.name} {array.shape}\n".encode())
+        little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+        digest.update(np.ascontiguousarray(little).data if little.size else b"")
+    return digest.hexdigest()
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of what computes a result, for provenance."""
+    from importlib.metadata import version
+
+    from biomass_jax import __version__
+
+    names = ("jax", "jaxlib", "flax", "orbax-checkpoint", "numpy")
+    return {"biomass_jax": __version__, "python": sys.version.split()[0]} | {name: version(name) for name in names}
+
+
+def compute_check(module: Any, variables: dict[str, Any]) -> dict[str, Any]:
+    """Summary of the module's output on a fixed input: {input_seed, input_shape, mean, std, min, max, values}.
+
+    The input is `dummy_inputs`, z-scored noise. A final ReLU is left off, since it could turn every value into 0; of an
+    encoder the last feature map counts. `values` are 16 values spread evenly over the flattened output.
+    """
+    import jax
+
+    inputs = dummy_inputs(module)
+    if hasattr(module, "final_relu"):
+        module = module.clone(final_relu=False)
+    with jax.default_matmul_precision("highest"):
+        output = jax.jit(module.apply)(variables, *inputs)
+    flat = np.asarray(output[-1] if isinstance(output, list) else output, np.float64).ravel()
+    return {
+        "input_seed": _CHECK_SEED,
+        "input_shape": list(inputs[0].shape),
+        "mean": float(flat.mean()),
+        "std": float(flat.std()),
+        "min": float(flat.min()),
+        "max": float(flat.max()),
+        "values": [float(v) for v in flat[np.linspace(0, flat.size - 1, 16).round().astype(int)]],
+    }
+
+
+def save(
+    path: str | os.PathLike[str],
+    variables: dict[str, Any],
+    *,
+    task: str,
+    architecture: dict[str, Any],
+    input: dict[str, Any],
+    output: dict[str, Any],
+    training: dict[str, Any],
+    provenance: dict[str, Any],
+    optimizer: dict[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a bundle, whole or not at all.
+
+    Args:
+        path: the folder to make.
+        variables: {"params", "batch_stats"}; must have exactly the shapes that the architecture asks for.
+        task: `biomass`, `simmim` or `encoder`.
+        architecture: the module's constructor fields, dtype apart.
+        input: bands, units, fill, means, stds, sensors, no_data_rule.
+        output: bands, units, nodata.
+        training: dataset, season, scores.
+        provenance: source, sha256, command, versions.
+        optimizer: {count, mu, nu, lr, plateau} to go on training from, `mu` and `nu` shaped like params.
+        overwrite: replace a bundle that is there.
+
+    Raises:
+        BundleError: the folder exists, or the variables do not fit the architecture.
+    """
+    import orbax.checkpoint as ocp
+
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise BundleError(f"{path}: already exists; choose another folder or ask to overwrite it")
+    module = build_module(task, architecture)
+    variables = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+    _compare_trees(str(path), abstract_variables(module), variables)
+    meta = {
+        "schema_version": SCHEMA_VERSION,
+        "task": task,
+        "architecture": architecture,
+        "input": input,
+        "output": output,
+        "training": training,
+        "provenance": provenance,
+        "weights_sha256": weights_sha256(variables),
+        "check": compute_check(module, variables),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.parent / f".{path.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(partial.absolute() / "variables", _without_empty(variables))
+            if optimizer is not None:
+                checkpointer.save(partial.absolute() / "optimizer", _as_arrays(optimizer))
+        (partial / "bundle.json").write_text(json.dumps(meta, indent=2, allow_nan=False) + "\n")
+        _replace_folder(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return path
+
+
+def read_meta(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """`bundle.json`, checked.
+
+    Raises:
+        BundleError: no bundle there, unreadable, of another schema version, or with a field missing.
+    """
+    path = Path(path)
+    file = path / "bundle.json"
+    if not file.is_file():
+        hint = "; a PyTorch file is turned into a bundle by `python -m biomass_jax.convert`" if path.is_file() else ""
+        raise BundleError(f"{path}: not a model bundle (there is no {file}){hint}")
+    try:
+        meta = json.loads(file.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BundleError(f"{file}: not readable as JSON: {error}") from error
+    if not isinstance(meta, dict) or "schema_version" not in meta:
+        raise BundleError(f"{file}: no field `schema_version`; this is not a bundle's description")
+    if meta["schema_version"] != SCHEMA_VERSION:
+        raise BundleError(
+            f"{file}: schema_version {meta['schema_version']!r}, but this version of biomass_jax reads "
+            f"{SCHEMA_VERSION}; convert the original checkpoint again, or use the matching release"
+        )
+    for field, kind in _REQUIRED.items():
+        if not isinstance(meta.get(field), kind):
+            raise BundleError(f"{file}: field `{field}` must be a {kind.__name__}, found {meta.get(field)!r}")
+    return meta
+
+
+def load(path: str | os.PathLike[str], sharding: Any = None) -> Bundle:
+    """Open a bundle written on any number of devices.
+
+    Args:
+        path: the bundle's folder.
+        sharding: where the variables go, one `jax.sharding.Sharding` or a tree of them; default, the first device.
+
+    Raises:
+        BundleError: see `read_meta`; or weights that are damaged or do not fit the architecture.
+    """
+    import jax
+
+    meta = read_meta(path)
+    abstract = _without_empty(abstract_variables(build_module(meta["task"], meta["architecture"])))
+    if sharding is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    variables = _restore(Path(path) / "variables", abstract, sharding)
+    return Bundle(Path(path), meta, {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})})
+
+
+def load_optimizer(bundle: Bundle, sharding: Any = None) -> dict[str, Any] | None:
+    """The optimiser's state of a bundle, {count, mu, nu, lr, plateau}, or None where it has none.
+
+    Raises:
+        BundleError: a damaged state, or moments that do not fit the parameters.
+    """
+    import jax
+    import orbax.checkpoint as ocp
+
+    folder = bundle.path / "optimizer"
+    if not folder.is_dir():
+        return None
+    with ocp.StandardCheckpointer() as checkpointer:
+        target = checkpointer.metadata(folder.absolute()).item_metadata.tree
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), target)
+    for moments in ("mu", "nu"):
+        _compare_trees(f"{folder}: {moments}", bundle.variables["params"], abstract[moments])
+    if sharding is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return _restore(folder, abstract, sharding)
+
+
+def verify(path: str | os.PathLike[str]) -> dict[str, float]:
+    """Recompute a bundle's digest and check.
+
+    Returns:
+        Difference of each summary from the recorded one, relative to the largest recorded value.
+
+    Raises:
+        BundleError: the weights' digest differs, or a summary differs by more than 1e-4.
+    """
+    bundle = load(path)
+    found = weights_sha256(bundle.variables)
+    if found != bundle.weights_sha256:
+        raise BundleError(f"{path}: the weights' SHA-256 is {found}, bundle.json says {bundle.weights_sha256}")
+    recorded, computed = bundle.meta["check"], compute_check(bundle.module(), bundle.variables)
+    scale = max(abs(v) for v in (recorded["min"], recorded["max"])) or 1.0
+    names = ("mean", "std", "min", "max", "values")
+    differences = {n: float(np.max(np.abs(np.subtract(computed[n], recorded[n]))) / scale) for n in names}
+    if worse := {n: d for n, d in differences.items() if not d <= CHECK_TOLERANCE}:
+        raise BundleError(
+            f"{path}: the model's output on the fixed input differs from bundle.json's `check` by {worse} "
+            f"(relative to its largest value; allowed {CHECK_TOLERANCE})"
+        )
+    return differences
+
+
+def _restore(folder: Path, abstract: Any, sharding: Any) -> Any:
+    import jax
+    import orbax.checkpoint as ocp
+
+    if isinstance(sharding, jax.sharding.Sharding):
+        sharding = jax.tree.map(lambda _: sharding, abstract)
+    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, sharding)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(folder.absolute(), target)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        # Orbax's own message can run to pages; its first line says what happened.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BundleError(f"{folder}: weights are damaged or do not fit bundle.json: {reason}") from error
+
+
+def _compare_trees(where: str, expected: dict[str, Any], found: dict[str, Any]) -> None:
+    """Raise a `BundleError` that lists every missing, unknown and misshapen array."""
+    want = {path: tuple(leaf.shape) for path, leaf in flatten(expected).items()}
+    have = {path: tuple(leaf.shape) for path, leaf in flatten(found).items()}
+    faults = [f"missing {path} {want[path]}" for path in sorted(want.keys() - have.keys())]
+    faults += [f"unknown {path} {have[path]}" for path in sorted(have.keys() - want.keys())]
+    both = sorted(want.keys() & have.keys())
+    faults += [f"{path} has shape {have[path]}, expected {want[path]}" for path in both if want[path] != have[path]]
+    if faults:
+        raise BundleError(f"{where}: weights do not fit the architecture:\n  " + "\n  ".join(faults))
+
+
+def _without_empty(variables: dict[str, Any]) -> dict[str, Any]:
+    # Orbax does not keep an empty `batch_stats`.
+    return {key: tree for key, tree in variables.items() if tree}
+
+
+def _as_arrays(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _as_arrays(value) for key, value in tree.items()}
+    return tree if hasattr(tree, "shape") else np.asarray(tree)
+
+
+def _replace_folder(source: Path, target: Path) -> None:
+    """Move `source` to `target`; a folder there is put aside first and deleted last."""
+    aside = target.parent / f".{target.name}.old"
+    if target.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        target.rename(aside)
+    source.rename(target)
+    shutil.rmtree(aside, ignore_errors=True)
