@@ -1,0 +1,238 @@
+"""Metadata, tested versions, citation, and the script that makes the environment."""
+
+import ast
+import importlib.metadata as metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import biomass_jax
+
+ROOT = Path(__file__).resolve().parent.parent
+EXTRAS = {"prep", "dask", "sweep", "hub", "bench", "docs", "tools", "dev", "tpu", "cuda"}
+# Imported under another name than the distribution's, where the distribution need not be installed.
+OTHER_NAMES = {"absl": "absl-py", "yaml": "pyyaml", "orbax": "orbax-checkpoint", "grain": "grain"}
+
+# Runs setup.py with a stand-in for setuptools, which an environment of Python 3.12 does not have.
+READ_SETUP = """
+import json, runpy, sys, types
+given = {}
+stand_in = types.ModuleType("setuptools")
+stand_in.find_packages = lambda **_: []
+stand_in.setup = given.update
+sys.modules["setuptools"] = stand_in
+runpy.run_path("setup.py")
+print(json.dumps([given["install_requires"], given["extras_require"], given["version"]]))
+"""
+
+
+@pytest.fixture(scope="module")
+def declared() -> dict[str | None, list[Requirement]]:
+    """Requirements of the core (None) and of each extra, as setup.py states them."""
+    done = subprocess.run([sys.executable, "-c", READ_SETUP], cwd=ROOT, capture_output=True, text=True, check=True)
+    core, extras, version = yaml.safe_load(done.stdout)
+    assert version == biomass_jax.__version__
+    return {name: [Requirement(r) for r in reqs] for name, reqs in {None: core, **extras}.items()}
+
+
+def pinned(path: Path) -> dict[str, str]:
+    lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+    return {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+
+
+def needed(roots: list[Requirement]) -> set[str]:
+    """Names of everything that installing `roots` brings, followed through the installed distributions."""
+    seen: set[str] = set()
+    todo = [(requirement, "") for requirement in roots]
+    while todo:
+        requirement, extra = todo.pop()
+        name = canonicalize_name(requirement.name)
+        if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
+            continue
+        for wanted in ["", *sorted(requirement.extras)]:
+            if f"{name}[{wanted}]" in seen:
+                continue
+            seen.add(f"{name}[{wanted}]")
+            try:
+                further = metadata.requires(name) or []
+            except metadata.PackageNotFoundError:  # an extra's dependency that is not installed here
+                continue
+            todo += [(Requirement(text), wanted) for text in further]
+    return {name.split("[")[0] for name in seen}
+
+
+def imports_of(folder: str) -> set[str]:
+    """Top-level names imported anywhere under a folder, without the standard library and our own."""
+    found = set()
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                found.add((node.module or "").split(".")[0])
+    return found - set(sys.stdlib_module_names) - {"biomass_jax", "data_prep", "configs"}
+
+
+def test_jax_is_bounded_no_tighter_than_it_has_to_be(declared):
+    (jax,) = [r for r in declared[None] if r.name == "jax"]
+    allowed = [v for v in ("0.9.2", "0.10.2", "0.11.0", "0.12.0", "0.12.9", "0.13.0") if jax.specifier.contains(v)]
+    assert allowed == ["0.10.2", "0.11.0", "0.12.0", "0.12.9"]
+    others = [r for r in declared[None] if r.name != "jax" and "<" in str(r.specifier)]
+    assert not others, "only JAX has an upper bound"
+
+
+def test_extras(declared):
+    assert set(declared) == {None, *EXTRAS}
+    parts = [str(r) for part in ("prep", "sweep", "docs", "tools") for r in declared[part]]
+    assert sorted(str(r) for r in declared["dev"]) == sorted(parts)
+    assert [str(r) for r in declared["bench"]] == ["torch==2.13.0"]
+
+
+def test_neither_tensorflow_nor_torch_is_needed(declared):
+    roots = [r for extra in (None, "dev", "dask", "hub") for r in declared[extra]]
+    names = needed(roots)
+    assert {"jax", "jaxlib", "numpy", "tensorflow-datasets", "tensorstore"} <= names  # it does follow
+    assert not {n for n in names if re.fullmatch(r"tensorflow(-cpu|-gpu|-intel)?|tf-nightly.*|clu|torch.*|keras", n)}
+
+
+@pytest.mark.parametrize(("folder", "extras"), [("biomass_jax", ["hub"]), ("data_prep", ["prep", "dask"])])
+def test_whatever_is_imported_is_declared(declared, folder, extras):
+    names = {canonicalize_name(r.name) for extra in [None, *extras] for r in declared[extra]}
+    owners = metadata.packages_distributions()
+    for top in imports_of(folder):
+        candidates = {OTHER_NAMES.get(top, top), *owners.get(top, [])}
+        known = names & {canonicalize_name(c) for c in candidates}
+        assert known, f"{folder} imports {top}, which setup.py does not list"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "constraints").glob("py*.txt")), ids=lambda path: path.stem)
+def test_tested_versions_satisfy_every_floor(declared, path):
+    pins = pinned(path)
+    for requirement in [*declared[None], *declared["dev"]]:
+        name = canonicalize_name(requirement.name)
+        assert name in pins, f"{path.name} does not pin {name}"
+        assert requirement.specifier.contains(pins[name]), f"{path.name}: {name} {pins[name]} against {requirement}"
+
+
+def test_the_versions_run_together_on_python_3_11_are_pinned():
+    pins = pinned(ROOT / "constraints" / "py3.11.txt")
+    expected = {
+        "jax": "0.10.2",
+        "flax": "0.12.8",
+        "optax": "0.2.8",
+        "orbax-checkpoint": "0.12.8",
+        "grain": "0.2.18",
+        "array-record": "0.8.6",
+        "tensorflow-datasets": "4.9.10",
+        "ml-collections": "1.1.0",
+        "rasterio": "1.4.4",
+    }
+    assert expected.items() <= pins.items()
+    assert pins["numpy"].startswith("2.4.")
+
+
+def test_citation_names_the_software_the_papers_and_the_data():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert (citation["cff-version"], citation["version"]) == ("1.2.0", biomass_jax.__version__)
+    assert {r["doi"] for r in citation["references"]} == {
+        "10.48550/arXiv.2406.19888",
+        "10.48550/arXiv.2310.18660",
+        "10.5067/HLS/HLSL30.002",
+        "10.5067/HLS/HLSS30.002",
+        "10.3334/ORNLDAAC/2056",
+    }
+    assert all(r["authors"] and r["title"] and r["type"] in {"article", "data"} for r in citation["references"])
+
+
+# A Python that tells its version, makes environments and "installs" by writing a line; it breaks where a file says so.
+FAKE_PYTHON = """#!/usr/bin/env bash
+set -eu
+here={here}
+case "$1 ${{2:-}}" in
+    "-m venv") echo "venv $3" >> $here/log; mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
+    "-m pip") echo "pip ${{*:3}}" >> $here/log; [ ! -e $here/break ] || exit 1 ;;
+    *) exec {real} -c "import sys; sys.version_info = {version} + sys.version_info[2:]; $2" ;;
+esac
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """A copy of what setting up reads, with pretended interpreters `new`, `newer` and `old`."""
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    for name in ("Makefile", "setup.py", "pyproject.toml", ".ci", "constraints"):
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
+    for name, version in {"new": (3, 11), "newer": (3, 99), "old": (3, 10)}.items():
+        path = tmp_path / name
+        path.write_text(FAKE_PYTHON.format(here=tmp_path, real=sys.executable, version=version))
+        path.chmod(0o755)
+    return folder
+
+
+def make(checkout: Path, *arguments: str) -> tuple[subprocess.CompletedProcess, list[str]]:
+    """Run make in the copy; return its result and what the pretended interpreters were told to do."""
+    log = checkout.parent / "log"
+    log.write_text("")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS", "PYTHON"))}
+    command = ["make", *(a.replace("@", f"{checkout.parent}/") for a in arguments)]
+    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=60)
+    return done, log.read_text().splitlines()
+
+
+def test_make_installs_once_and_again_only_when_something_changed(checkout):
+    done, log = make(checkout, "setup", "PYTHON=@new")
+    assert done.returncode == 0, done.stderr
+    assert log[0] == "venv .venv"
+    assert len(log) == 2
+    assert "--constraint constraints/py3.11.txt --editable .[tools]" in log[1]
+    for arguments in (["setup", "PYTHON=@new"], ["setup"]):
+        done, log = make(checkout, *arguments)
+        assert (done.returncode, log) == (0, []), done.stderr
+    os.utime(checkout / "setup.py")
+    _, log = make(checkout, "setup", "PYTHON=@new")
+    assert [line.split()[0] for line in log] == ["pip"]
+
+
+def test_make_redoes_an_installation_that_was_cut_short(checkout):
+    (checkout.parent / "break").touch()
+    done, log = make(checkout, "setup", "PYTHON=@new")
+    assert done.returncode != 0
+    assert [line.split()[0] for line in log] == ["venv", "pip"]
+    (checkout.parent / "break").unlink()
+    done, log = make(checkout, "setup", "PYTHON=@new")
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in log] == ["venv", "pip"]
+
+
+def test_make_takes_another_python_when_told(checkout):
+    make(checkout, "setup", "PYTHON=@new")
+    done, log = make(checkout, "setup", "PYTHON=@newer")
+    assert [line.split()[0] for line in log] == ["venv", "pip"]
+    assert "constraint" not in log[1]
+    assert "No tested set of versions for Python 3.99" in done.stdout
+
+
+@pytest.mark.parametrize(("python", "message"), [("@old", "is Python 3.10"), ("@none", "cannot run")])
+def test_make_says_what_is_wrong_with_the_python(checkout, python, message):
+    done, log = make(checkout, "setup", f"PYTHON={python}")
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "make test PYTHON=python3.12" in done.stderr
+    assert log == []
+    assert not (checkout / ".venv").exists()
+
+
+def test_make_alone_lists_the_targets(checkout):
+    done, _ = make(checkout)
+    for target in ("demo", "test", "test-slow", "check", "bench", "clean"):
+        assert re.search(rf"^  {target} +\w", done.stdout, re.M), done.stdout
