@@ -94,11 +94,8 @@ def raster_errors(name: str) -> Iterator[None]:
         with rasterio.Env(GDAL_CACHEMAX=CACHE_BYTES):
             yield
     except (RasterioError, CPLE_BaseError, OSError) as error:
-        if isinstance(error, RasterError):
-            raise
-        cause = error.__cause__ or error.__context__
-        detail = f"{error}" if cause is None or str(cause) in str(error) else f"{error}: {cause}"
-        raise RasterError(f"{name}: {detail}") from error
+        # rasterio's own message for a failed read or write only points to GDAL's
+        raise RasterError(f"{name}: {error.__cause__ or error}") from error
 
 
 def open_quietly(path: str, mode: str = "r", **options: Any) -> Any:

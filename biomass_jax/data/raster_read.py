@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import PurePath
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+import rasterio
 from rasterio.windows import Window
 
 from biomass_jax.data import bands
@@ -108,9 +109,13 @@ class ImageSource:
             _said_unverified.add(selection.unverified)
 
     def _open_file(self, path: str) -> Any:
-        if is_tiff(path):
-            verify_blocks(path, sparse_ok=True)
-        dataset = self._stack.enter_context(open_quietly(path))
+        far = path.startswith("/vsi")
+        # GDAL would list a far folder to look for side files
+        with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR") if far else nullcontext():
+            dataset = self._stack.enter_context(open_quietly(path))
+        for file in dataset.files:  # of a VRT, those it refers to as well
+            if is_tiff(file):
+                verify_blocks(file, sparse_ok=True)
         if dataset.count == 0:
             raise RasterError(f"{self.name}: no raster bands in it; name one of its sub-datasets")
         return dataset

@@ -10,6 +10,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,8 +24,9 @@ from biomass_jax.data.raster_blocks import verify_blocks
 from biomass_jax.data.raster_common import Grid, RasterError, open_quietly, raster_errors
 
 # Deflate is read everywhere; level 1 is within a few percent of level 6 on float32 with predictor 3 and much quicker.
-_COMPRESSION = {"compress": "deflate", "num_threads": "ALL_CPUS", "bigtiff": "IF_SAFER"}
+_COMPRESSION = {"compress": "deflate", "bigtiff": "IF_SAFER"}
 _LEVEL = 1
+_FULL = "is the disk full, or a limit on file sizes set (ulimit -f)?"
 
 
 def check_space(folder: str | os.PathLike[str], needed: int) -> None:
@@ -47,7 +49,7 @@ def check_space(folder: str | os.PathLike[str], needed: int) -> None:
         raise RasterError(f"{folder}: can't write to this folder: {error.strerror or error}") from error
     if free < needed:
         raise RasterError(
-            f"{folder}: {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB needed for the map and its working copy; "
+            f"{folder}: {free / 1e6:,.1f} MB free, {needed / 1e6:,.1f} MB needed for the map and its working copies; "
             "make room or choose another folder"
         )
 
@@ -133,6 +135,7 @@ class MapWriter:
             blockysize=self._block,
             predictor=3,
             zlevel=_LEVEL,
+            num_threads=1,  # with more, GDAL says nothing when the disk is full: hours of work would go on for nothing
             **_COMPRESSION,
         )
         dataset.set_band_description(1, description)
@@ -188,7 +191,7 @@ class MapWriter:
     def _flush(self, rows: int) -> None:
         """Write one row of blocks, each of them whole and once, and take their checksums."""
         top = self._next_row - rows
-        with raster_errors(f"{self.path}: writing rows {top} to {self._next_row} to {self._partial.name}"):
+        with raster_errors(f"{self.path}: writing rows {top} to {self._next_row} to {self._partial.name}; {_FULL}"):
             self._dataset.write(self._buffer[:rows], 1, window=Window(0, top, self.grid.width, rows))
         for left in range(0, self.grid.width, self._block):
             self._checksums.append(_checksum(self._buffer[:rows, left : left + self._block]))
@@ -216,12 +219,9 @@ class MapWriter:
 
     def abort(self) -> None:
         """Give up: remove the working files and leave the target as it is."""
-        try:
+        with suppress(RasterError):  # what GDAL has to say about a file that goes anyway
             self._close_dataset()
-        except RasterError:
-            pass  # the file goes anyway
-        finally:
-            self._remove_working_files()
+        self._remove_working_files()
 
     def _timed(self, what: str, step: Any) -> None:
         began = time.perf_counter()
@@ -231,12 +231,12 @@ class MapWriter:
     def _close_dataset(self) -> None:
         dataset, self._dataset = self._dataset, None
         if dataset is not None:
-            with raster_errors(f"{self.path}: closing {self._partial.name}"):
+            with raster_errors(f"{self.path}: closing {self._partial.name}; {_FULL}"):
                 dataset.close()
 
     def _copy(self) -> None:
         """GDAL's COG driver: overviews are means of the valid pixels, because the copy carries the no-data value."""
-        with raster_errors(f"{self.path}: making the COG"):
+        with raster_errors(f"{self.path}: making the COG; {_FULL}"):
             rasterio.shutil.copy(
                 str(self._partial),
                 str(self._cog),
@@ -247,11 +247,15 @@ class MapWriter:
                 overviews="IGNORE_EXISTING",
                 overview_resampling="AVERAGE",
                 statistics="NO",
+                num_threads="ALL_CPUS",
                 **_COMPRESSION,
             )
 
     def _verify(self, path: Path) -> None:
-        verify_blocks(path)
+        try:
+            verify_blocks(path)
+        except RasterError as error:
+            raise RasterError(f"{self.path}: not written whole; {_FULL} {error}") from error
         checksums = iter(self._checksums)
         with raster_errors(f"{self.path}: reading back {path.name}"), open_quietly(str(path)) as dataset:
             if (dataset.height, dataset.width) != (self.grid.height, self.grid.width):
@@ -264,7 +268,7 @@ class MapWriter:
                     if _checksum(block) != next(checksums):
                         raise RasterError(
                             f"{self.path}: {path.name} holds other values than were written, in the block at row "
-                            f"{top}, column {left}; is the disk full or failing?"
+                            f"{top}, column {left}; {_FULL}"
                         )
 
     def _publish(self) -> None:
@@ -281,11 +285,11 @@ class MapWriter:
             raise RasterError(f"{self.path}: can't put the map in its place: {error.strerror or error}") from error
 
     def _remove_working_files(self) -> None:
-        for name in (self._partial, self._cog):
-            name.unlink(missing_ok=True)
-            # GDAL's own working and side files, which a killed run leaves too
-            for extra in (".aux.xml", ".ovr", ".ovr.tmp", ".msk.ovr.tmp"):
-                name.with_name(name.name + extra).unlink(missing_ok=True)
+        with raster_errors(f"{self.path}: removing working files"):
+            for name in (self._partial, self._cog):
+                # beside each file the working and side files that GDAL itself may have left when killed
+                for extra in ("", ".aux.xml", ".ovr.tmp"):
+                    name.with_name(name.name + extra).unlink(missing_ok=True)
 
 
 def _checksum(block: np.ndarray) -> int:
