@@ -1,0 +1,236 @@
+"""A model's constructor fields, read from the shapes of its tensors and checked against what the checkpoint declares.
+
+What shapes cannot tell (drop path, dropout, the final activation) is taken from the declaration or a flag; a field that
+neither gives is asked for and never guessed.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from biomass_jax.convert.declared import Declared
+from biomass_jax.convert.errors import ConvertError
+from biomass_jax.convert.layouts_rows import Layout, Shape
+from biomass_jax.convert.resize import window_of
+
+# The pooling scales of UPerNet's four modules (arXiv 1807.10221; terratorch's UperNetDecoder has no other default).
+UPERNET_POOL_SCALES = (1, 2, 3, 6)
+_FINAL_RELU = {
+    "torch.nn.ReLU": True,
+    "ReLU": True,
+    "relu": True,
+    "torch.nn.Identity": False,
+    "none": False,
+    None: False,
+}
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    """What the user says about the model: None where a flag was not given."""
+
+    drop_path: float | None = None
+    head_dropout: float | None = None
+    final_act: str | None = None
+    pool_scales: tuple[int, ...] | None = None
+
+
+class _Shapes:
+    """Shapes by path, with the file's name of a tensor for messages."""
+
+    def __init__(self, layout: Layout, shapes: Mapping[str, Shape]):
+        self.layout = layout
+        self.shapes = shapes
+
+    def need(self, path: str) -> Shape:
+        if path not in self.shapes:
+            raise ConvertError(f"missing tensor {self.layout.key_of(path)}: without it the architecture is unknown")
+        return self.shapes[path]
+
+    def count(self, prefix: str) -> int:
+        """How many numbered parts `prefix`0, `prefix`1, ... there are."""
+        numbers = sorted(
+            {int(found[1]) for path in self.shapes if (found := re.match(rf"{prefix}(-?\d+)/", path)) is not None}
+        )
+        if numbers != list(range(len(numbers))):
+            name = re.sub(r"^params/", "", prefix).replace("\\", "")
+            raise ConvertError(f"{name}N: the numbers found are {numbers}; expected 0, 1, ... without a gap")
+        return len(numbers)
+
+    def first_of(self, prefix: str, count: int, suffix: str) -> tuple[str, Shape]:
+        """The first tensor prefix{n}suffix there is; blocks of a stage have the same shapes."""
+        path = next((p for n in range(count) if (p := f"{prefix}{n}{suffix}") in self.shapes), f"{prefix}0{suffix}")
+        return path, self.need(path)
+
+
+def from_shapes(layout: Layout, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """The fields that shapes tell.
+
+    Args:
+        layout: the checkpoint's layout.
+        shapes: path -> shape, both in our form.
+
+    Raises:
+        ConvertError: a tensor without which a field stays unknown is missing, or a shape makes no sense.
+    """
+    tensors = _Shapes(layout, shapes)
+    kernel = tensors.need("params/encoder/patch_embed/projection/kernel")
+    if kernel[0] != kernel[1]:
+        raise ConvertError(f"the patch embedding's kernel is {kernel[0]} x {kernel[1]}; expected a square one")
+    stages = tensors.count("params/encoder/stages_")
+    depths = tuple(tensors.count(rf"params/encoder/stages_{i}/blocks_") for i in range(stages))
+    if not stages or 0 in depths:
+        raise ConvertError(f"found {stages} stages with {depths} blocks; expected at least one block in every stage")
+    heads, window = _attention(tensors, depths)
+    path, fc1 = tensors.first_of("params/encoder/stages_0/blocks_", depths[0], "/mlp/fc1/kernel")
+    fields: dict[str, Any] = {
+        "embed_dim": kernel[3],
+        "depths": depths,
+        "num_heads": heads,
+        "window_size": window,
+        "mlp_ratio": fc1[1] / fc1[0],
+        "patch_size": kernel[0],
+        "in_channels": kernel[2],
+        "shift_single_window": layout.shift_single_window,
+    }
+    if layout.task == "biomass":
+        fields["decoder_channels"] = tensors.need("params/decoder/fpn_bottleneck/conv/kernel")[3]
+        fields["upscale_layers"] = tensors.count("params/head/upscale_")
+    elif layout.task == "simmim":
+        fields["encoder_stride"] = _encoder_stride(tensors, kernel[2])
+    else:
+        fields["stage_norms"] = False
+        fields["final_norm"] = any(path.startswith("params/encoder/norm/") for path in shapes)
+    return fields
+
+
+def _attention(tensors: _Shapes, depths: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+    """Heads of each stage and the window size, from the relative position bias tables."""
+    heads, windows = [], {}
+    for i, depth in enumerate(depths):
+        path, table = tensors.first_of(
+            f"params/encoder/stages_{i}/blocks_", depth, "/attn/relative_position_bias_table"
+        )
+        key = tensors.layout.key_of(path)
+        window = window_of(table[0])
+        if window is None:
+            raise ConvertError(f"{key} has {table[0]} rows; expected (2 w - 1)^2 for a window of w")
+        heads.append(table[1])
+        windows[key] = window
+    if len(set(windows.values())) > 1:
+        found = ", ".join(f"{key}: {window}" for key, window in windows.items())
+        raise ConvertError(f"window sizes differ between stages ({found}); expected one for all")
+    return tuple(heads), next(iter(windows.values()))
+
+
+def _encoder_stride(tensors: _Shapes, bands: int) -> int:
+    out = tensors.need("params/decoder/kernel")[3]
+    stride = round((out / bands) ** 0.5)
+    if stride**2 * bands != out:
+        raise ConvertError(f"decoder.0.weight has {out} outputs; expected stride^2 x {bands} input bands")
+    return stride
+
+
+# Our field <- the declared argument that must agree with it.
+_DECLARED = {
+    "embed_dim": "backbone_embed_dim",
+    "depths": "backbone_depths",
+    "num_heads": "backbone_num_heads",
+    "window_size": "backbone_window_size",
+    "mlp_ratio": "backbone_mlp_ratio",
+    "patch_size": "backbone_patch_size",
+    "in_channels": "in_channels",
+    "decoder_channels": "decoder_channels",
+    "upscale_layers": "head_learned_upscale_layers",
+}
+# Declared arguments for which this model has one value only.
+_FIXED = {"num_frames": 1, "decoder": "UperNetDecoder", "decoder_align_corners": True}
+
+
+def complete(
+    layout: Layout, fields: Mapping[str, Any], pool_modules: int, declared: Declared, flags: ModelFlags
+) -> tuple[dict[str, Any], list[str]]:
+    """Add what shapes do not tell, and check them against what is declared.
+
+    Args:
+        layout: the checkpoint's layout.
+        fields: from `from_shapes`.
+        pool_modules: how many pooling modules the decoder has.
+        declared: the checkpoint's and the config's arguments.
+        flags: the user's.
+
+    Returns:
+        The constructor's fields, and a sentence for each that is missing, naming its flag.
+
+    Raises:
+        ConvertError: declarations, flags and shapes contradict each other.
+    """
+    _check_declared(fields, declared)
+    result = dict(fields)
+    missing: list[str] = []
+
+    def ask(field: str, name: str, flag: str, given: Any, convert: Any = float) -> None:
+        value = _one_value(name, flag, given, declared, convert)
+        if value is None:
+            missing.append(f"{field} ({flag})")
+        result[field] = value
+
+    ask("drop_path_rate", "backbone_drop_path_rate", "--drop-path", flags.drop_path, _rate)
+    if layout.task == "biomass":
+        ask("head_dropout", "head_dropout", "--head-dropout", flags.head_dropout, _rate)
+        ask("final_relu", "head_final_act", "--final-act", flags.final_act, _final_relu)
+        scales = _one_value("decoder_pool_scales", "--pool-scales", flags.pool_scales, declared, _scales)
+        if scales is None and pool_modules == len(UPERNET_POOL_SCALES):
+            scales = UPERNET_POOL_SCALES
+        if scales is None:
+            missing.append("pool_scales (--pool-scales)")
+        elif len(scales) != pool_modules:
+            raise ConvertError(f"pooling scales {scales}: the checkpoint has {pool_modules} pooling modules")
+        result["pool_scales"] = scales
+    return result, missing
+
+
+def _check_declared(fields: Mapping[str, Any], declared: Declared) -> None:
+    wrong = []
+    for field, name in _DECLARED.items():
+        if field in fields and name in declared.model:
+            said, found = declared.model[name], fields[field]
+            if (tuple(said.value) if isinstance(said.value, list) else said.value) != found:
+                wrong.append(f"{field}: the tensors say {found}, {said.where} says {name} = {said.value}")
+    for name, only in _FIXED.items():
+        if name in declared.model and declared.model[name].value != only:
+            said = declared.model[name]
+            wrong.append(f"{said.where} says {name} = {said.value}; this model has {only} only")
+    if wrong:
+        raise ConvertError("; ".join(wrong))
+
+
+def _one_value(name: str, flag: str, given: Any, declared: Declared, convert: Any) -> Any:
+    """A declared value or a flag's; where there are both they must agree."""
+    said = declared.model.get(name)
+    value = convert(said.value, f"{said.where}: {name}") if said else None
+    if given is None:
+        return value
+    asked = convert(given, flag)
+    if said and asked != value:
+        raise ConvertError(f"{flag} {given} contradicts {said.where}: {name} = {said.value}")
+    return asked
+
+
+def _rate(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise ConvertError(f"{where} is {value!r}; expected a number of at least 0 and below 1")
+    return float(value)
+
+
+def _final_relu(value: Any, where: str) -> bool:
+    if not isinstance(value, str | None) or value not in _FINAL_RELU:
+        raise ConvertError(f"{where} is {value!r}; expected torch.nn.ReLU or none")
+    return _FINAL_RELU[value]
+
+
+def _scales(value: Any, where: str) -> tuple[int, ...]:
+    if not isinstance(value, list | tuple) or not all(type(v) is int and v > 0 for v in value):
+        raise ConvertError(f"{where} is {value!r}; expected positive whole numbers")
+    return tuple(value)

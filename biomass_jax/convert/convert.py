@@ -1,0 +1,377 @@
+"""A PyTorch checkpoint becomes a model bundle: find the layout, the architecture, the input; check everything; save.
+
+Nothing is guessed and nothing is left out in silence: unknown, missing, duplicate or misshapen tensors are errors that
+name them all.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from biomass_jax import bundle
+from biomass_jax.convert import architecture, declared, hub, input_meta, layouts, optimizer_state, torch_file
+from biomass_jax.convert.errors import ConvertError, name_list
+from biomass_jax.convert.layouts_rows import Layout, Match, Shape, match
+from biomass_jax.convert.resize import resize_bias_table
+from biomass_jax.convert.torch_file import TorchTensor
+from biomass_jax.models.swin_ops import relative_position_index
+
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user says besides the files.
+
+    Attributes:
+        model: fields of the architecture that shapes do not tell.
+        input: bands, statistics, sensors.
+        window_size: resize the relative position bias tables to this window.
+        optimizer: take a Lightning file's optimiser state along.
+        dataset: name of the training data.
+        season: of the training images.
+        command: the command line, for the provenance.
+    """
+
+    model: architecture.ModelFlags = field(default_factory=architecture.ModelFlags)
+    input: input_meta.InputFlags = field(default_factory=input_meta.InputFlags)
+    window_size: int | None = None
+    optimizer: bool = True
+    dataset: str | None = None
+    season: str | None = None
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was done, one (label, text) a line, and where the result lies."""
+
+    path: Path
+    lines: tuple[tuple[str, str], ...]
+
+
+@dataclass
+class Converted:
+    """A checkpoint in our form, not yet written.
+
+    Attributes:
+        file: the checkpoint.
+        keys: its keys, sorted by its layout.
+        architecture: the module's constructor fields.
+        input: the bundle's `input` entry.
+        variables: float32 arrays by path (`params/...`, `batch_stats/...`).
+        optimizer: {count, mu, nu, lr, plateau} with moments by path, or None.
+        provenance: the bundle's entry.
+    """
+
+    file: torch_file.TorchFile
+    keys: Match
+    architecture: dict[str, Any]
+    input: dict[str, Any]
+    variables: dict[str, np.ndarray]
+    optimizer: dict[str, Any] | None
+    provenance: dict[str, Any]
+
+    @property
+    def layout(self) -> Layout:
+        """The checkpoint's layout."""
+        return self.keys.layout
+
+
+def convert(
+    source: str | Path,
+    output: str | Path,
+    *,
+    config: str | Path | None = None,
+    options: Options | None = None,
+    overwrite: bool = False,
+) -> Report:
+    """Write a bundle from a checkpoint.
+
+    Args:
+        source: the checkpoint's file, or `hf://OWNER/REPO/FILE`.
+        output: folder of the bundle to be.
+        config: the training's config.yaml, a file or `hf://...`.
+        options: the user's other wishes.
+        overwrite: replace an existing bundle.
+
+    Raises:
+        ConvertError: the checkpoint, the config and the flags do not make a bundle; nothing is written.
+        TorchFileError: the file is damaged or unsafe; nothing is written.
+    """
+    options = options or Options()
+    output = Path(output)
+    if output.exists() and not overwrite:
+        raise ConvertError(f"{output} is there already; --overwrite replaces it")
+    found = read(source, config=config, options=options)
+    saved = bundle.save(
+        output,
+        nested(found.variables),
+        task=found.layout.task,
+        architecture=found.architecture,
+        input=found.input,
+        output=_output_meta(found),
+        training={"dataset": options.dataset, "season": options.season, "scores": {}},
+        provenance=found.provenance,
+        optimizer=None if found.optimizer is None else _nested_optimizer(found.optimizer),
+        overwrite=overwrite,
+    )
+    return _report(found, saved)
+
+
+def read(source: str | Path, *, config: str | Path | None = None, options: Options | None = None) -> Converted:
+    """Read and check a checkpoint without writing anything; see `convert`."""
+    options = options or Options()
+    path = _local(source)
+    file = torch_file.read(path)
+    state = state_dict(file.root, path.name)
+    keys = match(layouts.detect(state), state)
+    said = declared.read(file.root, _local(config) if config else None, source=path.name)
+    fields = _check_tensors(keys, state)
+    fields, meta = _complete(keys, fields, said, options, path.name)
+    variables = _variables(keys, state)
+    optimizer = optimizer_state.read(file.root, keys) if options.optimizer else None
+    if optimizer is not None:
+        optimizer_state.check_shapes(optimizer, {path: array.shape for path, array in variables.items()})
+    provenance = _provenance(str(source), path, file, said) | _kept_with(keys, state) | {"command": options.command}
+    found = Converted(file, keys, fields, meta, variables, optimizer, provenance)
+    if options.window_size is not None and options.window_size != fields["window_size"]:
+        _resize_window(found, options.window_size)
+    return found
+
+
+def _local(name: str | Path) -> Path:
+    if hub.is_hub_name(str(name)):
+        return hub.fetch(str(name))
+    if not Path(name).is_file():
+        raise ConvertError(f"{name}: no such file")
+    return Path(name)
+
+
+def state_dict(root: Any, name: str) -> dict[str, TorchTensor]:
+    """The dict of tensors in a checkpoint: the root itself, or what lies under `state_dict` or `model`.
+
+    Raises:
+        ConvertError: there is none, or two, or it holds other things than tensors.
+    """
+    if not isinstance(root, Mapping):
+        raise ConvertError(f"{name}: holds {type(root).__name__}; expected a state dict or a checkpoint with one")
+    inner = [key for key in ("state_dict", "model") if isinstance(root.get(key), Mapping) and root[key]]
+    if len(inner) > 1:
+        raise ConvertError(f"{name}: has weights under both {' and '.join(inner)}; expected one state dict")
+    state = root[inner[0]] if inner else root
+    others = [str(key) for key, value in state.items() if not (isinstance(key, str) and isinstance(value, TorchTensor))]
+    if not state or len(others) == len(state):
+        raise ConvertError(f"{name}: no state dict found; its keys are {name_list(map(str, root), 10)}")
+    if others:
+        raise ConvertError(f"{name}: the state dict holds more than tensors: {name_list(others)}")
+    return dict(state)
+
+
+def _check_tensors(keys: Match, state: Mapping[str, TorchTensor]) -> dict[str, Any]:
+    """Compare a checkpoint's tensors with the model of their own shapes; the architecture's fields that shapes tell."""
+    layout, problems = keys.layout, []
+    if keys.unknown:
+        problems.append(f"unknown tensors: {name_list(keys.unknown)}")
+    if keys.duplicates:
+        problems.append(f"duplicate tensors: {name_list(' = '.join(group) for group in keys.duplicates)}")
+    shapes: dict[str, Shape] = {}
+    misshapen = []
+    for path, (key, transform) in keys.tensors.items():
+        shape = transform.shape(state[key].shape)
+        if shape is None or 0 in shape:
+            misshapen.append(f"{key} {state[key].shape}, expected {len(transform.axes)} dimensions")
+        else:
+            shapes[path] = shape
+    try:
+        fields = architecture.from_shapes(layout, shapes)
+        expected = _expected(layout, fields, shapes)
+    except ValueError as error:  # ours, or the model's own about fields that do not fit each other
+        problems.append(str(error))
+        expected = {}
+    if expected:
+        missing = [layout.key_of(path) for path in expected if path not in keys.tensors]
+        if missing:
+            problems.append(f"missing tensors: {name_list(missing)}")
+        extra = [keys.tensors[path][0] for path in shapes if path not in expected]
+        if extra:
+            problems.append(f"extra tensors: {name_list(extra)}")
+        for path, shape in expected.items():
+            if shapes.get(path, shape) != shape:
+                key, transform = keys.tensors[path]
+                misshapen.append(f"{key} {state[key].shape}, expected {transform.torch_shape(shape)}")
+    if misshapen:
+        problems.append(f"misshapen tensors: {name_list(misshapen)}")
+    if problems:
+        raise ConvertError(f"layout {layout.name}: " + "; ".join(problems))
+    return fields
+
+
+def _expected(layout: Layout, fields: Mapping[str, Any], shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Path -> shape of every tensor of the model with these fields."""
+    fields = dict(fields)
+    if layout.task == "biomass":
+        fields["pool_scales"] = tuple(range(1, pool_modules(shapes) + 1))  # their number alone makes the shapes
+    variables = bundle.abstract_variables(bundle.build_module(layout.task, fields))
+    return {path: tuple(leaf.shape) for path, leaf in bundle.flatten(variables).items()}
+
+
+def pool_modules(paths: Mapping[str, Any]) -> int:
+    """How many pooling modules a decoder's paths name."""
+    return sum(path.startswith("params/decoder/psp_modules_") and path.endswith("/conv/kernel") for path in paths)
+
+
+def _complete(
+    keys: Match, fields: dict[str, Any], said: declared.Declared, options: Options, name: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """All fields and the input entry; one error asks for everything that is missing."""
+    layout = keys.layout
+    fields, missing = architecture.complete(layout, fields, pool_modules(keys.tensors), said, options.model)
+    meta, unknown = input_meta.build(said, options.input, fields["in_channels"])
+    if missing or unknown:
+        raise ConvertError(
+            f"{name} (layout {layout.name}) does not say, and no flag gives: {'; '.join([*missing, *unknown])}"
+        )
+    return fields, meta
+
+
+def _variables(keys: Match, state: Mapping[str, TorchTensor]) -> dict[str, np.ndarray]:
+    """Path -> float32 array in our layout, all finite."""
+    name = keys.layout.name
+    _check_indexes(keys, state)
+    wrong_type = [f"{key} {state[key].dtype}" for key, _ in keys.tensors.values() if state[key].dtype not in _FLOATS]
+    if wrong_type:
+        raise ConvertError(f"layout {name}: expected floating-point tensors, found {name_list(wrong_type)}")
+    result, broken = {}, []
+    for path, (key, transform) in keys.tensors.items():
+        array = transform.forward(state[key].array().astype(np.float32, copy=False))
+        if not np.isfinite(array).all():
+            broken.append(key)
+        result[path] = array
+    if broken:
+        raise ConvertError(f"layout {name}: NaN or infinite values (as float32) in {name_list(broken)}")
+    return result
+
+
+def _check_indexes(keys: Match, state: Mapping[str, TorchTensor]) -> None:
+    """A dropped relative_position_index must be the one we compute, or the biases would be read from other rows."""
+    wrong = []
+    for key in keys.buffers:
+        if key.endswith("relative_position_index"):
+            found = state[key].array()
+            side = round(found.shape[0] ** 0.5) if found.ndim == 2 else 0
+            if side == 0 or not np.array_equal(found, relative_position_index(side)):
+                wrong.append(key)
+    if wrong:
+        raise ConvertError(f"the index of relative positions is not Swin's in {name_list(wrong)}")
+
+
+def _resize_window(found: Converted, window_size: int) -> None:
+    """Bring the relative position bias tables to another window, and say so in the provenance."""
+    if found.optimizer is not None:
+        raise ConvertError(
+            "the optimiser's moments cannot be resized to another window; --no-optimizer leaves them out"
+        )
+    for path in found.variables:
+        if path.endswith("/relative_position_bias_table"):
+            found.variables[path] = resize_bias_table(found.variables[path], window_size)
+    found.provenance["window_resized"] = {"from": found.architecture["window_size"], "to": window_size}
+    found.architecture["window_size"] = window_size
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Path -> value as nested dicts."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *folders, name = path.split("/")
+        branch = tree
+        for folder in folders:
+            branch = branch.setdefault(folder, {})
+        branch[name] = value
+    return tree
+
+
+def _nested_optimizer(optimizer: Mapping[str, Any]) -> dict[str, Any]:
+    return {**optimizer, "mu": nested(optimizer["mu"])["params"], "nu": nested(optimizer["nu"])["params"]}
+
+
+def _output_meta(found: Converted) -> dict[str, Any]:
+    if found.layout.task == "biomass":
+        # -1 is safe behind a final ReLU; without one the model itself may say -1.
+        return {"bands": ["agbd"], "units": "Mg ha-1", "nodata": -1 if found.architecture["final_relu"] else -9999}
+    if found.layout.task == "simmim":
+        return {"bands": found.input["bands"], "units": "z-scores", "nodata": None}
+    return {"bands": [], "units": "features", "nodata": None}
+
+
+def _provenance(source: str, path: Path, file: torch_file.TorchFile, said: declared.Declared) -> dict[str, Any]:
+    """Where the weights are from, and what a checkpoint made of them again should say."""
+    from_hub = hub.is_hub_name(source)
+    entry: dict[str, Any] = {
+        "source": source if from_hub else path.name,
+        "sha256": file.sha256,
+        "versions": bundle.software_versions(),
+    }
+    if from_hub and (commit := hub.commit_of(path)):
+        entry["commit"] = commit
+    if said.hyper_parameters:
+        entry["hyper_parameters"] = {k: v for k, v in said.hyper_parameters.items() if declared.is_plain(v)}
+    root = file.root if isinstance(file.root, Mapping) else {}
+    for name in ("epoch", "global_step", "pytorch-lightning_version"):
+        if isinstance(root.get(name), int | str):
+            entry[name] = root[name]
+    return entry
+
+
+def _kept_with(keys: Match, state: Mapping[str, TorchTensor]) -> dict[str, Any]:
+    """What the variables have no place for and an export needs: counters, the image size; and what was left out."""
+    entry = {
+        "layout": keys.layout.name,
+        "num_batches_tracked": {path: int(state[key].array()) for path, key in keys.counters.items()},
+        "unused": keys.unused,
+    }
+    image = _image_size(keys, state)
+    return entry if image is None else entry | {"img_size": image}
+
+
+def _image_size(keys: Match, state: Mapping[str, TorchTensor]) -> int | None:
+    """Side in pixels of the images a Swin with attn_mask buffers was built for, from stage 0's mask; None without."""
+    for key in keys.buffers:
+        if key.endswith("layers.0.blocks.1.attn_mask") and len(state[key].shape) == 3:
+            windows, tokens, _ = state[key].shape
+            patch = state[keys.tensors["params/encoder/patch_embed/projection/kernel"][0]].shape[-1]
+            return round(windows**0.5) * round(tokens**0.5) * patch
+    return None
+
+
+def _report(found: Converted, saved: Path) -> Report:
+    keys, file = found.keys, found.file
+    sizes = [array.size for path, array in found.variables.items() if path.startswith("params/")]
+    dropped = f"{len(keys.buffers)} index and mask buffers, computed anew"
+    if keys.unused:
+        dropped += f"; not part of the model: {name_list(keys.unused)}"
+    lines = [
+        ("layout", f"{found.layout.name} ({file.format} file)"),
+        ("task", found.layout.task),
+        ("tensors", f"{len(sizes)} trainable, {len(found.variables) - len(sizes)} running statistics"),
+        ("parameters", f"{sum(sizes):,}"),
+        ("dropped", dropped),
+    ]
+    if keys.counters:
+        lines.append(("counters", f"{len(keys.counters)} num_batches_tracked kept in the provenance"))
+    if resized := found.provenance.get("window_resized"):
+        lines.append(("window", f"bias tables resized from {resized['from']} to {resized['to']}"))
+    if found.optimizer is not None:
+        step, rate = int(found.optimizer["count"]), found.optimizer["lr"]
+        lines.append(("optimizer", f"AdamW at step {step}, learning rate {rate:g}"))
+    if file.placeholders:
+        lines.append(("not built", name_list(file.placeholders)))
+    lines += [
+        ("sha256", file.sha256),
+        ("weights", bundle.read_meta(saved)["weights_sha256"]),
+        ("bundle", str(saved)),
+    ]
+    return Report(saved, tuple(lines))

@@ -1,0 +1,168 @@
+"""A bundle becomes a PyTorch checkpoint again: the layouts' tables read backwards.
+
+Trainable tensors and running statistics come out bit for bit; buffers that follow from the shapes are computed anew.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from biomass_jax import bundle
+from biomass_jax.convert import torch_write
+from biomass_jax.convert.convert import Report
+from biomass_jax.convert.errors import ConvertError, name_list
+from biomass_jax.convert.layouts import GRANITE, SIMMIM
+from biomass_jax.convert.layouts_rows import COUNTER, TENSOR, Layout, expand
+from biomass_jax.models.swin_ops import relative_position_index, shift_mask
+
+_LAYOUTS = {"biomass": GRANITE, "simmim": SIMMIM}
+
+
+def export(source: str | Path, output: str | Path, *, img_size: int | None = None, overwrite: bool = False) -> Report:
+    """Write a bundle as a checkpoint in its task's original layout.
+
+    A biomass bundle becomes a Lightning-like dict with keys `model.encoder...` that terratorch loads strictly, a SimMIM
+    bundle {'model': ...} with microsoft/SimMIM's keys. Both pass `torch.load(weights_only=True)`.
+
+    Args:
+        source: the bundle's folder.
+        output: the file to be.
+        img_size: side in pixels of the images SimMIM's shift masks are made for; default, that of the checkpoint the
+            bundle was converted from.
+        overwrite: replace an existing file.
+
+    Raises:
+        ConvertError: the bundle's window was resized, its task has no checkpoint layout, or the file exists.
+        BundleError: no bundle there, or a damaged one.
+    """
+    output = Path(output)
+    if output.exists() and not overwrite:
+        raise ConvertError(f"{output} is there already; --overwrite replaces it")
+    meta = bundle.read_meta(source)
+    layout = _LAYOUTS.get(meta["task"])
+    if layout is None:
+        raise ConvertError(
+            f"{source}: a bundle of task {meta['task']} is not written as a checkpoint, since parts of the original "
+            f"(its classifier) are not kept; {' and '.join(_LAYOUTS)} bundles are"
+        )
+    if resized := meta["provenance"].get("window_resized"):
+        raise ConvertError(
+            f"{source}: its bias tables were resized from window {resized['from']} to {resized['to']}, which cannot be "
+            "undone; export a bundle that was converted without --window-size"
+        )
+    opened = bundle.load(source)
+    arrays = {path: np.asarray(leaf) for path, leaf in bundle.flatten(opened.variables).items()}
+    state = dict(_state(layout, arrays, meta, img_size))
+    root = _lightning(state, meta) if layout is GRANITE else {"model": state}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    torch_write.write(output, root)
+    return Report(
+        output,
+        (
+            ("layout", layout.name),
+            ("tensors", f"{len(arrays)} of the bundle, {len(state) - len(arrays)} counters and buffers"),
+            ("weights", meta["weights_sha256"]),
+            ("file", str(output)),
+        ),
+    )
+
+
+def _state(
+    layout: Layout, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any], img_size: int | None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The state dict's items in torch's order."""
+    fields = meta["architecture"]
+    prefix = "model." if layout is GRANITE else ""
+    counters = meta["provenance"].get("num_batches_tracked", {})
+    masks = _shift_masks(fields, img_size or meta["provenance"].get("img_size")) if layout is SIMMIM else {}
+    depths = fields["depths"]
+    counts = {"k": len(fields.get("pool_scales", ())), "u": fields.get("upscale_layers", 0)}
+    counts |= {"i": len(depths), "l": len(depths) - 1, "f": len(depths) - 1}
+    written = set()
+    for row, key, path in expand(layout, lambda name, at: depths[at["i"]] if name == "j" else counts[name]):
+        if row.role == TENSOR and path in arrays:
+            written.add(path)
+            yield prefix + key, row.transform.inverse(arrays[path])
+        elif row.role == COUNTER:
+            # Torch counts batches only for a momentum of None: 0 for a model that never was torch's changes nothing.
+            yield prefix + key, np.asarray(counters.get(path, 0), np.int64)
+        elif key.endswith("relative_position_index"):
+            yield prefix + key, relative_position_index(fields["window_size"]).astype(np.int64)
+        elif key in masks:
+            yield prefix + key, masks[key]
+    if lost := sorted(set(arrays) - written):
+        raise ConvertError(f"layout {layout.name} has no place for {name_list(lost)}")
+
+
+def _shift_masks(fields: Mapping[str, Any], img_size: int | None) -> dict[str, np.ndarray]:
+    """SimMIM's attn_mask buffers: in every odd block of a stage whose map is larger than a window."""
+    window, patch = fields["window_size"], fields["patch_size"]
+    stages = len(fields["depths"])
+    if img_size is None:
+        raise ConvertError(
+            "SimMIM's shift masks depend on the image size, which the bundle does not say; give --img-size"
+        )
+    step = patch * 2 ** (stages - 1)
+    if img_size <= 0 or img_size % step or any(img_size // patch // 2**i % window for i in range(stages)):
+        raise ConvertError(
+            f"image size {img_size}: the original needs maps that are multiples of the window {window} in all {stages} "
+            f"stages, as {step * window} px gives"
+        )
+    masks: dict[str, np.ndarray] = {}
+    for i, depth in enumerate(fields["depths"]):
+        side = img_size // patch // 2**i
+        if side > window:
+            mask = shift_mask(side, side, window, window // 2)
+            masks |= {f"encoder.layers.{i}.blocks.{j}.attn_mask": mask for j in range(1, depth, 2)}
+    return masks
+
+
+def _lightning(state: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> dict[str, Any]:
+    """A Lightning checkpoint's dict around a state dict; the input's statistics go along, so that it converts back."""
+    provenance, source = meta["provenance"], meta["input"]
+    return {
+        "epoch": provenance.get("epoch", 0),
+        "global_step": provenance.get("global_step", 0),
+        "pytorch-lightning_version": provenance.get("pytorch-lightning_version", "2.2.5"),
+        "state_dict": dict(state),
+        "hparams_name": "kwargs",
+        "hyper_parameters": provenance.get("hyper_parameters") or _hyper_parameters(meta),
+        "datamodule_hyper_parameters": {
+            "output_bands": source["bands"],
+            "means": source["means"],
+            "stds": source["stds"],
+            "no_data_replace": 0,
+        },
+    }
+
+
+def _hyper_parameters(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Terratorch's arguments for this architecture."""
+    fields = meta["architecture"]
+    return {
+        "model_args": {
+            "decoder": "UperNetDecoder",
+            "pretrained": False,
+            "backbone": "prithvi_swin_B",
+            "backbone_embed_dim": fields["embed_dim"],
+            "backbone_depths": list(fields["depths"]),
+            "backbone_num_heads": list(fields["num_heads"]),
+            "backbone_window_size": fields["window_size"],
+            "backbone_mlp_ratio": fields["mlp_ratio"],
+            "backbone_patch_size": fields["patch_size"],
+            "backbone_drop_path_rate": fields["drop_path_rate"],
+            "decoder_channels": fields["decoder_channels"],
+            "decoder_pool_scales": list(fields["pool_scales"]),
+            "in_channels": fields["in_channels"],
+            "bands": list(meta["input"]["bands"]),
+            "num_frames": 1,
+            "head_dropout": fields["head_dropout"],
+            "head_final_act": "torch.nn.ReLU" if fields["final_relu"] else None,
+            "head_learned_upscale_layers": fields["upscale_layers"],
+        },
+        "model_factory": "PrithviModelFactory",
+        "loss": "rmse",
+        "ignore_index": -1,
+    }

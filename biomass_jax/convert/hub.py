@@ -1,0 +1,57 @@
+"""Files of the Hugging Face hub, named `hf://OWNER/REPO/FILE` or `hf://OWNER/REPO@REVISION/FILE`."""
+
+import re
+from pathlib import Path
+
+from biomass_jax.convert.errors import ConvertError
+
+PREFIX = "hf://"
+_NAME = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/@]+))?/(?P<file>[^/].*)")
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name is one of the hub's."""
+    return name.startswith(PREFIX)
+
+
+def fetch(name: str) -> Path:
+    """Download a file of the hub, or find it in the local cache.
+
+    Args:
+        name: `hf://OWNER/REPO/FILE`, FILE with sub-folders where there are any; `REPO@REVISION` picks a branch, tag or
+            commit (a slash in its name written %2F).
+
+    Returns:
+        The local file.
+
+    Raises:
+        ConvertError: the name has another form, huggingface_hub is not installed, or the download failed.
+    """
+    found = _NAME.fullmatch(name)
+    if found is None:
+        raise ConvertError(f"{name}: expected hf://OWNER/REPO/FILE or hf://OWNER/REPO@REVISION/FILE")
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise ConvertError(
+            f"{name}: reading from the hub needs huggingface_hub: pip install 'biomass-jax[hub]' "
+            "(or download the file yourself and give its path)"
+        ) from None
+    revision = found["revision"]
+    try:
+        return Path(
+            huggingface_hub.hf_hub_download(
+                repo_id=found["repo"],
+                filename=found["file"],
+                revision=revision.replace("%2F", "/") if revision else None,
+            )
+        )
+    except Exception as error:  # the library's own errors, its HTTP client's and the system's: all mean "not fetched"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConvertError(f"{name}: could not be fetched ({type(error).__name__}: {reason})") from error
+
+
+def commit_of(path: Path) -> str | None:
+    """The commit a file in the hub's cache belongs to (`.../snapshots/COMMIT/FILE`), None where the path has none."""
+    parts = path.parts
+    return parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-1] else None
