@@ -1,0 +1,105 @@
+"""The main job on made-up data, as a user would run it: `make demo`, or `python launch/demo.py [--out demo_out]`.
+
+Each command is printed before it runs, so it can be copied. What an earlier demo left in the folder is made anew.
+"""
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+CHECKPOINT = "tests/golden/ckpt_micro_cli/state_dict.ckpt"  # real, but tiny: 125,327 parameters, three epochs
+TIME_LIMIT = 290.0  # seconds for all stages together
+
+
+class DemoError(Exception):
+    """A stage failed or took too long."""
+
+
+def stages(out: Path) -> list[tuple[str, list[str]]]:
+    """Titles and commands, in order; a command is what follows `python`."""
+    return [
+        (
+            "Make an HLS scene of 460 x 700 pixels",
+            ["-m", "data_prep.synthetic", "--out", f"{out}/granules", "--size", "460x700"],
+        ),
+        (
+            "Convert a PyTorch checkpoint into a model bundle",
+            # This checkpoint doesn't hold the statistics of its training images; the released model's stand in.
+            ["-m", "biomass_jax.convert", "--input", CHECKPOINT, "--statistics", "granite", "--output", f"{out}/model"],
+        ),
+        (
+            "Map the scene",
+            ["-m", "biomass_jax.main", "--config", "configs/predict.py", "--workdir", f"{out}/maps"]
+            + [f"--config.bundle={out}/model", f"--config.inputs={out}/granules", "--config.quicklook=true"],
+        ),
+    ]
+
+
+def run(title: str, command: list[str], seconds_left: float) -> None:
+    """Print a stage's title and command, run it, print its time.
+
+    Raises:
+        DemoError: the command failed, or was stopped because no time was left.
+    """
+    print(f"\n== {title}\n$ python {shlex.join(command)}", flush=True)
+    # The second demo takes its compiled programs from here.
+    environment = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax-demo"), "MPLBACKEND": "Agg", **os.environ}
+    began = time.monotonic()
+    try:
+        code = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, timeout=seconds_left).returncode
+    except subprocess.TimeoutExpired:
+        raise DemoError(f"'{title}' was stopped: the demo has {TIME_LIMIT:.0f} s in all") from None
+    if code:
+        raise DemoError(f"'{title}' failed with exit code {code}; the command is printed above")
+    print(f"   {time.monotonic() - began:.1f} s")
+
+
+def summary(out: Path) -> str:
+    """Return where the map and its picture lie, with a few numbers read back from the map."""
+    from biomass_jax.data import raster
+
+    lines = []
+    for path in sorted((ROOT / out / "maps").rglob("*_agbd.tif")):
+        biomass = raster.read_preview(path, max_size=10_000)  # no-data is NaN
+        known = np.isfinite(biomass)
+        low, middle, high = np.percentile(biomass[known], [5, 50, 95])
+        tags = raster.read_tags(path)
+        lines += [
+            f"map        {os.path.relpath(path, ROOT)}",
+            f"picture    {os.path.relpath(path.with_name(path.stem + '_quicklook.png'), ROOT)}",
+            f"size       {biomass.shape[0]} x {biomass.shape[1]} pixels, {1 - known.mean():.1%} without data",
+            f"biomass    5 % below {low:.1f}, half below {middle:.1f}, 95 % below {high:.1f} Mg/ha",
+            f"made from  {tags['DATA_SOURCES']} ({tags['SENSORS']}, {tags['SEASON']})",
+        ]
+    lines.append("The checkpoint is a toy, so its numbers mean nothing; README.md shows the released model.")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run all stages; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python launch/demo.py", description="The main job on made-up data.")
+    parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for everything, in the checkout (demo_out)")
+    out = parser.parse_args(argv).out
+    began = time.monotonic()
+    for folder in ("granules", "model", "maps"):
+        shutil.rmtree(ROOT / out / folder, ignore_errors=True)
+    try:
+        for title, command in stages(out):
+            run(title, command, TIME_LIMIT - (time.monotonic() - began))
+    except DemoError as error:
+        print(f"\nmake demo: {error}", file=sys.stderr)
+        return 1
+    print(f"\n== Done in {time.monotonic() - began:.0f} s\n{summary(out)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
