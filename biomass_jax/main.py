@@ -1,0 +1,155 @@
+"""Run one config: `python -m biomass_jax.main --config configs/X.py --workdir DIR [--config.field=value]`.
+
+Exit codes: 0 finished, 75 stopped by SIGTERM (give the same command again to go on), anything else failed.
+"""
+
+import json
+import logging
+import os
+import runpy
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+
+STOPPED = 75
+ROOT = Path(__file__).resolve().parent.parent
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A file of configs/; change a field with --config.field=value."
+)
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that the run writes; made if it isn't there.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+log = logging.getLogger("biomass_jax")
+
+
+class UsageError(ValueError):
+    """The command line or the config can't be run."""
+
+
+class Stopped(BaseException):
+    """SIGTERM came; a BaseException so that nothing takes it for a failure."""
+
+
+def main(argv: list[str]) -> None:
+    """Run the mode that the config names."""
+    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax logs a page at INFO
+    if len(argv) > 1:
+        raise UsageError(f"unexpected arguments {argv[1:]}; fields are given as --config.field=value")
+    config = CONFIG.value
+    if config.mode not in MODES:
+        raise UsageError(f"config.mode is {config.mode!r}; expected one of {', '.join(sorted(MODES))}")
+    workdir = Path(WORKDIR.value or "")
+    write_config(config, workdir)
+    # Read by JAX when it is imported, which happens below: a second run compiles next to nothing.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(workdir.absolute().parent / ".jax_cache"))
+    MODES[config.mode](config, workdir)
+
+
+def predict(config: Any, workdir: Path) -> None:
+    """Maps, on all local devices."""
+    from biomass_jax.prediction.run import run
+
+    run(config, workdir, shardings=local_shardings)
+
+
+def local_shardings() -> dict[str, Any]:
+    """`Predictor`'s placement arguments for all local devices; starts JAX."""
+    from biomass_jax.training import sharding
+
+    mesh = sharding.create_mesh()
+    return {"batch_sharding": sharding.batch_sharding(mesh), "replicated": sharding.replicated(mesh)}
+
+
+MODES: dict[str, Callable[[Any, Path], None]] = {"predict": predict}
+
+
+def write_config(config: Any, workdir: Path) -> None:
+    """`config.json`: what the run was started with."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        partial = workdir / ".config.json.partial"
+        partial.write_text(json.dumps(json.loads(config.to_json()), indent=2) + "\n")
+        partial.replace(workdir / "config.json")
+    except OSError as error:
+        raise UsageError(f"{workdir}: can't write to the workdir: {error.strerror or error}") from error
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser, with a readable message for a config that isn't there and for an unknown field."""
+    path = _config_path(argv)
+    if path is not None and not path.is_file():
+        raise UsageError(f"{path}: no such config file")
+    try:
+        return app.parse_flags_with_usage(argv)
+    except AttributeError as error:
+        if path is None:
+            raise
+        fields = ", ".join(sorted(runpy.run_path(str(path))["get_config"]().keys()))
+        raise UsageError(f"{path}: no field {str(error).strip(chr(34))} in this config; it has {fields}") from error
+
+
+def _config_path(argv: list[str]) -> Path | None:
+    """The file given as `--config=X` or `--config X`."""
+    for flag, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, value = flag.lstrip("-").partition("=")
+        if name == "config" and flag.startswith("-"):
+            return Path(value if equals else following)
+    return None
+
+
+def known_errors() -> tuple[type[Exception], ...]:
+    """Errors whose message says all; anything else is a fault of the program and shows its traceback."""
+    from biomass_jax.bundle import BundleError
+    from biomass_jax.data.bands import BandError
+    from biomass_jax.data.raster import RasterError
+    from biomass_jax.prediction.stream import PredictionError
+    from biomass_jax.prediction.tiling import TilingError
+
+    return UsageError, BundleError, BandError, RasterError, PredictionError, TilingError
+
+
+def set_up_logging() -> None:
+    """Our own lines from INFO on; libraries from WARNING on, as they are."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+def _stop(*_: object) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Stopped
+
+
+def cli() -> NoReturn:
+    """Parse, run, and turn what happens into an exit code."""
+    set_up_logging()
+    sys.path.append(str(ROOT))  # configs import each other from a checkout, wherever the command is given
+    signal.signal(signal.SIGTERM, _stop)
+    began = time.monotonic()
+    try:
+        app.run(main, flags_parser=parse_flags)
+    except Stopped:
+        log.warning("stopped by SIGTERM after %.0f s; give the same command again to go on", time.monotonic() - began)
+        logging.shutdown()
+        # Threads may be compiling or reading: leaving at once is what was asked for, and nothing half-written is there.
+        os._exit(STOPPED)
+    except Exception as error:
+        if not isinstance(error, known_errors()):
+            raise
+        log.error("%s", error)
+        sys.exit(1)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,187 @@
+"""What belongs to a map beside its pixels: its name, its tags, whether it is finished, what failed."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+
+import biomass_jax
+from biomass_jax import figures
+from biomass_jax.data import raster
+from biomass_jax.data.bands import no_data, parse_band_list
+from biomass_jax.prediction.stream import PredictionError
+
+# A finished map is kept only where all of these are what a new one would carry.
+IDENTITY = ("MODEL_SHA256", "SETTINGS", "SOURCE_SIZE", "SOURCE_MTIME_NS")
+QUICKLOOK_SIZE = 1000  # px of the longer side
+LAYER_TITLES = {"agbd": "Above-ground biomass"}
+UNIT_TITLES = {"Mg ha-1": "Mg/ha"}
+TIFF_SUFFIXES = (".tif", ".tiff")
+
+
+@dataclass
+class MapOptions:
+    """How maps are made from files, beside the predictor's own settings.
+
+    Attributes:
+        bands: names of the files' bands where their descriptions don't say, None for an unused band; see
+            `bands.parse_band_list` for how it may be spelled.
+        mask: a raster of classes on any grid; pixels of other classes than `mask_keep` become no-data.
+        mask_keep: the classes to keep.
+        overwrite: make maps again that are finished.
+        quicklook: write a PNG beside each map.
+        progress: show a bar on a terminal, lines in a log.
+    """
+
+    bands: Any = None
+    mask: str | os.PathLike[str] | None = None
+    mask_keep: Sequence[int] | None = None
+    overwrite: bool = False
+    quicklook: bool = False
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        self.bands = parse_band_list(self.bands)
+        self.mask = None if self.mask is None else os.fspath(self.mask)
+        if (self.mask is None) != (not self.mask_keep):
+            raise PredictionError(
+                f"mask is {self.mask!r} and mask_keep is {self.mask_keep!r}: give both or neither, the raster and "
+                "the classes in it to keep"
+            )
+
+    def settings(self) -> dict[str, Any]:
+        """What a map's values depend on; a local mask counts by its size and time as well."""
+        found: dict[str, Any] = {"bands": self.bands, "mask": self.mask, "mask_keep": self.mask_keep}
+        if self.mask is not None and os.path.exists(self.mask):
+            status = os.stat(self.mask)
+            found["mask_identity"] = [status.st_size, status.st_mtime_ns]
+        return found
+
+
+@dataclass(frozen=True)
+class MapResult:
+    """One finished map; `os.fspath` gives its path.
+
+    status: `written` or `skipped` (finished before). seconds: of the whole map. timings: seconds in `read`, `compute`
+    (waiting for the device), `blend`, `write`, and `verify` and `copy` (the COG) after the last row; the first four
+    overlap. mask_share: share of pixels with data that the mask keeps, None without a mask or where skipped.
+    """
+
+    source: str
+    path: Path
+    status: str
+    chips: int = 0
+    seconds: float = 0.0
+    timings: dict[str, float] = field(default_factory=dict)
+    mask_share: float | None = None
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+
+def map_path(dst: str | os.PathLike[str], relative: PurePath, name: str) -> Path:
+    """`DST/<sub-folder>/<stem>_<name>.tif`, or DST itself where it ends in .tif."""
+    if is_tiff_path(dst):
+        return Path(dst)
+    return Path(dst) / relative.parent / f"{relative.name}_{name}.tif"
+
+
+def is_tiff_path(dst: str | os.PathLike[str]) -> bool:
+    """Whether a destination means a file and not a folder."""
+    return Path(dst).suffix.lower() in TIFF_SUFFIXES and not Path(dst).is_dir()
+
+
+def quicklook_path(path: Path) -> Path:
+    """`<map's stem>_quicklook.png` beside the map."""
+    return path.with_name(f"{path.stem}_quicklook.png")
+
+
+def map_tags(source: raster.ImageSource, model_sha256: str, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Tags of a map: where it comes from and all that its values depend on."""
+    identity = source.identity()
+    return {
+        "AREA_OR_POINT": "Area",
+        "DATA_SOURCES": source.tags.get("DATA_SOURCES") or "; ".join(source.sources),
+        "SEASON": source.season or "",
+        "SENSORS": source.sensor or "",
+        "MODEL_SHA256": model_sha256,
+        "SOFTWARE": f"biomass_jax {biomass_jax.__version__}",
+        "SETTINGS": json.dumps(settings, sort_keys=True),
+        "SOURCE_SIZE": str(identity["size"]),
+        "SOURCE_MTIME_NS": str(identity["mtime_ns"]),
+    }
+
+
+def is_finished(path: Path, tags: Mapping[str, str]) -> bool:
+    """Whether a whole map with these tags lies there."""
+    if not path.is_file():
+        return False
+    try:
+        found = raster.read_tags(path)
+        raster.verify_blocks(path)
+    except raster.RasterError:
+        return False
+    return all(found.get(key) == tags[key] for key in IDENTITY)
+
+
+class MapReader:
+    """Rows of an image with the pixels that get a value, and the mask's share of those with data; a context manager."""
+
+    def __init__(self, source: raster.ImageSource, options: MapOptions) -> None:
+        self._source = source
+        self._mask: raster.MaskSource | None = None
+        if options.mask is not None:
+            self._mask = raster.MaskSource(options.mask, source.grid, options.mask_keep or ())
+        self._data = self._kept = 0
+
+    def __enter__(self) -> "MapReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._mask is not None:
+            self._mask.close()
+
+    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Pixels (rows, W, bands) and bool (rows, W), True where the map gets a value."""
+        pixels = self._source.read_rows(start, stop)
+        wanted = ~no_data(pixels, self._source.fill)
+        if self._mask is not None:
+            self._data += int(wanted.sum())
+            wanted &= self._mask.read_rows(start, stop)
+            self._kept += int(wanted.sum())
+        return pixels, wanted
+
+    @property
+    def share(self) -> float | None:
+        """Share of the pixels with data that the mask keeps; None without a mask."""
+        return None if self._mask is None else self._kept / max(self._data, 1)
+
+
+def write_quicklook(source: raster.ImageSource, path: Path, picture: Path, layer: str, unit: str) -> None:
+    """Draw a finished map beside its image, both at reduced size."""
+    image = source.read_preview(QUICKLOOK_SIZE)
+    colours = [source.bands.index(name) for name in ("RED", "GREEN", "BLUE")]
+    values = raster.read_preview(path, QUICKLOOK_SIZE)
+    figures.quicklook(
+        picture,
+        image[..., colours],
+        values,
+        title=PurePath(source.name).name,
+        name=LAYER_TITLES.get(layer, layer),
+        unit=UNIT_TITLES.get(unit, unit),
+    )
+
+
+def failure_table(failures: Sequence[tuple[str, Exception]], total: int) -> str:
+    """A table of inputs and what went wrong with each."""
+    width = min(max(len(name) for name, _ in failures), 60)
+    lines = [f"{len(failures)} of {total} inputs failed:"]
+    for name, error in failures:
+        reason = str(error).strip() or type(error).__name__
+        known = isinstance(error, ValueError | PredictionError)
+        lines.append(f"  {name:<{width}}  {reason if known else f'{type(error).__name__}: {reason}'}")
+    return "\n".join(lines)

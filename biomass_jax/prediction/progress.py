@@ -1,0 +1,70 @@
+"""How far a map is: a bar on a terminal, a line every ten seconds in a log."""
+
+import logging
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+
+class Progress:
+    """Counts the chips (tiles) of one map; use as a context manager around its prediction."""
+
+    def __init__(
+        self,
+        name: str,
+        total: int,
+        *,
+        terminal: bool | None = None,
+        every: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`terminal` None asks standard error; `every` is seconds between lines where it is none."""
+        self._name = name
+        self._total = total
+        self._done = 0
+        self._every = every
+        self._clock = clock
+        self._began = self._reported = clock()
+        self._bar: Any = None
+        if sys.stderr.isatty() if terminal is None else terminal:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, desc=name, unit="chip", dynamic_ncols=True)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def advance(self, chips: int) -> None:
+        """Note that `chips` more are done."""
+        self._done += chips
+        if self._bar is not None:
+            self._bar.update(chips)
+            return
+        now = self._clock()
+        if now - self._reported >= self._every and self._done < self._total:
+            self._reported = now
+            rate = self._done / (now - self._began)
+            left = (self._total - self._done) / rate if rate else float("inf")
+            log.info(
+                "%s: %d of %d chips, %.1f chips/s, %s left", self._name, self._done, self._total, rate, duration(left)
+            )
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `3 min 20 s`, `2 h 5 min`."""
+    if seconds == float("inf"):
+        return "unknown time"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"

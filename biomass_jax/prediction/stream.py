@@ -1,0 +1,211 @@
+"""Map a raster in bounded memory: read, predict, blend and write at the same time (NumPy and threads only).
+
+    reader thread -> batches of tiles -> this thread: dispatch, blend -> finished rows -> writer thread
+
+Batches run over row ends, so all but the last are full and one compilation serves the whole raster. Tiles are blended
+in the plan's order whatever the batch size.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from biomass_jax.prediction.pipe import Feeder, Sink
+from biomass_jax.prediction.tiling import Blender, Plan, SourceRows, Tile
+
+# Reads source rows [start, stop) -> pixels (rows, W, C) and bool (rows, W), True where the map gets a value.
+ReadRows = Callable[[int, int], tuple[np.ndarray, np.ndarray]]
+# Starts the forward pass of a batch (B, h, w, C) -> something that np.asarray turns into (B, h, w), waiting if need be.
+Forward = Callable[[np.ndarray], object]
+WriteRows = Callable[[int, np.ndarray], None]
+
+READ_AHEAD = 2  # batches that wait for the device
+IN_FLIGHT = 2  # batches dispatched and not yet fetched: the device is never idle while one is blended
+WRITE_BEHIND = 4  # bands of rows that wait for the disk
+
+
+class PredictionError(RuntimeError):
+    """A prediction that can't be made or can't be right; `failures` lists (input, error) where several were tried."""
+
+    def __init__(self, message: str, failures: Sequence[tuple[str, Exception]] = ()) -> None:
+        super().__init__(message)
+        self.failures = list(failures)
+
+
+@dataclass
+class Batch:
+    """Tiles of one forward pass; `skipped` tiles before its end have no pixel to map."""
+
+    images: np.ndarray
+    slots: list[tuple[int, Tile]] = field(default_factory=list)
+    skipped: int = 0
+
+
+@dataclass
+class Timings:
+    """Seconds spent reading, waiting for predictions, blending, and writing; they overlap."""
+
+    read: float = 0.0
+    compute: float = 0.0
+    blend: float = 0.0
+    write: float = 0.0
+
+
+class _Reader:
+    """Source rows in, batches out; the wanted rows go out first, as bool arrays (rows, W)."""
+
+    def __init__(self, plan: Plan, read: ReadRows, batch_size: int, timings: Timings) -> None:
+        self._plan = plan
+        self._read = read
+        self._batch_size = batch_size
+        self._timings = timings
+        self._wanted: deque[tuple[int, np.ndarray]] = deque()  # (first row, wanted) of rows that tiles still need
+        self._fresh: list[np.ndarray] = []
+
+    def _read_rows(self, start: int, stop: int) -> np.ndarray:
+        began = time.perf_counter()
+        pixels, wanted = self._read(start, stop)
+        self._wanted.append((start, wanted))
+        self._fresh.append(wanted)
+        self._timings.read += time.perf_counter() - began
+        return pixels
+
+    def _is_wanted(self, rows: slice, columns: slice) -> bool:
+        """Whether any pixel of a window gets a value in the map."""
+        return any(
+            wanted[max(rows.start - start, 0) : max(rows.stop - start, 0), columns].any()
+            for start, wanted in self._wanted
+        )
+
+    def items(self) -> Iterator[np.ndarray | Batch]:
+        """Wanted rows and batches in the order in which the blender needs them."""
+        plan, source, firsts = self._plan, SourceRows(self._plan, self._read_rows), self._plan.first_rows()
+        batch: Batch | None = None
+        skipped = 0
+        for index, row in enumerate(plan.rows):
+            source.advance(index)
+            yield from self._fresh
+            self._fresh.clear()
+            while self._wanted[0][0] + len(self._wanted[0][1]) <= firsts[index]:
+                self._wanted.popleft()
+            for tile in row.tiles:
+                if not self._is_wanted(*plan.window(row, tile)[:2]):
+                    skipped += 1  # all its pixels are masked in the map: its prediction would be thrown away
+                    continue
+                image = source.cut(index, tile)
+                if batch is None:
+                    batch = Batch(np.zeros((self._batch_size, *image.shape), image.dtype))
+                batch.images[len(batch.slots)] = image
+                batch.slots.append((index, tile))
+                if len(batch.slots) == self._batch_size:
+                    batch.skipped, skipped = skipped, 0
+                    yield batch
+                    batch = None
+        if batch is not None:
+            batch.skipped = skipped
+            yield batch
+
+
+class _Output:
+    """Finished rows: no-data where nothing is wanted, then on to the writer; a wanted pixel must have a number."""
+
+    def __init__(self, plan: Plan, nodata: float, put: Callable[[tuple[int, np.ndarray]], None]) -> None:
+        self._plan = plan
+        self._nodata = nodata
+        self._put = put
+        self._wanted = np.zeros((0, plan.width), bool)
+
+    def expect(self, wanted: np.ndarray) -> None:
+        """Which pixels of the next rows get a value."""
+        self._wanted = np.concatenate([self._wanted, wanted])
+
+    def emit(self, bands: Iterator[tuple[int, np.ndarray]]) -> None:
+        """Pass bands of rows on."""
+        for start, values in bands:
+            wanted, self._wanted = self._wanted[: len(values)], self._wanted[len(values) :]
+            check_finite(values, wanted, start)
+            values[~wanted] = self._nodata
+            self._put((start, values))
+
+
+def check_finite(values: np.ndarray, wanted: np.ndarray, first_row: int = 0) -> None:
+    """Raise PredictionError where a pixel with data has no finite prediction (rows, W)."""
+    bad = np.argwhere(~np.isfinite(values) & wanted)
+    if len(bad):
+        row, column = bad[0]
+        raise PredictionError(
+            f"the model returned {values[row, column]} for {len(bad)} pixels with data, the first at row "
+            f"{first_row + row}, column {column}; check the model's weights and the image for extreme values"
+        )
+
+
+def stream_map(
+    plan: Plan,
+    read: ReadRows,
+    forward: Forward,
+    write: WriteRows,
+    *,
+    batch_size: int,
+    nodata: float,
+    advance: Callable[[int], None] = lambda tiles: None,
+) -> Timings:
+    """Predict a raster tile by tile and hand its rows to `write` in order, each once.
+
+    Args:
+        plan: from `default_plan` or a reference plan.
+        read: see ReadRows; called from a thread of its own, rows in order, each once.
+        forward: see Forward; called from this thread with full batches of `batch_size` (the last padded with zeros).
+        write: called from a thread of its own with (first row, float32 values (rows, W)).
+        batch_size: tiles a forward pass.
+        nodata: value of pixels that are not wanted.
+        advance: told how many tiles were finished.
+
+    Raises:
+        PredictionError: a wanted pixel has no finite prediction.
+        Exception: whatever `read`, `forward` or `write` raised first.
+    """
+    timings = Timings()
+
+    def timed_write(band: tuple[int, np.ndarray]) -> None:
+        began = time.perf_counter()
+        write(*band)
+        timings.write += time.perf_counter() - began
+
+    reader = _Reader(plan, read, batch_size, timings)
+    blender = Blender(plan)
+    in_flight: deque[tuple[object, Batch]] = deque()
+    done: list[int] = []
+    with (
+        Sink(timed_write, WRITE_BEHIND, "map writer") as sink,
+        Feeder(reader.items(), READ_AHEAD, "map reader") as items,
+    ):
+        output = _Output(plan, nodata, sink.put)
+
+        def blend_oldest() -> None:
+            future, batch = in_flight.popleft()
+            began = time.perf_counter()
+            predictions = np.asarray(future)
+            fetched = time.perf_counter()
+            for (index, tile), prediction in zip(batch.slots, predictions, strict=False):
+                output.emit(blender.finished_before(index))
+                blender.add(index, tile, prediction)
+            timings.compute += fetched - began
+            timings.blend += time.perf_counter() - fetched
+            done.append(len(batch.slots) + batch.skipped)
+            advance(done[-1])
+
+        for item in items:
+            if isinstance(item, np.ndarray):
+                output.expect(item)
+                continue
+            in_flight.append((forward(item.images), item))
+            if len(in_flight) >= IN_FLIGHT:
+                blend_oldest()
+        while in_flight:
+            blend_oldest()
+        output.emit(blender.finish())
+        advance(plan.count - sum(done))  # tiles skipped after the last batch
+    return timings
