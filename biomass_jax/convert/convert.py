@@ -65,6 +65,7 @@ class Converted:
         variables: float32 arrays by path (`params/...`, `batch_stats/...`).
         optimizer: {count, mu, nu, lr, plateau} with moments by path, or None.
         provenance: the bundle's entry.
+        unchecked: declared arguments that were neither used nor compared with anything.
     """
 
     file: torch_file.TorchFile
@@ -74,6 +75,7 @@ class Converted:
     variables: dict[str, np.ndarray]
     optimizer: dict[str, Any] | None
     provenance: dict[str, Any]
+    unchecked: list[str]
 
     @property
     def layout(self) -> Layout:
@@ -137,7 +139,7 @@ def read(source: str | Path, *, config: str | Path | None = None, options: Optio
     if optimizer is not None:
         optimizer_state.check_shapes(optimizer, {path: array.shape for path, array in variables.items()})
     provenance = _provenance(str(source), path, file, said) | _kept_with(keys, state) | {"command": options.command}
-    found = Converted(file, keys, fields, meta, variables, optimizer, provenance)
+    found = Converted(file, keys, fields, meta, variables, optimizer, provenance, said.unchecked())
     if options.window_size is not None and options.window_size != fields["window_size"]:
         _resize_window(found, options.window_size)
     return found
@@ -186,6 +188,7 @@ def _check_tensors(keys: Match, state: Mapping[str, TorchTensor]) -> dict[str, A
             misshapen.append(f"{key} {state[key].shape}, expected {len(transform.axes)} dimensions")
         else:
             shapes[path] = shape
+    misshapen += [f"{key} {state[key].shape}, expected ()" for key in keys.counters.values() if state[key].shape != ()]
     try:
         fields = architecture.from_shapes(layout, shapes)
         expected = _expected(layout, fields, shapes)
@@ -318,7 +321,8 @@ def _provenance(source: str, path: Path, file: torch_file.TorchFile, said: decla
     if from_hub and (commit := hub.commit_of(path)):
         entry["commit"] = commit
     if said.hyper_parameters:
-        entry["hyper_parameters"] = {k: v for k, v in said.hyper_parameters.items() if declared.is_plain(v)}
+        kept = {k: v for k, v in said.hyper_parameters.items() if declared.is_plain(v, finite=True)}
+        entry["hyper_parameters"] = kept
     root = file.root if isinstance(file.root, Mapping) else {}
     for name in ("epoch", "global_step", "pytorch-lightning_version"):
         if isinstance(root.get(name), int | str):
@@ -367,6 +371,8 @@ def _report(found: Converted, saved: Path) -> Report:
     if found.optimizer is not None:
         step, rate = int(found.optimizer["count"]), found.optimizer["lr"]
         lines.append(("optimizer", f"AdamW at step {step}, learning rate {rate:g}"))
+    if found.unchecked:
+        lines.append(("unchecked", f"declared, but not known here: {name_list(found.unchecked)}"))
     if file.placeholders:
         lines.append(("not built", name_list(file.placeholders)))
     lines += [

@@ -4,6 +4,7 @@ Both follow Lightning: a checkpoint has `hyper_parameters.model_args` and perhap
 config.yaml has `model.init_args.model_args` and `data.init_args`. Only plain values are taken from either.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from biomass_jax.convert.errors import ConvertError
 from biomass_jax.convert.torch_file import Placeholder
 
-_SCALARS = (str, int, float, bool, type(None))
+_SCALARS = (str, int, bool, type(None))
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,12 @@ class Declared:
     model: dict[str, Value] = field(default_factory=dict)
     data: dict[str, Value] = field(default_factory=dict)
     hyper_parameters: dict[str, Any] = field(default_factory=dict)
+
+    def unchecked(self) -> list[str]:
+        """Model arguments that may matter and that nothing here reads."""
+        parts = ("backbone_", "decoder_", "head_")
+        names = sorted(name for name in self.model if name.startswith(parts) and name not in DESCRIBING)
+        return [f"{name}={self.model[name].value!r}" for name in names]
 
 
 def read(root: Any, config: Path | None, *, source: str) -> Declared:
@@ -76,12 +83,14 @@ def plain(value: Any) -> Any:
     return value
 
 
-def is_plain(value: Any) -> bool:
-    """Whether a value can be written as JSON."""
+def is_plain(value: Any, *, finite: bool = False) -> bool:
+    """Whether a value is nested dicts, lists and scalars alone; with `finite`, also without NaN and infinities."""
     if isinstance(value, Mapping):
-        return all(isinstance(key, str) and is_plain(item) for key, item in value.items())
+        return all(isinstance(key, str) and is_plain(item, finite=finite) for key, item in value.items())
     if isinstance(value, list):
-        return all(is_plain(item) for item in value)
+        return all(is_plain(item, finite=finite) for item in value)
+    if isinstance(value, float):
+        return math.isfinite(value) or not finite
     return isinstance(value, _SCALARS)
 
 

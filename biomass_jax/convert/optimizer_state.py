@@ -31,6 +31,13 @@ def read(root: Any, match: Match) -> dict[str, Any] | None:
     states = root.get("optimizer_states") if isinstance(root, Mapping) else None
     if not states:
         return None
+    try:
+        return _read(root, states, match)
+    except (TypeError, LookupError, AttributeError) as error:  # the file's own structure, which may be anything
+        raise ConvertError(f"the optimiser's state isn't Lightning's for AdamW ({error!r}){_HOW_TO_SKIP}") from None
+
+
+def _read(root: Mapping[str, Any], states: Any, match: Match) -> dict[str, Any] | None:
     if len(states) > 1 or len(states[0].get("param_groups", ())) != 1:
         raise ConvertError(f"expected one optimiser with one group of parameters{_HOW_TO_SKIP}")
     state, group = states[0].get("state", {}), states[0]["param_groups"][0]
