@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from biomass_jax.bundle import BundleError
 from biomass_jax.data import bands as band_table
 from biomass_jax.data import raster
 from biomass_jax.prediction import maps
@@ -84,30 +85,17 @@ class Predictor:
             log.info("batch_size %d becomes %d: %d devices", batch_size, self.batch_size, self._forward.devices)
 
     @classmethod
-    def open(
-        cls, path: str | os.PathLike[str], *, expect: tuple[int, int, Any] | None = None, **settings: Any
-    ) -> "Predictor":
-        """A predictor from a bundle's folder, compiling while the weights are read.
+    def open(cls, path: str | os.PathLike[str], **settings: Any) -> "Predictor":
+        """A predictor from a bundle's folder that is ready at once: weights are read while the first image is opened.
 
         Args:
             path: the bundle.
-            expect: height, width and dtype of the rasters to come, to compile for.
             **settings: the constructor's.
 
         Raises:
-            BundleError: no bundle there, of another schema version, or damaged.
+            BundleError: no bundle there, or of another schema version; damaged weights show with the first image.
         """
-        bundle = OpeningBundle(path, settings.get("replicated"))
-        predictor = cls(bundle, **settings)
-        if expect is not None:
-            predictor.prepare(*expect)
-        _ = bundle.variables  # faults of the weights show here and not with the first image
-        return predictor
-
-    def prepare(self, height: int, width: int, dtype: Any = np.int16) -> None:
-        """Start compiling for rasters of this size and type while something else is done."""
-        shape = (1, height, width) if self._is_small(height, width) else (self.batch_size, self.tile, self.tile)
-        self._forward.prepare((*shape, len(self.bundle.bands)), np.dtype(dtype))
+        return cls(OpeningBundle(path, settings.get("replicated")), **settings)
 
     def predict_array(self, image: np.ndarray, mask_nodata: bool = True) -> np.ndarray:
         """Biomass of images in memory: one plain forward pass at their own size, never tiled.
@@ -162,6 +150,7 @@ class Predictor:
 
         Raises:
             RasterError: no image there, or two that would get the same map.
+            BundleError: damaged weights.
             PredictionError: some failed; the message is a table of which and why, `failures` lists them.
         """
         chosen = MapOptions(**options)
@@ -173,6 +162,8 @@ class Predictor:
         for item in items:
             try:
                 results.append(self._map_item(item, maps.map_path(dst, item.relative, self._layer), chosen))
+            except BundleError:
+                raise  # no other image would fare better
             except Exception as error:
                 known = isinstance(error, ValueError | PredictionError)
                 log.error("%s: failed: %s", item.name, error, exc_info=not known)
@@ -222,6 +213,8 @@ class Predictor:
         grid = source.grid
         plan = None if self._is_small(grid.height, grid.width) else self._plan(grid.height, grid.width)
         chips = 1 if plan is None else plan.count
+        batch = (1, grid.height, grid.width) if plan is None else (self.batch_size, self.tile, self.tile)
+        self._forward.prepare((*batch, len(self.bundle.bands)), source.dtype)  # while the first rows are read
         with ExitStack() as stack:
             reader = stack.enter_context(maps.MapReader(source, options))
             writer = stack.enter_context(

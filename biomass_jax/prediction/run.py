@@ -42,7 +42,6 @@ def run(config: Any, workdir: Path, *, shardings: Callable[[], dict[str, Any]]) 
     log.info("%d input%s, maps go to %s", len(items), "" if len(items) == 1 else "s", workdir)
     predictor = Predictor.open(
         config.bundle,
-        expect=_first_size(items, options["bands"]),
         **shardings(),
         **{field: config[field] for field in PREDICTOR_FIELDS},
     )
@@ -59,12 +58,3 @@ def run(config: Any, workdir: Path, *, shardings: Callable[[], dict[str, Any]]) 
 def _text(value: str | None) -> str | None:
     """A text field's value; the flag parser makes the word None of `--config.mask=None`."""
     return None if value in (None, "", "None") else value
-
-
-def _first_size(items: list[raster.InputItem], band_list: Any) -> tuple[int, int, Any] | None:
-    """Height, width and dtype of the first image, to compile for; what is wrong with it is said when its turn comes."""
-    try:
-        with raster.open_image(items[0], band_list=band_list) as source:
-            return source.grid.height, source.grid.width, source.dtype
-    except raster.RasterError:
-        return None
