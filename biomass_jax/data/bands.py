@@ -163,8 +163,8 @@ def resolve(
     if sensor is None and not named:
         unverified = "numbers" if all(numbers[i] for i in indexes) else "positions"
         warnings = (
-            f"{where}the sensor cannot be verified, bands are taken by {unverified} as those of L30 "
-            f"({_show([descriptions[i] for i in indexes])} as {', '.join(wanted)}); an S30 file has other numbers "
+            f"{where}the sensor cannot be verified, bands are taken by {unverified} as those of L30: "
+            f"{_show([descriptions[i] for i in indexes])} as {', '.join(wanted)}; an S30 file has other numbers "
             "(B8A, B11, B12). Name the bands in their descriptions, or set a SENSOR tag, to be sure",
         )
     return BandSelection(tuple(i + 1 for i in indexes), warnings, sensor, unverified)

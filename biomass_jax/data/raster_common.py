@@ -55,8 +55,8 @@ class Grid:
             return False
         size = max(abs(self.transform.a), abs(self.transform.b), abs(self.transform.e), abs(self.transform.d))
         for corner in ((0, 0), (self.width, 0), (0, self.height), (self.width, self.height)):
-            x, y = self.transform * corner
-            other_x, other_y = other.transform * corner
+            x, y = _place(self.transform, *corner)
+            other_x, other_y = _place(other.transform, *corner)
             if max(abs(x - other_x), abs(y - shift - other_y)) > tolerance * size:
                 return False
         return True
@@ -68,6 +68,11 @@ class Grid:
             f"{self.height} x {self.width} pixels of {t.a:g} x {t.e:g} at ({t.c:.10g}, {t.f:.10g}), "
             f"{'no CRS' if self.crs is None else self.crs.to_string()}"
         )
+
+
+def _place(t: Affine, column: float, row: float) -> tuple[float, float]:
+    # by hand: affine 2 knows only `transform * point`, affine 3 deprecates it
+    return t.a * column + t.b * row + t.c, t.d * column + t.e * row + t.f
 
 
 def utm_zone(crs: CRS | None) -> tuple[int, float] | None:
