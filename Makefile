@@ -33,7 +33,7 @@ $(STAMP): setup.py pyproject.toml .ci/setup_venv $(wildcard constraints/*.txt)
 	@bash .ci/setup_venv "$(PYTHON)" "$(VENV)"
 
 demo: $(STAMP) ## make a synthetic scene, convert a small checkpoint, map it: demo_out/
-	@$(BIN)/python launch/demo.py
+	@$(BIN)/python -m launch.demo
 
 test: $(STAMP) ## the quick tests
 	$(PYTEST) -m "not slow"

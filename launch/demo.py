@@ -1,4 +1,4 @@
-"""The main job on made-up data, as a user would run it: `make demo`, or `python launch/demo.py [--out demo_out]`.
+"""The main job on made-up data, as a user would run it: `make demo`, or `python -m launch.demo [--out demo_out]`.
 
 Each command is printed before it runs, so it can be copied. What an earlier demo left in the folder is made anew.
 """
@@ -16,6 +16,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = "tests/golden/ckpt_micro_cli/state_dict.ckpt"  # real, but tiny: 125,327 parameters, three epochs
+GRANULE = "HLS.L30.T10SFF.2020183T184512.v2.0"  # what data_prep.synthetic writes
 TIME_LIMIT = 290.0  # seconds for all stages together
 
 
@@ -38,7 +39,8 @@ def stages(out: Path) -> list[tuple[str, list[str]]]:
         (
             "Map the scene",
             ["-m", "biomass_jax.main", "--config", "configs/predict.py", "--workdir", f"{out}/maps"]
-            + [f"--config.bundle={out}/model", f"--config.inputs={out}/granules", "--config.quicklook=true"],
+            + [f"--config.bundle={out}/model", f"--config.inputs={out}/granules/{GRANULE}"]
+            + ["--config.quicklook=true"],
         ),
     ]
 
@@ -66,27 +68,29 @@ def summary(out: Path) -> str:
     """Return where the map and its picture lie, with a few numbers read back from the map."""
     from biomass_jax.data import raster
 
-    lines = []
-    for path in sorted((ROOT / out / "maps").rglob("*_agbd.tif")):
-        biomass = raster.read_preview(path, max_size=10_000)  # no-data is NaN
-        known = np.isfinite(biomass)
-        low, middle, high = np.percentile(biomass[known], [5, 50, 95])
-        tags = raster.read_tags(path)
-        lines += [
-            f"map        {os.path.relpath(path, ROOT)}",
-            f"picture    {os.path.relpath(path.with_name(path.stem + '_quicklook.png'), ROOT)}",
-            f"size       {biomass.shape[0]} x {biomass.shape[1]} pixels, {1 - known.mean():.1%} without data",
-            f"biomass    5 % below {low:.1f}, half below {middle:.1f}, 95 % below {high:.1f} Mg/ha",
-            f"made from  {tags['DATA_SOURCES']} ({tags['SENSORS']}, {tags['SEASON']})",
+    path = ROOT / out / "maps" / f"{GRANULE}_agbd.tif"
+    biomass = raster.read_preview(path, max_size=10_000)  # its full size; no-data is NaN
+    known = np.isfinite(biomass)
+    low, middle, high = np.percentile(biomass[known], [5, 50, 95])
+    tags = raster.read_tags(path)
+    return "\n".join(
+        [
+            f"map        {out / 'maps' / path.name}",
+            f"picture    {out / 'maps' / path.stem}_quicklook.png",
+            f"pixels     {biomass.shape[0]} x {biomass.shape[1]}, {1 - known.mean():.1%} without data",
+            f"biomass    {low:.2g} to {high:.2g} Mg/ha (5th and 95th percentile), half below {middle:.2g}",
+            f"sensor     {tags['SENSORS']}, {tags['SEASON']}",
+            f"model      {tags['MODEL_SHA256'][:12]}",
+            "The checkpoint is a toy that has hardly been trained: its numbers mean nothing.",
+            "README.md shows how to map with the released model.",
         ]
-    lines.append("The checkpoint is a toy, so its numbers mean nothing; README.md shows the released model.")
-    return "\n".join(lines)
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run all stages; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python launch/demo.py", description="The main job on made-up data.")
-    parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for everything, in the checkout (demo_out)")
+    parser = argparse.ArgumentParser(prog="python -m launch.demo", description="The main job on made-up data.")
+    parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for everything (demo_out)")
     out = parser.parse_args(argv).out
     began = time.monotonic()
     for folder in ("granules", "model", "maps"):

@@ -1,0 +1,63 @@
+"""`make demo`: its chain of commands, what it leaves, and what it does when a stage fails."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import rasterio
+
+from data_prep.synthetic.granule import Overpass
+from launch import demo
+
+
+def test_stages_pass_on_what_the_one_before_wrote(tmp_path):
+    synthetic, convert, predict = (command for _, command in demo.stages(tmp_path))
+    assert Overpass().granule == demo.GRANULE
+    assert f"--config.inputs={synthetic[synthetic.index('--out') + 1]}/{demo.GRANULE}" in predict
+    assert f"--config.bundle={convert[convert.index('--output') + 1]}" in predict
+    assert (demo.ROOT / convert[convert.index("--input") + 1]).is_file()
+
+
+def test_a_stage_that_fails_or_hangs_stops_the_demo(tmp_path, monkeypatch, capfd):
+    with pytest.raises(demo.DemoError, match="'Fail' failed with exit code 3"):
+        demo.run("Fail", ["-c", "raise SystemExit(3)"], seconds_left=60)
+    with pytest.raises(demo.DemoError, match="'Hang' was stopped"):
+        demo.run("Hang", ["-c", "import time; time.sleep(60)"], seconds_left=0.5)
+
+    marker = tmp_path / "ran"
+    monkeypatch.setattr(
+        demo, "stages", lambda out: [("A", ["-c", "raise SystemExit(3)"]), ("B", ["-c", f"open({str(marker)!r}, 'w')"])]
+    )
+    assert demo.main(["--out", str(tmp_path)]) == 1
+    assert "make demo: 'A' failed with exit code 3" in capfd.readouterr().err
+    assert not marker.exists()
+
+
+@pytest.mark.slow
+def test_demo_makes_a_map_and_a_picture(tmp_path):
+    kept = tmp_path / "notes.txt"
+    kept.touch()
+    (tmp_path / "maps").mkdir()
+    old = tmp_path / "maps" / "old.tif"
+    old.touch()
+    command = [sys.executable, "-m", "launch.demo", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=demo.ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert kept.exists()
+    assert not old.exists()
+
+    granule = tmp_path / "granules" / demo.GRANULE
+    maps = tmp_path / "maps"
+    map_path, picture = maps / f"{demo.GRANULE}_agbd.tif", maps / f"{demo.GRANULE}_agbd_quicklook.png"
+    assert f"map        {map_path}" in done.stdout
+    assert f"picture    {picture}" in done.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    with rasterio.open(granule / f"{demo.GRANULE}.B05.tif") as band, rasterio.open(map_path) as result:
+        assert (result.shape, result.crs, result.transform) == (band.shape, band.crs, band.transform)
+        assert result.tags(ns="IMAGE_STRUCTURE")["LAYOUT"] == "COG"
+        assert (result.descriptions, result.units, result.nodata) == (("agbd",), ("Mg ha-1",), -1)
+        values = result.read(1)
+        np.testing.assert_array_equal(values == -1, band.read(1) == -9999)
+        assert values.max() > values[values != -1].min() >= 0
+        assert f"{(values == -1).mean():.1%} without data" in done.stdout
