@@ -236,3 +236,32 @@ def test_make_alone_lists_the_targets(checkout):
     done, _ = make(checkout)
     for target in ("demo", "test", "test-slow", "check", "bench", "clean"):
         assert re.search(rf"^  {target} +\w", done.stdout, re.M), done.stdout
+
+
+def test_documents_link_to_files_that_are_there():
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+            assert "://" in target or (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def test_documents_name_every_setting_and_no_other():
+    from biomass_jax.convert.__main__ import parser
+    from configs import predict
+
+    maps = (ROOT / "docs" / "maps.md").read_text(encoding="utf-8")
+    table = maps.split("## Settings")[1].split("## A map")[0]
+    rows = [line.split("|")[1:3] for line in table.splitlines() if line.startswith("| `")]
+    config = predict.get_config()
+    documented: dict[str, str] = {}
+    for first, second in rows:
+        names = re.findall(r"`(\w+)`", first)
+        defaults = second.split(",") if len(names) > 1 else [second]
+        documented |= dict(zip(names, (default.strip() for default in defaults), strict=True))
+    as_text = {None: "", False: "false", (): "()"}
+    assert documented == {name: as_text.get(value, str(value)) for name, value in config.items()}
+
+    flags = {flag for action in parser()._actions for flag in action.option_strings}
+    for name in ("README.md", "docs/convert.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - {"--workdir"}
+        assert used - {"--config"} and used <= flags, used - flags
