@@ -114,7 +114,6 @@ class SwinBlock(nn.Module):
         y = Mlp(int(c * self.mlp_ratio), self.dtype, name="mlp")(LayerNorm(self.dtype, name="norm2")(x))
         return x + swin_ops.DropPath(self.drop_path_rate)(y, train=train)
 
-    @nn.nowrap
     def _attend(self, x: jax.Array) -> jax.Array:
         _, h, w, _ = x.shape
         size = self.window_size

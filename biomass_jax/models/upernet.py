@@ -42,7 +42,6 @@ class UPerNet(nn.Module):
             jnp.concatenate(outputs, axis=-1), train=train
         )
 
-    @nn.nowrap
     def _pyramid_pooling(self, x: jax.Array, train: bool) -> jax.Array:
         """x [B, H, W, C] -> [B, H, W, channels]: the map beside its means over coarser and coarser grids."""
         pooled = [x]
