@@ -109,28 +109,6 @@ class _Reader:
             yield batch
 
 
-class _Output:
-    """Finished rows: no-data where nothing is wanted, then on to the writer; a wanted pixel must have a number."""
-
-    def __init__(self, plan: Plan, nodata: float, put: Callable[[tuple[int, np.ndarray]], None]) -> None:
-        self._plan = plan
-        self._nodata = nodata
-        self._put = put
-        self._wanted = np.zeros((0, plan.width), bool)
-
-    def expect(self, wanted: np.ndarray) -> None:
-        """Which pixels of the next rows get a value."""
-        self._wanted = np.concatenate([self._wanted, wanted])
-
-    def emit(self, bands: Iterator[tuple[int, np.ndarray]]) -> None:
-        """Pass bands of rows on."""
-        for start, values in bands:
-            wanted, self._wanted = self._wanted[: len(values)], self._wanted[len(values) :]
-            check_finite(values, wanted, start)
-            values[~wanted] = self._nodata
-            self._put((start, values))
-
-
 def check_finite(values: np.ndarray, wanted: np.ndarray, first_row: int = 0) -> None:
     """Raise PredictionError where a pixel with data has no finite prediction (rows, W)."""
     bad = np.argwhere(~np.isfinite(values) & wanted)
@@ -140,6 +118,65 @@ def check_finite(values: np.ndarray, wanted: np.ndarray, first_row: int = 0) -> 
             f"the model returned {values[row, column]} for {len(bad)} pixels with data, the first at row "
             f"{first_row + row}, column {column}; check the model's weights and the image for extreme values"
         )
+
+
+class _Blending:
+    """Batches in flight, the blender, and finished rows on their way to the writer."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        nodata: float,
+        timings: Timings,
+        put: Callable[[tuple[int, np.ndarray]], None],
+        advance: Callable[[int], None],
+    ) -> None:
+        self._nodata = nodata
+        self._timings = timings
+        self._put = put
+        self._advance = advance
+        self._blender = Blender(plan)
+        self._wanted = np.zeros((0, plan.width), bool)  # of rows that are not finished
+        self._in_flight: deque[tuple[object, Batch]] = deque()
+        self._left = plan.count
+
+    def expect(self, wanted: np.ndarray) -> None:
+        """Which pixels of the next rows get a value."""
+        self._wanted = np.concatenate([self._wanted, wanted])
+
+    def dispatched(self, future: object, batch: Batch) -> None:
+        """Note a batch that was sent to the device; blend the oldest one where enough are on their way."""
+        self._in_flight.append((future, batch))
+        if len(self._in_flight) >= IN_FLIGHT:
+            self._blend_oldest()
+
+    def finish(self) -> None:
+        """Blend what is on its way and pass the last rows on."""
+        while self._in_flight:
+            self._blend_oldest()
+        self._emit(self._blender.finish())
+        self._advance(self._left)  # tiles that were skipped after the last batch
+
+    def _blend_oldest(self) -> None:
+        future, batch = self._in_flight.popleft()
+        began = time.perf_counter()
+        predictions = np.asarray(future)
+        fetched = time.perf_counter()
+        for (index, tile), prediction in zip(batch.slots, predictions, strict=False):  # the last batch is padded
+            self._emit(self._blender.finished_before(index))
+            self._blender.add(index, tile, prediction)
+        self._timings.compute += fetched - began
+        self._timings.blend += time.perf_counter() - fetched
+        self._left -= len(batch.slots) + batch.skipped
+        self._advance(len(batch.slots) + batch.skipped)
+
+    def _emit(self, bands: Iterator[tuple[int, np.ndarray]]) -> None:
+        """Pass rows on, no-data where no value is wanted; a wanted pixel must have a number."""
+        for start, values in bands:
+            wanted, self._wanted = self._wanted[: len(values)], self._wanted[len(values) :]
+            check_finite(values, wanted, start)
+            values[~wanted] = self._nodata
+            self._put((start, values))
 
 
 def stream_map(
@@ -175,37 +212,15 @@ def stream_map(
         timings.write += time.perf_counter() - began
 
     reader = _Reader(plan, read, batch_size, timings)
-    blender = Blender(plan)
-    in_flight: deque[tuple[object, Batch]] = deque()
-    done: list[int] = []
     with (
         Sink(timed_write, WRITE_BEHIND, "map writer") as sink,
         Feeder(reader.items(), READ_AHEAD, "map reader") as items,
     ):
-        output = _Output(plan, nodata, sink.put)
-
-        def blend_oldest() -> None:
-            future, batch = in_flight.popleft()
-            began = time.perf_counter()
-            predictions = np.asarray(future)
-            fetched = time.perf_counter()
-            for (index, tile), prediction in zip(batch.slots, predictions, strict=False):
-                output.emit(blender.finished_before(index))
-                blender.add(index, tile, prediction)
-            timings.compute += fetched - began
-            timings.blend += time.perf_counter() - fetched
-            done.append(len(batch.slots) + batch.skipped)
-            advance(done[-1])
-
+        blending = _Blending(plan, nodata, timings, sink.put, advance)
         for item in items:
-            if isinstance(item, np.ndarray):
-                output.expect(item)
-                continue
-            in_flight.append((forward(item.images), item))
-            if len(in_flight) >= IN_FLIGHT:
-                blend_oldest()
-        while in_flight:
-            blend_oldest()
-        output.emit(blender.finish())
-        advance(plan.count - sum(done))  # tiles skipped after the last batch
+            if isinstance(item, Batch):
+                blending.dispatched(forward(item.images), item)
+            else:
+                blending.expect(item)
+        blending.finish()
     return timings
