@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from biomass_jax.data.bands import FILL
+from biomass_jax.prediction.stream import PredictionError
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +55,9 @@ class Forward:
         model_fn: ModelFunction | None,
     ) -> None:
         if dtype not in DTYPES:
-            raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+            raise PredictionError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
         if matmul_precision not in PRECISIONS:
-            raise ValueError(f"matmul_precision is {matmul_precision!r}; expected one of {', '.join(PRECISIONS)}")
+            raise PredictionError(f"matmul_precision is {matmul_precision!r}; expected one of {', '.join(PRECISIONS)}")
         self._bundle = bundle
         self._dtype = dtype
         # Less than full precision is the very point of bfloat16.

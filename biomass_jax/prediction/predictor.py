@@ -42,8 +42,8 @@ class Predictor:
         model_fn: another model: (variables, z-scored (B, H, W, bands)) -> (B, H, W).
 
     Raises:
-        TilingError: contradicting tile settings. ValueError: another setting is wrong.
-        PredictionError: the bundle holds no biomass model.
+        TilingError: contradicting tile settings.
+        PredictionError: another setting is wrong, or the bundle holds no biomass model.
     """
 
     def __init__(
