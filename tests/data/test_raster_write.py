@@ -11,6 +11,7 @@ import pytest
 import rasterio
 from affine import Affine
 from rasterio.crs import CRS
+from rasterio.enums import Resampling
 
 from biomass_jax.data import raster, raster_write
 
@@ -213,6 +214,25 @@ def test_a_map_cut_short_is_noticed_though_gdal_opens_it(tmp_path):
         assert dataset.width == 427
     with pytest.raises(raster.RasterError, match=r"a\.tif: image 1: truncated TIFF: 1 of 12 blocks"):
         raster.verify_blocks(tmp_path / "a.tif")
+
+
+def test_overviews_cut_short_are_noticed(tmp_path):
+    path = tmp_path / "a.tif"
+    write(path, field())
+    with rasterio.open(path, "r+", IGNORE_COG_LAYOUT_BREAK="YES") as dataset:
+        dataset.build_overviews([8], Resampling.average)  # lies behind everything else
+        place = int(dataset.get_tag_item("BLOCK_OFFSET_0_0", "TIFF", bidx=1, ovr=2))
+    os.truncate(path, place + 10)
+    with pytest.raises(raster.RasterError, match=r"a\.tif: image 4: truncated TIFF: 1 of 1 blocks"):
+        raster.verify_blocks(path)
+
+
+def test_what_a_killed_run_left_takes_no_room(tmp_path, monkeypatch):
+    seen = []
+    (tmp_path / ".a.partial.tif").write_bytes(b"left by a killed run")
+    monkeypatch.setattr(raster_write, "check_space", lambda folder, needed: seen.append(list(folder.iterdir())))
+    write(tmp_path / "a.tif", field())
+    assert seen == [[]]
 
 
 def test_a_folder_without_room_or_right(tmp_path, monkeypatch):
