@@ -176,12 +176,20 @@ def write_quicklook(source: raster.ImageSource, path: Path, picture: Path, layer
     )
 
 
+def is_readable(error: Exception) -> bool:
+    """Whether an error's message says all; anything else is a fault of the program or the machine."""
+    return isinstance(error, ValueError | PredictionError)
+
+
+def reason(name: str, error: Exception) -> str:
+    """What went wrong with an input, without its name, which messages begin with."""
+    text = (str(error).strip() or "no message").removeprefix(f"{name}: ")
+    return text if is_readable(error) else f"{type(error).__name__}: {text}"
+
+
 def failure_table(failures: Sequence[tuple[str, Exception]], total: int) -> str:
     """A table of inputs and what went wrong with each."""
     width = min(max(len(name) for name, _ in failures), 60)
     lines = [f"{len(failures)} of {total} inputs failed:"]
-    for name, error in failures:
-        reason = str(error).strip() or type(error).__name__
-        known = isinstance(error, ValueError | PredictionError)
-        lines.append(f"  {name:<{width}}  {reason if known else f'{type(error).__name__}: {reason}'}")
+    lines += [f"  {name:<{width}}  {reason(name, error)}" for name, error in failures]
     return "\n".join(lines)

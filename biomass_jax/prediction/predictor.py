@@ -165,8 +165,8 @@ class Predictor:
             except BundleError:
                 raise  # no other image would fare better
             except Exception as error:
-                known = isinstance(error, ValueError | PredictionError)
-                log.error("%s: failed: %s", item.name, error, exc_info=not known)
+                why = maps.reason(item.name, error)
+                log.error("%s: failed: %s", item.name, why, exc_info=not maps.is_readable(error))
                 failures.append((item.name, error))
         if failures:
             raise PredictionError(maps.failure_table(failures, len(items)), failures=failures)

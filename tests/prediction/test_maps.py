@@ -1,0 +1,260 @@
+"""Maps as files: where they go, what they carry, when they are kept, masks, folders with bad files."""
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+from PIL import Image
+
+import biomass_jax
+from biomass_jax.bundle import BundleError
+from biomass_jax.data import raster
+from biomass_jax.prediction import maps
+from biomass_jax.prediction.progress import Progress, duration
+from biomass_jax.prediction.stream import PredictionError
+from tests.prediction.stubs import NIR, coded_image, nir, read_map, stub_bundle, write_raster
+
+
+@pytest.fixture
+def scene(tmp_path):
+    return write_raster(tmp_path / "in" / "scene.tif", coded_image(240, 260))
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_map_has_the_grid_and_the_tags_of_the_design(stub, scene, tmp_path):
+    with rasterio.open(scene, "r+") as file:
+        file.update_tags(SENSOR="L30", SEASON="2020-06-01/2020-08-31")
+    result = stub(stride=160).predict_file(scene, tmp_path / "out", bands=None)
+    assert result.path == tmp_path / "out" / "scene_agbd.tif"
+    assert result.status == "written"
+    assert result.chips == 4
+    assert set(result.timings) == {"read", "compute", "blend", "write", "verify", "copy"}
+    with rasterio.open(scene) as source, rasterio.open(result) as file:
+        assert (file.crs, file.transform, file.shape) == (source.crs, source.transform, source.shape)
+        assert file.dtypes == ("float32",)
+        assert file.nodata == -1
+        assert file.descriptions == ("agbd",)
+        assert file.units == ("Mg ha-1",)
+        assert file.tags(ns="IMAGE_STRUCTURE")["LAYOUT"] == "COG"
+        tags = file.tags()
+    status = os.stat(scene)
+    assert tags["AREA_OR_POINT"] == "Area"
+    assert tags["DATA_SOURCES"] == "scene.tif"
+    assert tags["SENSORS"] == "L30"
+    assert tags["SEASON"] == "2020-06-01/2020-08-31"
+    assert tags["MODEL_SHA256"] == "f" * 64
+    assert tags["SOFTWARE"] == f"biomass_jax {biomass_jax.__version__}"
+    assert tags["SOURCE_SIZE"] == str(status.st_size)
+    assert tags["SOURCE_MTIME_NS"] == str(status.st_mtime_ns)
+    assert json.loads(tags["SETTINGS"]) == {
+        "tile": 224, "stride": 160, "margin": 8, "blend": "cosine", "tiling": "default", "dtype": "float32",
+        "matmul_precision": "highest", "bands": None, "mask": None, "mask_keep": None,
+    }  # fmt: skip
+
+
+def test_no_data_value_layer_and_unit_come_from_the_bundle(stub, scene, tmp_path):
+    bundle = stub_bundle(nodata=-9999.0)
+    bundle.meta["output"] = {"bands": ["height"], "units": "m", "nodata": -9999.0}
+    result = stub(bundle=bundle).predict_file(scene, tmp_path)
+    assert result.path.name == "scene_height.tif"
+    with rasterio.open(result) as file:
+        assert (file.nodata, file.descriptions, file.units) == (-9999, ("height",), ("m",))
+
+
+def test_destination_is_a_file_where_it_ends_in_tif(stub, scene, tmp_path):
+    target = tmp_path / "deep" / "er" / "mine.tif"
+    assert stub().predict_file(scene, target).path == target
+    assert target.is_file()
+
+
+@pytest.mark.parametrize("change", ["nothing", "weights", "stride", "bands", "source", "map", "overwrite", "quicklook"])
+def test_a_finished_map_is_kept_only_where_a_new_one_would_be_the_same(stub, scene, tmp_path, change):
+    first = stub().predict_file(scene, tmp_path / "out")
+    before = os.stat(first).st_ino
+    bundle, settings, options = stub_bundle(), {}, {}
+    if change == "weights":
+        bundle = stub_bundle(sha="0" * 64)
+    elif change == "stride":
+        settings = {"stride": 100}
+    elif change == "bands":
+        options = {"bands": "BLUE,GREEN,RED,NIR_NARROW,SWIR_1,SWIR_2"}
+    elif change == "source":
+        os.utime(scene, ns=(1, 1))
+    elif change == "map":
+        whole = first.path.read_bytes()
+        first.path.write_bytes(whole[: len(whole) // 2])
+    elif change == "overwrite":
+        options = {"overwrite": True}
+    elif change == "quicklook":
+        options = {"quicklook": True}
+    again = stub(bundle=bundle, batch_size=2, **settings).predict_file(scene, tmp_path / "out", **options)
+    kept = change in ("nothing", "quicklook")
+    assert again.status == ("skipped" if kept else "written")
+    assert (os.stat(again).st_ino == before) == kept
+    assert maps.quicklook_path(again.path).is_file() == (change == "quicklook")
+    np.testing.assert_allclose(read_map(again), coded_image(240, 260)[..., NIR], rtol=1e-6)
+
+
+def test_a_kept_map_needs_no_weights(stub, scene, tmp_path):
+    stub().predict_file(scene, tmp_path)
+    bundle = stub_bundle()
+    del bundle.variables
+    assert stub(bundle=bundle).predict_file(scene, tmp_path).status == "skipped"
+
+
+def test_a_mask_keeps_its_classes_and_the_share_is_told(stub, scene, tmp_path, caplog):
+    classes = np.full((240, 260, 1), 30, np.uint8)
+    classes[:60] = 10
+    classes[60:90, :130] = 95
+    mask = write_raster(tmp_path / "cover.tif", classes, nodata=0, named=False)
+    image = coded_image(240, 260)
+    image[:30] = 0
+    write_raster(scene, image)
+    with caplog.at_level(logging.INFO):
+        result = stub().predict_file(scene, tmp_path / "out", mask=mask, mask_keep=(10, 95))
+    expected = np.where((classes[..., 0] != 30) & (image[..., NIR] > 0), image[..., NIR], -1)
+    np.testing.assert_allclose(read_map(result), expected, rtol=1e-6)
+    share = (30 * 260 + 30 * 130) / (210 * 260)  # of the pixels with data
+    assert result.mask_share == pytest.approx(share)
+    assert f"the mask keeps {share:.1%} of its data pixels" in caplog.text
+    settings = json.loads(raster.read_tags(result.path)["SETTINGS"])
+    assert (settings["mask"], settings["mask_keep"]) == (str(mask), [10, 95])
+    assert stub().predict_file(scene, tmp_path / "out", mask=mask, mask_keep=[10, 95]).status == "skipped"
+    os.utime(mask, ns=(1, 1))
+    assert stub().predict_file(scene, tmp_path / "out", mask=mask, mask_keep=(10, 95)).status == "written"
+
+
+@pytest.mark.parametrize("options", [{"mask": "a.tif"}, {"mask_keep": (10,)}, {"mask": "a.tif", "mask_keep": ()}])
+def test_half_a_mask_is_refused(stub, scene, tmp_path, options):
+    with pytest.raises(PredictionError, match="give both or neither"):
+        stub().predict_file(scene, tmp_path, **options)
+
+
+def test_folders_are_mirrored_and_bad_files_do_not_stop_the_others(stub, tmp_path, caplog):
+    source, out = tmp_path / "in", tmp_path / "out"
+    good = write_raster(source / "a" / "one.tif", coded_image(230, 240))
+    write_raster(source / "b" / "two.tif", coded_image(50, 40))
+    (source / "a" / "cut.tif").write_bytes(good.read_bytes()[:5000])
+    write_raster(source / "few.tif", np.ones((20, 20, 5), np.int16), named=False)
+    write_raster(source / "c" / "reflectance.tif", (coded_image(60, 60) / 10000).astype(np.float32), nodata=None)
+    with pytest.raises(PredictionError) as caught:
+        stub().predict_dir(source, out)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "3 of 5 inputs failed:"
+    assert len(lines) == 4
+    for name, reason in (("cut.tif", "directory"), ("few.tif", "5 bands"), ("reflectance.tif", "reflectance")):
+        assert any(name in line.split()[0] and reason in line for line in lines), (name, lines)
+    assert sorted(Path(name).name for name, _ in caught.value.failures) == ["cut.tif", "few.tif", "reflectance.tif"]
+    assert files(out) == ["a/one_agbd.tif", "b/two_agbd.tif"]
+    assert caplog.text.count("failed: ") == 3
+    assert all(line.count(".tif") == 1 for line in lines[1:] if "cut.tif" not in line), "names are said once"
+    assert "Traceback" not in caplog.text
+
+
+def test_a_fault_of_the_program_in_one_file_is_told_with_its_traceback(stub, scene, tmp_path, caplog):
+    def broken(variables, x):
+        raise KeyError("nonsense")
+
+    with pytest.raises(PredictionError, match="KeyError: 'nonsense'"):
+        stub(broken).predict_dir(scene.parent, tmp_path / "out")
+    assert "Traceback" in caplog.text
+    assert files(tmp_path / "out") == []
+
+
+def test_damaged_weights_end_the_run_at_once(stub, scene, tmp_path):
+    class Damaged:
+        def __getattr__(self, name):
+            return getattr(stub_bundle(), name)
+
+        @property
+        def variables(self):
+            raise BundleError("weights are damaged")
+
+    write_raster(scene.with_name("second.tif"), coded_image(10, 10))
+    with pytest.raises(BundleError, match="damaged"):
+        stub(bundle=Damaged()).predict_dir(scene.parent, tmp_path / "out")
+    assert files(tmp_path / "out") == []
+
+
+def test_one_output_file_for_several_images_is_refused(stub, scene, tmp_path):
+    write_raster(scene.with_name("second.tif"), coded_image(10, 10))
+    with pytest.raises(PredictionError, match="one file for 2 maps"):
+        stub().predict_dir(scene.parent, tmp_path / "out.tif")
+    with pytest.raises(PredictionError, match="2 images; predict_file maps one, predict_dir many"):
+        stub().predict_file(scene.parent, tmp_path)
+    assert [result.status for result in stub().predict_dir(scene, tmp_path / "out.tif")] == ["written"]
+
+
+@pytest.mark.parametrize("side", [60, 300])
+def test_a_model_without_a_number_leaves_no_map(stub, tmp_path, side):
+    source = write_raster(tmp_path / "in" / "scene.tif", coded_image(side, side))
+    with pytest.raises(PredictionError, match="the model returned nan"):
+        stub(lambda variables, x: x[..., 0] / 0 * 0).predict_file(source, tmp_path / "out")
+    assert files(tmp_path / "out") == []
+
+
+def test_a_failed_map_leaves_the_old_one(stub, scene, tmp_path):
+    first = stub().predict_file(scene, tmp_path / "out")
+    before = first.path.read_bytes()
+    with pytest.raises(PredictionError):
+        stub(lambda v, x: nir(v, x) * np.nan, stride=100).predict_file(scene, tmp_path / "out")
+    assert files(tmp_path / "out") == ["scene_agbd.tif"]
+    assert first.path.read_bytes() == before
+
+
+def test_unknown_options_are_refused(stub, scene, tmp_path):
+    with pytest.raises(TypeError, match="quick_look"):
+        stub().predict_file(scene, tmp_path, quick_look=True)
+
+
+def test_quicklook_shows_image_and_map_with_no_data_transparent(stub, tmp_path):
+    image = coded_image(300, 250)
+    image[..., :3] += np.random.default_rng(0).integers(0, 500, (300, 250, 3)).astype(np.int16)
+    image[100:200, 50:200] = 0
+    source = write_raster(tmp_path / "in" / "scene.tif", image)
+    result = stub().predict_file(source, tmp_path, quicklook=True)
+    picture = tmp_path / "scene_agbd_quicklook.png"
+    assert maps.quicklook_path(result.path) == picture
+    pixels = np.asarray(Image.open(picture).convert("RGBA"))
+    height, width = pixels.shape[:2]
+    assert pixels[height // 2, width // 4 - 20, 3] == 0  # middle of the left panel: no data
+    assert pixels[height // 5, width // 6, 3] == 255
+    assert (pixels[..., 3] == 255).mean() > 0.4
+
+
+def test_lines_in_a_log_tell_rate_and_time_left(caplog):
+    now = [0.0]
+    with caplog.at_level(logging.INFO), Progress("map.tif", 100, terminal=False, clock=lambda: now[0]) as progress:
+        for _ in range(10):
+            now[0] += 4.0
+            progress.advance(10)
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == [
+        "map.tif: 30 of 100 chips, 2.5 chips/s, 28 s left",
+        "map.tif: 60 of 100 chips, 2.5 chips/s, 16 s left",
+        "map.tif: 90 of 100 chips, 2.5 chips/s, 4 s left",
+    ]
+
+
+def test_a_bar_on_a_terminal(capsys):
+    with Progress("map.tif", 8, terminal=True) as progress:
+        progress.advance(3)
+        progress.advance(5)
+    shown = capsys.readouterr().err
+    assert "map.tif" in shown
+    assert "8/8" in shown
+    assert "chip/s" in shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")]
+)
+def test_durations_are_readable(seconds, text):
+    assert duration(seconds) == text

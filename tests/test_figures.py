@@ -1,0 +1,84 @@
+"""Pictures: the stretch of colours against hand-made numbers, and that a picture shows what it has to."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from biomass_jax import figures
+
+
+def test_stretch_runs_from_2nd_to_98th_percentile_of_valid_pixels():
+    image = np.empty((10, 101, 3))
+    image[:] = np.arange(101)[None, :, None] * np.array([1, 10, 100]) + np.array([0, 5, -50])
+    image[0, 0] = np.nan
+    image[0, 1, 1] = np.nan  # one band is enough
+    out = figures.stretch(image)
+    assert out.shape == (10, 101, 4)
+    assert (out[0, :2] == 0).all()
+    assert (out[1:, :, 3] == 1).all()
+    for band in range(3):
+        valid = image[..., band][np.isfinite(image).all(-1)]
+        low, high = np.percentile(valid, [2, 98])
+        expected = np.clip((image[5, :, band] - low) / (high - low), 0, 1)
+        np.testing.assert_allclose(out[5, :, band], expected)
+
+
+@pytest.mark.parametrize("image", [np.full((4, 5, 3), np.nan), np.full((4, 5, 3), 7.0)])
+def test_stretch_of_nothing_or_of_one_value(image):
+    out = figures.stretch(image)
+    assert np.isfinite(out).all()
+    assert (out[..., 3] == np.isfinite(image[..., 0])).all()
+
+
+def draw(tmp_path, values, rgb=None, **changes):
+    rgb = np.repeat(np.arange(values.size, dtype=float).reshape(values.shape)[..., None], 3, -1) if rgb is None else rgb
+    arguments = {"title": "scene", "name": "Above-ground biomass", "unit": "Mg/ha"} | changes
+    path = figures.quicklook(tmp_path / "look.png", rgb, values, **arguments)
+    return np.asarray(Image.open(path).convert("RGBA")).astype(int)
+
+
+def test_colours_follow_the_values_and_no_data_is_transparent(tmp_path):
+    values = np.repeat(np.linspace(0, 200, 100)[None], 100, 0)
+    values[:, 40:60] = np.nan
+    pixels = draw(tmp_path, values)
+    height, width = pixels.shape[:2]
+    row = pixels[height // 2, width // 2 : width - width // 6]
+    shown = row[row[:, 3] == 255]
+    assert (row[:, 3] == 0).sum() > 0.15 * len(shown)
+    assert shown[5:15, 2].mean() > shown[5:15, 1].mean() + 40  # viridis begins with violet
+    assert shown[-15:-5, 1].mean() > shown[-15:-5, 2].mean() + 100  # and ends with yellow
+
+
+def test_colour_bar_and_texts_say_name_and_unit(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    seen = []
+    original = Figure.draw
+
+    def spy(self, *arguments, **named):
+        seen.append(self)
+        return original(self, *arguments, **named)
+
+    monkeypatch.setattr(Figure, "draw", spy)
+    draw(tmp_path, np.full((30, 40), 120.0), title="HLS_$5$.tif")
+    texts = [text.get_text() for text in seen[-1].findobj(lambda artist: hasattr(artist, "get_text"))]
+    assert "Above-ground biomass (Mg/ha)" in texts
+    assert "HLS_$5$.tif" in texts
+    assert any("120 Mg/ha" in text and "100%" in text for text in texts)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 900), (900, 3)])
+@pytest.mark.parametrize("value", [np.nan, 0.0, -3.0])
+def test_odd_rasters_can_be_drawn(tmp_path, shape, value):
+    values = np.full(shape, value)
+    pixels = draw(tmp_path, values, np.full((*shape, 3), value))
+    assert pixels.shape[0] < 1700
+    assert [path.name for path in tmp_path.iterdir()] == ["look.png"]
+
+
+def test_a_failed_picture_leaves_nothing(tmp_path):
+    with pytest.raises(OSError):
+        figures.quicklook(
+            tmp_path / "missing" / "a.png", np.ones((4, 4, 3)), np.ones((4, 4)), title="", name="", unit=""
+        )
+    assert list(tmp_path.iterdir()) == []
