@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import rasterio
 
+from biomass_jax.data import raster
 from data_prep.synthetic import granule, scene
 from data_prep.synthetic.__main__ import main
 from data_prep.synthetic.landscape import Cover, fractal, make_landscape, share_below
@@ -155,3 +156,13 @@ def test_command_line(tmp_path, capsys):
             main(["--out", str(tmp_path), "--size", size])
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_reader_of_images_takes_the_granule_as_it_is(folder, land):
+    (item,) = raster.find_inputs(folder)
+    with raster.open_image(item) as image:
+        assert (image.sensor, image.season, image.fill) == ("L30", "2020-07-01/2020-07-01", -9999)
+        assert (image.grid.height, image.grid.width) == SHAPE
+        np.testing.assert_array_equal(image.read_rows(0, SHAPE[0]), scene.digital_numbers(land, seed=3))
+        assert image.check_units() is None
+        assert image.warnings == []
