@@ -19,9 +19,10 @@ def bicubic_matrix(size_in: int, size_out: int) -> np.ndarray:
     """Weights of torch's 1-D cubic interpolation, float64 [size_out, size_in].
 
     Half-pixel centres, taps outside clamped to the edge, no antialiasing: `torch.nn.functional.interpolate(mode=
-    "bicubic", align_corners=False)`, aten/src/ATen/native/UpSample.h.
+    "bicubic", align_corners=False)`, aten/src/ATen/native/UpSample.h. Source coordinates are float32, as there.
     """
-    source = size_in / size_out * (np.arange(size_out) + 0.5) - 0.5
+    scale, half = np.float32(size_in) / np.float32(size_out), np.float32(0.5)
+    source = (scale * (np.arange(size_out, dtype=np.float32) + half) - half).astype(np.float64)
     low = np.floor(source).astype(np.int64)
     matrix = np.zeros((size_out, size_in))
     for tap in range(-1, 3):

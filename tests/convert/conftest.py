@@ -1,10 +1,13 @@
 """Checkpoints of any size, spelled out by hand: the key names here owe nothing to the converter's tables."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
+from biomass_jax.convert import torch_write
 
 Shapes = dict[str, tuple[tuple[int, ...], str]]
 
@@ -108,12 +111,13 @@ def relative_position_index(window: int) -> np.ndarray:
 
 
 def random_state(shapes: Shapes, seed: int = 0) -> dict[str, np.ndarray]:
-    """Arrays of these shapes: floats random, counters 7, indexes right."""
+    """Arrays of these shapes: floats random, variances positive, counters 7, indexes right."""
     rng = np.random.default_rng(seed)
     state = {}
     for key, (shape, dtype) in shapes.items():
         if dtype == "float32":
-            state[key] = rng.standard_normal(shape, np.float32)
+            values = rng.standard_normal(shape, np.float32)
+            state[key] = np.abs(values) if key.endswith("running_var") else values
         elif shape:
             state[key] = relative_position_index(round(shape[0] ** 0.5))
         else:
@@ -159,3 +163,18 @@ def key_list(golden) -> Callable[[str], Shapes]:
         return result
 
     return read
+
+
+@pytest.fixture
+def tiny(tmp_path) -> Callable[..., Path]:
+    """Write a tiny granite checkpoint whose state `edit(state)` may change; returns its path."""
+
+    def make(edit=lambda state: None, arguments=None, **top):
+        state = random_state(granite_shapes(**TINY))
+        edit(state)
+        arguments = model_args(TINY) if arguments is None else arguments
+        path = tmp_path / "tiny.ckpt"
+        torch_write.write(path, {"state_dict": state, "hyper_parameters": {"model_args": arguments}, **top})
+        return path
+
+    return make

@@ -1,0 +1,152 @@
+"""What a checkpoint, a config.yaml and flags say: taken, compared, asked for where it is missing."""
+
+import pytest
+
+from biomass_jax import bundle
+from biomass_jax.convert.architecture import ModelFlags
+from biomass_jax.convert.convert import Options, convert, read
+from biomass_jax.convert.errors import ConvertError
+from biomass_jax.convert.input_meta import PRESETS, InputFlags
+from biomass_jax.data.bands import BAND_NAMES
+
+TINY_FLAGS = Options(input=InputFlags(means=(1, 2, 3, 4, 5), stds=(5, 4, 3, 2, 1)))
+
+
+def test_the_tinys_architecture_is_read_from_its_shapes(tiny, checkpoints):
+    found = read(tiny(), options=TINY_FLAGS)
+    for name, value in checkpoints.TINY.items():
+        assert found.architecture[name] == value
+    assert found.architecture["drop_path_rate"] == 0.25
+    assert found.architecture["head_dropout"] == 0.125
+    assert found.input["bands"] == ["GREEN", "BLUE", "RED", "SWIR_1", "SWIR_2"]
+    assert (found.input["means"], found.input["stds"]) == ([1, 2, 3, 4, 5], [5, 4, 3, 2, 1])
+    assert set(found.provenance["num_batches_tracked"].values()) == {7}
+    shapes = bundle.flatten(bundle.abstract_variables(bundle.build_module("biomass", found.architecture)))
+    assert {p: leaf.shape for p, leaf in shapes.items()} == {p: a.shape for p, a in found.variables.items()}
+
+
+def test_what_is_missing_is_asked_for_with_its_flag(golden):
+    with pytest.raises(ConvertError) as caught:
+        read(golden / "micro" / "model.pt")
+    flags = ("--drop-path", "--head-dropout", "--final-act", "--bands", "--means", "--stds", "--config", "--statistics")
+    assert all(flag in str(caught.value) for flag in flags)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("backbone_embed_dim", 16, ["embed_dim", "tensors say 12", "= 16"]),
+        ("backbone_depths", [1, 2, 3, 2], ["depths", "(1, 2, 3, 1)", "[1, 2, 3, 2]"]),
+        ("in_channels", 6, ["in_channels", "5", "6"]),
+        ("head_learned_upscale_layers", 3, ["upscale_layers", "2", "3"]),
+        ("decoder", "FCNDecoder", ["FCNDecoder", "UperNetDecoder"]),
+        ("decoder_align_corners", False, ["align_corners", "True"]),
+        ("decoder_pool_scales", [1, 2, 3], ["3", "4 pooling modules"]),
+        ("head_final_act", "torch.nn.Sigmoid", ["torch.nn.Sigmoid", "torch.nn.ReLU"]),
+        ("head_dropout", "a lot", ["head_dropout", "a lot"]),
+        ("bands", ["BLUE", "GREEN", "RED", "SWIR_1", "B99"], ["B99", "NIR_NARROW"]),
+        ("bands", ["BLUE", "GREEN", "RED", "SWIR_1"], ["4 bands", "5 channels"]),
+    ],
+)
+def test_a_declaration_that_contradicts_the_weights_is_an_error(tiny, checkpoints, name, value, words):
+    arguments = checkpoints.model_args(checkpoints.TINY) | {name: value}
+    with pytest.raises(ConvertError) as caught:
+        read(tiny(arguments=arguments), options=TINY_FLAGS)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_flag_that_contradicts_the_checkpoint_is_an_error(tiny):
+    with pytest.raises(ConvertError, match=r"--drop-path 0.5 contradicts .*backbone_drop_path_rate = 0.25"):
+        read(tiny(), options=Options(ModelFlags(drop_path=0.5), TINY_FLAGS.input))
+    bands = InputFlags(bands=("BLUE", "GREEN", "RED", "SWIR_1", "SWIR_2"), means=(1,) * 5, stds=(1,) * 5)
+    with pytest.raises(ConvertError, match=r"bands are .*--bands and .*model_args"):
+        read(tiny(), options=Options(input=bands))
+
+
+def test_no_final_activation_moves_the_maps_nodata(tiny, checkpoints, tmp_path):
+    arguments = checkpoints.model_args(checkpoints.TINY) | {"head_final_act": None}
+    report = convert(tiny(arguments=arguments), tmp_path / "bundle", options=TINY_FLAGS)
+    meta = bundle.read_meta(report.path)
+    assert meta["architecture"]["final_relu"] is False
+    assert meta["output"]["nodata"] == -9999
+
+
+def test_unknown_arguments_that_may_matter_are_reported(tiny, checkpoints):
+    arguments = checkpoints.model_args(checkpoints.TINY) | {"head_channel_list": [3], "pretrained": False}
+    assert read(tiny(arguments=arguments), options=TINY_FLAGS).unchecked == ["head_channel_list=[3]"]
+
+
+# config.yaml
+
+CONFIG = """\
+trainer: {max_epochs: 300, logger: !!python/object/apply:os.system ["touch HACKED"]}
+data:
+  class_path: GenericNonGeoPixelwiseRegressionDataModule
+  init_args:
+    batch_size: 64
+    dataset_bands: [-1, BLUE, GREEN, RED, NIR_NARROW, SWIR_1, SWIR_2, -1]
+    output_bands: [BLUE, GREEN, RED, NIR_NARROW, SWIR_1, SWIR_2]
+    means: [547.36707, 898.5121, 1020.9082, 2665.5352, 2340.584, 1610.1407]
+    stds: [411.4701, 558.54065, 815.94025, 812.4403, 1113.7145, 1067.641]
+    no_label_replace: -1
+    no_data_replace: 0
+model:
+  class_path: terratorch.tasks.PixelwiseRegressionTask
+  init_args:
+    model_args:
+      backbone_drop_path_rate: 0.3
+      decoder_channels: 8
+      bands: [BLUE, GREEN, RED, NIR_NARROW, SWIR_1, SWIR_2]
+      head_dropout: 0.16194593880230534
+      head_final_act: torch.nn.ReLU
+"""
+
+
+def test_a_config_gives_what_bare_weights_lack(golden, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    found = read(golden / "micro" / "model.pt", config=tmp_path / "config.yaml")
+    assert tuple(found.input["means"]) == PRESETS["granite"].means
+    assert tuple(found.input["stds"]) == PRESETS["granite"].stds
+    assert found.input["sensors"] == ["L30"]  # told by the published statistics
+    assert found.input["bands"] == list(BAND_NAMES)
+    assert found.architecture["drop_path_rate"] == 0.3
+    assert not (tmp_path / "HACKED").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("no_data_replace: 0", "no_data_replace: -1", "no_data_replace is -1"),
+        ("decoder_channels: 8", "decoder_channels: 9", "tensors say 8.*= 9"),
+        ("output_bands: [BLUE, GREEN", "output_bands: [GREEN, BLUE", "bands are"),
+        ("means: [547.36707, ", "means: [", "5 means"),
+        ("stds: [411.4701", "stds: [0.0", "above 0"),
+        ("means: [547.36707", "means: [many", "many.*finite numbers"),
+        ("means: [547.36707", "means: [.nan", "nan.*finite numbers"),
+        ("data:", "data: [", "no YAML"),
+    ],
+)
+def test_a_config_that_makes_no_sense_is_an_error(golden, tmp_path, old, new, words):
+    (tmp_path / "config.yaml").write_text(CONFIG.replace(old, new, 1))
+    with pytest.raises(ConvertError, match=words):
+        read(golden / "micro" / "model.pt", config=tmp_path / "config.yaml")
+
+
+def test_config_and_checkpoint_must_agree(golden, tmp_path):
+    (tmp_path / "config.yaml").write_text(CONFIG.replace("rate: 0.3", "rate: 0.1"))
+    with pytest.raises(ConvertError, match=r"backbone_drop_path_rate is 0.3 in .* and 0.1 in .*config.yaml"):
+        read(golden / "ckpt_micro_cli" / "state_dict.ckpt", config=tmp_path / "config.yaml")
+
+
+def test_statistics_given_twice_must_agree(golden, tmp_path):
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    options = Options(input=InputFlags(means=(1.0,) * 6))
+    with pytest.raises(ConvertError, match=r"means are \[1.0.* in --means and .*config.yaml"):
+        read(golden / "micro" / "model.pt", config=tmp_path / "config.yaml", options=options)
+
+
+def test_a_presets_statistics_follow_the_weights_band_order(tiny):
+    found = read(tiny(), options=Options(input=InputFlags(statistics="granite")))
+    assert found.input["bands"][:2] == ["GREEN", "BLUE"]
+    assert found.input["means"] == [898.5121, 547.36707, 1020.9082, 2340.584, 1610.1407]

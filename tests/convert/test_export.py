@@ -1,0 +1,167 @@
+"""Bundles written as PyTorch checkpoints: the originals' keys, order, shapes, dtypes and bits come back."""
+
+import json
+
+import numpy as np
+import pytest
+
+from biomass_jax import bundle
+from biomass_jax.convert import export, torch_file
+from biomass_jax.convert.architecture import ModelFlags
+from biomass_jax.convert.convert import Options, convert, nested, read
+from biomass_jax.convert.errors import ConvertError
+from biomass_jax.convert.input_meta import InputFlags
+from biomass_jax.convert.layouts import GRANITE, SIMMIM
+from biomass_jax.data.bands import BAND_NAMES
+
+SIMMIM_FLAGS = Options(ModelFlags(drop_path=0.0), InputFlags(bands=BAND_NAMES, statistics="prithvi"))
+
+
+def tensors(path, folder):
+    return {key: tensor.array() for key, tensor in torch_file.read(path).root[folder].items()}
+
+
+def assert_same(found, original):
+    assert list(found) == list(original)
+    for key, array in found.items():
+        assert (array.dtype, array.shape) == (original[key].dtype, original[key].shape), key
+        assert array.tobytes() == original[key].tobytes(), key
+
+
+@pytest.fixture(scope="module")
+def granite_bundle(golden, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("granite") / "bundle"
+    source = golden / "ckpt_micro_cli" / "lightning.ckpt"
+    convert(source, folder, options=Options(input=InputFlags(statistics="granite")))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def simmim_bundle(golden, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("simmim") / "bundle"
+    convert(golden / "simmim" / "c6_img96_w3.pth", folder, options=SIMMIM_FLAGS)
+    return folder
+
+
+def test_granite_comes_back_bit_for_bit(golden, granite_bundle, tmp_path):
+    export.export(granite_bundle, tmp_path / "model.ckpt")
+    original = golden / "ckpt_micro_cli" / "lightning.ckpt"
+    assert_same(tensors(tmp_path / "model.ckpt", "state_dict"), tensors(original, "state_dict"))
+    ours, theirs = torch_file.read(tmp_path / "model.ckpt").root, torch_file.read(original).root
+    for name in ("epoch", "global_step", "pytorch-lightning_version", "hyper_parameters"):
+        assert ours[name] == theirs[name]
+
+
+def test_an_exported_checkpoint_converts_again_without_flags(granite_bundle, tmp_path):
+    export.export(granite_bundle, tmp_path / "model.ckpt")
+    again = read(tmp_path / "model.ckpt")
+    meta = bundle.read_meta(granite_bundle)
+    assert bundle.weights_sha256(nested(again.variables)) == meta["weights_sha256"]
+    assert json.loads(json.dumps(again.architecture)) == meta["architecture"]
+    assert again.input == meta["input"]
+    assert again.provenance["num_batches_tracked"] == meta["provenance"]["num_batches_tracked"]
+
+
+def test_a_bundle_that_never_was_torchs_declares_its_architecture(granite_bundle, tmp_path):
+    meta = bundle.read_meta(granite_bundle)
+    meta["provenance"] = {}
+    root = export._lightning({}, meta)
+    fields = meta["architecture"]
+    arguments = root["hyper_parameters"]["model_args"]
+    assert arguments["backbone_depths"] == fields["depths"]
+    assert arguments["head_final_act"] == "torch.nn.ReLU"
+    state = dict(export._state(GRANITE, _zeros("biomass", fields), meta, None))
+    assert state["model.decoder.bottleneck.norm.num_batches_tracked"] == 0
+
+
+def _zeros(task, fields):
+    shapes = bundle.flatten(bundle.abstract_variables(bundle.build_module(task, fields)))
+    return {path: np.broadcast_to(np.float32(0), leaf.shape) for path, leaf in shapes.items()}
+
+
+def described(state):
+    return [(key, array.shape, str(array.dtype)) for key, array in state]
+
+
+def test_swin_b_has_the_released_models_keys_order_shapes_and_dtypes(checkpoints, key_list):
+    fields = dict(checkpoints.SWIN_B) | {"pool_scales": (1, 2, 3, 6), "upscale_layers": 2, "patch_size": 4}
+    meta = {"architecture": fields, "provenance": {}}
+    found = described(export._state(GRANITE, _zeros("biomass", fields), meta, None))
+    assert found == [(key, *rest) for key, rest in key_list("granite_swin_b_keys.txt").items()]
+
+
+def test_simmims_swin_b_has_the_originals_keys_order_shapes_and_dtypes(checkpoints, key_list):
+    fields = {name: value for name, value in checkpoints.SWIN_B.items() if name != "decoder_channels"}
+    fields |= {"window_size": 6, "patch_size": 4}
+    meta = {"architecture": fields, "provenance": {}}
+    found = described(export._state(SIMMIM, _zeros("simmim", fields), meta, 192))
+    assert found == [(key, *rest) for key, rest in key_list("simmim/keys_swinB_img192_w6_c6.txt").items()]
+
+
+def test_simmim_comes_back_bit_for_bit(golden, simmim_bundle, tmp_path):
+    export.export(simmim_bundle, tmp_path / "model.pth")
+    assert_same(tensors(tmp_path / "model.pth", "model"), tensors(golden / "simmim" / "c6_img96_w3.pth", "model"))
+
+
+def test_simmims_masks_follow_the_image_size(simmim_bundle, tmp_path):
+    export.export(simmim_bundle, tmp_path / "model.pth", img_size=192)
+    found = tensors(tmp_path / "model.pth", "model")
+    assert found["encoder.layers.3.blocks.1.attn_mask"].shape == (4, 9, 9)  # 6 x 6 tokens in windows of 3
+    with pytest.raises(ConvertError, match=r"image size 100.*as 96 px gives"):
+        export.export(simmim_bundle, tmp_path / "other.pth", img_size=100)
+    assert not (tmp_path / "other.pth").exists()
+
+
+def changed(source, target, **provenance):
+    """A bundle's bundle.json alone, its provenance changed: enough for what is refused before weights are read."""
+    meta = bundle.read_meta(source)
+    meta["provenance"] |= provenance
+    target.mkdir()
+    (target / "bundle.json").write_text(json.dumps(meta))
+    return target
+
+
+def test_a_resized_window_is_refused(simmim_bundle, tmp_path):
+    folder = changed(simmim_bundle, tmp_path / "bundle", window_resized={"from": 6, "to": 7})
+    with pytest.raises(ConvertError, match="resized from window 6 to 7"):
+        export.export(folder, tmp_path / "model.pth")
+
+
+def test_an_unknown_image_size_is_asked_for(simmim_bundle):
+    meta = bundle.read_meta(simmim_bundle)
+    with pytest.raises(ConvertError, match="--img-size"):
+        dict(export._state(SIMMIM, _zeros("simmim", meta["architecture"]), meta | {"provenance": {}}, None))
+
+
+def test_an_encoder_alone_is_refused(simmim_bundle, tmp_path):
+    meta = bundle.read_meta(simmim_bundle) | {"task": "encoder"}
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "bundle.json").write_text(json.dumps(meta))
+    with pytest.raises(ConvertError, match="classifier"):
+        export.export(tmp_path / "bundle", tmp_path / "model.pth")
+
+
+def test_an_existing_file_is_kept_unless_told_otherwise(simmim_bundle, tmp_path):
+    target = tmp_path / "model.pth"
+    target.write_bytes(b"precious")
+    with pytest.raises(ConvertError, match="--overwrite"):
+        export.export(simmim_bundle, target)
+    assert target.read_bytes() == b"precious"
+    export.export(simmim_bundle, target, overwrite=True)
+    assert torch_file.read(target).format == "zip"
+
+
+@pytest.mark.parametrize(
+    ("kind", "folder", "original"),
+    [
+        ("granite_bundle", "state_dict", "ckpt_micro_cli/lightning.ckpt"),
+        ("simmim_bundle", "model", "simmim/c6_img96_w3.pth"),
+    ],
+)
+def test_torch_itself_reads_an_export(kind, folder, original, request, golden, tmp_path):
+    torch = pytest.importorskip("torch")
+    export.export(request.getfixturevalue(kind), tmp_path / "model.pt")
+    ours = torch.load(tmp_path / "model.pt", weights_only=True)[folder]
+    theirs = torch.load(golden / original, weights_only=False)[folder]
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[key], theirs[key]) and ours[key].dtype == theirs[key].dtype for key in theirs)
