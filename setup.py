@@ -21,16 +21,16 @@ CORE = [
     "orbax-checkpoint>=0.12.8",  # bundles are written by its StandardCheckpointer; older layouts were not tried
     "grain>=0.2.18",  # `grain.experimental.set_next_index`, by which a resumed run finds its place
     "array_record>=0.8.6",  # shards; the version that Grain 0.2.18 was tested with
-    "tensorflow-datasets>=4.9.10",  # reads array_record without TensorFlow, under Protobuf 6
+    "tensorflow-datasets>=4.9.10",  # reads array_record without TensorFlow; older ones were not tried
     "ml_collections>=1.1.0",  # typed, locked configs
     "numpy>=2.0",  # JAX 0.10's own floor
     "ml_dtypes>=0.5",  # bfloat16 in NumPy, for checkpoints that hold it; JAX 0.10's own floor
-    "rasterio>=1.4.3",  # the first with GDAL 3.9, whose COG driver takes the options used here
-    "affine>=2.4",  # a raster's transform; the version that rasterio 1.4 was released with
+    "rasterio>=1.4.3",  # GDAL 3.9 in its wheels; the COG driver of older ones was not tried
+    "affine>=2.4",  # a raster's transform; the oldest tried
     "matplotlib>=3.9",  # the first built for NumPy 2
-    "tensorboardX>=2.6.4",  # event files without TensorFlow
-    "tqdm>=4.66",  # progress bars
-    "absl-py>=2.0",  # flags; 2.0 brought types
+    "tensorboardX>=2.6.4",  # event files without TensorFlow; the oldest tried
+    "tqdm>=4.66",  # progress bars; the first made for Python 3.12
+    "absl-py>=2.0",  # flags; the oldest tried
     "pyyaml>=6.0.1",  # the reference's config.yaml; the first with wheels for Python 3.12
 ]
 
@@ -44,10 +44,10 @@ PREP = [
 SWEEP = ["optuna>=4.0"]  # 4.0 settled the journal file storage, which needs no database
 DOCS = ["nbclient>=0.10", "ipykernel>=6.29"]  # runs the notebook as a test; the first that allow Python 3.12
 TOOLS = [
-    "pytest>=8.2",  # importlib import mode with packages of one name
+    "pytest>=8.2",  # older ones were not tried with the importlib import mode
     "pytest-timeout>=2.3",  # a hanging test must not hang the suite
-    "ruff>=0.12",  # the rule set chosen in pyproject.toml
-    "mypy>=1.15",  # understands NumPy 2.2's annotations
+    "ruff>=0.12",  # older ones format differently
+    "mypy>=1.15",  # older ones were not tried with the annotations of NumPy 2
 ]
 
 setup(
