@@ -3,9 +3,11 @@
 Exit codes: 0 finished, 75 stopped by SIGTERM (give the same command again to go on), anything else failed.
 """
 
+import difflib
 import json
 import logging
 import os
+import re
 import runpy
 import signal
 import sys
@@ -92,8 +94,10 @@ def parse_flags(argv: list[str]) -> list[str]:
     except AttributeError as error:
         if path is None:
             raise
-        fields = ", ".join(sorted(runpy.run_path(str(path))["get_config"]().keys()))
-        raise UsageError(f"{path}: no field {str(error).strip(chr(34))} in this config; it has {fields}") from error
+        fields = sorted(runpy.run_path(str(path))["get_config"]().keys())
+        unknown = re.findall(r"\w+", str(error))[0]  # "'name'" and perhaps more, quoted twice
+        near = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(unknown, fields, 1))
+        raise UsageError(f"{path}: no field {unknown!r} in this config; it has {', '.join(fields)}{near}") from error
 
 
 def _config_path(argv: list[str]) -> Path | None:
