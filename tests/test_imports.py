@@ -84,13 +84,23 @@ def layer_faults(path: str, name: str) -> Iterator[str]:
             yield "data_prep must not import JAX"
 
 
-def package_faults(path: str, name: str, source: str) -> Iterator[str]:
+def does_without_torch(path: str, line: int, tree: ast.AST) -> bool:
+    """Whether a test skips, or goes on, where torch is not installed; scripts that made fixtures are run by hand."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node) == "pytest.importorskip('torch')":
+            return True
+        if isinstance(node, ast.Try) and node.body[0].lineno <= line <= (node.body[-1].end_lineno or 0):
+            return any(ast.unparse(handler.type or node) == "ImportError" for handler in node.handlers)
+    return "/fixtures/" in path
+
+
+def package_faults(path: str, line: int, name: str, tree: ast.AST) -> Iterator[str]:
     top = name.split(".")[0]
     if top in NEVER:
         yield "nothing imports TensorFlow, nor clu, which brings it"
-    skips = path.startswith("tests/") and 'importorskip("torch")' in source
-    if top == "torch" and not path.startswith("benchmarks/") and not skips:
-        yield "only benchmarks import torch, and tests that skip without it"
+    optional = path.startswith("tests/") and does_without_torch(path, line, tree)
+    if top == "torch" and not path.startswith("benchmarks/") and not optional:
+        yield "only benchmarks import torch, and tests that do without it"
     opens_rasters = path.startswith(("biomass_jax/data/raster", "data_prep/", "benchmarks/", "tests/"))
     if top in {"rasterio", "osgeo"} and not opens_rasters:
         yield "only biomass_jax/data/raster*.py and data_prep open rasters"
@@ -113,7 +123,8 @@ def faults(path: str, source: str) -> list[str]:
     """What is wrong with one file, each as `path:line: imported name: rule`."""
     tree = ast.parse(source)
     found = [(line, f"{name}: {f}") for line, name in imported(path, tree) for f in layer_faults(path, name)]
-    found += [(line, f"{name}: {f}") for line, name in imported(path, tree) for f in package_faults(path, name, source)]
+    for line, name in imported(path, tree):
+        found += [(line, f"{name}: {fault}") for fault in package_faults(path, line, name, tree)]
     found += mesh_faults(path, tree)
     return [f"{path}:{line}: {fault}" for line, fault in sorted(set(found))]
 
@@ -171,6 +182,9 @@ def test_every_folder_is_read():
         ("tests/test_a.py", "import tensorflow as tf", "nothing imports TensorFlow"),
         ("biomass_jax/convert/a.py", "import torch", "only benchmarks import torch"),
         ("tests/test_a.py", "from torch import nn", "only benchmarks import torch"),
+        ("tests/test_a.py", "try:\n    pass\nexcept ImportError:\n    import torch", "only benchmarks import torch"),
+        ("tests/test_a.py", "try:\n    import torch\nexcept OSError:\n    pass", "only benchmarks import torch"),
+        ("biomass_jax/convert/fixtures/b.py", "import torch", "only benchmarks import torch"),
         ("biomass_jax/prediction/a.py", "import rasterio.windows", "open rasters"),
         ("biomass_jax/data/pipeline.py", "from osgeo import gdal", "open rasters"),
         ("biomass_jax/training/steps.py", "from jax.sharding import PartitionSpec as P", "not PartitionSpec here"),
@@ -198,6 +212,8 @@ def test_the_checker_sees_each_kind_of_fault(path, source, rule):
         ("data_prep/synthetic/a.py", "from biomass_jax.data import bands\nfrom data_prep.synthetic.scene import Sun"),
         ("benchmarks/model.py", "import torch"),
         ("tests/test_a.py", 'import pytest\npytest.importorskip("torch")\nfrom torch import nn'),
+        ("tests/test_a.py", "try:\n    import torch\nexcept ImportError:\n    torch = None"),
+        ("tests/a/fixtures/make.py", "import torch"),
     ],
 )
 def test_the_checker_lets_pass_what_is_allowed(path, source):
