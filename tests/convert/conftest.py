@@ -32,6 +32,44 @@ SWIN_B = {
 }
 
 
+class _Keys:
+    """Shapes of torch modules under their keys, in torch's order."""
+
+    def __init__(self) -> None:
+        self.shapes: Shapes = {}
+
+    def add(self, key: str, *shape: int, dtype: str = "float32") -> None:
+        self.shapes[f"model.{key}"] = (shape, dtype)
+
+    def norm(self, key: str, size: int) -> None:
+        self.add(f"{key}.weight", size)
+        self.add(f"{key}.bias", size)
+
+    def linear(self, key: str, out: int, size: int) -> None:
+        self.add(f"{key}.weight", out, size)
+        self.add(f"{key}.bias", out)
+
+    def batch_norm(self, key: str, size: int) -> None:
+        self.norm(key, size)
+        self.add(f"{key}.running_mean", size)
+        self.add(f"{key}.running_var", size)
+        self.add(f"{key}.num_batches_tracked", dtype="int64")
+
+    def conv_module(self, key: str, out: int, size: int, kernel: int) -> None:
+        self.add(f"{key}.conv.weight", out, size, kernel, kernel)
+        self.batch_norm(f"{key}.norm", out)
+
+    def block(self, key: str, c: int, heads: int, window: int, mlp_ratio: int) -> None:
+        self.norm(f"{key}.norm1", c)
+        self.add(f"{key}.attn.w_msa.relative_position_bias_table", (2 * window - 1) ** 2, heads)
+        self.add(f"{key}.attn.w_msa.relative_position_index", window**2, window**2, dtype="int64")
+        self.linear(f"{key}.attn.w_msa.qkv", 3 * c, c)
+        self.linear(f"{key}.attn.w_msa.proj", c, c)
+        self.norm(f"{key}.norm2", c)
+        self.linear(f"{key}.ffn.layers.0.0", mlp_ratio * c, c)
+        self.linear(f"{key}.ffn.layers.1", c, mlp_ratio * c)
+
+
 def granite_shapes(
     *,
     embed_dim: int,
@@ -43,64 +81,34 @@ def granite_shapes(
     decoder_channels: int,
 ) -> Shapes:
     """Key -> (shape, dtype) of a granite checkpoint, in torch's order."""
-    shapes: Shapes = {}
-
-    def add(key: str, *shape: int, dtype: str = "float32") -> None:
-        shapes[f"model.{key}"] = (shape, dtype)
-
-    def norm(key: str, size: int) -> None:
-        add(f"{key}.weight", size)
-        add(f"{key}.bias", size)
-
-    def linear(key: str, out: int, size: int) -> None:
-        add(f"{key}.weight", out, size)
-        add(f"{key}.bias", out)
-
-    def batch_norm(key: str, size: int) -> None:
-        norm(key, size)
-        add(f"{key}.running_mean", size)
-        add(f"{key}.running_var", size)
-        add(f"{key}.num_batches_tracked", dtype="int64")
-
-    def conv_module(key: str, out: int, size: int, kernel: int) -> None:
-        add(f"{key}.conv.weight", out, size, kernel, kernel)
-        batch_norm(f"{key}.norm", out)
-
-    add("encoder.patch_embed.projection.weight", embed_dim, in_channels, 4, 4)
-    add("encoder.patch_embed.projection.bias", embed_dim)
-    norm("encoder.patch_embed.norm", embed_dim)
+    keys = _Keys()
+    keys.add("encoder.patch_embed.projection.weight", embed_dim, in_channels, 4, 4)
+    keys.add("encoder.patch_embed.projection.bias", embed_dim)
+    keys.norm("encoder.patch_embed.norm", embed_dim)
     widths = [embed_dim * 2**i for i in range(len(depths))]
-    for i, (depth, heads, c) in enumerate(zip(depths, num_heads, widths, strict=True)):
-        for j in range(depth):
-            block = f"encoder.stages_{i}.blocks.{j}"
-            norm(f"{block}.norm1", c)
-            add(f"{block}.attn.w_msa.relative_position_bias_table", (2 * window_size - 1) ** 2, heads)
-            add(f"{block}.attn.w_msa.relative_position_index", window_size**2, window_size**2, dtype="int64")
-            linear(f"{block}.attn.w_msa.qkv", 3 * c, c)
-            linear(f"{block}.attn.w_msa.proj", c, c)
-            norm(f"{block}.norm2", c)
-            linear(f"{block}.ffn.layers.0.0", mlp_ratio * c, c)
-            linear(f"{block}.ffn.layers.1", c, mlp_ratio * c)
+    for i, c in enumerate(widths):
+        for j in range(depths[i]):
+            keys.block(f"encoder.stages_{i}.blocks.{j}", c, num_heads[i], window_size, mlp_ratio)
         if i < len(depths) - 1:
-            norm(f"encoder.stages_{i}.downsample.norm", 4 * c)
-            add(f"encoder.stages_{i}.downsample.reduction.weight", 2 * c, 4 * c)
-        norm(f"encoder.stages_{i}.norm", c)
+            keys.norm(f"encoder.stages_{i}.downsample.norm", 4 * c)
+            keys.add(f"encoder.stages_{i}.downsample.reduction.weight", 2 * c, 4 * c)
+        keys.norm(f"encoder.stages_{i}.norm", c)
     d = decoder_channels
     for k in range(4):
-        conv_module(f"decoder.psp_modules.{k}.1", d, widths[-1], 1)
-    conv_module("decoder.bottleneck", d, widths[-1] + 4 * d, 3)
+        keys.conv_module(f"decoder.psp_modules.{k}.1", d, widths[-1], 1)
+    keys.conv_module("decoder.bottleneck", d, widths[-1] + 4 * d, 3)
     for i, c in enumerate(widths[:-1]):
-        conv_module(f"decoder.lateral_convs.{i}", d, c, 1)
+        keys.conv_module(f"decoder.lateral_convs.{i}", d, c, 1)
     for i in range(len(widths) - 1):
-        conv_module(f"decoder.fpn_convs.{i}", d, d, 3)
-    conv_module("decoder.fpn_bottleneck", d, len(widths) * d, 3)
+        keys.conv_module(f"decoder.fpn_convs.{i}", d, d, 3)
+    keys.conv_module("decoder.fpn_bottleneck", d, len(widths) * d, 3)
     for i in range(2):
-        add(f"head.head.0.{i}.conv.weight", 4 * d, d, 3, 3)
-        add(f"head.head.0.{i}.conv.bias", 4 * d)
-        batch_norm(f"head.head.0.{i}.bn", d)
-    add("head.head.2.weight", 1, d, 1, 1)
-    add("head.head.2.bias", 1)
-    return shapes
+        keys.add(f"head.head.0.{i}.conv.weight", 4 * d, d, 3, 3)
+        keys.add(f"head.head.0.{i}.conv.bias", 4 * d)
+        keys.batch_norm(f"head.head.0.{i}.bn", d)
+    keys.add("head.head.2.weight", 1, d, 1, 1)
+    keys.add("head.head.2.bias", 1)
+    return keys.shapes
 
 
 def relative_position_index(window: int) -> np.ndarray:
