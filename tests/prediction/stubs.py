@@ -1,4 +1,4 @@
-"""A bundle without a model, and rasters whose pixels are known."""
+"""Bundles without a model or with a random one, and rasters whose pixels are known."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,7 +7,8 @@ import numpy as np
 import rasterio
 from affine import Affine
 
-from biomass_jax.data.bands import BAND_NAMES
+from biomass_jax import bundle
+from biomass_jax.data.bands import BAND_NAMES, UNITS
 
 NIR = BAND_NAMES.index("NIR_NARROW")
 
@@ -69,3 +70,36 @@ def coded_image(height: int, width: int, dtype=np.int16) -> np.ndarray:
 def read_map(path) -> np.ndarray:
     with rasterio.open(path) as file:
         return file.read(1)
+
+
+def random_bundle(path: Path, **architecture) -> Path:
+    """A real bundle with seeded random weights; the smallest architecture unless told otherwise."""
+    small = {"embed_dim": 8, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 4, 8], "mlp_ratio": 2.0, "decoder_channels": 8}
+    architecture = architecture or small
+    rng = np.random.default_rng(0)
+
+    def values(tree, name=""):
+        if isinstance(tree, dict):
+            return {key: values(branch, f"{name}/{key}") for key, branch in tree.items()}
+        if name.endswith(("scale", "var")):
+            return rng.uniform(0.5, 1.5, tree.shape).astype(np.float32)
+        if name.endswith("final/bias"):
+            return np.full(tree.shape, 100, np.float32)  # above the final ReLU
+        size = 1 / np.sqrt(np.prod(tree.shape[:-1])) if name.endswith("kernel") else 0.1
+        return rng.normal(0, 10 * size if "final" in name else size, tree.shape).astype(np.float32)
+
+    module = bundle.build_module("biomass", architecture)
+    statistics = {
+        "means": [547.36707, 898.5121, 1020.9082, 2665.5352, 2340.584, 1610.1407],
+        "stds": [411.4701, 558.54065, 815.94025, 812.4403, 1113.7145, 1067.641],
+    }
+    return bundle.save(
+        path,
+        values(bundle.abstract_variables(module)),
+        task="biomass",
+        architecture=architecture,
+        input={"bands": list(BAND_NAMES), "units": UNITS, "fill": -9999, "sensors": ["L30"], **statistics},
+        output={"bands": ["agbd"], "units": "Mg ha-1", "nodata": -1},
+        training={},
+        provenance={"source": "random"},
+    )
