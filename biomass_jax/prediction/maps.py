@@ -47,7 +47,8 @@ class MapOptions:
     def __post_init__(self) -> None:
         self.bands = parse_band_list(self.bands)
         self.mask = None if self.mask is None else os.fspath(self.mask)
-        if (self.mask is None) != (not self.mask_keep):
+        self.mask_keep = tuple(self.mask_keep) if self.mask_keep else None
+        if (self.mask is None) != (self.mask_keep is None):
             raise PredictionError(
                 f"mask is {self.mask!r} and mask_keep is {self.mask_keep!r}: give both or neither, the raster and "
                 "the classes in it to keep"
@@ -58,7 +59,7 @@ class MapOptions:
         found: dict[str, Any] = {"bands": self.bands, "mask": self.mask, "mask_keep": self.mask_keep}
         if self.mask is not None and os.path.exists(self.mask):
             status = os.stat(self.mask)
-            found["mask_identity"] = [status.st_size, status.st_mtime_ns]
+            found |= {"mask": os.path.abspath(self.mask), "mask_identity": [status.st_size, status.st_mtime_ns]}
         return found
 
 

@@ -227,12 +227,15 @@ class Predictor:
                     tags=tags,
                 )
             )
-            progress = stack.enter_context(Progress(path.name, chips)) if options.progress else None
+            # A single chip is done before a bar could be read, and folders hold thousands of them.
+            progress = (
+                stack.enter_context(Progress(path.name, chips)) if options.progress and plan is not None else None
+            )
             timings = self._predict_rows(source, plan, reader, writer, progress)
         parts = {**vars(timings), **{key: writer.seconds[key] for key in ("verify", "copy")}}
         result = MapResult(source.name, path, "written", chips, time.perf_counter() - began, parts, reader.share)
         share = "" if result.mask_share is None else f", the mask keeps {result.mask_share:.1%} of its data pixels"
-        log.info("%s: %d chips in %s%s", path, chips, duration(result.seconds), share)
+        log.info("%s: %d chip%s in %s%s", path, chips, "" if chips == 1 else "s", duration(result.seconds), share)
         return result
 
     def _predict_rows(
@@ -264,8 +267,6 @@ class Predictor:
         writer.write_rows(0, values)
         marks.append(time.perf_counter())
         timings.read, timings.compute, timings.write = (float(s) for s in np.diff(marks))
-        if progress:
-            progress.advance(1)
         return timings
 
     def _plan(self, height: int, width: int) -> Plan:
