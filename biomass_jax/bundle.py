@@ -217,10 +217,8 @@ def save(
         overwrite: replace a bundle that is there.
 
     Raises:
-        BundleError: the folder exists, or the variables do not fit the architecture.
+        BundleError: the folder exists, the variables do not fit the architecture, or they give no finite output.
     """
-    import orbax.checkpoint as ocp
-
     path = Path(path)
     if path.exists() and not overwrite:
         raise BundleError(f"{path}: already exists; choose another folder or ask to overwrite it")
@@ -238,15 +236,28 @@ def save(
         "weights_sha256": weights_sha256(variables),
         "check": compute_check(module, variables),
     }
+    if not np.isfinite([*meta["check"]["values"], meta["check"]["mean"]]).all():
+        raise BundleError(
+            f"{path}: the model gives NaN or infinite values on the fixed input; the weights are unusable"
+        )
+    trees = {"variables": _without_empty(variables)}
+    if optimizer is not None:
+        trees["optimizer"] = _as_arrays(optimizer)
+    return _write(path, meta, trees)
+
+
+def _write(path: Path, meta: dict[str, Any], trees: dict[str, Any]) -> Path:
+    """Write the folder under another name and rename it when it is whole."""
+    import orbax.checkpoint as ocp
+
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.parent / f".{path.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(partial.absolute() / "variables", _without_empty(variables))
-            if optimizer is not None:
-                checkpointer.save(partial.absolute() / "optimizer", _as_arrays(optimizer))
+            for name, tree in trees.items():
+                checkpointer.save(partial.absolute() / name, tree)
         (partial / "bundle.json").write_text(json.dumps(meta, indent=2, allow_nan=False) + "\n")
         _replace_folder(partial, path)
     finally:

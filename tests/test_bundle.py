@@ -138,6 +138,13 @@ def test_save_names_every_array_that_does_not_fit(variables, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_save_refuses_weights_that_give_no_number(variables, tmp_path):
+    broken = jax.tree.map(np.copy, variables)
+    broken["params"]["head"]["final"]["bias"][:] = np.nan
+    with pytest.raises(bundle.BundleError, match="NaN or infinite"):
+        bundle.save(tmp_path / "b", broken, **FIELDS)
+
+
 def test_save_replaces_only_when_told_and_leaves_nothing_when_it_fails(saved, tmp_path, monkeypatch):
     with pytest.raises(bundle.BundleError, match="already exists"):
         bundle.save(saved, random_variables(ARCHITECTURE, 1), **FIELDS)

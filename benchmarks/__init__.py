@@ -1,0 +1,1 @@
+"""Speed and memory, one command a figure; each prints a table and writes JSON."""
