@@ -132,21 +132,17 @@ def abstract_variables(module: Any) -> dict[str, Any]:
     return {"params": shapes["params"], "batch_stats": shapes.get("batch_stats", {})}
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any]) -> dict[str, Any]:
     """Nested dictionaries -> {'a/b/c': leaf}, sorted by path."""
-    flat: dict[str, Any] = {}
-    for key in sorted(tree):
-        if isinstance(tree[key], dict):
-            flat.update(flatten(tree[key], f"{prefix}{key}/"))
-        else:
-            flat[f"{prefix}{key}"] = tree[key]
-    return flat
+    from flax import traverse_util
+
+    return dict(sorted(traverse_util.flatten_dict(tree, sep="/").items()))
 
 
 def weights_sha256(variables: dict[str, Any]) -> str:
     """Digest over sorted path, dtype, shape and little-endian bytes (Orbax folders are not byte-stable)."""
     digest = hashlib.sha256()
-    for path, leaf in sorted(flatten(variables).items()):
+    for path, leaf in flatten(variables).items():
         array = np.asarray(leaf)
         digest.update(f"{path} {array.dtype.name} {array.shape}\n".encode())
         little = array.astype(array.dtype.newbyteorder("<"), copy=False)
@@ -303,12 +299,8 @@ def load(path: str | os.PathLike[str], sharding: Any = None) -> Bundle:
     Raises:
         BundleError: see `read_meta`; or weights that are damaged or do not fit the architecture.
     """
-    import jax
-
     meta = read_meta(path)
     abstract = _without_empty(abstract_variables(build_module(meta["task"], meta["architecture"])))
-    if sharding is None:
-        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     variables = _restore(Path(path) / "variables", abstract, sharding)
     return Bundle(Path(path), meta, {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})})
 
@@ -330,8 +322,6 @@ def load_optimizer(bundle: Bundle, sharding: Any = None) -> dict[str, Any] | Non
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), target)
     for moments in ("mu", "nu"):
         _compare_trees(f"{folder}: {moments}", bundle.variables["params"], abstract[moments])
-    if sharding is None:
-        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return _restore(folder, abstract, sharding)
 
 
@@ -364,6 +354,8 @@ def _restore(folder: Path, abstract: Any, sharding: Any) -> Any:
     import jax
     import orbax.checkpoint as ocp
 
+    if sharding is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     if isinstance(sharding, jax.sharding.Sharding):
         sharding = jax.tree.map(lambda _: sharding, abstract)
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, sharding)
