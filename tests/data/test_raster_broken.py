@@ -1,8 +1,8 @@
 """Images that can't be read, come from afar, or are in other units."""
 
-import http.server
 import os
-import threading
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -85,49 +85,13 @@ def test_a_vrt_whose_file_is_gone(tmp_path, numbers, write):
         image.read_rows(0, 5)
 
 
-class _Ranges(http.server.SimpleHTTPRequestHandler):
-    """A file server that understands `Range: bytes=a-b`, as object stores do."""
-
-    def do_GET(self):
-        body = self._body()
-        first, last = 0, len(body) - 1
-        asked = self.headers.get("Range")
-        if asked:
-            first, last = (int(n) for n in asked.removeprefix("bytes=").split("-"))
-            last = min(last, len(body) - 1)
-        self._head(206 if asked else 200, body, first, last)
-        self.wfile.write(body[first : last + 1])
-
-    def do_HEAD(self):
-        body = self._body()
-        self._head(200, body, 0, len(body) - 1)
-
-    def _body(self):
-        path = Path(self.directory, self.path.split("?")[0].lstrip("/"))
-        return path.read_bytes() if path.is_file() else b""
-
-    def _head(self, status, body, first, last):
-        self.send_response(status if body else 404)
-        self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(max(0, last - first + 1)))
-        if status == 206:
-            self.send_header("Content-Range", f"bytes {first}-{last}/{len(body)}")
-        self.end_headers()
-
-    def log_message(self, *args):
-        pass
-
-
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    handler = lambda *args: _Ranges(*args, directory=str(tmp_path))  # noqa: E731
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as one:
-        thread = threading.Thread(target=one.serve_forever, args=(0.02,))
-        thread.start()
-        yield f"http://127.0.0.1:{one.server_port}"
-        one.shutdown()
-        thread.join()
+    command = [sys.executable, str(Path(__file__).with_name("range_server.py")), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        yield f"http://127.0.0.1:{process.stdout.readline().strip()}"
+        process.terminate()
 
 
 def test_a_url_is_read_through_gdal(tmp_path, server, numbers, write):
@@ -138,6 +102,8 @@ def test_a_url_is_read_through_gdal(tmp_path, server, numbers, write):
         np.testing.assert_array_equal(image.read_rows(33, 99), np.moveaxis(data[:, 33:99], 0, -1))
         assert image.name == f"{server}/far.tif" and image.sources == ("far.tif",)
         assert image.identity() == {"size": path.stat().st_size, "mtime_ns": 0}
+    # side files are not looked for: a far folder can be large, and slow to list
+    assert set((tmp_path / "asked.txt").read_text().splitlines()) == {"/far.tif?token=SECRET"}
     with pytest.raises(raster.RasterError, match="absent.tif"):
         raster.open_image(f"{server}/absent.tif")
 
