@@ -18,17 +18,9 @@ import numpy as np
 SCHEMA_VERSION = 1
 TASKS = ("biomass", "simmim", "encoder")
 CHECK_TOLERANCE = 1e-4
-_REQUIRED = {
-    "schema_version": int,
-    "task": str,
-    "architecture": dict,
-    "input": dict,
-    "output": dict,
-    "training": dict,
-    "provenance": dict,
-    "weights_sha256": str,
-    "check": dict,
-}
+_REQUIRED = {"task": str, "weights_sha256": str} | dict.fromkeys(
+    ("architecture", "input", "output", "training", "provenance", "check"), dict
+)
 _CHECK_SIDE = 96  # px; a multiple of SimMIM's stride, and small beside the time to compile
 _CHECK_SEED = 20240712
 
@@ -215,13 +207,15 @@ def save(
     Raises:
         BundleError: the folder exists, the variables do not fit the architecture, or they give no finite output.
     """
+    import jax
+
     path = Path(path)
     if path.exists() and not overwrite:
         raise BundleError(f"{path}: already exists; choose another folder or ask to overwrite it")
     module = build_module(task, architecture)
     variables = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
     _compare_trees(str(path), abstract_variables(module), variables)
-    meta = {
+    meta: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "task": task,
         "architecture": architecture,
@@ -233,12 +227,10 @@ def save(
         "check": compute_check(module, variables),
     }
     if not np.isfinite([*meta["check"]["values"], meta["check"]["mean"]]).all():
-        raise BundleError(
-            f"{path}: the model gives NaN or infinite values on the fixed input; the weights are unusable"
-        )
+        raise BundleError(f"{path}: the model gives NaN or infinite values on a fixed input; its weights are unusable")
     trees = {"variables": _without_empty(variables)}
     if optimizer is not None:
-        trees["optimizer"] = _as_arrays(optimizer)
+        trees["optimizer"] = jax.tree.map(lambda leaf: leaf if hasattr(leaf, "shape") else np.asarray(leaf), optimizer)
     return _write(path, meta, trees)
 
 
@@ -301,7 +293,9 @@ def load(path: str | os.PathLike[str], sharding: Any = None) -> Bundle:
     """
     meta = read_meta(path)
     abstract = _without_empty(abstract_variables(build_module(meta["task"], meta["architecture"])))
-    variables = _restore(Path(path) / "variables", abstract, sharding)
+    folder = Path(path) / "variables"
+    _compare_trees(str(folder), abstract, _stored_shapes(folder))
+    variables = _restore(folder, abstract, sharding)
     return Bundle(Path(path), meta, {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})})
 
 
@@ -311,17 +305,12 @@ def load_optimizer(bundle: Bundle, sharding: Any = None) -> dict[str, Any] | Non
     Raises:
         BundleError: a damaged state, or moments that do not fit the parameters.
     """
-    import jax
-    import orbax.checkpoint as ocp
-
     folder = bundle.path / "optimizer"
     if not folder.is_dir():
         return None
-    with ocp.StandardCheckpointer() as checkpointer:
-        target = checkpointer.metadata(folder.absolute()).item_metadata.tree
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), target)
+    abstract = _stored_shapes(folder)
     for moments in ("mu", "nu"):
-        _compare_trees(f"{folder}: {moments}", bundle.variables["params"], abstract[moments])
+        _compare_trees(f"{folder}: {moments}", bundle.variables["params"], abstract.get(moments, {}))
     return _restore(folder, abstract, sharding)
 
 
@@ -350,6 +339,19 @@ def verify(path: str | os.PathLike[str]) -> dict[str, float]:
     return differences
 
 
+def _stored_shapes(folder: Path) -> dict[str, Any]:
+    """What an Orbax folder holds, as a tree of `jax.ShapeDtypeStruct`."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            stored = checkpointer.metadata(folder.absolute()).item_metadata.tree
+    except (ValueError, KeyError, OSError, AttributeError) as error:
+        raise BundleError(f"{folder}: no readable weights there: {_first_line(error)}") from error
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored)
+
+
 def _restore(folder: Path, abstract: Any, sharding: Any) -> Any:
     import jax
     import orbax.checkpoint as ocp
@@ -363,9 +365,12 @@ def _restore(folder: Path, abstract: Any, sharding: Any) -> Any:
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(folder.absolute(), target)
     except (ValueError, KeyError, TypeError, OSError) as error:
-        # Orbax's own message can run to pages; its first line says what happened.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BundleError(f"{folder}: weights are damaged or do not fit bundle.json: {reason}") from error
+        raise BundleError(f"{folder}: the weights are damaged: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    # Orbax's messages can run to pages; the first line says what happened.
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _compare_trees(where: str, expected: dict[str, Any], found: dict[str, Any]) -> None:
@@ -383,12 +388,6 @@ def _compare_trees(where: str, expected: dict[str, Any], found: dict[str, Any]) 
 def _without_empty(variables: dict[str, Any]) -> dict[str, Any]:
     # Orbax does not keep an empty `batch_stats`.
     return {key: tree for key, tree in variables.items() if tree}
-
-
-def _as_arrays(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {key: _as_arrays(value) for key, value in tree.items()}
-    return tree if hasattr(tree, "shape") else np.asarray(tree)
 
 
 def _replace_folder(source: Path, target: Path) -> None:

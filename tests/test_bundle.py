@@ -117,6 +117,13 @@ def test_refuses_another_description(saved, tmp_path, changes, message):
         bundle.load(edit(saved, tmp_path / "edited", **changes))
 
 
+def test_refuses_damaged_or_absent_weights(saved, tmp_path):
+    absent = edit(saved, tmp_path / "absent")
+    subprocess.run(["rm", "-r", absent / "variables"], check=True)
+    with pytest.raises(bundle.BundleError, match=r"variables: no readable weights"):
+        bundle.load(absent)
+
+
 def test_refuses_what_is_no_bundle(tmp_path):
     (tmp_path / "weights.ckpt").write_bytes(b"x")
     with pytest.raises(bundle.BundleError, match=r"weights\.ckpt.*biomass_jax\.convert"):
