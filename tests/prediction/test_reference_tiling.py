@@ -131,6 +131,18 @@ def test_1_2_refuses_where_it_fails(size, words):
         reference_1_2_plan(*size, tile=(224, 224), stride=(192, 192), margin=8, blend="cosine")
 
 
+def test_crop_of_0_99_is_at_most_16():
+    plan = reference_0_99_plan(500, 500, tile=(224, 224), stride=(100, 100))
+    assert plan.weights[0].shape == (192, 192)
+    assert plan.weights[1].shape == (224, 224)
+
+
+def test_margin_of_1_2_shrinks_to_what_the_overlap_allows():
+    plan = reference_1_2_plan(500, 500, tile=(224, 224), stride=(216, 216), margin=8, blend="none")
+    assert plan.weights[0].shape == (216, 216)
+    assert plan.pad_top == 4
+
+
 def test_1_2_leaves_a_line_out_without_overlap():
     """Two tiles of 208 used px step 208, and the last one begins 209 px further: one row of pixels has no tile."""
     settings = {"tile": (224, 224), "stride": (208, 208), "margin": 8, "blend": "none"}

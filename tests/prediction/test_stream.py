@@ -90,6 +90,15 @@ def test_tiles_without_a_wanted_pixel_are_not_predicted(image):
     assert (values[~wanted] == -1).all()
 
 
+def test_skipped_tiles_are_counted_once(image):
+    wanted = np.zeros((90, 75), bool)
+    wanted[:10, :10] = wanted[40:45, 70:] = wanted[85:, 30:35] = True
+    advanced = []
+    run(image, wanted, batch_size=1, advance=advanced.append)
+    assert min(advanced) >= 0
+    assert sum(advanced) == 20
+
+
 def test_nothing_wanted_needs_no_forward_pass(image):
     def forward(images):
         raise AssertionError("predicted for nothing")
