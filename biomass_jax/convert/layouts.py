@@ -16,6 +16,7 @@ from biomass_jax.convert.layouts_rows import (
     LINEAR,
     LINEAR_ALONE,
     MASK_TOKEN,
+    MASK_TOKEN_LEFT,
     NORM,
     POSITION_BIAS,
     SHIFT_MASK,
@@ -113,6 +114,18 @@ SIMMIM = Layout(
     shift_single_window=False,
 )
 
+# A SimMIM file whose decoder was stripped: an encoder to fine-tune, which has no use for the mask token.
+SIMMIM_ENCODER = Layout(
+    name="simmim-encoder",
+    task="encoder",
+    modules=(
+        ("encoder", "", MASK_TOKEN_LEFT),
+        *(row for row in SIMMIM.modules if row[2] is not MASK_TOKEN and row[0] != "decoder.0"),
+    ),
+    spellings=SIMMIM.spellings,
+    shift_single_window=False,
+)
+
 MICROSOFT = Layout(
     name="microsoft",
     task="encoder",
@@ -144,7 +157,7 @@ TIMM = Layout(
     shift_single_window=False,
 )
 
-LAYOUTS = {layout.name: layout for layout in (GRANITE, SIMMIM, MICROSOFT, TIMM)}
+LAYOUTS = {layout.name: layout for layout in (GRANITE, SIMMIM, SIMMIM_ENCODER, MICROSOFT, TIMM)}
 
 
 def detect(keys: Iterable[str]) -> Layout:
@@ -154,9 +167,10 @@ def detect(keys: Iterable[str]) -> Layout:
         ConvertError: no layout, or two at once.
     """
     names = [re.sub(r"^module\.", "", key) for key in keys]
+    simmim = SIMMIM if any(name.startswith("decoder.") for name in names) else SIMMIM_ENCODER
     found = [
         layout
-        for layout, pattern in ((GRANITE, r"(model\.)?encoder\.stages[._]\d"), (SIMMIM, r"encoder\.layers\.\d"))
+        for layout, pattern in ((GRANITE, r"(model\.)?encoder\.stages[._]\d"), (simmim, r"encoder\.layers\.\d"))
         if any(re.match(pattern, name) for name in names)
     ]
     plain = [(int(m[2]), m[1], name) for name in names if (m := re.match(r"layers([._])(\d+)\.", name))]

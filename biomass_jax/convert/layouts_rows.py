@@ -98,6 +98,7 @@ POSITION_BIAS = (
 )
 SHIFT_MASK = (Part("attn_mask", BUFFER),)
 MASK_TOKEN = (Part("mask_token", TENSOR, "mask_token", TOKEN),)
+MASK_TOKEN_LEFT = (Part("mask_token", UNUSED),)
 CLASSIFIER = (Part("weight", UNUSED), Part("bias", UNUSED))
 
 Modules = tuple[tuple[str, str, tuple[Part, ...]], ...]
