@@ -147,15 +147,18 @@ def test_no_data_of_a_file_becomes_minus_1(stub, tmp_path):
     np.testing.assert_allclose(result, expected, rtol=1e-6)
 
 
-def test_no_data_next_to_data_reaches_the_model_as_0(stub, tmp_path):
-    """A raw -9999 must not leak into its neighbours: the model sees 0 there."""
+@pytest.mark.parametrize("fill", [-9999, 32000])
+@pytest.mark.parametrize("side", [200, 250])
+def test_no_data_next_to_data_reaches_the_model_as_0(stub, tmp_path, side, fill):
+    """A file's raw fill must not leak into its neighbours: the model sees 0 there."""
 
     def blur(variables, x):
         return x[..., NIR] + jnp.roll(x[..., NIR], 1, axis=2)
 
-    image = np.full((250, 250, 6), 1000, np.int16)
-    image[100, 100, 0] = -9999
-    result = read_map(stub(blur).predict_file(write_raster(tmp_path / "a.tif", image), tmp_path))
+    image = np.full((side, side, 6), 1000, np.int16)
+    image[100, 100] = fill
+    source = write_raster(tmp_path / "a.tif", image, nodata=fill)
+    result = read_map(stub(blur).predict_file(source, tmp_path))
     assert result[100, 101] == 1000
     assert result[100, 102] == 2000
 
