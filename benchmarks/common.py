@@ -28,7 +28,7 @@ def random_variables(module: Any, seed: int = 0) -> dict[str, Any]:
     """Variables of a model that has learnt nothing: float32 NumPy arrays, kernels of variance 1 / fan-in."""
     import jax
 
-    from biomass_jax import bundle
+    from biomass_jax.models.build import abstract_variables
 
     rng = np.random.default_rng(seed)
 
@@ -40,18 +40,19 @@ def random_variables(module: Any, seed: int = 0) -> dict[str, Any]:
             return rng.standard_normal(leaf.shape, np.float32) / np.float32(np.prod(leaf.shape[:-1])) ** 0.5
         return np.zeros(leaf.shape, np.float32)
 
-    return jax.tree_util.tree_map_with_path(draw, bundle.abstract_variables(module))
+    return jax.tree_util.tree_map_with_path(draw, abstract_variables(module))
 
 
 def random_bundle() -> Path:
     """A full Swin-B bundle with random weights, written once."""
     from biomass_jax import bundle
+    from biomass_jax.models.build import build_module
 
     path = FOLDER / "random_swin_b"
     if not path.exists():
         bundle.save(
             path,
-            random_variables(bundle.build_module("biomass", {})),
+            random_variables(build_module("biomass", {})),
             task="biomass",
             architecture={},
             input={

@@ -18,9 +18,9 @@ def measure(batch_size: int, rounds: int, dtype: str) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from biomass_jax import bundle
+    from biomass_jax.models.build import build_module
 
-    module = bundle.build_module("biomass", {}, dtype)
+    module = build_module("biomass", {}, dtype)
     variables = jax.device_put(common.random_variables(module))
     images = jax.random.normal(jax.random.key(0), (batch_size, 224, 224, 6), jnp.float32)
     with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):

@@ -16,13 +16,10 @@ from typing import Any
 import numpy as np
 
 SCHEMA_VERSION = 1
-TASKS = ("biomass", "simmim", "encoder")
 CHECK_TOLERANCE = 1e-4
 _REQUIRED = {"task": str, "weights_sha256": str} | dict.fromkeys(
     ("architecture", "input", "output", "training", "provenance", "check"), dict
 )
-_CHECK_SIDE = 96  # px; a multiple of SimMIM's stride, and small beside the time to compile
-_CHECK_SEED = 20240712
 
 
 class BundleError(ValueError):
@@ -79,49 +76,7 @@ class Bundle:
 
     def module(self, dtype: str = "float32") -> Any:
         """The Flax module that `variables` belong to."""
-        return build_module(self.task, self.meta["architecture"], dtype)
-
-
-def build_module(task: str, architecture: dict[str, Any], dtype: str = "float32") -> Any:
-    """The Flax module of a task: `BiomassModel`, `SimMIM` or `SwinEncoder`.
-
-    Raises:
-        BundleError: unknown task, or a field that the module does not have.
-    """
-    import jax.numpy as jnp
-
-    from biomass_jax.models.biomass import BiomassModel
-    from biomass_jax.models.simmim import SimMIM
-    from biomass_jax.models.swin import SwinEncoder
-
-    modules = {"biomass": BiomassModel, "simmim": SimMIM, "encoder": SwinEncoder}
-    if task not in modules:
-        raise BundleError(f"unknown task {task!r}; expected one of {', '.join(TASKS)}")
-    known = {f.name for f in dataclasses.fields(modules[task])} - {"parent", "name", "dtype"}
-    if unknown := sorted(set(architecture) - known):
-        raise BundleError(f"architecture has unknown fields {unknown}; {modules[task].__name__} has {sorted(known)}")
-    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in architecture.items()}
-    return modules[task](**fields, dtype=jnp.dtype(dtype))
-
-
-def dummy_inputs(module: Any, side: int = _CHECK_SIDE) -> tuple[np.ndarray, ...]:
-    """A fixed batch of one z-scored image, float32 (1, side, side, bands), and for SimMIM its mask."""
-    from biomass_jax.models.simmim import SimMIM
-
-    rng = np.random.default_rng(_CHECK_SEED)
-    image = rng.standard_normal((1, side, side, module.in_channels), np.float32)
-    if not isinstance(module, SimMIM):
-        return (image,)
-    cells = side // module.patch_size
-    return image, (rng.random((1, cells, cells)) < 0.6).astype(np.float32)
-
-
-def abstract_variables(module: Any) -> dict[str, Any]:
-    """Shapes and dtypes of a module's variables, without computing anything: a tree of `jax.ShapeDtypeStruct`."""
-    import jax
-
-    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *dummy_inputs(module)))
-    return {"params": shapes["params"], "batch_stats": shapes.get("batch_stats", {})}
+        return _build(self.path, self.task, self.meta["architecture"], dtype)
 
 
 def flatten(tree: dict[str, Any]) -> dict[str, Any]:
@@ -160,6 +115,8 @@ def compute_check(module: Any, variables: dict[str, Any]) -> dict[str, Any]:
     """
     import jax
 
+    from biomass_jax.models.build import CHECK_SEED, dummy_inputs
+
     inputs = dummy_inputs(module)
     if hasattr(module, "final_relu"):
         module = module.clone(final_relu=False)
@@ -167,7 +124,7 @@ def compute_check(module: Any, variables: dict[str, Any]) -> dict[str, Any]:
         output = jax.jit(module.apply)(variables, *inputs)
     flat = np.asarray(output[-1] if isinstance(output, list) else output, np.float64).ravel()
     return {
-        "input_seed": _CHECK_SEED,
+        "input_seed": CHECK_SEED,
         "input_shape": list(inputs[0].shape),
         "mean": float(flat.mean()),
         "std": float(flat.std()),
@@ -196,7 +153,7 @@ def save(
         path: the folder to make.
         variables: {"params", "batch_stats"}; must have exactly the shapes that the architecture asks for.
         task: `biomass`, `simmim` or `encoder`.
-        architecture: the module's constructor fields, dtype apart.
+        architecture: the module's constructor fields, dtype apart (`models.build.build_module`).
         input: bands, units, fill, means, stds, sensors, no_data_rule.
         output: bands, units, nodata.
         training: dataset, season, scores.
@@ -209,10 +166,12 @@ def save(
     """
     import jax
 
+    from biomass_jax.models.build import abstract_variables
+
     path = Path(path)
     if path.exists() and not overwrite:
         raise BundleError(f"{path}: already exists; choose another folder or ask to overwrite it")
-    module = build_module(task, architecture)
+    module = _build(path, task, architecture)
     variables = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
     _compare_trees(str(path), abstract_variables(module), variables)
     meta: dict[str, Any] = {
@@ -291,8 +250,10 @@ def load(path: str | os.PathLike[str], sharding: Any = None) -> Bundle:
     Raises:
         BundleError: see `read_meta`; or weights that are damaged or do not fit the architecture.
     """
+    from biomass_jax.models.build import abstract_variables
+
     meta = read_meta(path)
-    abstract = _without_empty(abstract_variables(build_module(meta["task"], meta["architecture"])))
+    abstract = _without_empty(abstract_variables(_build(path, meta["task"], meta["architecture"])))
     folder = Path(path) / "variables"
     _compare_trees(str(folder), abstract, _stored_shapes(folder))
     variables = _restore(folder, abstract, sharding)
@@ -337,6 +298,15 @@ def verify(path: str | os.PathLike[str]) -> dict[str, float]:
             f"(relative to its largest value; allowed {CHECK_TOLERANCE})"
         )
     return differences
+
+
+def _build(path: str | os.PathLike[str], task: str, architecture: dict[str, Any], dtype: str = "float32") -> Any:
+    from biomass_jax.models.build import ArchitectureError, build_module
+
+    try:
+        return build_module(task, architecture, dtype)
+    except ArchitectureError as error:
+        raise BundleError(f"{path}: {error}") from error
 
 
 def _stored_shapes(folder: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from biomass_jax import bundle
+from biomass_jax.models.build import abstract_variables, build_module
 
 # Every dimension different, so that no transposed or swapped array can pass.
 ARCHITECTURE = {
@@ -33,7 +34,7 @@ FIELDS = {
 
 def random_variables(architecture, seed=0, task="biomass"):
     rng = np.random.default_rng(seed)
-    shapes = bundle.abstract_variables(bundle.build_module(task, architecture))
+    shapes = abstract_variables(build_module(task, architecture))
     drawn = jax.tree.map(lambda leaf: (0.3 * rng.standard_normal(leaf.shape)).astype(leaf.dtype), shapes)
     return drawn | {"batch_stats": jax.tree.map(np.exp, drawn["batch_stats"])}  # variances are positive
 
@@ -97,7 +98,7 @@ def test_check_is_not_blind_where_every_biomass_is_zero(variables):
     dead = jax.tree.map(np.copy, variables)
     final = dead["params"]["head"]["final"]  # sees a ReLU's output, so that all it gives now is negative
     final["kernel"], final["bias"] = -np.abs(final["kernel"]), np.full(1, -1, np.float32)
-    module = bundle.build_module("biomass", ARCHITECTURE)
+    module = build_module("biomass", ARCHITECTURE)
     check = bundle.compute_check(module, dead)
     assert check["max"] < 0 and check["min"] < check["max"]
 

@@ -11,6 +11,7 @@ from biomass_jax.convert import architecture
 from biomass_jax.convert.errors import ConvertError, name_list
 from biomass_jax.convert.layouts_rows import Layout, Match, Shape
 from biomass_jax.convert.torch_file import TorchTensor
+from biomass_jax.models.build import abstract_variables, build_module
 from biomass_jax.models.swin_ops import relative_position_index
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -90,7 +91,7 @@ def _expected(layout: Layout, fields: Mapping[str, Any], shapes: Mapping[str, Sh
 
 @lru_cache(maxsize=8)
 def _model_shapes(task: str, fields: tuple[tuple[str, Any], ...]) -> dict[str, Shape]:
-    variables = bundle.abstract_variables(bundle.build_module(task, dict(fields)))
+    variables = abstract_variables(build_module(task, dict(fields)))
     return {path: tuple(leaf.shape) for path, leaf in bundle.flatten(variables).items()}
 
 

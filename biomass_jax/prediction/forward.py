@@ -128,7 +128,7 @@ class Forward:
     def _abstract_variables(self) -> Any:
         """Shapes of the variables without waiting for their values."""
         if self._stub is None:
-            from biomass_jax.bundle import abstract_variables
+            from biomass_jax.models.build import abstract_variables
 
             shapes = abstract_variables(self._bundle.module(self._dtype))
         else:

@@ -14,6 +14,7 @@ from biomass_jax.convert.input_meta import InputFlags
 from biomass_jax.convert.layouts import GRANITE
 from biomass_jax.convert.layouts_rows import match
 from biomass_jax.data.bands import BAND_NAMES
+from biomass_jax.models.build import build_module
 from biomass_jax.models.swin import SwinTransformer
 
 ALL_FLAGS = Options(
@@ -66,7 +67,7 @@ def test_both_real_lightning_files_have_equal_weights(golden):
 @pytest.mark.parametrize("case", ["eval_a_2x64x64", "eval_b_1x72x88", "eval_c_1x61x58"])
 def test_a_converted_granite_model_computes_what_the_original_did(golden, case):
     found = read(golden / "micro" / "model.pt", options=ALL_FLAGS)
-    module = bundle.build_module("biomass", found.architecture)
+    module = build_module("biomass", found.architecture)
     reference = np.load(golden / "micro" / f"{case}.npz")
     assert_close(run(module, nested(found.variables), reference["input"]), reference["output"])
 
@@ -78,7 +79,7 @@ def test_a_converted_timm_encoder_computes_what_the_original_did(golden):
         True,
         False,
     )
-    module = bundle.build_module("encoder", found.architecture)
+    module = build_module("encoder", found.architecture)
     reference = np.load(golden / "timm_swin" / "timm_tiny_224.npz")
     features = run(module, {"params": nested(found.variables)["params"]}, reference["input"])
     assert_close(features[0][:, :8], reference["layer0_rows0_8"])

@@ -8,6 +8,7 @@ from biomass_jax.convert.convert import Options, convert, read
 from biomass_jax.convert.errors import ConvertError
 from biomass_jax.convert.input_meta import PRESETS, InputFlags
 from biomass_jax.data.bands import BAND_NAMES
+from biomass_jax.models.build import abstract_variables, build_module
 
 TINY_FLAGS = Options(input=InputFlags(means=(1, 2, 3, 4, 5), stds=(5, 4, 3, 2, 1)))
 
@@ -21,7 +22,7 @@ def test_the_tinys_architecture_is_read_from_its_shapes(tiny, checkpoints):
     assert found.input["bands"] == ["GREEN", "BLUE", "RED", "SWIR_1", "SWIR_2"]
     assert (found.input["means"], found.input["stds"]) == ([1, 2, 3, 4, 5], [5, 4, 3, 2, 1])
     assert set(found.provenance["num_batches_tracked"].values()) == {7}
-    shapes = bundle.flatten(bundle.abstract_variables(bundle.build_module("biomass", found.architecture)))
+    shapes = bundle.flatten(abstract_variables(build_module("biomass", found.architecture)))
     assert {p: leaf.shape for p, leaf in shapes.items()} == {p: a.shape for p, a in found.variables.items()}
 
 

@@ -13,6 +13,7 @@ from biomass_jax.convert.errors import ConvertError
 from biomass_jax.convert.input_meta import InputFlags
 from biomass_jax.convert.layouts import GRANITE, SIMMIM
 from biomass_jax.data.bands import BAND_NAMES
+from biomass_jax.models.build import abstract_variables, build_module
 
 SIMMIM_FLAGS = Options(ModelFlags(drop_path=0.0), InputFlags(bands=BAND_NAMES, statistics="prithvi"))
 
@@ -75,7 +76,7 @@ def test_a_bundle_that_never_was_torchs_declares_its_architecture(granite_bundle
 
 
 def _zeros(task, fields):
-    shapes = bundle.flatten(bundle.abstract_variables(bundle.build_module(task, fields)))
+    shapes = bundle.flatten(abstract_variables(build_module(task, fields)))
     return {path: np.broadcast_to(np.float32(0), leaf.shape) for path, leaf in shapes.items()}
 
 

@@ -11,6 +11,7 @@ from flax import traverse_util
 
 from biomass_jax import bundle
 from biomass_jax.models.biomass import BiomassModel
+from biomass_jax.models.build import abstract_variables
 from biomass_jax.models.simmim import SimMIM
 from biomass_jax.models.swin import VARIANTS, SwinTransformer
 
@@ -43,7 +44,7 @@ def expected_decoder(embed_dim, channels):
 
 @pytest.mark.parametrize("name", sorted(VARIANTS))
 def test_parameter_count_of_every_variant(name):
-    params = bundle.abstract_variables(BiomassModel(**VARIANTS[name]))["params"]
+    params = abstract_variables(BiomassModel(**VARIANTS[name]))["params"]
     assert count(params["encoder"]) == expected_encoder(**VARIANTS[name])
     assert count(params["decoder"]) == expected_decoder(VARIANTS[name]["embed_dim"], 32)
     assert count(params["head"]) == 74145
@@ -56,7 +57,7 @@ def test_granite_has_exactly_the_released_parameters(golden):
     trainable = {
         k: tuple(int(n) for n in s.split(",") if n.strip()) for k, s in shapes.items() if not k.endswith(buffers)
     }
-    params = bundle.abstract_variables(BiomassModel())["params"]
+    params = abstract_variables(BiomassModel())["params"]
     assert len(jax.tree.leaves(params)) == len(trainable) == 379
     assert count(params) == sum(math.prod(shape) for shape in trainable.values()) == 87_382_105
     assert count(params["encoder"]) == 86_751_160
@@ -67,7 +68,7 @@ def tiny():
     model = BiomassModel(**TINY)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, 40, 52, 6)).astype(np.float32)
-    flat = bundle.flatten(bundle.abstract_variables(model))
+    flat = bundle.flatten(abstract_variables(model))
     drawn = {path: (0.3 * rng.standard_normal(leaf.shape)).astype(np.float32) for path, leaf in flat.items()}
     positive = {path: np.exp(leaf) for path, leaf in drawn.items() if path.endswith(("scale", "var"))}
     variables = traverse_util.unflatten_dict(drawn | positive, sep="/")

@@ -9,6 +9,7 @@ from affine import Affine
 
 from biomass_jax import bundle
 from biomass_jax.data.bands import BAND_NAMES, UNITS
+from biomass_jax.models.build import abstract_variables, build_module
 
 NIR = BAND_NAMES.index("NIR_NARROW")
 
@@ -88,14 +89,14 @@ def random_bundle(path: Path, **architecture) -> Path:
         size = 1 / np.sqrt(np.prod(tree.shape[:-1])) if name.endswith("kernel") else 0.1
         return rng.normal(0, 10 * size if "final" in name else size, tree.shape).astype(np.float32)
 
-    module = bundle.build_module("biomass", architecture)
+    module = build_module("biomass", architecture)
     statistics = {
         "means": [547.36707, 898.5121, 1020.9082, 2665.5352, 2340.584, 1610.1407],
         "stds": [411.4701, 558.54065, 815.94025, 812.4403, 1113.7145, 1067.641],
     }
     return bundle.save(
         path,
-        values(bundle.abstract_variables(module)),
+        values(abstract_variables(module)),
         task="biomass",
         architecture=architecture,
         input={"bands": list(BAND_NAMES), "units": UNITS, "fill": -9999, "sensors": ["L30"], **statistics},

@@ -1,0 +1,73 @@
+"""The module of each task from plain fields, and what is known of it without computing anything."""
+
+import dataclasses
+import functools
+import threading
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from biomass_jax.models.biomass import BiomassModel
+from biomass_jax.models.simmim import SimMIM
+from biomass_jax.models.swin import SwinEncoder
+
+MODULES: dict[str, type[nn.Module]] = {"biomass": BiomassModel, "simmim": SimMIM, "encoder": SwinEncoder}
+CHECK_SEED = 20240712
+_SIDE = 96  # px; a multiple of SimMIM's stride, and small beside the time to compile
+_tracing = threading.Lock()
+
+
+class ArchitectureError(ValueError):
+    """A task that no module has, or a field that the module doesn't have."""
+
+
+def build_module(task: str, architecture: dict[str, Any], dtype: str = "float32") -> Any:
+    """The Flax module of a task, not yet holding any variables.
+
+    Args:
+        task: `biomass` (`BiomassModel`), `simmim` (`SimMIM`) or `encoder` (`SwinEncoder`).
+        architecture: the module's constructor fields as JSON has them, lists for tuples.
+        dtype: `float32` or `bfloat16`, of the computation; parameters are float32.
+
+    Raises:
+        ArchitectureError: unknown task or field.
+    """
+    if task not in MODULES:
+        raise ArchitectureError(f"unknown task {task!r}; expected one of {', '.join(MODULES)}")
+    known = {field.name for field in dataclasses.fields(MODULES[task])} - {"parent", "name", "dtype"}
+    if unknown := sorted(set(architecture) - known):
+        raise ArchitectureError(
+            f"architecture has unknown fields {unknown}; {MODULES[task].__name__} has {sorted(known)}"
+        )
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in architecture.items()}
+    return MODULES[task](**fields, dtype=jnp.dtype(dtype))
+
+
+def dummy_inputs(module: Any) -> tuple[np.ndarray, ...]:
+    """A fixed batch of one z-scored image, float32 (1, 96, 96, bands), and for SimMIM its mask (1, 24, 24)."""
+    rng = np.random.default_rng(CHECK_SEED)
+    image = rng.standard_normal((1, _SIDE, _SIDE, module.in_channels), np.float32)
+    if not isinstance(module, SimMIM):
+        return (image,)
+    cells = _SIDE // module.patch_size
+    return image, (rng.random((1, cells, cells)) < 0.6).astype(np.float32)
+
+
+def abstract_variables(module: Any) -> dict[str, Any]:
+    """Shapes and dtypes of a module's variables, without computing them.
+
+    Returns:
+        {"params", "batch_stats"}, trees of `jax.ShapeDtypeStruct`.
+    """
+    with _tracing:  # opening a bundle and compiling ask for the same at the same time
+        shapes = _traced_shapes(module)
+    return jax.tree.map(lambda leaf: leaf, shapes)  # dictionaries of the caller's own
+
+
+@functools.lru_cache(maxsize=8)
+def _traced_shapes(module: Any) -> dict[str, Any]:
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *dummy_inputs(module)))
+    return {"params": shapes["params"], "batch_stats": shapes.get("batch_stats", {})}
