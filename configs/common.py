@@ -11,7 +11,7 @@ def get_config() -> config_dict.ConfigDict:
     config = config_dict.ConfigDict()
     config.mode = config_dict.placeholder(str)  # what main.py runs; each config sets its own
     config.bundle = config_dict.placeholder(str)  # folder of the model: weights, bands, statistics
-    config.batch_size = 8  # images a step over all devices together
+    config.batch_size = config_dict.placeholder(int)  # images a step over all devices together; each config's own
     config.dtype = "float32"  # or bfloat16, inside the model; weights and results stay float32
     config.matmul_precision = "default"  # default | high | highest, for float32 (DESIGN, Numbers)
     return config

@@ -23,6 +23,8 @@ def get_config() -> config_dict.ConfigDict:
     # "None,BLUE,GREEN,RED,NIR_NARROW,SWIR_1,SWIR_2,None". A text, because flags can't spell a None in a tuple.
     config.bands = config_dict.placeholder(str)
 
+    # batch_size: tiles a step; where it is not given, 4 a device on CPU and 32 a device elsewhere.
+
     # Rasters larger than a tile in either direction are mapped tile by tile (pixels).
     config.tile = 224  # the size that the model was trained on
     config.stride = 192

@@ -76,6 +76,13 @@ class Forward:
         """How many devices share a batch."""
         return 1 if self._batch_sharding is None else self._batch_sharding.num_devices
 
+    @property
+    def platform(self) -> str:
+        """`cpu`, `gpu` or `tpu`: what computes."""
+        if self._batch_sharding is None:
+            return jax.default_backend()
+        return next(iter(self._batch_sharding.device_set)).platform
+
     def prepare(self, shape: tuple[int, int, int, int], dtype: np.dtype) -> None:
         """Compile for batches of this shape and type in a thread; what goes wrong is raised by the first call."""
         future, mine = self._claim(shape, dtype)

@@ -29,7 +29,8 @@ class Predictor:
 
     Args:
         bundle: a model (`biomass_jax.bundle.load`).
-        batch_size: tiles a forward pass, over all devices; rounded up to a multiple of their number.
+        batch_size: tiles a forward pass, over all devices; rounded up to a multiple of their number. None: 4 a device
+            on CPU, where larger batches gain nothing and pad the last one with more; 32 a device elsewhere.
         tile: side of a tile in pixels; rasters no larger are predicted whole.
         stride: pixels from one tile to the next.
         margin: outer pixels of each tile that are not used (`reference_0_99` has its own).
@@ -50,7 +51,7 @@ class Predictor:
         self,
         bundle: Any,
         *,
-        batch_size: int = 8,
+        batch_size: int | None = None,
         tile: int = 224,
         stride: int = 192,
         margin: int = 8,
@@ -63,8 +64,8 @@ class Predictor:
         model_fn: ModelFunction | None = None,
     ) -> None:
         check_settings(tile, stride, margin, blend, tiling)
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise PredictionError(f"batch_size is {batch_size!r}; expected a whole number, 1 or more")
+        if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
+            raise PredictionError(f"batch_size is {batch_size!r}; expected a whole number, 1 or more, or None")
         if model_fn is None and bundle.task != "biomass":
             raise PredictionError(f"{bundle.path}: a bundle of task {bundle.task!r}; maps need one of task 'biomass'")
         self.bundle = bundle
@@ -80,6 +81,8 @@ class Predictor:
             replicated=replicated,
             model_fn=model_fn,
         )
+        if batch_size is None:
+            batch_size = (4 if self._forward.platform == "cpu" else 32) * self._forward.devices
         self.batch_size = -(-batch_size // self._forward.devices) * self._forward.devices
         if self.batch_size != batch_size:
             log.info("batch_size %d becomes %d: %d devices", batch_size, self.batch_size, self._forward.devices)

@@ -95,6 +95,11 @@ def test_batch_size_changes_no_bit(stub, tmp_path, tiling):
     np.testing.assert_array_equal(maps[2], maps[0])
 
 
+def test_batch_size_by_default_suits_the_device(stub):
+    assert jax.default_backend() == "cpu" and stub().batch_size == 4
+    assert stub(batch_size=7).batch_size == 7
+
+
 def test_seams_are_smooth(stub, tmp_path):
     """Two tiles that disagree by a constant blend over 16 px: no step between neighbours beyond the ramp's steepest."""
     source = write_raster(tmp_path / "scene.tif", np.full((224, 400, 6), 500, np.int16))
