@@ -54,7 +54,7 @@ def test_small_rasters_are_one_plain_forward_at_their_own_size(stub, tmp_path):
         shapes.append(x.shape)
         return nir(variables, x)
 
-    predictor = stub(model)
+    predictor = stub(model, batch_size=8)
     for height, width in [(224, 224), (30, 200), (1, 1)]:
         predictor.predict_file(write_raster(tmp_path / f"{height}.tif", coded_image(height, width)), tmp_path)
     predictor.predict_file(write_raster(tmp_path / "big.tif", coded_image(225, 30)), tmp_path)
@@ -175,7 +175,7 @@ def test_one_program_for_files_of_one_type_whatever_their_fill(stub, tmp_path):
         traces.append(x.shape)
         return nir(variables, x)
 
-    predictor = stub(model)
+    predictor = stub(model, batch_size=8)
     for number, (dtype, nodata) in enumerate([(np.int16, -9999), (np.int16, 7), (np.float32, None), (np.float32, 0)]):
         source = write_raster(tmp_path / f"{number}.tif", coded_image(230 + number, 240, dtype), nodata=nodata)
         predictor.predict_file(source, tmp_path)
