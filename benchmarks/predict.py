@@ -1,16 +1,15 @@
 """Maps end to end with Swin-B: `python -m benchmarks.predict`.
 
-A six-band int16 GeoTIFF to a finished COG, in a process of its own each: wall time, peak memory, where the time goes,
-and what the chips alone would take (forward passes timed in the same process afterwards). Then start-up: the command's
-wall time on one 224 x 224 chip, with an empty and a filled compilation cache, less the forward pass itself.
+A six-band int16 GeoTIFF to a finished COG, in a warm process of its own each: wall time, peak memory, where the time
+goes, and what the chips alone would take (forward passes timed in the same process afterwards). Then start-up: from the
+start of a process until it can send its first batch, with an empty and a filled compilation cache.
 """
 
 import argparse
 import json
 import os
 import shutil
-import subprocess
-import sys
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ import numpy as np
 
 from benchmarks import common
 
-BEGAN = time.perf_counter()
 STAGES = ("read", "compute", "blend", "write", "verify", "copy")
 
 
@@ -53,47 +51,49 @@ def measure_map(side: int, batch_size: int) -> dict[str, Any]:
     import biomass_jax
 
     model = biomass_jax.load(common.random_bundle(), batch_size=batch_size)
-    ready = time.perf_counter() - BEGAN
+    model.warm_up()
     result = model.predict_file(scene(side), common.FOLDER / f"map_{side}.tif", overwrite=True)
-    wall = time.perf_counter() - BEGAN
     rss = common.peak_rss_gib()
     chips = np.random.default_rng(0).integers(0, 5000, (batch_size, 224, 224, 6)).astype(np.int16)
-    forward = [common.timed(lambda: model.predict_array(chips, mask_nodata=False)) for _ in range(6)][1:]
-    peak = common.matmul_peak()
+    forward = [common.timed(lambda: model.predict_array(chips, mask_nodata=False)) for _ in range(9)]
     return {
         "side": side,
         "chips": result.chips,
-        "seconds_process": wall,
-        "seconds_ready": ready,
         "seconds_map": result.seconds,
         "stages": {name: result.timings[name] for name in STAGES},
-        "seconds_chips_alone": result.chips / batch_size * sorted(forward)[len(forward) // 2],
-        "gflops_peak": peak(),
+        "seconds_batch": common.spread(forward),
+        "seconds_chips_alone": result.chips / batch_size * statistics.median(forward),
+        "gflops_peak": common.matmul_peak()(),
         "peak_rss_gib": rss,
     }
 
 
-def start_up() -> dict[str, float]:
-    """Wall seconds of the command on one chip, less one forward pass, with a cold and a warm compilation cache."""
-    chip, out, cache = scene(224), common.FOLDER / "start_up", common.FOLDER / "start_up_cache"
-    shutil.rmtree(cache, ignore_errors=True)
-    bundle = common.random_bundle()
-    command = [sys.executable, "-m", "biomass_jax.main", "--config", "configs/predict.py", "--workdir", str(out)]
-    command += [f"--config.bundle={bundle}", f"--config.inputs={chip}", "--config.overwrite=true"]
-    env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
+def measure_start(batch_size: int) -> dict[str, Any]:
+    """Seconds from this process's start until the first batch can be sent to the device."""
+    from biomass_jax.main import local_shardings
+    from biomass_jax.prediction.predictor import Predictor
 
-    def once() -> float:
-        return common.timed(lambda: subprocess.run(command, cwd=common.ROOT, env=env, check=True, capture_output=True))
+    Predictor.open(common.random_bundle(), batch_size=batch_size, **local_shardings()).warm_up()
+    return {"seconds": seconds_since_start()}
 
-    cold = once()
-    warm = sorted(once() for _ in range(3))[1]
-    import biomass_jax
 
-    model = biomass_jax.load(bundle)
-    image = np.full((224, 224, 6), 1000, np.int16)
-    model.predict_array(image)
-    forward = min(common.timed(lambda: model.predict_array(image)) for _ in range(3))
-    return {"cold": cold - forward, "warm": warm - forward, "forward": forward}
+def seconds_since_start() -> float:
+    """Age of this process, interpreter start included (Linux)."""
+    started = float(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+
+
+def start_up(batch_size: int, rounds: int = 3) -> dict[str, dict[str, float]]:
+    """Start-up seconds with an empty and with a filled compilation cache."""
+    cache = common.FOLDER / "start_up_cache"
+    seconds: dict[str, list[float]] = {"cold": [], "warm": []}
+    for _ in range(rounds):
+        shutil.rmtree(cache, ignore_errors=True)
+        for state in seconds:
+            arguments = ("--start", "--batch-size", str(batch_size))
+            run = common.run_worker("benchmarks.predict", *arguments, env={"JAX_COMPILATION_CACHE_DIR": str(cache)})
+            seconds[state].append(run["seconds"])
+    return {state: common.spread(values) for state, values in seconds.items()}
 
 
 def main() -> None:
@@ -102,10 +102,12 @@ def main() -> None:
     parser.add_argument("--sides", type=int, nargs="*", default=[1098, 3660])
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--json", type=Path, default=common.FOLDER / "predict.json")
+    parser.add_argument("--start", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        print(json.dumps(measure_map(options.sides[0], options.batch_size)))
+        run = measure_start(options.batch_size) if options.start else measure_map(options.sides[0], options.batch_size)
+        print(json.dumps(run))
         return
     common.random_bundle()
     rows, runs = [], []
@@ -123,11 +125,11 @@ def main() -> None:
     print(f"Maps with Swin-B, float32, batch {options.batch_size}, {os.cpu_count()} CPUs; stages overlap\n")
     header = ["side px", "chips", "map s", "chips alone + copy s", "ratio", "peak RSS GiB", *STAGES]
     common.print_table(header, rows)
-    start = start_up()
+    start = start_up(options.batch_size)
+    print("\nstart-up (process start, imports, weights, compiling; until the first batch can be sent), medians of 3:")
     print(
-        f"\nstart-up (imports, load, compile, write; one chip): {start['cold']:.1f} s with an empty compilation cache,"
+        f"{start['cold']['median']:.1f} s with an empty compilation cache, {start['warm']['median']:.1f} s with a filled one"
     )
-    print(f"{start['warm']:.1f} s with a filled one; one forward pass is {start['forward']:.2f} s")
     common.write_json(options.json, {"machine": common.machine(), "maps": runs, "start_up": start})
 
 

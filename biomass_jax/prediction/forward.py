@@ -89,6 +89,16 @@ class Forward:
         if mine:
             threading.Thread(target=self._compile_into, args=(future, shape, dtype), name="compiler").start()
 
+    def wait(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+        """The compiled program for batches of this shape and type, once it and the variables are ready."""
+        future, mine = self._claim(shape, dtype)
+        if mine:
+            self._compile_into(future, shape, dtype)
+        program = future.result()
+        if self._variables is None:
+            self._variables = self._place(self._bundle.variables, self._replicated)
+        return program
+
     def __call__(self, images: np.ndarray, fill: float | None) -> jax.Array:
         """Start the forward pass of a batch.
 
@@ -99,12 +109,7 @@ class Forward:
         Returns:
             (B, H, W) float32 Mg/ha, still being computed; pixels without data get a number too.
         """
-        future, mine = self._claim(images.shape, images.dtype)
-        if mine:
-            self._compile_into(future, images.shape, images.dtype)
-        program = future.result()
-        if self._variables is None:
-            self._variables = self._place(self._bundle.variables, self._replicated)
+        program = self.wait(images.shape, images.dtype)
         batch = self._place(images, self._sharding(len(images)))
         return program(self._variables, batch, self._place(_fill_scalar(fill), self._replicated))
 

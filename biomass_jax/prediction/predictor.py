@@ -100,6 +100,14 @@ class Predictor:
         """
         return cls(OpeningBundle(path, settings.get("replicated")), **settings)
 
+    def warm_up(self) -> None:
+        """Read the weights and compile for batches of int16 tiles now, so that the first map takes no longer.
+
+        Raises:
+            BundleError: damaged weights.
+        """
+        self._forward.wait((self.batch_size, self.tile, self.tile, len(self.bundle.bands)), np.dtype(np.int16))
+
     def predict_array(self, image: np.ndarray, mask_nodata: bool = True) -> np.ndarray:
         """Biomass of images in memory: one plain forward pass at their own size, never tiled.
 

@@ -61,6 +61,20 @@ def test_small_rasters_are_one_plain_forward_at_their_own_size(stub, tmp_path):
     assert shapes == [(1, 224, 224, 6), (1, 30, 200, 6), (1, 1, 1, 6), (8, 224, 224, 6)]
 
 
+def test_warm_up_compiles_what_the_first_map_needs(stub, tmp_path):
+    shapes = []
+
+    def model(variables, x):
+        shapes.append(x.shape)
+        return nir(variables, x)
+
+    predictor = stub(model, batch_size=3)
+    predictor.warm_up()
+    assert shapes == [(3, 224, 224, 6)]
+    predictor.predict_file(write_raster(tmp_path / "scene.tif", coded_image(300, 225)), tmp_path)
+    assert shapes == [(3, 224, 224, 6)]  # traced once
+
+
 def test_array_is_one_plain_forward_however_large(stub):
     shapes = []
 
