@@ -1,8 +1,8 @@
 """Maps end to end with Swin-B: `python -m benchmarks.predict`.
 
 A six-band int16 GeoTIFF to a finished COG, in a warm process of its own each: wall time, peak memory, where the time
-goes, and what the chips alone would take (forward passes timed in the same process afterwards). Then start-up: from the
-start of a process until it can send its first batch, with an empty and a filled compilation cache.
+goes, and what the chips alone would take (forward passes timed in the same process before and after). Then start-up:
+from the start of a process until it can send its first batch, with an empty and a filled compilation cache.
 """
 
 import argparse
@@ -51,18 +51,23 @@ def measure_map(side: int, batch_size: int) -> dict[str, Any]:
     import biomass_jax
 
     model = biomass_jax.load(common.random_bundle(), batch_size=batch_size)
-    model.warm_up()
+    chips = np.random.default_rng(0).integers(0, 5000, (batch_size, 224, 224, 6)).astype(np.int16)
+
+    def forward(rounds: int) -> list[float]:
+        return [common.timed(lambda: model.predict_array(chips, mask_nodata=False)) for _ in range(rounds)]
+
+    forward(2)  # compiles
+    batches = forward(15)  # and as many after the map: the machine's speed drifts
     result = model.predict_file(scene(side), common.FOLDER / f"map_{side}.tif", overwrite=True)
     rss = common.peak_rss_gib()
-    chips = np.random.default_rng(0).integers(0, 5000, (batch_size, 224, 224, 6)).astype(np.int16)
-    forward = [common.timed(lambda: model.predict_array(chips, mask_nodata=False)) for _ in range(9)]
+    batches += forward(15)
     return {
         "side": side,
         "chips": result.chips,
         "seconds_map": result.seconds,
         "stages": {name: result.timings[name] for name in STAGES},
-        "seconds_batch": common.spread(forward),
-        "seconds_chips_alone": result.chips / batch_size * statistics.median(forward),
+        "seconds_batch": common.spread(batches),
+        "seconds_chips_alone": result.chips / batch_size * statistics.mean(batches),
         "gflops_peak": common.matmul_peak()(),
         "peak_rss_gib": rss,
     }
@@ -127,9 +132,8 @@ def main() -> None:
     common.print_table(header, rows)
     start = start_up(options.batch_size)
     print("\nstart-up (process start, imports, weights, compiling; until the first batch can be sent), medians of 3:")
-    print(
-        f"{start['cold']['median']:.1f} s with an empty compilation cache, {start['warm']['median']:.1f} s with a filled one"
-    )
+    cold, warm = (start[state]["median"] for state in ("cold", "warm"))
+    print(f"{cold:.1f} s with an empty compilation cache, {warm:.1f} s with a filled one")
     common.write_json(options.json, {"machine": common.machine(), "maps": runs, "start_up": start})
 
 
