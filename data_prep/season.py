@@ -1,0 +1,167 @@
+"""Seasons: half-open intervals of UTC dates, one for the scenes of a composite and the shots of its labels alike."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from typing import NamedTuple
+
+from data_prep.errors import PrepError
+
+_MONTH_DAY = re.compile(r"(\d{2})-(\d{2})")
+
+
+class SeasonRow(NamedTuple):
+    """One line of a table of seasons: what holds from a latitude on northwards, up to the next line's.
+
+    Attributes:
+        south: the southernmost latitude in degrees, itself included.
+        start: first day, `MM-DD`.
+        stop: the day after the last, `MM-DD`.
+        start_year: years added to the season's year for `start`; -1 where the season begins in the year before.
+        stop_year: the same for `stop`; 1 where it ends in the year after.
+    """
+
+    south: float
+    start: str
+    stop: str
+    start_year: int = 0
+    stop_year: int = 0
+
+
+# Leaf-on by latitude. The reference says no months: boreal May is snow and leaf-out, the tropics have no leaf-on months,
+# and the southern season spans two years. The line at -23.5 includes that latitude itself.
+DEFAULT_TABLE: tuple[SeasonRow, ...] = (
+    SeasonRow(50.0, "06-01", "09-16"),
+    SeasonRow(23.5, "05-01", "10-01"),
+    SeasonRow(-23.5, "01-01", "01-01", 0, 1),
+    SeasonRow(-90.0, "11-01", "04-01", -1, 0),
+)
+
+
+@dataclass(frozen=True, order=True)
+class Season:
+    """UTC dates from `start` to the day before `stop`.
+
+    Raises:
+        PrepError: `stop` is not after `start`.
+    """
+
+    start: date
+    stop: date
+
+    def __post_init__(self) -> None:
+        if self.stop <= self.start:
+            raise PrepError(f"season {self.text} is empty: its end (not included) has to be after its start")
+
+    @classmethod
+    def parse(cls, text: str) -> "Season":
+        """The season written as `2020-06-01/2020-09-16`. PrepError for any other text or an empty interval."""
+        try:
+            start, stop = (datetime.strptime(part, "%Y-%m-%d").date() for part in text.strip().split("/"))
+        except ValueError as error:
+            raise PrepError(
+                f"season {text!r} is not two dates; expected START/STOP as in 2020-06-01/2020-09-16 (STOP not included)"
+            ) from error
+        return cls(start, stop)
+
+    @property
+    def text(self) -> str:
+        """`2020-06-01/2020-09-16`; the second date is the first that no longer belongs to it."""
+        return f"{self.start:%Y-%m-%d}/{self.stop:%Y-%m-%d}"
+
+    @property
+    def bounds(self) -> tuple[datetime, datetime]:
+        """First moment, and the first that no longer belongs to it, in UTC."""
+        return (
+            datetime(self.start.year, self.start.month, self.start.day, tzinfo=UTC),
+            datetime(self.stop.year, self.stop.month, self.stop.day, tzinfo=UTC),
+        )
+
+    def contains(self, moment: datetime) -> bool:
+        """Whether a moment lies inside; one without a time zone is taken as UTC."""
+        moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+        start, stop = self.bounds
+        return start <= moment < stop
+
+    def widened(self, label_years: int = 0) -> list["Season"]:
+        """This season and the same days of `label_years` years before and after it, in order of time.
+
+        For shots alone: forests change less in a year than there are shots in one season. A 29 February becomes
+        1 March in other years.
+
+        Raises:
+            PrepError: `label_years` is negative.
+        """
+        if label_years < 0:
+            raise PrepError(f"label_years is {label_years}; expected 0 (this season alone) or more years either side")
+        return [
+            Season(_other_year(self.start, years), _other_year(self.stop, years))
+            for years in range(-label_years, label_years + 1)
+        ]
+
+
+def _other_year(day: date, years: int) -> date:
+    try:
+        return day.replace(year=day.year + years)
+    except ValueError:  # 29 February
+        return date(day.year + years, 3, 1)
+
+
+def season_of_year(year: int, latitude: float, table: Iterable[Sequence] = DEFAULT_TABLE) -> Season:
+    """The season of a year at a latitude.
+
+    Args:
+        year: the season's year; a southern summer belongs to the year it ends in.
+        latitude: of the tile's centre in degrees north.
+        table: SeasonRows, or lists of their fields, in any order; the first at or south of the latitude holds.
+
+    Raises:
+        PrepError: a line that can't be read, two lines for one latitude, or a latitude that no line reaches.
+    """
+    rows = sorted((_row(line) for line in table), key=lambda row: row.south, reverse=True)
+    souths = [row.south for row in rows]
+    if len(set(souths)) != len(souths):
+        raise PrepError(f"season table: two lines begin at one latitude: {souths}; expected one for each")
+    for row in rows:
+        if latitude >= row.south:
+            return Season(
+                _day(row, "start", year + row.start_year, row.start), _day(row, "stop", year + row.stop_year, row.stop)
+            )
+    raise PrepError(f"season table: no line holds at latitude {latitude:.4f}; its lines begin at {souths}")
+
+
+def resolve_season(text: str, latitude: float | None = None, table: Iterable[Sequence] = DEFAULT_TABLE) -> Season:
+    """The season that a setting names: a year (by latitude and table) or `START/STOP`.
+
+    Raises:
+        PrepError: neither, or a year where no latitude is known.
+    """
+    if not re.fullmatch(r"\d{4}", text.strip()):
+        return Season.parse(text)
+    if latitude is None:
+        raise PrepError(f"season {text} is a year, which needs a latitude; give dates as in 2020-06-01/2020-09-16")
+    return season_of_year(int(text), latitude, table)
+
+
+def _row(line: Sequence) -> SeasonRow:
+    try:
+        row = SeasonRow(*line)
+        return row._replace(south=float(row.south), start_year=int(row.start_year), stop_year=int(row.stop_year))
+    except (TypeError, ValueError) as error:
+        raise PrepError(
+            f"season table: can't read the line {line!r}; expected (southernmost latitude, 'MM-DD', 'MM-DD', "
+            "years added to the first = 0, to the second = 0)"
+        ) from error
+
+
+def _day(row: SeasonRow, field: str, year: int, text: str) -> date:
+    match = _MONTH_DAY.fullmatch(str(text))
+    try:
+        if match is None:
+            raise ValueError("not MM-DD")
+        return date(year, int(match[1]), int(match[2]))
+    except ValueError as error:
+        raise PrepError(
+            f"season table: {field} {text!r} of the line at latitude {row.south:g} is no day of {year}; expected MM-DD"
+        ) from error
