@@ -13,5 +13,5 @@ def get_config() -> config_dict.ConfigDict:
     config.bundle = config_dict.placeholder(str)  # folder of the model: weights, bands, statistics
     config.batch_size = config_dict.placeholder(int)  # images a step over all devices together; each config's own
     config.dtype = "float32"  # or bfloat16, inside the model; weights and results stay float32
-    config.matmul_precision = "default"  # default | high | highest, for float32 (DESIGN, Numbers)
+    config.matmul_precision = "default"  # default | high | highest, of float32 products, as JAX has it
     return config

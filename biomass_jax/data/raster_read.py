@@ -29,7 +29,7 @@ class ImageSource:
         name: what messages call it.
         grid: size and place.
         bands: the bands read, in order.
-        fill: the value that marks no-data besides DESIGN's rule, or None.
+        fill: the value that marks no-data besides those of `bands.no_data`, or None.
         dtype: int16 where every band is stored as int16, else float32.
         tags: the file's tags (of a granule: of its first band).
         sensor: `L30`, `S30`, `L30+S30`, or None where nothing tells.

@@ -26,7 +26,7 @@ def test_import_brings_neither_rasterio_nor_jax():
 
 
 def _no_data_by_loop(image, fill):
-    """DESIGN's rule, pixel by pixel."""
+    """The rule in words, pixel by pixel."""
     flat = image.reshape(-1, image.shape[-1])
     out = []
     for pixel in flat.tolist():
