@@ -48,12 +48,12 @@ class GranuleName:
 
     @property
     def season(self) -> str:
-        """The day as `YYYY-MM-DD/YYYY-MM-DD`, or nothing where the name holds no day of the year."""
+        """The day as a half-open interval `2020-07-01/2020-07-02`, or "" where the name holds no day of the year."""
         days = int(self.date[4:])
         if not 1 <= days <= 366:
             return ""
-        day = (datetime(int(self.date[:4]), 1, 1) + timedelta(days=days - 1)).strftime("%Y-%m-%d")
-        return f"{day}/{day}"
+        day = datetime(int(self.date[:4]), 1, 1) + timedelta(days=days - 1)
+        return f"{day:%Y-%m-%d}/{day + timedelta(days=1):%Y-%m-%d}"
 
 
 def granule_name(path: str) -> GranuleName | None:

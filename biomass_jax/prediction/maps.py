@@ -107,8 +107,8 @@ def map_tags(source: raster.ImageSource, model_sha256: str, settings: Mapping[st
     return {
         "AREA_OR_POINT": "Area",
         "DATA_SOURCES": source.tags.get("DATA_SOURCES") or "; ".join(source.sources),
-        "SEASON": source.season or "",
-        "SENSORS": source.sensor or "",
+        "SEASON": source.season or "unknown",
+        "SENSORS": source.sensor or "unknown",
         "MODEL_SHA256": model_sha256,
         "SOFTWARE": f"biomass_jax {biomass_jax.__version__}",
         "SETTINGS": json.dumps(settings, sort_keys=True),

@@ -82,7 +82,7 @@ def test_a_granule_is_read_from_its_single_band_files(tmp_path, granule, field, 
         expected = np.concatenate([made[layer] for layer in layers])
         np.testing.assert_array_equal(image.read_rows(5, 30), np.moveaxis(expected[:, 5:30], 0, -1))
         assert image.sensor == granule[4:7] and image.fill == -9999 and image.dtype == np.int16
-        assert image.season == {"l30": "2020-07-01/2020-07-01", "s30": "2020-07-03/2020-07-03"}[field]
+        assert image.season == {"l30": "2020-07-01/2020-07-02", "s30": "2020-07-03/2020-07-04"}[field]
         assert image.sources == tuple(f"{granule}.{layer}.tif" for layer in layers)
     trained = [w for w in image.warnings if "trained on L30 alone" in w]
     assert bool(trained) == (field == "s30")

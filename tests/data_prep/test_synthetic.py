@@ -161,7 +161,7 @@ def test_command_line(tmp_path, capsys):
 def test_the_reader_of_images_takes_the_granule_as_it_is(folder, land):
     (item,) = raster.find_inputs(folder)
     with raster.open_image(item) as image:
-        assert (image.sensor, image.season, image.fill) == ("L30", "2020-07-01/2020-07-01", -9999)
+        assert (image.sensor, image.season, image.fill) == ("L30", "2020-07-01/2020-07-02", -9999)
         assert (image.grid.height, image.grid.width) == SHAPE
         np.testing.assert_array_equal(image.read_rows(0, SHAPE[0]), scene.digital_numbers(land, seed=3))
         assert image.check_units() is None
