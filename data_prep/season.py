@@ -29,7 +29,7 @@ class SeasonRow(NamedTuple):
     stop_year: int = 0
 
 
-# Leaf-on by latitude. The reference says no months: boreal May is snow and leaf-out, the tropics have no leaf-on months,
+# Leaf-on by latitude. The reference says no months: boreal May is snow and leaf-out, the tropics have none,
 # and the southern season spans two years. The line at -23.5 includes that latitude itself.
 DEFAULT_TABLE: tuple[SeasonRow, ...] = (
     SeasonRow(50.0, "06-01", "09-16"),
