@@ -50,8 +50,8 @@ check: $(STAMP) ## formatting, lint, types, import rules
 
 bench: $(STAMP) ## speed figures; installs torch to compare with
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
-	$(BIN)/python benchmarks/model.py
-	$(BIN)/python benchmarks/predict.py
+	$(BIN)/python -m benchmarks.model
+	$(BIN)/python -m benchmarks.predict
 
 clean: ## remove .venv, caches and demo_out
 	rm -rf $(VENV) .cache demo_out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
