@@ -1,0 +1,88 @@
+"""What GEDI L4A files call their beams and datasets, in product versions 2 (and 2.1) and 3."""
+
+import re
+from pathlib import PurePath
+from typing import NamedTuple
+
+import numpy as np
+
+COVERAGE_BEAMS = ("BEAM0000", "BEAM0001", "BEAM0010", "BEAM0011")
+FULL_POWER_BEAMS = ("BEAM0101", "BEAM0110", "BEAM1000", "BEAM1011")
+BEAMS = COVERAGE_BEAMS + FULL_POWER_BEAMS
+
+_NAME = re.compile(r"GEDI04_A_\d{13}_O\d+_\d+_T\d+_\d+_(?P<pge>\d{3})_(?P<production>\d{2})_V(?P<version>\d{3})")
+
+
+class Field(NamedTuple):
+    """One quantity of a shot.
+
+    Attributes:
+        datasets: its dataset's path below the beam, by product version; None where a version has none.
+        dtype: what it is held as here.
+        missing: stands where a file lacks the dataset; None for those that no table can do without.
+    """
+
+    datasets: dict[int, str | None]
+    dtype: np.dtype
+    missing: float | None
+
+
+def _field(dtype: str, missing: float | None, v2: str | None, v3: str | None) -> Field:
+    return Field({2: v2, 3: v3}, np.dtype(dtype), missing)
+
+
+def _same(dtype: str, missing: float | None, path: str) -> Field:
+    return _field(dtype, missing, path, path)
+
+
+# 255 is no value that these flags and classes take (of leaf_off_flag it is "not applicable").
+FIELDS: dict[str, Field] = {
+    "shot_number": _same("u8", None, "shot_number"),
+    "lon": _same("f8", None, "lon_lowestmode"),
+    "lat": _same("f8", None, "lat_lowestmode"),
+    "delta_time": _same("f8", None, "delta_time"),
+    "agbd": _same("f4", None, "agbd"),
+    "agbd_se": _same("f4", np.nan, "agbd_se"),
+    "sensitivity": _same("f4", np.nan, "sensitivity"),
+    "l4_quality_flag": _field("u1", 255, "l4_quality_flag", "l4a_quality_flag_rel3"),
+    "degrade_flag": _same("u1", 255, "degrade_flag"),
+    "selected_algorithm": _same("u1", 255, "selected_algorithm"),
+    "pft_class": _same("u1", 255, "land_cover_data/pft_class"),
+    "leaf_off_flag": _same("u1", 255, "land_cover_data/leaf_off_flag"),
+    # read for filters only
+    "algorithm_run_flag": _field("u1", 255, "algorithm_run_flag", "l2_algrunflag"),
+    "l2a_quality_flag": _field("u1", 255, None, "l2a_quality_flag_rel3"),
+    "degrade_include_flag": _field("u1", 255, None, "degrade_include_flag"),
+    "outlier_flag": _field("u1", 255, None, "elev_highestreturn_outlier_flag"),
+    "solar_elevation": _same("f4", np.nan, "solar_elevation"),
+}
+# The table's own columns; the remaining fields are read where a filter asks for them.
+COLUMNS = tuple(FIELDS)[:12]
+_ONLY_VERSION_3 = ("l4a_quality_flag_rel3", "l2a_quality_flag_rel3", "l2_algrunflag", "degrade_include_flag")
+
+
+class Product(NamedTuple):
+    """What a granule's name tells.
+
+    Attributes:
+        granule: NASA's name without what a subsetter appended.
+        release: `002_01`: the version of the programs and of the production.
+        version: `V002`.
+    """
+
+    granule: str
+    release: str
+    version: str
+
+
+def product_of(name: str) -> Product | None:
+    """Read a file's name (`GEDI04_A_2021150031254_O13948_03_T06447_02_002_01_V002_subsetted.h5`), None for others."""
+    match = _NAME.match(PurePath(name).name)
+    if match is None:
+        return None
+    return Product(match[0], f"{match['pge']}_{match['production']}", f"V{match['version']}")
+
+
+def naming(datasets: set[str]) -> int:
+    """Which version's names a beam uses, from the paths of its datasets: 2 or 3."""
+    return 3 if datasets & set(_ONLY_VERSION_3) else 2
