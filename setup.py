@@ -38,6 +38,8 @@ PREP = [
     "h5py>=3.11",  # GEDI orbits; the first built for NumPy 2
     "geopandas>=1.0",  # footprints; the first that needs no Fiona
     "pyarrow>=16.1",  # footprint tables; the first built for NumPy 2
+    "pandas>=2.2.2",  # the first built for NumPy 2; geopandas brings it
+    "shapely>=2.0.4",  # polygons of chips; the first built for NumPy 2
     "pyproj>=3.7",  # the first with wheels for Python 3.13
     "earthaccess>=0.14",  # Earthdata search and download; older ones were not tried
 ]
