@@ -1,4 +1,4 @@
-"""Command line: `python -m data_prep.synthetic --out DIR` writes a made-up HLS granule."""
+"""Command line: `python -m data_prep.synthetic --out DIR [--world scene|ruler|forest]` writes made-up granules."""
 
 import argparse
 import re
@@ -16,14 +16,28 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Write the granule and print its folder."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep.synthetic", description="Write a made-up HLS granule.")
-    parser.add_argument("--out", type=Path, required=True, help="folder that takes the granule's folder")
+    """Write one granule and print its folder, or a world of granules and orbits and print where its plan is."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.synthetic", description="Write made-up HLS granules, and GEDI orbits over them."
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder that takes what is written")
+    parser.add_argument(
+        "--world",
+        choices=("scene", "ruler"),
+        default="scene",
+        help="scene: one granule; ruler: six tiles that tell their rows and columns, with all that has to be dropped "
+        "(scene)",
+    )
     parser.add_argument("--size", type=parse_size, default=(460, 700), help="HEIGHTxWIDTH in pixels of 30 m (460x700)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another land (0)")
     args = parser.parse_args(argv)
     try:
-        print(write_scene(args.out, shape=args.size, seed=args.seed))
+        if args.world == "ruler":
+            from data_prep.synthetic.ruler import write_ruler_world  # needs the `prep` libraries, which a scene doesn't
+
+            print(write_ruler_world(args.out, shape=args.size, seed=args.seed))
+        else:
+            print(write_scene(args.out, shape=args.size, seed=args.seed))
     except ValueError as error:
         parser.error(str(error))
 
