@@ -1,0 +1,346 @@
+import os
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+from affine import Affine
+from rasterio.crs import CRS
+
+from data_prep import hls
+from data_prep.errors import PrepError
+from data_prep.synthetic.granule import write_granule
+from data_prep.synthetic.hls_tags import Overpass
+
+L30 = "HLS.L30.T10SFF.2020183T184512.v2.0"
+S30 = "HLS.S30.T10SFF.2020183T184512.v2.0"
+SHAPE = (37, 53)
+
+
+@pytest.fixture(scope="module")
+def image():
+    rng = np.random.default_rng(3)
+    image = rng.integers(-200, 12000, (*SHAPE, 6)).astype(np.int16)
+    image[5:9, 7:30] = -9999
+    image[20, 20, 4] = -9999
+    return image
+
+
+@pytest.fixture(scope="module")
+def codes():
+    return np.resize(np.arange(256), SHAPE).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory, image, codes):
+    folder = tmp_path_factory.mktemp("granules")
+    for sensor in ("L30", "S30"):
+        write_granule(folder, image, codes, Overpass(sensor=sensor), {"B01": image[..., 0], "B09": image[..., 1]})
+    return folder
+
+
+@pytest.fixture
+def copies(tmp_path, originals):
+    shutil.copytree(originals, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def change(path, values=None, *, tags=None, **profile):
+    """Write a file again with other values, tags or profile fields."""
+    with rasterio.open(path) as dataset:
+        old, old_tags, fields = dataset.read(), dataset.tags(), dataset.profile
+    values = old if values is None else values
+    for field in ("blockxsize", "blockysize", "tiled", "interleave"):
+        fields.pop(field, None)
+    fields |= {"driver": "GTiff", "height": values.shape[1], "width": values.shape[2], "count": values.shape[0]}
+    fields |= {"dtype": values.dtype.name} | profile
+    with rasterio.open(path, "w", **fields) as dataset:
+        dataset.write(values)
+        dataset.update_tags(**(old_tags | (tags or {})))
+
+
+def test_names():
+    granule = hls.parse_granule_name(L30)
+    assert granule == hls.Granule("L30", "10SFF", datetime(2020, 7, 1, 18, 45, 12, tzinfo=UTC), L30)
+    assert hls.parse_granule_name(f"{S30}.B8A.tif").name == S30
+    assert hls.parse_granule_name("HLS.L30.T60KXX.2020366T000000.v2.0").acquired.date().isoformat() == "2020-12-31"
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("HLS.L30.T10SFF.2020183.v1.4.hdf", "not an HLS granule's name"),
+        ("HLS.L30.T10SFF.2020183T184512.v1.5", "version 1.5, expected v2.0"),
+        ("HLS.L30.T10SFF.2021366T184512.v2.0", "is no date"),
+        ("HLS.L30.T10SFF.2020000T184512.v2.0", "is no date"),
+        ("HLS.L30.T10SFF.2020183T246012.v2.0", "is no date"),
+        ("HLS.L30.T61SFF.2020183T184512.v2.0", "no UTM zone"),
+        ("HLS.L30.T10SFF.2020183T184512.v2.0copy", "not an HLS granule's name"),
+        ("HLS.M30.T10SFF.2020183T184512.v2.0", "not an HLS granule's name"),
+    ],
+)
+def test_names_that_are_not_good(name, says):
+    with pytest.raises(PrepError, match=says):
+        hls.parse_granule_name(name)
+
+
+@pytest.mark.parametrize("name", [L30, S30])
+def test_rows_come_as_stored(originals, image, codes, name):
+    scene = hls.open_scene(originals / name)
+    got, fmask = scene.read_rows(4, 31)
+    assert got.dtype == np.int16
+    assert fmask.dtype == np.uint8
+    assert (got == image[4:31]).all()
+    assert (fmask == codes[4:31]).all()
+    with scene.reader() as read:
+        got, fmask = read(30, 37, 11, 40)
+        assert (got == image[30:37, 11:40]).all()
+        assert (fmask == codes[30:37, 11:40]).all()
+        assert (read(0, 2)[0] == image[:2]).all()
+    assert (scene.grid.height, scene.grid.width) == SHAPE
+    assert scene.processing_time == datetime(2020, 7, 3, 18, 45, 12, tzinfo=UTC)
+    layers = [path.name.split(".")[-2] for path in scene.paths]
+    assert layers == (
+        ["B02", "B03", "B04", "B05", "B06", "B07", "Fmask"]
+        if "L30" in name
+        else ["B02", "B03", "B04", "B8A", "B11", "B12", "Fmask"]
+    )
+
+
+def is_clear(values, code, water, aerosol):
+    """The rule, pixel by pixel, as the issue words it."""
+    if code == 255:
+        return False
+    bits = [(code >> bit) % 2 for bit in range(8)]
+    if any(bits[1:5]) or (water and bits[5]) or (aerosol and bits[6] and bits[7]):
+        return False
+    return all(value != -9999 for value in values)
+
+
+@pytest.mark.parametrize("water", [False, True])
+@pytest.mark.parametrize("aerosol", [False, True])
+def test_clear_pixels_of_all_codes_against_a_loop(image, codes, water, aerosol):
+    expected = [
+        [is_clear(image[r, c].tolist(), int(codes[r, c]), water, aerosol) for c in range(SHAPE[1])]
+        for r in range(SHAPE[0])
+    ]
+    got = hls.clear(image, codes, drop_water=water, drop_high_aerosol=aerosol)
+    assert got.tolist() == expected
+    assert got.any()
+
+
+def test_bits_by_hand():
+    good = np.full((1, 6), 100, np.int16)
+
+    def one(code, **settings):
+        return bool(hls.clear(good, np.array([code], np.uint8), **settings)[0])
+
+    assert [code for code in range(32) if one(code)] == [0, 1]
+    assert one(0b11100001)  # water, high aerosol, bit 0
+    assert not one(0b00100000, drop_water=True)
+    assert not one(0b11000000, drop_high_aerosol=True)
+    assert one(0b10000000, drop_high_aerosol=True) and one(0b01000000, drop_high_aerosol=True)
+    assert not one(255)
+    for band in range(6):
+        bad = good.copy()
+        bad[0, band] = -9999
+        assert not hls.clear(bad, np.zeros(1, np.uint8))[0]
+
+
+def test_the_real_fmask(samples):
+    with rasterio.open(samples / "HLS.L30.T06WVS.2024120T211159.v2.0.Fmask.tif") as dataset:
+        fmask = dataset.read(1)
+        key = hls.tile_grid_key(dataset.crs, dataset.transform)
+    good = np.full((1, 1, 6), 100, np.int16)
+    assert (fmask != hls.FMASK_FILL).sum() == 13_377_440
+    assert hls.clear(good, fmask).sum() == 11_236_106
+    assert hls.clear(good, fmask, drop_water=True).sum() == 11_114_931
+    assert key == (6, 399960, 7200000, 30, -30)
+
+
+USER_DEFINED = Overpass(tile="60KXX", epsg=32760, left=600000, top=7800040, user_defined=True)
+
+
+def test_one_key_for_all_forms_of_a_southern_tile():
+    north = Affine(30, 0, 600000, 0, -30, 7800040 - 1e7)
+    south = Affine(30, 0, 600000, 0, -30, 7800040)
+    keys = {
+        hls.tile_grid_key(CRS.from_epsg(32660), north),
+        hls.tile_grid_key(CRS.from_epsg(32760), south),
+        hls.tile_grid_key(USER_DEFINED.crs, south),
+    }
+    assert keys == {(60, 600000.0, 7800040 - 1e7, 30.0, -30.0)}
+    assert hls.tile_grid_key(CRS.from_epsg(32660), south) not in keys
+    assert hls.tile_grid_key(CRS.from_epsg(32759), south) not in keys
+    with pytest.raises(PrepError, match="expected UTM"):
+        hls.tile_grid_key(CRS.from_epsg(4326), south)
+    with pytest.raises(PrepError, match="expected UTM"):
+        hls.tile_grid_key(None, south)
+    with pytest.raises(PrepError, match="rotated"):
+        hls.tile_grid_key(CRS.from_epsg(32760), Affine(30, 1, 0, 0, -30, 0))
+
+
+def test_southern_granules_in_either_form(tmp_path, image, codes):
+    for top, epsg, user_defined in ((-2199960, 32660, False), (7800040, 32760, False), (7800040, 32760, True)):
+        place = Overpass(tile="60KXX", epsg=epsg, left=600000, top=top, user_defined=user_defined)
+        scene = hls.open_scene(write_granule(tmp_path, image, codes, place))
+        assert hls.tile_grid_key(scene.grid.crs, scene.grid.transform) == (60, 600000, -2199960, 30, -30)
+
+
+@pytest.mark.parametrize(("epsg", "top"), [(32660, 7800040), (32760, 7800040 + 1e7), (32760, -2199960 + 2e7)])
+def test_a_southern_tile_placed_in_the_north(tmp_path, image, codes, epsg, top):
+    folder = write_granule(tmp_path, image, codes, Overpass(tile="60KXX", epsg=epsg, left=600000, top=top))
+    with pytest.raises(PrepError, match="lies north of the equator, tile 60KXX south"):
+        hls.open_scene(folder)
+
+
+def test_a_tile_in_another_zone(tmp_path, image, codes):
+    with pytest.raises(PrepError, match="UTM zone 11, tile 10SFF is not"):
+        hls.open_scene(write_granule(tmp_path, image, codes, Overpass(epsg=32611)))
+
+
+def test_scale_is_never_applied_and_joined_tags_are_read(tmp_path, image, codes):
+    for scale in ("file", "band", "both"):
+        scene = hls.open_scene(write_granule(tmp_path, image, codes, Overpass(scale=scale, joined=True)))
+        assert (scene.read_rows(0, 37)[0] == image).all()
+        assert ";" in scene.tags["SENSOR"]
+
+
+def test_find_scenes(copies):
+    (copies / "notes").mkdir()
+    (copies / "empty").mkdir()
+    shutil.move(copies / S30, copies / "notes" / S30)
+    assert [folder.name for folder in hls.find_scenes(copies)] == [L30, S30]
+    assert hls.find_scenes(copies / L30) == [copies / L30]
+    with pytest.raises(PrepError, match="no such folder"):
+        hls.find_scenes(copies / "nowhere")
+    with pytest.raises(PrepError, match="no granules below it"):
+        hls.find_scenes(copies / "empty")
+
+
+def rename_band(old, new):
+    def break_it(folder):
+        (folder / f"{folder.name}.{old}.tif").rename(folder / f"{folder.name}.{new}.tif")
+
+    return break_it
+
+
+def changed(layer, values=None, **changes):
+    def break_it(folder):
+        path = folder / f"{folder.name}.{layer}.tif"
+        with rasterio.open(path) as dataset:
+            old = dataset.read()
+        change(path, None if values is None else values(old), **changes)
+
+    return break_it
+
+
+def s30_numbers_on_l30(folder):
+    """The red edges of S30 under the numbers of L30: the files of an S30 granule, renamed."""
+    for number in (1, 2, 3):
+        change(folder / f"{folder.name}.B0{number + 4}.tif", tags={"long_name": f"Red_Edge{number}"})
+
+
+def l30_files_named_as_s30_numbers(folder):
+    for old, new in (("B05", "B8A"), ("B06", "B11"), ("B07", "B12")):
+        rename_band(old, new)(folder)
+
+
+def cut(layer, keep):
+    def break_it(folder):
+        path = folder / f"{folder.name}.{layer}.tif"
+        os.truncate(path, int(path.stat().st_size * keep))
+
+    return break_it
+
+
+def foreign_file(folder):
+    other = L30.replace("SFF", "SGF")
+    shutil.copy(folder / f"{L30}.B02.tif", folder / f"{other}.B02.tif")
+
+
+def empty_file(folder):
+    Path(folder, f"{folder.name}.B02.tif").write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("break_it", "says"),
+    [
+        (rename_band("B06", "B16"), r"B06 \(SWIR_1\) not found"),
+        (rename_band("Fmask", "fmask_old"), r"no HLS\.L30.*\.Fmask\.tif; found layers B01, B02"),
+        (l30_files_named_as_s30_numbers, "said to be L30, but B12, B8A is found on S30 alone"),
+        (s30_numbers_on_l30, "said to be L30, but Red_Edge"),
+        (foreign_file, r"T10SGF.*B02\.tif: doesn't belong into this folder"),
+        (
+            changed("B04", tags={"SENTINEL2_TILEID": "10SGF"}),
+            r"B04\.tif: wrong tile: its tag SENTINEL2_TILEID is '10SGF'",
+        ),
+        (changed("B04", tags={"SENSOR": "MSI"}), r"B04\.tif: its tag SENSOR is 'MSI', its name says L30"),
+        (
+            changed("B03", values=lambda v: (v / 1e4).astype(np.float32)),
+            r"B03\.tif: float32, expected int16: reflectance",
+        ),
+        (changed("B03", values=lambda v: v.astype(np.float32)), r"B03\.tif: float32, expected int16$"),
+        (changed("B03", values=lambda v: v.astype(np.int32)), r"B03\.tif: int32, expected int16$"),
+        (changed("B03", nodata=0), r"B03\.tif: its no-data value is 0, expected -9999"),
+        (changed("Fmask", nodata=0), r"Fmask\.tif: its no-data value is 0, expected 255"),
+        (changed("B07", values=lambda v: np.repeat(v, 2, axis=0)), r"B07\.tif: 2 bands, expected 1"),
+        (changed("B07", values=lambda v: v[:, :-1]), r"B07\.tif: its grid is 36 x 53"),
+        (changed("Fmask", values=lambda v: v[:, :, :-1]), r"Fmask\.tif: its grid is 37 x 52"),
+        (changed("B07", transform=Affine(30, 0, 600030, 0, -30, 4100040)), r"B07\.tif: its grid is"),
+        (changed("B07", crs=CRS.from_epsg(32710)), r"B07\.tif: its grid is"),
+        (cut("B06", 0.5), r"B06\.tif.*truncated TIFF"),
+        (cut("Fmask", 0.9), r"Fmask\.tif.*truncated TIFF"),
+        (empty_file, r"B02\.tif: not a TIFF"),
+    ],
+)
+def test_granules_that_cannot_be_used(copies, break_it, says):
+    break_it(copies / L30)
+    with pytest.raises(PrepError, match=says):
+        hls.open_scene(copies / L30)
+
+
+def test_an_s30_granule_with_the_numbers_of_l30(copies):
+    for old, new in (("B8A", "B05"), ("B11", "B06"), ("B12", "B07")):
+        rename_band(old, new)(copies / S30)
+    with pytest.raises(PrepError, match="an S30 file with the band numbers of L30"):
+        hls.open_scene(copies / S30)
+
+
+def test_an_l30_granule_renamed_to_s30(copies):
+    l30_files_named_as_s30_numbers(copies / L30)
+    shutil.rmtree(copies / S30)
+    for file in (copies / L30).iterdir():
+        file.rename(file.with_name(file.name.replace("L30", "S30")))
+    (copies / L30).rename(copies / S30)
+    with pytest.raises(PrepError, match=r"tag SENSOR is 'OLI_TIRS', its name says S30"):
+        hls.open_scene(copies / S30)
+
+
+def test_folders_of_other_names(copies):
+    (copies / L30).rename(copies / f"{L30}.B02")
+    with pytest.raises(PrepError, match=f"expected a folder named {L30}$"):
+        hls.open_scene(copies / f"{L30}.B02")
+    with pytest.raises(PrepError, match="can't be read: No such file"):
+        hls.open_scene(copies / L30)
+
+
+def test_blocks_that_do_not_decode(copies):
+    scene = hls.open_scene(copies / L30)
+    path = scene.paths[2]
+    with rasterio.open(path) as dataset:
+        offset = int(dataset.get_tag_item("BLOCK_OFFSET_0_0", "TIFF", bidx=1))
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(b"\xff" * 200)
+    with pytest.raises(PrepError, match=r"B04\.tif"):
+        scene.read_rows(0, 10)
+
+
+def test_a_processing_time_that_is_no_time(copies):
+    for path in (copies / L30).glob("*.tif"):
+        change(path, tags={"HLS_PROCESSING_TIME": "yesterday"})
+    with pytest.raises(PrepError, match="HLS_PROCESSING_TIME is 'yesterday'"):
+        _ = hls.open_scene(copies / L30).processing_time
