@@ -149,7 +149,7 @@ def _write_beam(group: h5py.Group, beam: str, shots: dict[str, Any], chunk: int)
             dataset.attrs["coordinates"] = _COORDINATES
             dataset.attrs["long_name"] = long_name
             dataset.attrs["units"] = units
-    _create(group, "xvar", np.repeat(np.float32([[10.5, 0, 0, 0]]), count, axis=0), "f4", chunk)
+    _create(group, "xvar", np.tile(np.array([10.5, 0, 0, 0], np.float32), (count, 1)), "f4", chunk)
     prediction = group["agbd_prediction"].attrs
     prediction["alpha"], prediction["max_nvar"], prediction["predictor_offset"] = 0.1, 4, 100
 

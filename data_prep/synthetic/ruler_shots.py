@@ -41,6 +41,7 @@ KINDS = (
     "corners", "l4_quality_flag", "kept", "zero", "degrade_flag", "algorithm_10", "leaf_off_flag", "corners", "season",
     "kept", "other_year", "algorithm_run_flag", "kept", "selected_algorithm", "agbd_valid", "degraded", "kept", "alone",
 )  # fmt: skip
+_LEAF_OFF = "land_cover_data/leaf_off_flag"
 # One file each for every group of tiles: product version and beams that it lacks.
 FILES = {
     "new": ("002_02", ()),
@@ -115,44 +116,43 @@ def _pixel_shots(pixels: list[tuple[int, int]], tile: str, seen: NDArray[np.bool
     degrade, degraded, invalid = cycle((4, 34, 74)), cycle((38, 3, 8, 10, 68)), cycle((np.nan, -9999.0, -1.0, np.inf))
     good_files = cycle(("new", "new", "old"))
 
+    def shot(file: str, agbd: float, fate: str = "kept", flags: dict[str, int] | None = None) -> Shot:
+        return Shot(tile, row, col, next(corners), file, agbd, fate, {_LEAF_OFF: next(leaf)} | (flags or {}))
+
     for row, col in pixels:
         code = 4096.0 * row + col
-
-        def shot(file: str, agbd: float, fate: str = "kept", at: tuple[int, int] = (row, col), **flags: Any) -> Shot:
-            flags = {"land_cover_data/leaf_off_flag": next(leaf)} | flags
-            return Shot(tile, *at, next(corners), file, agbd, fate, flags)
-
         if not seen[row, col]:
             yield shot("new", code, "no_data")
             continue
         kind = next(kinds)
+        poison = SHOT_POISONS.get(kind, 0)
         if kind == "corners":
-            yield from (shot(next(good_files), code) for _ in CORNERS)
+            yield from [shot(next(good_files), code) for _ in CORNERS]
         elif kind == "zero":  # together they tell the place; without the clipped one the label is twice as high
             yield shot("new", 0.0)
             yield shot("new", 2 * code)
         elif kind == "algorithm_10":
-            yield shot("new", code, selected_algorithm=10)
+            yield shot("new", code, flags={"selected_algorithm": 10})
         elif kind == "degraded":
-            yield shot("new", code, degrade_flag=next(degraded))
+            yield shot("new", code, flags={"degrade_flag": next(degraded)})
         elif kind == "alone":  # a poison without a good shot beside it
-            yield shot("new", SHOT_POISONS["l4_quality_flag"], "l4_quality_flag", l4_quality_flag=0)
+            yield shot("new", SHOT_POISONS["l4_quality_flag"], "l4_quality_flag", {"l4_quality_flag": 0})
         else:
             yield shot(next(good_files), code)
         if kind == "l4_quality_flag":
-            yield shot("old", SHOT_POISONS[kind], kind, l4_quality_flag=0)
+            yield shot("old", poison, kind, {kind: 0})
         elif kind == "degrade_flag":
-            yield shot("new", SHOT_POISONS[kind], kind, degrade_flag=next(degrade))
+            yield shot("new", poison, kind, {kind: next(degrade)})
         elif kind == "leaf_off_flag":
-            yield shot("new", SHOT_POISONS[kind], kind, **{"land_cover_data/leaf_off_flag": 1})
+            yield shot("new", poison, kind, {_LEAF_OFF: 1})
         elif kind == "selected_algorithm":
-            yield shot("old", SHOT_POISONS[kind], kind, selected_algorithm=10)
+            yield shot("old", poison, kind, {kind: 10})
         elif kind == "algorithm_run_flag":
-            yield shot("new", -9999.0, kind, algorithm_run_flag=0, l4_quality_flag=0, l2_quality_flag=0)
+            yield shot("new", -9999.0, kind, {kind: 0, "l4_quality_flag": 0, "l2_quality_flag": 0})
         elif kind == "agbd_valid":
             yield shot("new", next(invalid), kind)
         elif kind in ("season", "other_year"):
-            yield shot(kind, SHOT_POISONS[kind], "season")
+            yield shot(kind, poison, "season")
 
 
 def _edge_shots(tile: Tile) -> Iterator[Shot]:
