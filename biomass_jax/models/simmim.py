@@ -3,47 +3,23 @@
 Xie et al., arXiv 2111.09886; microsoft/SimMIM models/simmim.py.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from biomass_jax.models.pixel_shuffle import pixel_shuffle
-from biomass_jax.models.swin import SwinTransformer
+from biomass_jax.models.swin import SwinFields
 
 
-class SimMIM(nn.Module):
-    """Masked image model; fields are `SwinTransformer`'s and the stride of the encoder's last map in pixels."""
+class SimMIM(SwinFields):
+    """Masked image model; fields are the encoder's and the stride of its last map in pixels."""
 
-    embed_dim: int = 128
-    depths: tuple[int, ...] = (2, 2, 18, 2)
-    num_heads: tuple[int, ...] = (4, 8, 16, 32)
-    window_size: int = 7
-    mlp_ratio: float = 4.0
-    patch_size: int = 4
-    in_channels: int = 6
-    drop_path_rate: float = 0.0
     shift_single_window: bool = False
     encoder_stride: int = 32
-    dtype: Any = jnp.float32
 
     def setup(self) -> None:
         """Build the encoder, the mask token and the decoder."""
-        self.encoder = SwinTransformer(
-            embed_dim=self.embed_dim,
-            depths=self.depths,
-            num_heads=self.num_heads,
-            window_size=self.window_size,
-            mlp_ratio=self.mlp_ratio,
-            patch_size=self.patch_size,
-            in_channels=self.in_channels,
-            drop_path_rate=self.drop_path_rate,
-            shift_single_window=self.shift_single_window,
-            stage_norms=False,
-            final_norm=True,
-            dtype=self.dtype,
-        )
+        self.encoder = self.make_encoder(stage_norms=False, final_norm=True)
         self.mask_token = self.param(
             "mask_token", nn.initializers.truncated_normal(0.02), (1, 1, self.embed_dim), jnp.float32
         )

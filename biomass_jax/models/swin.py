@@ -5,6 +5,7 @@ also where the map is a single window, normalises each stage's output for a deco
 image is no multiple of the patch.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -181,12 +182,11 @@ class SwinStage(nn.Module):
         return features, following
 
 
-class SwinTransformer(nn.Module):
-    """Hierarchical encoder: one feature map a stage, at 1/4, 1/8, 1/16 ... of the image with patch 4.
+class SwinFields(nn.Module):
+    """Fields of a Swin encoder, which every model that holds one has too; the defaults are granite's Swin-B.
 
     `shift_single_window`: shift also where the padded map is one window (granite's weights need it; the original, timm
-    and SimMIM do not). `stage_norms`: a LayerNorm on each stage's output for a decoder (granite). `final_norm`: a
-    LayerNorm on the last stage's output (the original, timm, SimMIM).
+    and SimMIM do not).
     """
 
     embed_dim: int = 128
@@ -198,9 +198,26 @@ class SwinTransformer(nn.Module):
     in_channels: int = 6
     drop_path_rate: float = 0.0
     shift_single_window: bool = True
+    dtype: Dtype = jnp.float32
+
+    @nn.nowrap
+    def make_encoder(self, **options: Any) -> "SwinTransformer":
+        """The encoder with this module's fields; `options` are `SwinTransformer`'s own and `name`."""
+        shared = {
+            field: getattr(self, field) for field in SwinFields.__annotations__ if field not in ("parent", "name")
+        }
+        return SwinTransformer(**shared, **options)
+
+
+class SwinTransformer(SwinFields):
+    """Hierarchical encoder: one feature map a stage, at 1/4, 1/8, 1/16 ... of the image with patch 4.
+
+    `stage_norms`: a LayerNorm on each stage's output for a decoder (granite). `final_norm`: a LayerNorm on the last
+    stage's output (the original, timm, SimMIM).
+    """
+
     stage_norms: bool = True
     final_norm: bool = False
-    dtype: Dtype = jnp.float32
 
     def setup(self) -> None:
         """Check the fields against each other and build the stages."""
@@ -249,26 +266,15 @@ class SwinTransformer(nn.Module):
         return self.encode(self.embed(x), train=train)
 
 
-class SwinEncoder(nn.Module):
-    """An encoder alone, its parameters under `encoder` as in the whole models; takes `SwinTransformer`'s fields."""
+class SwinEncoder(SwinFields):
+    """An encoder alone, its parameters under `encoder` as in the whole models."""
 
-    embed_dim: int = 128
-    depths: tuple[int, ...] = (2, 2, 18, 2)
-    num_heads: tuple[int, ...] = (4, 8, 16, 32)
-    window_size: int = 7
-    mlp_ratio: float = 4.0
-    patch_size: int = 4
-    in_channels: int = 6
-    drop_path_rate: float = 0.0
     shift_single_window: bool = False
     stage_norms: bool = False
     final_norm: bool = True
-    dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> list[jax.Array]:
         """x [B, H, W, bands], z-scored -> one feature map a stage."""
-        fields = {
-            name: getattr(self, name) for name in SwinEncoder.__dataclass_fields__ if name not in ("parent", "name")
-        }
-        return SwinTransformer(**fields, name="encoder")(x, train=train)
+        encoder = self.make_encoder(stage_norms=self.stage_norms, final_norm=self.final_norm, name="encoder")
+        return encoder(x, train=train)
