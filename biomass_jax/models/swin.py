@@ -203,9 +203,8 @@ class SwinFields(nn.Module):
     @nn.nowrap
     def make_encoder(self, **options: Any) -> "SwinTransformer":
         """The encoder with this module's fields; `options` are `SwinTransformer`'s own and `name`."""
-        shared = {
-            field: getattr(self, field) for field in SwinFields.__annotations__ if field not in ("parent", "name")
-        }
+        names = {field.name for field in dataclasses.fields(SwinFields)} - {"parent", "name"}
+        shared = {name: getattr(self, name) for name in names}
         return SwinTransformer(**shared, **options)
 
 
