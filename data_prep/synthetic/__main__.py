@@ -23,21 +23,37 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder that takes what is written")
     parser.add_argument(
         "--world",
-        choices=("scene", "ruler"),
+        choices=("scene", "ruler", "forest"),
         default="scene",
-        help="scene: one granule; ruler: six tiles that tell their rows and columns, with all that has to be dropped "
-        "(scene)",
+        help="scene: one granule; ruler: six tiles that tell their rows and columns, with all that has to be dropped; "
+        "forest: a tile to learn from (scene)",
     )
-    parser.add_argument("--size", type=parse_size, default=(460, 700), help="HEIGHTxWIDTH in pixels of 30 m (460x700)")
+    parser.add_argument(
+        "--size", type=parse_size, help="HEIGHTxWIDTH of a tile in pixels of 30 m (460x700, 900x1120 for a forest)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="another seed, another land (0)")
     args = parser.parse_args(argv)
+    size = {} if args.size is None else {"shape": args.size}
     try:
+        # The worlds need the `prep` libraries, which a scene does without.
         if args.world == "ruler":
-            from data_prep.synthetic.ruler import write_ruler_world  # needs the `prep` libraries, which a scene doesn't
+            from data_prep.synthetic.ruler import write_ruler_world
 
-            print(write_ruler_world(args.out, shape=args.size, seed=args.seed))
+            print(write_ruler_world(args.out, seed=args.seed, **size))
+        elif args.world == "forest":
+            from data_prep.synthetic.forest import write_forest_world
+
+            floor = write_forest_world(args.out, seed=args.seed, **size)["noise_floor"]
+            print(args.out / "plan.json")
+            for name, words in {
+                "best": "no model can pass",
+                "one_pixel": "a model of single pixels can't pass",
+            }.items():
+                print(
+                    f"{words}: R2 {{r2:.3f}}, RMSE {{rmse:.1f}} Mg/ha, R2 of logs {{r2_log:.3f}}".format(**floor[name])
+                )
         else:
-            print(write_scene(args.out, shape=args.size, seed=args.seed))
+            print(write_scene(args.out, seed=args.seed, **size))
     except ValueError as error:
         parser.error(str(error))
 
