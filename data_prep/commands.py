@@ -1,0 +1,35 @@
+"""What the commands share: known errors as one line and exit code 1, warnings as one line each."""
+
+import functools
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from biomass_jax.data.bands import BandError
+from biomass_jax.data.raster import RasterError
+from biomass_jax.data.records import RecordError
+from data_prep.errors import PrepError
+
+KNOWN_ERRORS = (PrepError, RasterError, BandError, RecordError)
+Main = Callable[[Sequence[str] | None], int]
+
+
+def command(main: Main) -> Callable[..., int]:
+    """A `main(argv) -> int` whose known errors and warnings reach the user as one line each."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        print(f"warning: {message}", file=sys.stderr)
+
+    @functools.wraps(main)
+    def run(argv: Sequence[str] | None = None) -> int:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", UserWarning)
+            warnings.showwarning = show
+            try:
+                return main(argv)
+            except KNOWN_ERRORS as error:
+                print(f"error: {error}", file=sys.stderr)
+                return 1
+
+    return run

@@ -1,0 +1,387 @@
+"""The index of chips against numbers worked out from the shots, and its windows read back."""
+
+import json
+
+import geopandas
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pyproj
+import pytest
+import rasterio
+import shapely
+
+from biomass_jax.data import records
+from data_prep import biomes, chip_folders, chip_index, chips, ground, splits
+from data_prep.errors import PrepError
+from tests.data_prep.chip_world import BANDS, SEASON, SIZE, ramp, scattered, write_tif, write_tile
+
+HEIGHT, WIDTH = 53, 70  # 3 x 4 cells of 16 px; 5 rows and 6 columns are left over
+TILE = "10SFF"
+SHOTS = scattered(HEIGHT, WIDTH, 500, seed=4)
+
+
+def in_cell(row, col, shots=SHOTS):
+    return [s for s in shots if row <= s[1] < row + SIZE and col <= s[2] < col + SIZE]
+
+
+@pytest.fixture
+def world(tmp_path):
+    """A tile with a cell without data, one with too few labels, and one whose data lies under a bit of no-data."""
+    image = ramp(HEIGHT, WIDTH)
+    image[2, 0:16, 16:32] = -9999  # a single band is enough
+    image[:, 16:17, 32:44] = 0  # 12 of 256 pixels: 0.047
+    shots = [s for s in SHOTS if not (0 <= s[1] < 16 and 48 <= s[2] < 64)] + [(7, 3, 50, 5.0)]
+    write_tile(tmp_path, TILE, image=image, shots=shots)
+    return tmp_path
+
+
+def index(root, **settings):
+    counts = chips.index_folder(root, size=SIZE, **settings)
+    return chip_index.read_index(chip_index.path_in(root)), counts
+
+
+def test_cells_with_enough_labels_and_data_become_chips(world):
+    frame, counts = index(world)
+    (found,) = counts.values()
+    assert found == {"cells": 12, "kept": 10, "few_labels": 2, "no_data": 0}  # labels without data don't count
+    cells = {(r, c) for r in (0, 16, 32) for c in (0, 16, 32, 48)} - {(0, 16), (0, 48)}
+    assert list(zip(frame["row"], frame["col"], strict=True)) == sorted(cells)
+    assert frame["chip_id"].tolist() == [f"{TILE}_{r // 16 * 4 + c // 16}_2020-06-01" for r, c in sorted(cells)]
+    assert set(frame["split"]) == {""}
+    assert set(frame["biome"]) == {"unknown"}
+
+
+def test_numbers_of_a_chip_are_those_of_its_shots(world):
+    frame, _ = index(world)
+    for row in frame.to_dict("records"):
+        inside = in_cell(row["row"], row["col"])
+        if (row["row"], row["col"]) == (16, 32):
+            used = [s for s in inside if not (s[1] == 16 and s[2] < 44)]
+            assert len(used) < len(inside)
+            assert row["nodata_share"] == 12 / 256
+        else:
+            used = inside
+            assert row["nodata_share"] == 0
+        agbd = np.array([s[3] for s in used])
+        assert row["n_labels"] == len(used)
+        assert row["label_mean"] == pytest.approx(agbd.mean(), rel=1e-12)
+        assert row["label_max"] == agbd.max()
+        edges = (0, 25, 50, 75, 100, 150, 200, 250, 300, 400, 500)
+        expected = [
+            ((agbd >= low) & (agbd < high)).sum() for low, high in zip(edges, (*edges[1:], np.inf), strict=True)
+        ]
+        assert row["label_counts"].tolist() == expected
+        assert row["shot_numbers"].dtype == np.uint64
+        assert row["shot_numbers"].tolist() == sorted(s[0] for s in inside)  # exact above 2**53
+
+
+def test_limits_are_inclusive(world):
+    frame, _ = index(world, min_labels=1, max_nodata=12 / 256)
+    assert (16, 32) in set(zip(frame["row"], frame["col"], strict=True))
+    assert (0, 48) in set(zip(frame["row"], frame["col"], strict=True))
+    frame, counts = index(world, min_labels=1, max_nodata=11 / 256)
+    assert (16, 32) not in set(zip(frame["row"], frame["col"], strict=True))
+    assert next(iter(counts.values()))["no_data"] == 1
+    fewest = min(
+        len(in_cell(row, col)) for row, col in zip(frame["row"], frame["col"], strict=True) if (row, col) != (0, 48)
+    )
+    kept, _ = index(world, min_labels=fewest)
+    assert kept["n_labels"].min() == fewest
+    assert index(world, min_labels=fewest + 1)[0]["n_labels"].min() > fewest
+
+
+def test_outlines_lie_where_the_pixels_do(world):
+    frame, _ = index(world)
+    assert frame.crs.to_epsg() == 4326
+    geod = pyproj.Geod(ellps="WGS84")
+    back = pyproj.Transformer.from_crs(4326, 32610, always_xy=True)
+    for row in frame.to_dict("records"):
+        a, b, c, d, e, f = row["transform"]
+        assert (a, b, d, e) == (30, 0, 0, -30)
+        assert (c, f) == (600000 + 30 * row["col"], 4200000 - 30 * row["row"])
+        x, y = back.transform(*np.array(row["geometry"].exterior.coords).T)
+        assert (np.min(x), np.max(x), np.min(y), np.max(y)) == pytest.approx((c, c + 480, f - 480, f), abs=1e-3)
+        assert abs(geod.geometry_area_perimeter(row["geometry"])[0]) == pytest.approx(480**2, rel=1e-3)
+        assert row["geometry"].exterior.is_ccw
+
+
+def test_the_index_is_geoparquet_with_its_settings(world):
+    index(world, min_labels=21)
+    schema = pq.read_schema(chip_index.path_in(world))
+    geo = json.loads(schema.metadata[b"geo"])
+    column = geo["columns"][geo["primary_column"]]
+    assert column["encoding"] == "WKB"
+    assert column["geometry_types"] == ["Polygon"]
+    assert column["crs"]["id"] == {"authority": "EPSG", "code": 4326}
+    assert schema.field("shot_numbers").type == pa.list_(pa.uint64())
+    stored = chip_index.read_metadata(chip_index.path_in(world))["chips"]
+    assert stored["min_labels"] == 21
+    assert stored["counts"][f"composites/{TILE}/{TILE}_2020-06-01_2020-09-16.tif"]["cells"] == 12
+
+
+def test_equal_input_gives_equal_bytes_and_paths_that_move(world, tmp_path):
+    index(world)
+    first = chip_index.path_in(world).read_bytes()
+    moved = world.rename(world.parent / f"{world.name}_moved")
+    frame, _ = index(moved)
+    assert chip_index.path_in(moved).read_bytes() == first
+    assert frame["label"][0] == f"labels/{TILE}/{TILE}_2020-06-01_2020-09-16_agbd.tif"
+
+
+def test_records_hold_the_window(world):
+    frame, _ = index(world)
+    image = ramp(HEIGHT, WIDTH)
+    for _, row in frame.iterrows():
+        record = chips.read_record(row, world)
+        records.validate(record, image_shape=(SIZE, SIZE, 6), image_dtype=np.int16)
+        r, c = row["row"], row["col"]
+        expected = np.moveaxis(image[:6, r : r + SIZE, c : c + SIZE], 0, -1).copy()
+        if (r, c) == (16, 32):
+            expected[0, :12] = 0
+        np.testing.assert_array_equal(record["image"], expected)
+        label = np.full((SIZE, SIZE), -1, np.float32)
+        for _, i, j, agbd in in_cell(r, c):
+            label[i - r, j - c] = agbd
+        np.testing.assert_array_equal(record["label"], label)
+        assert (record["chip_id"], record["tile"], record["season"]) == (row["chip_id"], TILE, SEASON)
+        assert (record["row"], record["col"], record["epsg"], record["sensors"]) == (r, c, 32610, "L30")
+        assert record["transform"].tolist() == [30, 0, 600000 + 30 * c, 0, -30, 4200000 - 30 * r]
+
+
+def test_a_reader_keeps_a_bounded_number_of_tiles_open(tmp_path):
+    for number, tile in enumerate(("10SFF", "10SFG", "10SFH", "10SGF")):
+        origin = (600000.0, 4200000 - 100000.0 * number)
+        write_tile(
+            tmp_path,
+            tile,
+            image=ramp(16, 16) + np.int16(number),
+            shots=scattered(16, 16, 30, seed=number),
+            origin=origin,
+        )
+    frame, _ = index(tmp_path)
+    with chips.ChipReader(tmp_path) as reader:
+        reader.MOST_OPEN = 2
+        for _ in range(2):
+            for number, (_, row) in enumerate(frame.iterrows()):
+                assert reader.read(row)["image"][0, 0, 0] == 4000 + number
+                assert len(reader._open) <= 2
+    assert not reader._open
+
+
+def test_records_of_changed_rasters_are_refused(world):
+    frame, _ = index(world)
+    write_tile(world, TILE, image=ramp(HEIGHT, WIDTH), shots=SHOTS[:400])
+    with pytest.raises(PrepError, match="run data_prep.chips again"):
+        for _, row in frame.iterrows():
+            chips.read_record(row, world)
+
+
+def test_biomes_come_from_polygons_at_the_centre(world):
+    # Centres of the columns of chips lie at x = 600,240, 600,720, 601,200 and 601,680 m.
+    spans = {
+        "West of it": (599000, 600239),
+        "Boreal Forests/Taiga": (600239, 600721),
+        "Comes too late": (599000, 600800),
+    }
+    boxes = [shapely.box(west, 4100000, east, 4300000) for west, east in spans.values()]
+    polygons = geopandas.GeoDataFrame({"name": list(spans)}, geometry=boxes, crs=32610)
+    polygons.to_file(world / "biomes.gpkg")
+    frame, _ = index(world, biomes=world / "biomes.gpkg", biome_field="name")
+    assert frame.groupby("col")["biome"].unique().map(list).to_dict() == {
+        0: ["boreal-forests-taiga"],
+        16: ["boreal-forests-taiga"],
+        32: ["unknown"],
+        48: ["unknown"],
+    }
+    with pytest.raises(PrepError, match="found columns name, geometry .*expected BIOME"):
+        index(world, biomes=world / "biomes.gpkg", biome_field="BIOME")
+
+
+def test_slugs():
+    assert [biomes.slug(v) for v in ("Boreal Forests/Taiga", " É ", None, float("nan"), 6.0)] == [
+        "boreal-forests-taiga",
+        "unknown",
+        "unknown",
+        "unknown",
+        "6-0",
+    ]
+
+
+def test_shots_that_contradict_the_labels_are_refused(world):
+    table = next((world / "labels" / TILE).glob("*.parquet"))
+    changed = pq.read_table(table).slice(1)
+    pq.write_table(changed, table)
+    with pytest.raises(PrepError, match=r"1 pixels .*the shots give -1, the label is .*run data_prep.labels again"):
+        index(world)
+    as_float = changed.set_column(0, "shot_number", changed["shot_number"].cast(pa.float64(), safe=False))
+    pq.write_table(as_float, table)
+    with pytest.raises(PrepError, match="shot_number: found double, expected uint64"):
+        index(world)
+
+
+def test_without_shots_there_is_a_warning(world):
+    next((world / "labels" / TILE).glob("*.parquet")).unlink()
+    with pytest.warns(UserWarning, match="no table of shots"):
+        frame, _ = index(world)
+    assert all(len(numbers) == 0 for numbers in frame["shot_numbers"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tags": {"TILE": TILE, "SEASON": SEASON}}, "tag SENSORS: found None"),
+        ({"tags": {"TILE": TILE, "SEASON": "2020-09-16/2020-06-01", "SENSORS": "L30"}}, "tag SEASON"),
+        ({"image": ramp(HEIGHT, WIDTH).astype(np.float32) / 1e4}, "found float32 with .* expected int16"),
+        ({"crs": None}, "no CRS"),
+    ],
+)
+def test_other_composites_are_refused(tmp_path, change, message):
+    write_tile(tmp_path, TILE, **({"image": ramp(HEIGHT, WIDTH), "shots": SHOTS} | change))
+    with pytest.raises(PrepError, match=message):
+        index(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "shift", "value", "message"),
+    [
+        ((HEIGHT, WIDTH), 15, -1, "expected one on the composite's grid"),
+        ((HEIGHT - 1, WIDTH), 0, -1, "expected one on the composite's grid"),
+        ((HEIGHT, WIDTH), 0, -9999, "values like -9999, expected Mg/ha from 0 on, or -1"),
+        ((HEIGHT, WIDTH), 0, np.inf, "values like inf"),
+    ],
+)
+def test_other_labels_are_refused(tmp_path, shape, shift, value, message):
+    _, label, _ = write_tile(tmp_path, TILE, image=ramp(HEIGHT, WIDTH), shots=SHOTS)
+    values = np.full((1, *shape), value, np.float32)
+    write_tif(label, values, "EPSG:32610", rasterio.Affine(30, 0, 600000 + shift, 0, -30, 4200000), nodata=-1)
+    with pytest.raises(PrepError, match=message):
+        index(tmp_path)
+
+
+def test_a_truncated_composite_is_named(world, capsys):
+    path = next(world.glob("composites/*/*.tif"))
+    path.write_bytes(path.read_bytes()[:-5000])
+    assert chips.main(["--out", str(world), "--size", "16"]) == 1
+    assert f"error: {path}" in capsys.readouterr().err
+    assert not chip_index.path_in(world).exists()
+
+
+def test_two_seasons_of_a_tile_are_two_chips_and_one_twice_is_refused(world):
+    write_tile(world, TILE, image=ramp(HEIGHT, WIDTH), shots=SHOTS, season="2021-06-01/2021-09-16")
+    frame, _ = index(world)
+    assert len(set(frame["chip_id"])) == len(frame) == 22
+    for folder in ("composites", "labels"):
+        for path in (world / folder / TILE).glob("*2021-06*"):
+            path.with_name("copy_" + path.name).write_bytes(path.read_bytes())
+    with pytest.raises(PrepError, match=r"12 chip_ids twice, first 10SFF_0_2021-06-01"):
+        index(world)
+
+
+def test_the_command(world, capsys):
+    write_tif(
+        world / "composites" / "10SGF" / "10SGF_x.tif", ramp(16, 16), None, rasterio.Affine.scale(30), nodata=None
+    )
+    assert chips.main(["--out", str(world), "--size", "16"]) == 0
+    out, err = capsys.readouterr()
+    assert "12 cells, 10 kept, 2 few labels, 0 no data" in out
+    assert "warning: " in err and "10SGF_x.tif: left out, it has no label raster" in err
+    assert chips.main(["--out", str(world), "--tile", "T10SFF", "--min-labels", "25", "--size", "16"]) == 0
+    assert chip_index.read_metadata(chip_index.path_in(world))["chips"]["min_labels"] == 25
+    assert chips.main(["--out", str(world), "--tile", "11SAA"]) == 1
+    assert "found no composite with labels for 11SAA" in capsys.readouterr().err
+
+
+def test_the_reference_layout(world, capsys):
+    index(world)
+    with pytest.raises(PrepError, match="no split drawn"):
+        chip_folders.write_folders(world, world / "published")
+    splits.run(
+        chip_index.path_in(world), kind="block", block_km=0.5, seed=1, fractions={"train": 0.6, "val": 0.2, "test": 0.2}
+    )
+    assert chip_folders.main(["--out", str(world), "--folders", str(world / "published")]) == 0
+    frame = chip_index.read_index(chip_index.path_in(world))
+    assert set(frame["split"]) == {"train", "val", "test"}
+    paths = sorted(path.relative_to(world / "published").as_posix() for path in (world / "published").rglob("*.tif"))
+    cells = zip(frame["split"], frame["row"] // 16 * 4 + frame["col"] // 16, strict=True)
+    expected = [
+        f"{split}_{kind}s/T10SFF_{cell}_tile_{short}.tif"
+        for split, cell in cells
+        for kind, short in (("image", "img"), ("label", "label"))
+    ]
+    assert paths == sorted(expected)
+    row = frame.iloc[3]
+    record = chips.read_record(row, world)
+    stem = f"T10SFF_{row['row'] // 16 * 4 + row['col'] // 16}_tile"
+    with rasterio.open(world / "published" / f"{row['split']}_images" / f"{stem}_img.tif") as src:
+        assert (src.dtypes[0], src.nodata, src.crs.to_epsg()) == ("float32", -9999, 32610)
+        assert src.descriptions == BANDS[:6]
+        assert list(src.transform)[:6] == record["transform"].tolist()
+        np.testing.assert_array_equal(src.read(), np.moveaxis(record["image"], -1, 0))
+    with rasterio.open(world / "published" / f"{row['split']}_labels" / f"{stem}_label.tif") as src:
+        np.testing.assert_array_equal(src.read(1), record["label"])
+
+
+def test_the_real_chip_comes_back(samples, tmp_path):
+    with rasterio.open(samples / "chip_input.tif") as src:
+        image, crs, transform = src.read([2, 3, 4, 5, 6, 7]).astype(np.int16), src.crs, src.transform
+        np.testing.assert_array_equal(image, src.read([2, 3, 4, 5, 6, 7]))
+    with rasterio.open(samples / "chip_label.tif") as src:
+        label = src.read(1)
+    stem = "14RMR_2020-05-01_2020-10-01"
+    tags = {"TILE": "14RMR", "SEASON": "2020-05-01/2020-10-01", "SENSORS": "L30"}
+    write_tif(
+        tmp_path / f"composites/14RMR/{stem}.tif", image, crs, transform, nodata=-9999, names=BANDS[:6], tags=tags
+    )
+    write_tif(tmp_path / f"labels/14RMR/{stem}_agbd.tif", label[None], crs, transform, nodata=-1)
+    with pytest.warns(UserWarning, match="no table of shots"):
+        chips.index_folder(tmp_path)
+    (row,) = chip_index.read_index(chip_index.path_in(tmp_path)).to_dict("records")
+    assert (row["n_labels"], row["nodata_share"]) == (246, 79 / 224**2)
+    record = chips.read_record(row, tmp_path)
+    np.testing.assert_array_equal(record["image"], np.moveaxis(image, 0, -1))
+    np.testing.assert_array_equal(record["label"], label)
+
+
+HLS_SOUTHERN = (  # as real HLS files spell a zone without an EPSG code
+    'PROJCS["UTM Zone {zone}, {half} Hemisphere",GEOGCS["Unknown datum based upon the WGS 84 ellipsoid",'
+    'DATUM["Not specified (based on WGS 84 spheroid)",SPHEROID["WGS 84",6378137,298.257223563]],'
+    'PRIMEM["Greenwich",0],UNIT["degree",0.0174532925199433]],PROJECTION["Transverse_Mercator"],'
+    'PARAMETER["latitude_of_origin",0],PARAMETER["central_meridian",{meridian}],PARAMETER["scale_factor",0.9996],'
+    'PARAMETER["false_easting",500000],PARAMETER["false_northing",{northing}],UNIT["metre",1]]'
+)
+
+
+@pytest.mark.parametrize(("half", "northing", "code"), [("Northern", 0, 32660), ("Southern", 10000000, 32760)])
+def test_user_defined_utm_has_the_code_of_its_zone(half, northing, code):
+    wkt = HLS_SOUTHERN.format(zone=60, half=half, meridian=177, northing=northing)
+    assert ground.epsg_code(rasterio.CRS.from_wkt(wkt), "file") == code
+    odd = HLS_SOUTHERN.format(zone=60, half=half, meridian=178.5, northing=northing)
+    with pytest.raises(PrepError, match="file: found a CRS without an EPSG code"):
+        ground.epsg_code(rasterio.CRS.from_wkt(odd), "file")
+
+
+def test_both_forms_of_a_southern_tile_have_one_outline():
+    places = np.array([(0, 0), (16, 32)])
+    north = ground.chip_outlines(32760, (30, 0, 700000, 0, -30, 8100000), places, SIZE)
+    south = ground.chip_outlines(32660, (30, 0, 700000, 0, -30, -1900000), places, SIZE)
+    for one, other in zip(north, south, strict=True):
+        assert shapely.equals_exact(one, other, 1e-9)
+
+
+def test_outlines_across_the_antimeridian_are_cut_in_two():
+    # Zone 60's eastern edge at 17 S lies near x = 819,800 m.
+    to_utm = pyproj.Transformer.from_crs(4326, 32760, always_xy=True)
+    x, y = to_utm.transform(180, -17)
+    (outline,) = ground.chip_outlines(32760, (30, 0, x - 160, 0, -30, y), np.array([(0, 0)]), SIZE)
+    assert outline.geom_type == "MultiPolygon"
+    assert outline.is_valid
+    west, _, east, _ = outline.bounds
+    assert (west, east) == (-180, 180)
+    geod = pyproj.Geod(ellps="WGS84")
+    areas = [abs(geod.geometry_area_perimeter(part)[0]) for part in outline.geoms]
+    assert sum(areas) == pytest.approx(480**2, rel=5e-3)
+    assert max(areas) / sum(areas) == pytest.approx(2 / 3, abs=0.02)
+    lon, lat = ground.centres([outline])[0]
+    expected = pyproj.Transformer.from_crs(32760, 4326, always_xy=True).transform(x - 160 + 240, y - 240)
+    assert (lon % 360, lat) == pytest.approx((expected[0] % 360, expected[1]), abs=1e-7)
