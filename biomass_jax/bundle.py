@@ -153,7 +153,7 @@ def save(
         path: the folder to make.
         variables: {"params", "batch_stats"}; must have exactly the shapes that the architecture asks for.
         task: `biomass`, `simmim` or `encoder`.
-        architecture: the module's constructor fields, dtype apart (`models.build.build_module`).
+        architecture: the module's constructor fields, dtype apart; what is left out takes its default and is written down.
         input: bands, units, fill, means, stds, sensors, no_data_rule.
         output: bands, units, nodata.
         training: dataset, season, scores.
@@ -166,7 +166,7 @@ def save(
     """
     import jax
 
-    from biomass_jax.models.build import abstract_variables
+    from biomass_jax.models.build import abstract_variables, architecture_of
 
     path = Path(path)
     if path.exists() and not overwrite:
@@ -177,7 +177,7 @@ def save(
     meta: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "task": task,
-        "architecture": architecture,
+        "architecture": architecture_of(module),
         "input": input,
         "output": output,
         "training": training,

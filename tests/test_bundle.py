@@ -63,9 +63,24 @@ def test_reads_back_every_array_and_field(saved, variables):
     assert bundle.flatten(opened.variables).keys() == bundle.flatten(variables).keys()
     for path, leaf in bundle.flatten(variables).items():
         np.testing.assert_array_equal(bundle.flatten(opened.variables)[path], leaf, err_msg=path)
-    assert {name: opened.meta[name] for name in FIELDS} == FIELDS
+    written = {name: opened.meta[name] for name in FIELDS}
+    assert written["architecture"].items() >= ARCHITECTURE.items()
+    assert written | {"architecture": ARCHITECTURE} == FIELDS
     assert opened.bands == tuple("ABCDE") and opened.fill == -9999 and opened.nodata == -1
     assert opened.means.dtype == np.float32 and opened.stds.tolist() == [2.0] * 5
+
+
+def test_every_field_of_the_architecture_is_written_down(saved):
+    assert json.loads((saved / "bundle.json").read_text())["architecture"] == ARCHITECTURE | {
+        "window_size": 7,
+        "patch_size": 4,
+        "drop_path_rate": 0.3,
+        "shift_single_window": True,
+        "pool_scales": [1, 2, 3, 6],
+        "upscale_layers": 2,
+        "head_dropout": 0.16194593880230534,
+        "final_relu": True,
+    }
 
 
 def test_digest_is_that_of_sorted_path_dtype_shape_bytes():

@@ -37,13 +37,23 @@ def build_module(task: str, architecture: dict[str, Any], dtype: str = "float32"
     """
     if task not in MODULES:
         raise ArchitectureError(f"unknown task {task!r}; expected one of {', '.join(MODULES)}")
-    known = {field.name for field in dataclasses.fields(MODULES[task])} - {"parent", "name", "dtype"}
+    known = _fields(MODULES[task])
     if unknown := sorted(set(architecture) - known):
         raise ArchitectureError(
             f"architecture has unknown fields {unknown}; {MODULES[task].__name__} has {sorted(known)}"
         )
     fields = {key: tuple(value) if isinstance(value, list) else value for key, value in architecture.items()}
     return MODULES[task](**fields, dtype=jnp.dtype(dtype))
+
+
+def architecture_of(module: nn.Module) -> dict[str, Any]:
+    """Every constructor field of a module but its dtype, as JSON has them: what `build_module` takes."""
+    values = {name: getattr(module, name) for name in _fields(type(module))}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _fields(module: type[nn.Module]) -> list[str]:
+    return [field.name for field in dataclasses.fields(module) if field.name not in ("parent", "name", "dtype")]
 
 
 def dummy_inputs(module: Any) -> tuple[np.ndarray, ...]:
