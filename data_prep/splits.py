@@ -83,13 +83,13 @@ def split_by_blocks(
             stacklevel=2,
         )
         return drawn, dict.fromkeys(dropped, 0)
-    for name in SPLITS:
-        if fractions[name] > 0 and not (split == name).any():
-            warnings.warn(
-                f"split {name} has no chip left: {len(split)} chips in {len(set(drawn))} splits' blocks are too few "
-                "for these settings; take smaller blocks or more tiles",
-                stacklevel=2,
-            )
+    empty = [name for name in SPLITS if fractions[name] > 0 and not (split == name).any()]
+    if empty:
+        warnings.warn(
+            f"no chip is left for {', '.join(empty)}: {len(split)} chips are too few for kind {kind} with block_km "
+            f"{block_km:g} and buffer_m {buffer_m:g}; take smaller blocks or more tiles",
+            stacklevel=2,
+        )
     return split, dropped
 
 

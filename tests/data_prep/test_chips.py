@@ -184,7 +184,7 @@ def test_biomes_come_from_polygons_at_the_centre(world):
         "Boreal Forests/Taiga": (600239, 600721),
         "Comes too late": (599000, 600800),
     }
-    boxes = [shapely.box(west, 4100000, east, 4300000) for west, east in spans.values()]
+    boxes = [shapely.box(west, 4198000, east, 4200100) for west, east in spans.values()]
     polygons = geopandas.GeoDataFrame({"name": list(spans)}, geometry=boxes, crs=32610)
     polygons.to_file(world / "biomes.gpkg")
     frame, _ = index(world, biomes=world / "biomes.gpkg", biome_field="name")
