@@ -1,0 +1,62 @@
+"""Run one function over many tasks: in this process, in a pool of processes, or on an executor that is given."""
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+
+
+def run_all(
+    function: Callable[..., Result],
+    tasks: Sequence[tuple[Any, ...]],
+    *,
+    workers: int = 1,
+    executor: Executor | None = None,
+) -> Iterator[Result]:
+    """`function(*task)` for each task, results in the order of the tasks.
+
+    Args:
+        function: importable by name, as its arguments and results are picklable.
+        tasks: its arguments, one tuple a call.
+        workers: processes to start; 1 runs in this process.
+        executor: runs the tasks instead (a Dask client's `get_executor()`); it stays open.
+
+    Raises:
+        Exception: the first one that a task raises; tasks not begun are given up.
+    """
+    if executor is not None:
+        yield from _results(executor, function, tasks)
+    elif workers <= 1 or len(tasks) <= 1:
+        for task in tasks:
+            yield function(*task)
+    else:
+        # Not forked: a fork copies the locks of GDAL's and TFDS's threads in whatever state they are.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=_end_with_parent) as pool:
+            yield from _results(pool, function, tasks)
+
+
+def _results(executor: Executor, function: Callable[..., Result], tasks: Sequence[tuple[Any, ...]]) -> Iterator[Result]:
+    futures = [executor.submit(function, *task) for task in tasks]
+    try:
+        for future in futures:
+            yield future.result()
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def _end_with_parent() -> None:
+    """End this worker when the process that started it is gone: a killed run must not go on writing beside the next."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+
+
+def _end_after(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
