@@ -228,8 +228,9 @@ def test_a_failing_chip_leaves_nothing_and_keeps_what_was_there(tmp_path):
         shards.write_shards(splits, folder, overwrite=True)
     splits = make_splits()
     splits["test"][1] = make_record(16, chip_id="10SFF_1_test")
-    with pytest.raises(RecordError, match=r"chip '10SFF_1_test': .*found shape \(16, 16, 6\), expected \(8, 8, 6\)"):
-        shards.write_shards(splits, folder, overwrite=True, workers=2, records_per_shard=3)
+    fault = r"chip '10SFF_1_test': .*found shape \(16, 16, 6\), expected \(8, 8, 6\)"
+    with ThreadPoolExecutor(2) as executor, pytest.raises(RecordError, match=fault):
+        shards.write_shards(splits, folder, overwrite=True, executor=executor, records_per_shard=3)
     assert content(folder) == before
     assert [path.name for path in tmp_path.iterdir()] == ["shards"]
 
