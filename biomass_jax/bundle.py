@@ -153,7 +153,7 @@ def save(
         path: the folder to make.
         variables: {"params", "batch_stats"}; must have exactly the shapes that the architecture asks for.
         task: `biomass`, `simmim` or `encoder`.
-        architecture: the module's constructor fields, dtype apart; what is left out takes its default and is written down.
+        architecture: the module's constructor fields, dtype apart; defaults of those left out are written too.
         input: bands, units, fill, means, stds, sensors, no_data_rule.
         output: bands, units, nodata.
         training: dataset, season, scores.

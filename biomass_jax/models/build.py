@@ -38,7 +38,7 @@ def build_module(task: str, architecture: dict[str, Any], dtype: str = "float32"
     if task not in MODULES:
         raise ArchitectureError(f"unknown task {task!r}; expected one of {', '.join(MODULES)}")
     known = _fields(MODULES[task])
-    if unknown := sorted(set(architecture) - known):
+    if unknown := sorted(set(architecture) - set(known)):
         raise ArchitectureError(
             f"architecture has unknown fields {unknown}; {MODULES[task].__name__} has {sorted(known)}"
         )
