@@ -183,7 +183,7 @@ def write_orbits(folder: Path, shots: list[Shot], season: tuple[date, date], gro
         # Good shots take the first and the last moment of the season.
         mine.sort(key=lambda shot: (shot.fate != "kept") == (shot.file == "new"))
         seconds = _seconds(file, season, len(mine))
-        beams = [beam for beam in BEAMS if beam not in absent]
+        beams = [beam for beam in BEAMS if beam not in absent][: len(mine)]  # no beam without a shot
         path = folder / granule_name(EPOCH + timedelta(seconds=seconds[0]), orbit, version=version)
         arrays = {}
         for k, beam in enumerate(beams):
@@ -192,7 +192,7 @@ def write_orbits(folder: Path, shots: list[Shot], season: tuple[date, date], gro
         write_gedi(path, arrays)
         plan[path.name] = {
             "version": version,
-            "absent_beams": list(absent),
+            "absent_beams": [beam for beam in BEAMS if beam not in beams],
             "shots": len(mine),
             "dropped": {name: sum(shot.fate == name for shot in mine) for name in FILTERS},
             "outside": sum(shot.fate == "outside" for shot in mine),
