@@ -4,6 +4,7 @@ A box is (west, south, east, north) in degrees WGS 84; as in GeoJSON, west > eas
 antimeridian.
 """
 
+import functools
 import re
 
 import numpy as np
@@ -77,15 +78,20 @@ def tile_grid(tile: str) -> Grid:
     return Grid(TILE_PIXELS, TILE_PIXELS, RasterCRS.from_epsg(32600 + zone), transform)
 
 
-def transformer(grid: Grid, name: str = "grid") -> Transformer:
+def transformer(grid: Grid) -> Transformer:
     """From longitude, latitude (in this order) to x, y of the grid's own CRS.
 
     Raises:
         PrepError: the grid has no CRS.
     """
     if grid.crs is None:
-        raise PrepError(f"{name}: no CRS; footprints can't be placed on it")
-    return Transformer.from_crs(CRS.from_epsg(4326), CRS.from_wkt(grid.crs.to_wkt()), always_xy=True)
+        raise PrepError(f"{grid.describe()}: footprints can't be placed without a CRS")
+    return _transformer(grid.crs.to_wkt())
+
+
+@functools.lru_cache(maxsize=128)
+def _transformer(wkt: str) -> Transformer:
+    return Transformer.from_crs(CRS.from_epsg(4326), CRS.from_wkt(wkt), always_xy=True)
 
 
 def grid_centre(grid: Grid) -> tuple[float, float]:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.boxes import Box, boxes_meet
+from data_prep.boxes import Box, boxes_meet, in_box
 from data_prep.errors import PrepError
 
 # in this order in the file, before the geometry
@@ -119,7 +119,7 @@ def read_footprints(path: str | os.PathLike[str], *, box: Box | None = None) -> 
 
     Args:
         path: a file written by `write_footprints`.
-        box: (west, south, east, north); a file whose own box doesn't meet it is given as no rows, without reading it.
+        box: (west, south, east, north) in degrees: only rows inside. A file whose own box doesn't meet it isn't read.
 
     Returns:
         The columns of `COLUMNS`, each (N,); time as datetime64[us] in UTC.
@@ -138,7 +138,11 @@ def read_footprints(path: str | os.PathLike[str], *, box: Box | None = None) -> 
                 table = file.read(columns=list(COLUMNS))
     except (OSError, pa.ArrowException) as error:
         raise PrepError(f"{path}: can't be read as a footprint table (Parquet): {error}") from error
-    return {name: _array(table.column(name), kind) for name, kind in COLUMNS.items()}
+    columns = {name: _array(table.column(name), kind) for name, kind in COLUMNS.items()}
+    if box is None:
+        return columns
+    kept = in_box(columns["lon"], columns["lat"], box)
+    return {name: values[kept] for name, values in columns.items()}
 
 
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """GEDI L4A orbits (HDF5) to footprint tables (GeoParquet): `python -m data_prep.gedi --help`."""
 
 import argparse
-import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 
 from data_prep.boxes import Box, check_box, grid_box, grid_centre, in_box, tile_grid
+from data_prep.commands import command
 from data_prep.errors import PrepError
 from data_prep.footprints import read_footprints, write_footprints
 from data_prep.gedi_filters import DEFAULT, EPOCH, Filters, Seasons, Step, Table, steps
@@ -21,7 +22,6 @@ from data_prep.season import Season, resolve_season
 
 __all__ = ["Filters", "convert_granule", "find_granules", "read_footprints", "read_granule", "write_footprints"]
 
-log = logging.getLogger(__name__)
 _BLOCK = 2**14  # rows read at once of a dataset without chunks
 
 
@@ -46,7 +46,7 @@ def read_granule(
         Columns (N,) sorted by shot_number: shot_number uint64, lon, lat float64 degrees, time datetime64[us] UTC, beam,
         agbd, agbd_se float32 Mg/ha, sensitivity, l4_quality_flag, degrade_flag, selected_algorithm, pft_class,
         leaf_off_flag, granule. And how many shots were left after each step, in order: `shots` (all), `box` where there
-        is one, then each enabled filter. A filter that leaves nothing is logged as a warning.
+        is one, then each enabled filter. A filter that leaves nothing is a warning (UserWarning).
 
     Raises:
         PrepError: not such a file, truncated, or without a dataset that is needed.
@@ -75,12 +75,11 @@ def _read_orbit(
         table = {name: values[kept] for name, values in table.items()}
         counts[step.name] = len(table["shot_number"])
         if before and not counts[step.name]:
-            log.warning("%s: filter %s drops all of the %d shots left before it", path.name, step.name, before)
+            _warn(f"{path.name}: filter {step.name} drops all of the {before} shots left before it")
     if filters.max_relative_se is not None:
-        log.warning(
-            "%s: max_relative_se removes low biomass, not bad shots, because agbd_se is nearly constant; %d are left",
-            path.name,
-            counts["max_relative_se"],
+        _warn(
+            f"{path.name}: max_relative_se removes low biomass, not bad shots, because agbd_se is nearly constant; "
+            f"{counts['max_relative_se']} shots are left"
         )
     return _footprints(table, product.granule, path), counts, product
 
@@ -117,7 +116,7 @@ def convert_granule(
     return write_footprints(footprints, Path(out) / f"{product.granule}.parquet", metadata), counts
 
 
-def find_granules(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+def find_granules(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
     """The HDF5 files among paths and below folders, sorted by name.
 
     Raises:
@@ -173,7 +172,7 @@ def _beams(file: h5py.File, path: Path) -> dict[str, h5py.Group]:
     if not found:
         raise PrepError(f"{path}: no beams; found {sorted(file)}, expected groups such as {BEAMS[-1]}")
     if absent:
-        log.warning("%s: beams absent: %s", path.name, ", ".join(absent))
+        _warn(f"{path.name}: beams absent: {', '.join(absent)}")
     for name, beam in found.items():
         if not isinstance(beam.get("shot_number"), h5py.Dataset):
             raise PrepError(f"{path}: {name} has no dataset shot_number, which is needed")
@@ -202,13 +201,9 @@ def _read_beams(
             parts[field].append(values)
         parts["beam"].append(np.full(count, name))
     for field, names in absent.items():
-        log.warning(
-            "%s: no dataset %s in %s: column %s holds %s there",
-            path.name,
-            FIELDS[field].datasets[version],
-            ", ".join(names),
-            field,
-            FIELDS[field].missing,
+        _warn(
+            f"{path.name}: no dataset {FIELDS[field].datasets[version]} in {', '.join(names)}: column {field} holds "
+            f"{FIELDS[field].missing} there"
         )
     return {name: np.concatenate(values) for name, values in parts.items()}
 
@@ -255,11 +250,11 @@ def _read(beam: h5py.Group, field: str, version: int, rows: np.ndarray | None, p
 def _read_rows(dataset: h5py.Dataset, rows: np.ndarray) -> np.ndarray:
     """Values at ascending rows, decoding only the chunks that hold them."""
     chunk = dataset.chunks[0] if dataset.chunks else _BLOCK
-    numbers, first = np.unique(rows // chunk, return_index=True)
     values = np.empty(len(rows), dataset.dtype)
-    for number, part in zip(numbers, np.split(np.arange(len(rows)), first[1:]), strict=True):
-        block = dataset[number * chunk : (number + 1) * chunk]
-        values[part] = block[rows[part] - number * chunk]
+    for number in np.unique(rows // chunk):
+        start = number * chunk
+        part = slice(*np.searchsorted(rows, (start, start + chunk)))
+        values[part] = dataset[start : start + chunk][rows[part] - start]
     return values
 
 
@@ -281,6 +276,10 @@ def _footprints(table: Table, granule: str, path: Path) -> dict[str, np.ndarray]
     table["granule"] = np.full(len(lon), granule, object)
     names = ("shot_number", "lon", "lat", "time", "beam", *COLUMNS[4:], "granule")
     return {name: table[name] for name in names}
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -310,8 +309,10 @@ def _digits(text: str) -> tuple[int, ...]:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(prog="python -m data_prep.gedi", description=__doc__)
-    made.add_argument("paths", nargs="+", metavar="PATH", help="GEDI L4A files, or folders of them")
-    made.add_argument("--out", type=Path, required=True, help="folder that takes {granule}.parquet")
+    made.add_argument(
+        "paths", nargs="*", type=Path, metavar="PATH", help="GEDI L4A files or folders of them (OUT/granules/gedi)"
+    )
+    made.add_argument("--out", type=Path, required=True, help="prepared data: takes footprints/{granule}.parquet")
     where = made.add_mutually_exclusive_group()
     where.add_argument("--bbox", nargs=4, type=float, metavar=("WEST", "SOUTH", "EAST", "NORTH"), help="degrees")
     where.add_argument("--tile", help="an HLS tile such as 10SFF instead of a box")
@@ -333,27 +334,24 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def main(argv: list[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> int:
     """Convert every granule; one that can't be read is named and doesn't stop the rest. Exit code."""
     args = parser().parse_args(argv)
-    logging.basicConfig(format="%(levelname)s: %(message)s")
+    options = settings(args)
+    granules = find_granules(args.paths or [args.out / "granules" / "gedi"])
     failed = 0
-    try:
-        options, granules = settings(args), find_granules(args.paths)
-    except PrepError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     for path in granules:
         try:
-            dst, counts = convert_granule(path, args.out, **options)
+            dst, counts = convert_granule(path, args.out / "footprints", **options)
         except PrepError as error:
             print(f"error: {error}", file=sys.stderr)
             failed += 1
             continue
         print(f"{dst}: " + " -> ".join(f"{count:,} {name}" for name, count in counts.items()))
     if failed:
-        print(f"error: {failed} of {len(granules)} granules failed", file=sys.stderr)
-    return 1 if failed else 0
+        raise PrepError(f"{failed} of {len(granules)} granules failed")
+    return 0
 
 
 if __name__ == "__main__":

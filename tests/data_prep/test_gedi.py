@@ -1,0 +1,416 @@
+"""GEDI orbits: every trap of the product in tiny files made here, and the real granule."""
+
+import json
+import warnings
+from datetime import date
+
+import h5py
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from data_prep import gedi
+from data_prep.errors import PrepError
+from data_prep.gedi import Filters, find_granules, read_granule
+from data_prep.season import Season
+
+NEW = "GEDI04_A_2020183184512_O08852_02_T00198_02_002_02_V002.h5"
+OLD = NEW.replace("002_02", "002_01")
+DAY = (date(2020, 7, 1) - date(2018, 1, 1)).days * 86400.0
+FIRST = 88520500200000001  # above 2**53: its neighbours are one number in float64
+BEAMS = ("BEAM0000", "BEAM0001", "BEAM0010", "BEAM0011", "BEAM0101", "BEAM0110", "BEAM1000", "BEAM1011")
+GOOD = {
+    "lon_lowestmode": ("f8", -121.0),
+    "lat_lowestmode": ("f8", 37.0),
+    "delta_time": ("f8", DAY),
+    "agbd": ("f4", 100.0),
+    "agbd_se": ("f4", 5.0),
+    "sensitivity": ("f4", 0.97),
+    "solar_elevation": ("f4", 30.0),
+    "algorithm_run_flag": ("u1", 1),
+    "l2_quality_flag": ("u1", 1),
+    "l4_quality_flag": ("u1", 1),
+    "degrade_flag": ("u1", 0),
+    "selected_algorithm": ("u1", 1),
+    "predictor_limit_flag": ("u1", 255),
+    "response_limit_flag": ("u1", 255),
+    "land_cover_data/pft_class": ("u1", 4),
+    "land_cover_data/leaf_off_flag": ("u1", 0),
+}
+
+
+def write(path, beams, *, chunk=4, lacking=(), renamed=()):
+    """An L4A file: `beams` gives a list of shots each, a shot is what it has unlike a good one."""
+    start = FIRST
+    with h5py.File(path, "w") as file:
+        for beam, shots in beams.items():
+            group = file.create_group(beam)
+            numbers = np.arange(start, start + len(shots), dtype=np.uint64)
+            start += len(shots)
+            columns = {name: (kind, [shot.get(name, good) for shot in shots]) for name, (kind, good) in GOOD.items()}
+            columns["shot_number"] = ("u8", numbers)
+            for name, (kind, values) in columns.items():
+                for old, new in dict(renamed).items():
+                    name = new if name == old else name
+                if name not in lacking:
+                    layout = {"maxshape": (None,), "chunks": (chunk,), "compression": "gzip"}
+                    group.create_dataset(name, data=np.array(values, kind), **layout)
+    return path
+
+
+def whole(shots):
+    """All eight beams, the shots in one of them, so that no beam is absent."""
+    return {beam: shots if beam == "BEAM0101" else [] for beam in BEAMS}
+
+
+TRAPS = [
+    # (what is unlike a good shot, filter that drops it or None)
+    ({}, None),
+    ({"algorithm_run_flag": 0, "l4_quality_flag": 0, "agbd": -9999.0}, "algorithm_run_flag"),
+    ({"l4_quality_flag": 0}, "l4_quality_flag"),
+    ({"agbd": -9999.0}, "agbd_valid"),
+    ({"agbd": np.nan}, "agbd_valid"),
+    ({"agbd": np.inf}, "agbd_valid"),
+    ({"agbd": 0.0}, None),
+    ({"agbd": 1296.0}, None),
+    *(({"degrade_flag": flag}, None) for flag in (3, 8, 10, 13, 28, 30, 38, 40, 60, 68)),
+    *(({"degrade_flag": flag}, "degrade_flag") for flag in (4, 34, 74, 1, 50, 70, 73, 80, 255)),
+    ({"selected_algorithm": 10}, "selected_algorithm"),
+    ({"land_cover_data/leaf_off_flag": 255}, None),
+    ({"land_cover_data/leaf_off_flag": 1}, "leaf_off_flag"),
+    ({"delta_time": DAY - 30 * 86400.0}, None),
+    ({"delta_time": np.nextafter(DAY - 30 * 86400.0, 0)}, "season"),
+    ({"delta_time": DAY + 77 * 86400.0}, "season"),
+    ({"delta_time": np.nextafter(DAY + 77 * 86400.0, 0)}, None),
+]
+ORDER = ("algorithm_run_flag", "l4_quality_flag", "agbd_valid", "degrade_flag", "selected_algorithm", "leaf_off_flag")
+SEASON = Season(date(2020, 6, 1), date(2020, 9, 16))
+
+
+@pytest.mark.parametrize(("name", "wrong_algorithm"), [(NEW, False), (OLD, True)])
+def test_every_trap_falls_to_its_filter(tmp_path, name, wrong_algorithm):
+    path = write(tmp_path / name, whole([trap for trap, _ in TRAPS]))
+    fates = [None if fate == "selected_algorithm" and not wrong_algorithm else fate for _, fate in TRAPS]
+    table, counts = read_granule(path, season=SEASON)
+    expected = [FIRST + k for k, fate in enumerate(fates) if fate is None]
+    assert table["shot_number"].tolist() == expected
+    left, chain = len(TRAPS), [*ORDER, "season"]
+    if not wrong_algorithm:
+        chain.remove("selected_algorithm")
+    assert list(counts) == ["shots", *chain]
+    for step in chain:
+        left -= fates.count(step)
+        assert counts[step] == left, step
+
+
+def test_columns_have_their_types_and_values(tmp_path):
+    shot = {
+        "lon_lowestmode": -121.123456789,
+        "lat_lowestmode": 37.000000001,
+        "delta_time": DAY + 0.25,
+        "agbd": 12.5,
+        "agbd_se": 2.5,
+        "sensitivity": 0.985,
+        "degrade_flag": 38,
+        "selected_algorithm": 2,
+        "land_cover_data/pft_class": 6,
+        "land_cover_data/leaf_off_flag": 255,
+    }
+    table, _ = read_granule(write(tmp_path / NEW, whole([shot])))
+    found = {name: (values.dtype.str.lstrip("<|"), values[0]) for name, values in table.items()}
+    assert found == {
+        "shot_number": ("u8", FIRST),
+        "lon": ("f8", -121.123456789),
+        "lat": ("f8", 37.000000001),
+        "time": ("M8[us]", np.datetime64("2020-07-01T00:00:00.250000")),
+        "beam": ("U8", "BEAM0101"),
+        "agbd": ("f4", 12.5),
+        "agbd_se": ("f4", 2.5),
+        "sensitivity": ("f4", np.float32(0.985)),
+        "l4_quality_flag": ("u1", 1),
+        "degrade_flag": ("u1", 38),
+        "selected_algorithm": ("u1", 2),
+        "pft_class": ("u1", 6),
+        "leaf_off_flag": ("u1", 255),
+        "granule": ("O", NEW.removesuffix(".h5")),
+    }
+    assert list(table) == list(found)
+
+
+def test_shot_numbers_keep_every_digit_and_sort_the_shots(tmp_path):
+    beams = {beam: [{}] * 3 for beam in reversed(BEAMS)}
+    table, _ = read_granule(write(tmp_path / NEW, beams))
+    assert table["shot_number"].dtype == np.uint64
+    assert table["shot_number"].tolist() == list(range(FIRST, FIRST + 24))
+    assert table["beam"].tolist() == [beam for beam in reversed(BEAMS) for _ in range(3)]
+    assert len(set(table["shot_number"].astype(np.float64))) < 24  # what a float64 would do to them
+
+
+def test_shot_numbers_that_went_through_float_are_refused(tmp_path):
+    path = write(tmp_path / NEW, whole([{}]))
+    with h5py.File(path, "r+") as file:
+        del file["BEAM0101/shot_number"]
+        file["BEAM0101/shot_number"] = np.array([float(FIRST)])
+    with pytest.raises(PrepError, match="BEAM0101/shot_number is float64, expected uint64"):
+        read_granule(path)
+
+
+def test_beams_of_fill_alone_leave_nothing(tmp_path):
+    fill = dict.fromkeys(GOOD, 0) | {"agbd": -9999.0}
+    table, counts = read_granule(write(tmp_path / NEW, whole([{}]) | {"BEAM0010": [fill] * 5, "BEAM0011": [fill]}))
+    assert (counts["shots"], counts["algorithm_run_flag"]) == (7, 1)
+    assert table["beam"].tolist() == ["BEAM0101"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "shot"),
+    [
+        ("sensitivity_min", 0.98, {"sensitivity": 0.97}),
+        ("full_power_only", True, {}),  # the odd one out lies in a coverage beam
+        ("night_only", True, {"solar_elevation": 0.5}),
+        ("max_relative_se", 0.5, {"agbd": 9.9}),
+        ("max_agbd", 500.0, {"agbd": 500.5}),
+    ],
+)
+def test_filters_off_by_default(tmp_path, setting, value, shot):
+    kept = {"sensitivity": 0.98, "solar_elevation": -0.5, "agbd": 500.0 if setting == "max_agbd" else 10.0}
+    path = write(tmp_path / NEW, whole([kept]) | {"BEAM0001": [kept | shot]})
+    assert len(read_granule(path)[0]["agbd"]) == 2
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        table, counts = read_granule(path, filters=Filters(**{setting: value}))
+    assert table["shot_number"].tolist() == [FIRST + 1]  # BEAM0001 comes first in the file
+    assert table["beam"].tolist() == ["BEAM0101"]
+    assert list(counts.items())[-1] == (setting, 1)
+    assert [setting in str(warning.message) for warning in caught] == [True] * (setting == "max_relative_se")
+
+
+def test_each_default_filter_can_be_turned_off(tmp_path):
+    path = write(tmp_path / OLD, whole([trap for trap, _ in TRAPS]))
+    off = {"degrade_flag": {"degrade_tens": (), "degrade_ones": ()}, "selected_algorithm": {"algorithm_10": "keep"}}
+    for step in ORDER:
+        counts = read_granule(path, filters=Filters(**off.get(step, {step: False})))[1]
+        assert list(counts) == ["shots", *(name for name in ORDER if name != step)]
+    assert (
+        "selected_algorithm"
+        in read_granule(write(tmp_path / NEW, whole([{}])), filters=Filters(algorithm_10="drop"))[1]
+    )
+
+
+def test_an_orbit_that_a_filter_empties_is_a_warning_that_names_both(tmp_path):
+    path = write(tmp_path / NEW, whole([{"degrade_flag": flag} for flag in (4, 34, 74)]))
+    with pytest.warns(UserWarning, match=f"{NEW}: filter degrade_flag drops all of the 3 shots"):
+        table, counts = read_granule(path)
+    assert len(table["agbd"]) == counts["leaf_off_flag"] == 0
+
+
+def test_several_seasons_widen_the_shots(tmp_path):
+    year = 365 * 86400.0
+    path = write(tmp_path / NEW, whole([{"delta_time": DAY + k * year} for k in (-2, -1, 0, 1, 2)]))
+    assert read_granule(path, season=SEASON)[1]["season"] == 1
+    assert read_granule(path, season=SEASON.widened(1))[1]["season"] == 3
+
+
+def test_absent_beams_are_named(tmp_path):
+    path = write(tmp_path / NEW, {beam: [{}] for beam in BEAMS[:-2]})
+    with pytest.warns(UserWarning, match="beams absent: BEAM1000, BEAM1011"):
+        assert len(read_granule(path)[0]["agbd"]) == 6
+    with h5py.File(path, "w") as file:
+        file.create_group("ANCILLARY")
+    with pytest.raises(PrepError, match="no beams; found \\['ANCILLARY'\\]"):
+        read_granule(path)
+
+
+def test_an_absent_column_is_named_and_holds_no_plausible_value(tmp_path):
+    path = write(tmp_path / NEW, whole([{}]), lacking=("agbd_se", "land_cover_data/pft_class"))
+    with pytest.warns(UserWarning) as caught:
+        table, _ = read_granule(path)
+    assert ["agbd_se" in str(w.message) for w in caught] == [True, False]
+    assert "land_cover_data/pft_class" in str(caught[1].message)
+    assert np.isnan(table["agbd_se"][0])
+    assert table["pft_class"][0] == 255
+
+
+def test_an_absent_dataset_that_a_filter_needs_is_an_error_until_the_filter_is_off(tmp_path):
+    path = write(tmp_path / NEW, whole([{}]), lacking=("land_cover_data/leaf_off_flag",))
+    with pytest.raises(PrepError, match="BEAM0000 has no dataset land_cover_data/leaf_off_flag, which filter leaf_off"):
+        read_granule(path)
+    with pytest.warns(UserWarning, match="column leaf_off_flag holds 255"):
+        table, _ = read_granule(path, filters=Filters(leaf_off_flag=False))
+    assert table["leaf_off_flag"].tolist() == [255]
+
+
+@pytest.mark.parametrize("name", ["agbd", "lon_lowestmode", "delta_time", "shot_number"])
+def test_what_no_table_can_do_without_is_an_error(tmp_path, name):
+    path = write(tmp_path / NEW, whole([{}]), lacking=(name,))
+    for box in (None, (-122, 36, -120, 38)):
+        with pytest.raises(PrepError, match=f"{NEW}: BEAM0000 has no .*{name}.*needed"):
+            read_granule(path, bbox=box)
+
+
+def test_a_box_reads_only_the_chunks_that_hold_its_shots(tmp_path):
+    shots = [{"lon_lowestmode": -121 + 0.01 * k, "agbd": k} for k in range(40)]
+    path = write(tmp_path / NEW, whole(shots), chunk=4)
+    box = (-120.835, 36.9, -120.755, 37.1)  # shots 17 to 24: chunks 4, 5 and 6
+    expected = read_granule(path, bbox=box)[0]
+    assert expected["agbd"].tolist() == list(range(17, 25))
+    with h5py.File(path, "r+") as file:
+        for name in ("agbd", "delta_time", "l4_quality_flag", "land_cover_data/pft_class"):
+            for chunk in (0, 1, 2, 3, 7, 8, 9):
+                file["BEAM0101"][name].id.write_direct_chunk((4 * chunk,), b"no deflate stream")
+    table, counts = read_granule(path, bbox=box)
+    assert {name: values.tolist() for name, values in table.items()} == {
+        name: values.tolist() for name, values in expected.items()
+    }
+    assert list(counts.items())[:3] == [("shots", 40), ("box", 8), ("algorithm_run_flag", 8)]
+    with pytest.raises(PrepError, match="truncated or damaged"):
+        read_granule(path)
+    with pytest.raises(PrepError, match="truncated or damaged"):
+        read_granule(path, bbox=(-120.855, 36.9, -120.755, 37.1))  # one shot more lies in a chunk more
+
+
+def test_a_box_works_on_datasets_without_chunks_and_across_the_antimeridian(tmp_path):
+    path = write(tmp_path / NEW, whole([{"lon_lowestmode": lon} for lon in (179.9, -179.9, 0.0, 179.4, -179.4)]))
+    with h5py.File(path, "r+") as file:
+        values = file["BEAM0101/agbd"][:]
+        del file["BEAM0101/agbd"]
+        file["BEAM0101/agbd"] = values + np.arange(5, dtype=np.float32)
+    table, _ = read_granule(path, bbox=(179.5, 30, -179.5, 40))
+    assert table["agbd"].tolist() == [100, 101]
+    with pytest.raises(PrepError, match="south < north"):
+        read_granule(path, bbox=(0, 40, 1, 30))
+
+
+def test_a_box_without_shots_is_no_warning(tmp_path):
+    table, counts = read_granule(write(tmp_path / NEW, whole([{}] * 3)), bbox=(0, 0, 1, 1))
+    assert len(table["time"]) == counts["box"] == 0
+    assert counts["shots"] == 3
+
+
+def test_version_3_names(tmp_path):
+    renamed = {
+        "algorithm_run_flag": "l2_algrunflag",
+        "l2_quality_flag": "l2a_quality_flag_rel3",
+        "l4_quality_flag": "l4a_quality_flag_rel3",
+        "predictor_limit_flag": "degrade_include_flag",
+        "response_limit_flag": "elev_highestreturn_outlier_flag",
+    }
+    good = {"predictor_limit_flag": 1, "response_limit_flag": 0, "degrade_flag": 4}
+    bad = [
+        {"algorithm_run_flag": 0},
+        {"l2_quality_flag": 0},
+        {"l4_quality_flag": 0},
+        {"response_limit_flag": 1},
+        {"agbd": -9999.0},
+        {"predictor_limit_flag": 0},
+        {"land_cover_data/leaf_off_flag": 1},
+    ]
+    name = NEW.replace("002_02_V002", "003_01_V003")
+    path = write(tmp_path / name, whole([good] + [good | shot for shot in bad]), renamed=renamed)
+    table, counts = read_granule(path)
+    assert table["shot_number"].tolist() == [FIRST]
+    assert (table["l4_quality_flag"][0], table["degrade_flag"][0]) == (1, 4)
+    steps = ["algorithm_run_flag", "l4_quality_flag", "outlier_flag", "agbd_valid", "degrade_flag", "leaf_off_flag"]
+    assert list(counts.items()) == list(zip(["shots", *steps], [8, 7, 5, 4, 3, 2, 1], strict=True))
+
+
+def test_a_subsetter_s_name_keeps_the_release_and_a_renamed_file_tells_it_inside(tmp_path):
+    shots = whole([{}, {"selected_algorithm": 10}])
+    for name in (OLD.replace(".h5", "_subsetted.h5"), OLD.replace(".h5", "_sub.h5")):
+        table, _ = read_granule(write(tmp_path / name, shots))
+        assert table["granule"].tolist() == [OLD.removesuffix(".h5")]
+    path = write(tmp_path / "mine.h5", shots)
+    with pytest.raises(PrepError, match="mine.h5: release unknown"):
+        read_granule(path)
+    assert len(read_granule(path, filters=Filters(algorithm_10="keep"))[0]["agbd"]) == 2
+    with h5py.File(path, "r+") as file:
+        file.create_group("METADATA/DatasetIdentification").attrs["fileName"] = OLD
+    assert len(read_granule(path)[0]["agbd"]) == 1
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.98])
+def test_a_truncated_file_is_an_error_that_names_it(tmp_path, share):
+    path = write(tmp_path / NEW, whole([{}] * 50))
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(PrepError, match=f"{NEW}: can't be read as HDF5, truncated or damaged .*download it again"):
+        read_granule(path)
+    with pytest.raises(PrepError, match="no such file"):
+        read_granule(tmp_path / "none.h5")
+
+
+def test_datasets_that_disagree_are_errors(tmp_path):
+    path = write(tmp_path / NEW, whole([{}] * 3))
+    with h5py.File(path, "r+") as file:
+        del file["BEAM0101/agbd"]
+        file["BEAM0101/agbd"] = np.zeros(2, np.float32)
+    with pytest.raises(PrepError, match="BEAM0101/agbd has shape \\(2,\\), shot_number \\(3,\\)"):
+        read_granule(path)
+    path = write(tmp_path / NEW, whole([{}]))
+    with h5py.File(path, "r+") as file:
+        del file["BEAM0101/degrade_flag"]
+        file["BEAM0101/degrade_flag"] = np.array([256], np.int16)
+    with pytest.raises(PrepError, match="BEAM0101/degrade_flag holds 256, which is no uint8"):
+        read_granule(path)
+
+
+def test_a_kept_shot_without_a_place_is_an_error(tmp_path):
+    path = write(tmp_path / NEW, whole([{}, {"lat_lowestmode": np.nan}]))
+    with pytest.raises(PrepError, match=f"1 shots .* no place or time, first shot_number {FIRST + 1}"):
+        read_granule(path)
+
+
+def test_the_command_prints_and_stores_the_counts_and_goes_on_after_a_bad_granule(tmp_path, capsys):
+    folder = tmp_path / "granules" / "gedi"
+    folder.mkdir(parents=True)
+    write(folder / NEW, whole([{}, {"l4_quality_flag": 0}, {"delta_time": DAY + 365 * 86400.0}]))
+    bad = folder / NEW.replace("O08852", "O00001")
+    bad.write_bytes(b"no HDF5")
+    arguments = ["--out", str(tmp_path), "--tile", "10SFF", "--season", "2020", "--degrade-ones", "all"]
+    assert gedi.main(arguments) == 1
+    said = capsys.readouterr()
+    assert f"error: {bad}: can't be read as HDF5" in said.err
+    assert "error: 1 of 2 granules failed" in said.err
+    assert "3 shots -> 3 box -> 3 algorithm_run_flag -> 2 l4_quality_flag" in said.out
+    dst = tmp_path / "footprints" / NEW.replace(".h5", ".parquet")
+    stored = json.loads(pq.read_schema(dst).metadata[b"biomass_jax"])
+    assert stored["counts"][-1] == ["season", 1]
+    assert stored["season"] == ["2020-05-01/2020-10-01"]
+    assert (stored["release"], stored["version"], stored["granule"]) == ("002_02", "V002", NEW.removesuffix(".h5"))
+    assert stored["filters"]["degrade_ones"] == []
+    assert stored["filters"]["degrade_tens"] == [0, 1, 2, 3, 4, 6]
+    assert stored["box"][0] < -121 < stored["box"][2]
+    first = dst.read_bytes()
+    bad.unlink()
+    assert gedi.main(arguments) == 0
+    assert dst.read_bytes() == first
+    assert gedi.main(["--out", str(tmp_path), "--season", "2020"]) == 1
+    assert "needs a latitude" in capsys.readouterr().err
+
+
+def test_two_files_of_one_granule_are_refused(tmp_path):
+    (tmp_path / "a").mkdir()
+    whole_file, subset = tmp_path / NEW, tmp_path / "a" / NEW.replace(".h5", "_sub.h5")
+    for path in (whole_file, subset):
+        path.touch()
+    with pytest.raises(PrepError, match="the same granule"):
+        find_granules([tmp_path])
+    assert find_granules([whole_file, whole_file]) == [whole_file]
+    with pytest.raises(PrepError, match="no .h5 files"):
+        find_granules([(tmp_path / "empty").mkdir() or tmp_path / "empty"])
+
+
+def test_the_real_granule(samples):
+    path = samples / "GEDI04_A_2020036151358_O06515_02_T00198_02_002_01_V002.h5"
+    bare = Filters(agbd_valid=False, degrade_tens=(), degrade_ones=(), algorithm_10="keep", leaf_off_flag=False)
+    table, counts = read_granule(path, filters=bare)
+    assert list(counts.items()) == [("shots", 461), ("algorithm_run_flag", 438), ("l4_quality_flag", 321)]
+    assert table["agbd"].astype(np.float64).sum() == pytest.approx(11387.7768, abs=5e-5)
+    table, counts = read_granule(path)
+    assert list(counts.values()) == [461, 438, 321, 321, 321, 321, 321]
+    assert set(table["time"].astype("datetime64[D]").astype(str)) == {"2020-02-05"}
+    box = (51.4, 36.0, 51.6, 36.2)
+    inside = read_granule(path, bbox=box)[0]
+    expected = (table["lon"] >= 51.4) & (table["lon"] <= 51.6) & (table["lat"] >= 36) & (table["lat"] <= 36.2)
+    assert 0 < expected.sum() < 321
+    assert inside["shot_number"].tolist() == table["shot_number"][expected].tolist()
