@@ -1,8 +1,6 @@
-"""GEDI orbits: every trap of the product in tiny files made here, and the real granule."""
+"""GEDI orbits: beams, datasets, boxes and damage in tiny files made here, and the real granule."""
 
 import json
-import warnings
-from datetime import date
 
 import h5py
 import numpy as np
@@ -12,95 +10,7 @@ import pytest
 from data_prep import gedi
 from data_prep.errors import PrepError
 from data_prep.gedi import Filters, find_granules, read_granule
-from data_prep.season import Season
-
-NEW = "GEDI04_A_2020183184512_O08852_02_T00198_02_002_02_V002.h5"
-OLD = NEW.replace("002_02", "002_01")
-DAY = (date(2020, 7, 1) - date(2018, 1, 1)).days * 86400.0
-FIRST = 88520500200000001  # above 2**53: its neighbours are one number in float64
-BEAMS = ("BEAM0000", "BEAM0001", "BEAM0010", "BEAM0011", "BEAM0101", "BEAM0110", "BEAM1000", "BEAM1011")
-GOOD = {
-    "lon_lowestmode": ("f8", -121.0),
-    "lat_lowestmode": ("f8", 37.0),
-    "delta_time": ("f8", DAY),
-    "agbd": ("f4", 100.0),
-    "agbd_se": ("f4", 5.0),
-    "sensitivity": ("f4", 0.97),
-    "solar_elevation": ("f4", 30.0),
-    "algorithm_run_flag": ("u1", 1),
-    "l2_quality_flag": ("u1", 1),
-    "l4_quality_flag": ("u1", 1),
-    "degrade_flag": ("u1", 0),
-    "selected_algorithm": ("u1", 1),
-    "predictor_limit_flag": ("u1", 255),
-    "response_limit_flag": ("u1", 255),
-    "land_cover_data/pft_class": ("u1", 4),
-    "land_cover_data/leaf_off_flag": ("u1", 0),
-}
-
-
-def write(path, beams, *, chunk=4, lacking=(), renamed=()):
-    """An L4A file: `beams` gives a list of shots each, a shot is what it has unlike a good one."""
-    start = FIRST
-    with h5py.File(path, "w") as file:
-        for beam, shots in beams.items():
-            group = file.create_group(beam)
-            numbers = np.arange(start, start + len(shots), dtype=np.uint64)
-            start += len(shots)
-            columns = {name: (kind, [shot.get(name, good) for shot in shots]) for name, (kind, good) in GOOD.items()}
-            columns["shot_number"] = ("u8", numbers)
-            for name, (kind, values) in columns.items():
-                for old, new in dict(renamed).items():
-                    name = new if name == old else name
-                if name not in lacking:
-                    layout = {"maxshape": (None,), "chunks": (chunk,), "compression": "gzip"}
-                    group.create_dataset(name, data=np.array(values, kind), **layout)
-    return path
-
-
-def whole(shots):
-    """All eight beams, the shots in one of them, so that no beam is absent."""
-    return {beam: shots if beam == "BEAM0101" else [] for beam in BEAMS}
-
-
-TRAPS = [
-    # (what is unlike a good shot, filter that drops it or None)
-    ({}, None),
-    ({"algorithm_run_flag": 0, "l4_quality_flag": 0, "agbd": -9999.0}, "algorithm_run_flag"),
-    ({"l4_quality_flag": 0}, "l4_quality_flag"),
-    ({"agbd": -9999.0}, "agbd_valid"),
-    ({"agbd": np.nan}, "agbd_valid"),
-    ({"agbd": np.inf}, "agbd_valid"),
-    ({"agbd": 0.0}, None),
-    ({"agbd": 1296.0}, None),
-    *(({"degrade_flag": flag}, None) for flag in (3, 8, 10, 13, 28, 30, 38, 40, 60, 68)),
-    *(({"degrade_flag": flag}, "degrade_flag") for flag in (4, 34, 74, 1, 50, 70, 73, 80, 255)),
-    ({"selected_algorithm": 10}, "selected_algorithm"),
-    ({"land_cover_data/leaf_off_flag": 255}, None),
-    ({"land_cover_data/leaf_off_flag": 1}, "leaf_off_flag"),
-    ({"delta_time": DAY - 30 * 86400.0}, None),
-    ({"delta_time": np.nextafter(DAY - 30 * 86400.0, 0)}, "season"),
-    ({"delta_time": DAY + 77 * 86400.0}, "season"),
-    ({"delta_time": np.nextafter(DAY + 77 * 86400.0, 0)}, None),
-]
-ORDER = ("algorithm_run_flag", "l4_quality_flag", "agbd_valid", "degrade_flag", "selected_algorithm", "leaf_off_flag")
-SEASON = Season(date(2020, 6, 1), date(2020, 9, 16))
-
-
-@pytest.mark.parametrize(("name", "wrong_algorithm"), [(NEW, False), (OLD, True)])
-def test_every_trap_falls_to_its_filter(tmp_path, name, wrong_algorithm):
-    path = write(tmp_path / name, whole([trap for trap, _ in TRAPS]))
-    fates = [None if fate == "selected_algorithm" and not wrong_algorithm else fate for _, fate in TRAPS]
-    table, counts = read_granule(path, season=SEASON)
-    expected = [FIRST + k for k, fate in enumerate(fates) if fate is None]
-    assert table["shot_number"].tolist() == expected
-    left, chain = len(TRAPS), [*ORDER, "season"]
-    if not wrong_algorithm:
-        chain.remove("selected_algorithm")
-    assert list(counts) == ["shots", *chain]
-    for step in chain:
-        left -= fates.count(step)
-        assert counts[step] == left, step
+from tests.data_prep.gedi_files import BEAMS, DAY, FIRST, GOOD, NEW, OLD, whole, write
 
 
 def test_columns_have_their_types_and_values(tmp_path):
@@ -160,55 +70,6 @@ def test_beams_of_fill_alone_leave_nothing(tmp_path):
     table, counts = read_granule(write(tmp_path / NEW, whole([{}]) | {"BEAM0010": [fill] * 5, "BEAM0011": [fill]}))
     assert (counts["shots"], counts["algorithm_run_flag"]) == (7, 1)
     assert table["beam"].tolist() == ["BEAM0101"]
-
-
-@pytest.mark.parametrize(
-    ("setting", "value", "shot"),
-    [
-        ("sensitivity_min", 0.98, {"sensitivity": 0.97}),
-        ("full_power_only", True, {}),  # the odd one out lies in a coverage beam
-        ("night_only", True, {"solar_elevation": 0.5}),
-        ("max_relative_se", 0.5, {"agbd": 9.9}),
-        ("max_agbd", 500.0, {"agbd": 500.5}),
-    ],
-)
-def test_filters_off_by_default(tmp_path, setting, value, shot):
-    kept = {"sensitivity": 0.98, "solar_elevation": -0.5, "agbd": 500.0 if setting == "max_agbd" else 10.0}
-    path = write(tmp_path / NEW, whole([kept]) | {"BEAM0001": [kept | shot]})
-    assert len(read_granule(path)[0]["agbd"]) == 2
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        table, counts = read_granule(path, filters=Filters(**{setting: value}))
-    assert table["shot_number"].tolist() == [FIRST + 1]  # BEAM0001 comes first in the file
-    assert table["beam"].tolist() == ["BEAM0101"]
-    assert list(counts.items())[-1] == (setting, 1)
-    assert [setting in str(warning.message) for warning in caught] == [True] * (setting == "max_relative_se")
-
-
-def test_each_default_filter_can_be_turned_off(tmp_path):
-    path = write(tmp_path / OLD, whole([trap for trap, _ in TRAPS]))
-    off = {"degrade_flag": {"degrade_tens": (), "degrade_ones": ()}, "selected_algorithm": {"algorithm_10": "keep"}}
-    for step in ORDER:
-        counts = read_granule(path, filters=Filters(**off.get(step, {step: False})))[1]
-        assert list(counts) == ["shots", *(name for name in ORDER if name != step)]
-    assert (
-        "selected_algorithm"
-        in read_granule(write(tmp_path / NEW, whole([{}])), filters=Filters(algorithm_10="drop"))[1]
-    )
-
-
-def test_an_orbit_that_a_filter_empties_is_a_warning_that_names_both(tmp_path):
-    path = write(tmp_path / NEW, whole([{"degrade_flag": flag} for flag in (4, 34, 74)]))
-    with pytest.warns(UserWarning, match=f"{NEW}: filter degrade_flag drops all of the 3 shots"):
-        table, counts = read_granule(path)
-    assert len(table["agbd"]) == counts["leaf_off_flag"] == 0
-
-
-def test_several_seasons_widen_the_shots(tmp_path):
-    year = 365 * 86400.0
-    path = write(tmp_path / NEW, whole([{"delta_time": DAY + k * year} for k in (-2, -1, 0, 1, 2)]))
-    assert read_granule(path, season=SEASON)[1]["season"] == 1
-    assert read_granule(path, season=SEASON.widened(1))[1]["season"] == 3
 
 
 def test_absent_beams_are_named(tmp_path):
@@ -285,33 +146,6 @@ def test_a_box_without_shots_is_no_warning(tmp_path):
     table, counts = read_granule(write(tmp_path / NEW, whole([{}] * 3)), bbox=(0, 0, 1, 1))
     assert len(table["time"]) == counts["box"] == 0
     assert counts["shots"] == 3
-
-
-def test_version_3_names(tmp_path):
-    renamed = {
-        "algorithm_run_flag": "l2_algrunflag",
-        "l2_quality_flag": "l2a_quality_flag_rel3",
-        "l4_quality_flag": "l4a_quality_flag_rel3",
-        "predictor_limit_flag": "degrade_include_flag",
-        "response_limit_flag": "elev_highestreturn_outlier_flag",
-    }
-    good = {"predictor_limit_flag": 1, "response_limit_flag": 0, "degrade_flag": 4}
-    bad = [
-        {"algorithm_run_flag": 0},
-        {"l2_quality_flag": 0},
-        {"l4_quality_flag": 0},
-        {"response_limit_flag": 1},
-        {"agbd": -9999.0},
-        {"predictor_limit_flag": 0},
-        {"land_cover_data/leaf_off_flag": 1},
-    ]
-    name = NEW.replace("002_02_V002", "003_01_V003")
-    path = write(tmp_path / name, whole([good] + [good | shot for shot in bad]), renamed=renamed)
-    table, counts = read_granule(path)
-    assert table["shot_number"].tolist() == [FIRST]
-    assert (table["l4_quality_flag"][0], table["degrade_flag"][0]) == (1, 4)
-    steps = ["algorithm_run_flag", "l4_quality_flag", "outlier_flag", "agbd_valid", "degrade_flag", "leaf_off_flag"]
-    assert list(counts.items()) == list(zip(["shots", *steps], [8, 7, 5, 4, 3, 2, 1], strict=True))
 
 
 def test_a_subsetter_s_name_keeps_the_release_and_a_renamed_file_tells_it_inside(tmp_path):

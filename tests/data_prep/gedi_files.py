@@ -1,0 +1,54 @@
+"""Tiny GEDI L4A files for tests, made by hand: one shot for each point that a reader may get wrong."""
+
+from datetime import date
+
+import h5py
+import numpy as np
+
+NEW = "GEDI04_A_2020183184512_O08852_02_T00198_02_002_02_V002.h5"
+OLD = NEW.replace("002_02", "002_01")
+DAY = (date(2020, 7, 1) - date(2018, 1, 1)).days * 86400.0
+FIRST = 88520500200000001  # above 2**53: its neighbours are one number in float64
+BEAMS = ("BEAM0000", "BEAM0001", "BEAM0010", "BEAM0011", "BEAM0101", "BEAM0110", "BEAM1000", "BEAM1011")
+GOOD = {
+    "lon_lowestmode": ("f8", -121.0),
+    "lat_lowestmode": ("f8", 37.0),
+    "delta_time": ("f8", DAY),
+    "agbd": ("f4", 100.0),
+    "agbd_se": ("f4", 5.0),
+    "sensitivity": ("f4", 0.97),
+    "solar_elevation": ("f4", 30.0),
+    "algorithm_run_flag": ("u1", 1),
+    "l2_quality_flag": ("u1", 1),
+    "l4_quality_flag": ("u1", 1),
+    "degrade_flag": ("u1", 0),
+    "selected_algorithm": ("u1", 1),
+    "predictor_limit_flag": ("u1", 255),
+    "response_limit_flag": ("u1", 255),
+    "land_cover_data/pft_class": ("u1", 4),
+    "land_cover_data/leaf_off_flag": ("u1", 0),
+}
+
+
+def write(path, beams, *, chunk=4, lacking=(), renamed=()):
+    """An L4A file: `beams` gives a list of shots each, a shot is what it has unlike a good one."""
+    start = FIRST
+    with h5py.File(path, "w") as file:
+        for beam, shots in beams.items():
+            group = file.create_group(beam)
+            numbers = np.arange(start, start + len(shots), dtype=np.uint64)
+            start += len(shots)
+            columns = {name: (kind, [shot.get(name, good) for shot in shots]) for name, (kind, good) in GOOD.items()}
+            columns["shot_number"] = ("u8", numbers)
+            for name, (kind, values) in columns.items():
+                for old, new in dict(renamed).items():
+                    name = new if name == old else name
+                if name not in lacking:
+                    layout = {"maxshape": (None,), "chunks": (chunk,), "compression": "gzip"}
+                    group.create_dataset(name, data=np.array(values, kind), **layout)
+    return path
+
+
+def whole(shots):
+    """All eight beams, the shots in one of them, so that no beam is absent."""
+    return {beam: shots if beam == "BEAM0101" else [] for beam in BEAMS}
