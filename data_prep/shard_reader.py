@@ -17,7 +17,7 @@ class Split(Sequence[Record]):
     """The records of one split in the order of its shards, each read when it is asked for."""
 
     def __init__(self, folder: str | os.PathLike[str], split: str) -> None:
-        import tensorflow_datasets as tfds  # type: ignore[import-untyped]
+        import tensorflow_datasets as tfds
 
         found = sorted(split_counts(Path(folder)))
         if split not in found:

@@ -59,7 +59,7 @@ def write_shard(
         RecordError: a record is not valid, or not of that shape and dtype.
         PrepError: the file can't be written, or is not whole.
     """
-    from array_record.python.array_record_module import ArrayRecordWriter  # type: ignore[import-untyped]
+    from array_record.python.array_record_module import ArrayRecordWriter
 
     written, num_bytes, chips, sums = hashlib.sha256(), 0, [], []
     try:

@@ -11,19 +11,16 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from biomass_jax.data import bands, records
-from biomass_jax.data.records import Record
 from data_prep.commands import command
 from data_prep.errors import PrepError
-from data_prep.shard_reader import read, read_metadata, read_one, split_counts, verify
+from data_prep.shard_items import index_metadata, items_of
+from data_prep.shard_reader import read, read_metadata, split_counts, verify
 from data_prep.shard_writer import CODING, METADATA_KEY, Item, Shard, first_shape, write_shard
 from data_prep.stats import SPLIT as STATISTICS_SPLIT
 from data_prep.stats import combine, describe
@@ -182,7 +179,7 @@ def _metadata(
 def _write_tfds_metadata(
     folder: Path, shards: Sequence[Shard], shape: tuple[int, int, int], dtype: str, info: dict[str, Any]
 ) -> None:
-    import tensorflow_datasets as tfds  # type: ignore[import-untyped]
+    import tensorflow_datasets as tfds
 
     template = tfds.core.ShardedFileTemplate(data_dir=folder, dataset_name=NAME, filetype_suffix="array_record")
     splits = []
@@ -216,36 +213,6 @@ def _publish(source: Path, target: Path) -> None:
         target.rename(aside)
     source.rename(target)
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def items_of(source: Path, root: Path | None = None) -> dict[str, list[Callable[[], Record]]]:
-    """For each split the calls that read its records, from a folder of shards or from chips.parquet.
-
-    Args:
-        source: folder of shards, or the index that `data_prep.chips` writes and `data_prep.splits` fills in.
-        root: folder that the index's paths start from; the one above `chips/` where None.
-
-    Raises:
-        PrepError: neither is there, or no splits are drawn yet.
-    """
-    if source.suffix != ".parquet":
-        folder = os.fspath(source.absolute())
-        return {
-            split: [partial(read_one, folder, split, i) for i in range(n)] for split, n in split_counts(source).items()
-        }
-    from data_prep import chip_index, chip_windows, splits
-
-    chip_index.read_metadata(source)  # says what is wrong with a file that is no index
-    columns = [name for name in chip_index.COLUMNS.names if name not in ("geometry", "shot_numbers", "label_counts")]
-    rows = pq.read_table(source, columns=columns).to_pylist()
-    root = source.absolute().parent.parent if root is None else root.absolute()
-    found: dict[str, list[Callable[[], Record]]] = {
-        split: [partial(chip_windows.read_record, r, root) for r in rows if r["split"] == split]
-        for split in splits.SPLITS
-    }
-    if not any(found.values()):
-        raise PrepError(f"{source}: none of its {len(rows)} chips has a split; run python -m data_prep.splits first")
-    return found
 
 
 @command
@@ -291,16 +258,9 @@ def summary(folder: Path, info: Mapping[str, Any]) -> str:
     return f"{folder}: {counts} chips in {len(info['shards'])} shards"
 
 
-def index_metadata(index: Path) -> dict[str, Any]:
-    """What an index and the rasters behind it tell about how they were made."""
-    from data_prep import chip_index
-
-    stored = chip_index.read_metadata(index)
-    return stored
-
-
 __all__ = [
     "add_settings",
+    "check_free",
     "index_metadata",
     "items_of",
     "read",
@@ -308,6 +268,8 @@ __all__ = [
     "settings_of",
     "shard_names",
     "shard_order",
+    "split_counts",
+    "summary",
     "verify",
     "write_shards",
 ]

@@ -132,7 +132,7 @@ def split_statistics(items: Sequence[Callable[[], Any]], *, reference: bool = Fa
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; see the module."""
-    from data_prep import shards  # which needs this module's sums
+    from data_prep.shard_items import items_of  # which needs this module's sums
 
     parser = argparse.ArgumentParser(prog="python -m data_prep.stats", description=__doc__)
     parser.add_argument("source", type=Path, help="folder of shards, or chips.parquet with its splits")
@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=1, help="processes (1); the result is the same for any number")
     parser.add_argument("--json", type=Path, help="file to write")
     args = parser.parse_args(argv)
-    items = shards.items_of(args.source, root=args.root).get(SPLIT, [])
+    items = items_of(args.source, root=args.root).get(SPLIT, [])
     sums = split_statistics(items, reference=args.reference, workers=args.workers)
     result = describe(sums, reference=args.reference)
     result = {"bands": list(bands.BAND_NAMES), **result, "chips": len(items)}

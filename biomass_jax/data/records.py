@@ -78,7 +78,7 @@ def features(image_shape: tuple[int, int, int] = (CHIP_SIZE, CHIP_SIZE, 6), imag
         tfds.features.FeaturesDict. Arrays are stored as raw bytes: TFDS's default coding writes 13-17 times more
         slowly, and would round `transform` to float32, the only float type of its protocol buffers.
     """
-    import tensorflow_datasets as tfds  # type: ignore[import-untyped]
+    import tensorflow_datasets as tfds
 
     def tensor(shape: tuple[int, ...], dtype: Any) -> Any:
         return tfds.features.Tensor(shape=shape, dtype=np.dtype(dtype), encoding="bytes")
@@ -239,6 +239,6 @@ def _features_of(shape: tuple[int, int, int], dtype: str) -> Any:
 
 def _stable_bytes(example: bytes) -> bytes:
     """The same protocol buffer with its fields in one order; TFDS leaves them as the process's hash table has them."""
-    from tensorflow_datasets.proto import tf_example_pb2  # type: ignore[import-untyped]
+    from tensorflow_datasets.proto import tf_example_pb2
 
     return tf_example_pb2.Example.FromString(example).SerializeToString(deterministic=True)
