@@ -112,8 +112,8 @@ def test_gradients_of_all_parameters(train_step):
             errors[path] = np.abs(ours[path]).max() / largest
         else:
             errors[path] = relative_error(ours[path], value)
-    # The coarsest pooling normalises over two numbers, which magnifies the rounding of all that comes before: on the JAX
-    # that constraints/py3.11.txt pins, the largest error is 2e-5; 0.12 rounds otherwise and reaches 1.1e-4.
+    # The coarsest pooling normalises over two numbers, which magnifies the rounding of all that comes before: with the
+    # JAX of constraints/py3.11.txt the largest error is 2e-5; 0.12 rounds otherwise and reaches 1.1e-4.
     limit = 1e-4 if jax.__version_info__ < (0, 11) else 2e-4
     assert {path: error for path, error in errors.items() if not error < limit} == {}
 
