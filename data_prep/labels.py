@@ -161,8 +161,11 @@ def label_raster(
 
 def _sorted(footprints: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """By shot_number; of a shot that came twice (two releases of a granule) the latest release first."""
-    granules, latest = np.unique(footprints["granule"].astype(str), return_inverse=True)
-    order = np.lexsort((len(granules) - latest.reshape(-1), footprints["shot_number"]))
+    numbers = footprints["shot_number"]
+    order = np.argsort(numbers, kind="stable")
+    if (numbers[order][1:] == numbers[order][:-1]).any():
+        granules, latest = np.unique(footprints["granule"].astype(str), return_inverse=True)
+        order = np.lexsort((len(granules) - latest.reshape(-1), numbers))
     names = ("shot_number", "lon", "lat", "time", "agbd", "granule")
     return {name: footprints[name][order] for name in names}
 
