@@ -72,19 +72,13 @@ def write_shards(
     splits = {split: items for split, given in split_records.items() if (items := _known(split, list(given)))}
     if not splits:
         raise PrepError(f"{out}: no records in any split of {', '.join(split_records) or 'none'}; nothing to write")
-    shape, dtype = first_shape(next(iter(splits.values())))
     temporary = out.parent / f".{out.name}.partial"
     out.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
     temporary.mkdir()
     try:
-        tasks = []
-        for split, items in splits.items():
-            names = shard_names(split, len(items), records_per_shard)
-            order = shard_order(len(items), split, seed)
-            reference = reference_statistics if split == STATISTICS_SPLIT else None
-            for name, chosen in zip(names, _parts(order, len(names)), strict=True):
-                tasks.append((temporary / name, [items[i] for i in chosen], shape, dtype, reference))
+        shape, dtype = first_shape(next(iter(splits.values())))
+        tasks = _tasks(temporary, splits, records_per_shard, seed, reference_statistics, shape, dtype)
         done = list(run_all(write_shard, tasks, workers=workers, executor=executor))
         _check_unique(done)
         info = _metadata(done, shape, dtype, reference_statistics, dict(metadata or {}))
@@ -94,6 +88,26 @@ def write_shards(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return info
+
+
+def _tasks(
+    folder: Path,
+    splits: Mapping[str, Sequence[Item]],
+    records_per_shard: int,
+    seed: int,
+    reference: bool,
+    shape: tuple[int, int, int],
+    dtype: str,
+) -> list[tuple[Any, ...]]:
+    """The arguments of `write_shard` for each shard of each split."""
+    tasks: list[tuple[Any, ...]] = []
+    for split, items in splits.items():
+        names = shard_names(split, len(items), records_per_shard)
+        order = shard_order(len(items), split, seed)
+        statistics = reference if split == STATISTICS_SPLIT else None
+        for name, chosen in zip(names, _parts(order, len(names)), strict=True):
+            tasks.append((folder / name, [items[i] for i in chosen], shape, dtype, statistics))
+    return tasks
 
 
 def _known(split: str, items: list[Item]) -> list[Item]:
@@ -172,7 +186,10 @@ def _metadata(
         "sensors": sorted({sensor for *_, sensors in chips for sensor in sensors.split("+")}),
         "chips": given.get("chips", {}) | about_chips | {"counts": counts},
         "shards": [{"file": s.file, "records": len(s.chips), "sha256": s.sha256} for s in shards],
-        "software": {name: importlib.metadata.version(name) for name in ("biomass-jax", "array-record")},
+        "software": {
+            "biomass_jax": records.SOFTWARE_VERSION,
+            "array_record": importlib.metadata.version("array_record"),
+        },
     }
 
 

@@ -13,6 +13,7 @@ from typing import Any, TypedDict, cast
 
 import numpy as np
 
+import biomass_jax
 from biomass_jax.data import bands
 
 SCHEMA_VERSION = 1
@@ -20,6 +21,7 @@ CHIP_SIZE = 224  # pixels along each side, and the step of the grid of cells in 
 NO_LABEL = -1.0
 UNKNOWN_PLACE = -1  # `row` and `col` of a chip whose place in its tile is not known
 UNKNOWN_BIOME = "unknown"
+SOFTWARE_VERSION = biomass_jax.__version__  # here for data_prep, which imports nothing above `data`
 SENSORS = ("L30", "S30", "L30+S30")
 
 _TILE = re.compile(r"\d{2}[A-Z]{3}|")
