@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import rasterio.shutil
 from numpy.typing import DTypeLike
+from rasterio.enums import Resampling
 from rasterio.windows import Window
 
 from biomass_jax.data.raster import Grid, RasterError, check_space, open_quietly, raster_errors, verify_blocks
@@ -46,7 +47,7 @@ def write_cog(
         dtype: of the file; the arrays have to be of it.
         band_names: description of each band.
         nodata: one for all bands, as GeoTIFF has it.
-        tags: texts for the file.
+        tags: texts for the file; read after the last rows, so whoever makes those may add counts to it.
         units: unit of each band.
 
     Returns:
@@ -84,8 +85,8 @@ def write_cog(
 
 
 def _space_needed(grid: Grid, pixel_bytes: int) -> int:
-    """The working copy as it is, and the COG with overviews, twice for its own working copy, well compressed."""
-    return int(grid.height * grid.width * pixel_bytes * (1 + 2 * 4 / 3 * 0.7)) + 2**20
+    """The working copy and the COG, both with overviews, one as it is and one compressed."""
+    return int(grid.height * grid.width * pixel_bytes * 4 / 3 * (1 + 0.85)) + 2**20
 
 
 def _in_blocks(
@@ -148,17 +149,28 @@ def _write_partial(
         dataset.descriptions = tuple(band_names)
         if units is not None:
             dataset.units = tuple(units)
-        dataset.update_tags(**{**{key: str(value) for key, value in tags.items()}, "AREA_OR_POINT": "Area"})
         row = 0
         for piece in pieces:  # outside raster_errors: errors of whoever makes the rows are not errors of writing
             with raster_errors(name):
                 dataset.write(piece, window=Window(0, row, grid.width, piece.shape[1]))
             checksums.append(_checksum(piece))
             row += piece.shape[1]
+        dataset.update_tags(**{**{key: str(value) for key, value in tags.items()}, "AREA_OR_POINT": "Area"})
+        with raster_errors(name):
+            # here, where nothing is compressed: the COG driver would compress them twice
+            dataset.build_overviews(_overview_factors(grid), Resampling.average)
     finally:
         with raster_errors(name):
             dataset.close()
     return checksums
+
+
+def _overview_factors(grid: Grid) -> list[int]:
+    """2, 4, 8 ... until the smallest overview is one tile."""
+    factors: list[int] = []
+    while max(grid.height, grid.width) > BLOCK * 2 ** len(factors):
+        factors.append(2 ** (len(factors) + 1))
+    return factors
 
 
 def _copy(partial: Path, copy: Path, path: Path) -> None:
@@ -168,8 +180,7 @@ def _copy(partial: Path, copy: Path, path: Path) -> None:
             str(copy),
             driver="COG",
             blocksize=BLOCK,
-            overviews="IGNORE_EXISTING",
-            overview_resampling="AVERAGE",
+            overviews="FORCE_USE_EXISTING",
             statistics="NO",
             bigtiff="IF_SAFER",
             num_threads="ALL_CPUS",

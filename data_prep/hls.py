@@ -3,7 +3,6 @@
 A granule is a folder of single-band GeoTIFFs on one grid. Digital numbers are passed on as stored: no scale is applied.
 """
 
-import functools
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -150,7 +149,8 @@ class Scene:
         """Open the files once for several reads by one thread.
 
         Yields:
-            read(start, stop, left=0, right=None): as `read_rows`, of columns `left` to `right` (not included).
+            read(start, stop, left=0, right=None): as `read_rows`, of columns `left` to `right` (not included); what it
+                returns is overwritten by the next call.
         """
         with ExitStack() as stack:
             datasets = []
@@ -158,11 +158,16 @@ class Scene:
                 with _prep_errors(path):
                     datasets.append(stack.enter_context(open_quietly(str(path))))
 
+            planes = np.empty((len(bands.BANDS), 0, 0), np.int16)
+            fmask = np.empty((0, 0), np.uint8)
+
             def read(start: int, stop: int, left: int = 0, right: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+                nonlocal planes, fmask
                 right = self.grid.width if right is None else right
                 window = Window(left, start, right - left, stop - start)
-                planes = np.empty((len(bands.BANDS), stop - start, right - left), np.int16)
-                fmask = np.empty(planes.shape[1:], np.uint8)
+                if fmask.shape != (stop - start, right - left):  # memory that is new costs as much as decoding a fifth
+                    planes = np.empty((len(bands.BANDS), stop - start, right - left), np.int16)
+                    fmask = np.empty(planes.shape[1:], np.uint8)
                 for path, dataset, out in zip(self.paths, datasets, (*planes, fmask), strict=True):
                     with _prep_errors(path):
                         dataset.read(1, window=window, out=out)
@@ -224,20 +229,12 @@ def clear(
     Returns:
         bool (...).
     """
-    keep = _clear_codes(drop_water, drop_high_aerosol)[fmask]
+    keep = fmask != FMASK_FILL
+    keep &= fmask & (_MASKED | (WATER if drop_water else 0)) == 0
+    if drop_high_aerosol:
+        keep &= fmask & HIGH_AEROSOL != HIGH_AEROSOL
     for index in range(image.shape[-1]):
         keep &= image[..., index] != bands.FILL
-    return keep
-
-
-@functools.cache
-def _clear_codes(drop_water: bool, drop_high_aerosol: bool) -> np.ndarray:
-    """bool (256,): whether an Fmask code is clear."""
-    codes = np.arange(256)
-    masked = _MASKED | (WATER if drop_water else 0)
-    keep = (codes != FMASK_FILL) & (codes & masked == 0)
-    if drop_high_aerosol:
-        keep &= codes & HIGH_AEROSOL != HIGH_AEROSOL
     return keep
 
 

@@ -1,0 +1,438 @@
+import json
+import os
+import shutil
+import warnings
+from dataclasses import replace
+from datetime import datetime, timedelta
+from fractions import Fraction
+from math import floor
+
+import numpy as np
+import pytest
+import rasterio
+from rasterio.crs import CRS
+
+from biomass_jax.data.bands import BAND_NAMES
+from biomass_jax.data.raster import open_image
+from data_prep import composite as module
+from data_prep.composite import composite, composite_path, main, select, without_duplicates
+from data_prep.errors import PrepError
+from data_prep.hls import find_scenes, open_scene
+from data_prep.season import Season
+from data_prep.synthetic.granule import write_granule
+from data_prep.synthetic.hls_tags import Overpass
+
+SEASON = Season.parse("2020-06-01/2020-09-16")
+SHAPE = (23, 31)
+CODES = np.array([0, 1, 0b00100000, 0b11000000, 0b11100001, 0b00000010, 0b100, 0b1000, 0b10000, 0b01000110, 255])
+FIRST = Overpass(time=datetime(2020, 6, 1, 18, 45, 12))
+
+
+def made(rng, shape=SHAPE):
+    """Random digital numbers and Fmask codes, with fill, negative and very bright values."""
+    image = rng.integers(-300, 300, (*shape, 6)) * rng.integers(1, 60, (*shape, 6))
+    image[rng.random((*shape, 6)) < 0.03] = -9999
+    return image.astype(np.int16), rng.choice(CODES, shape).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Folder of granules of one tile, and {name: (image, fmask)} of all of them."""
+    rng = np.random.default_rng(11)
+    folder = tmp_path_factory.mktemp("world")
+    arrays = {}
+    for sensor, days in (("L30", (0, 8, 9, 40, 106)), ("S30", (1, 50))):
+        for day in days:
+            place = replace(FIRST, sensor=sensor, time=FIRST.time + timedelta(days=day))
+            image, fmask = made(rng)
+            write_granule(folder, image, fmask, place)
+            arrays[place.granule] = (image, fmask)
+    for day in (-1, 107, -366, 365):  # the day before, the day after, other years: poisoned
+        place = replace(FIRST, time=FIRST.time + timedelta(days=day))
+        write_granule(folder, np.full((*SHAPE, 6), 20000, np.int16), np.zeros(SHAPE, np.uint8), place)
+    return folder, arrays
+
+
+def clear_by_hand(values, code, water, aerosol):
+    if code == 255 or any(value == -9999 for value in values):
+        return False
+    if (code >> 1) & 1 or (code >> 2) & 1 or (code >> 3) & 1 or (code >> 4) & 1:
+        return False
+    return not (water and (code >> 5) & 1) and not (aerosol and code >> 6 == 3)
+
+
+def half_even(value):
+    whole = floor(value)
+    rest = value - whole
+    return whole + (rest > Fraction(1, 2) or (rest == Fraction(1, 2) and whole % 2 == 1))
+
+
+def middle(values):
+    ordered = sorted(values)
+    return Fraction(ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2], 2)
+
+
+def by_hand(scenes, *, statistic="mean", min_clear=1, water=False, aerosol=False):
+    """(7, rows, columns), pixel by pixel in exact arithmetic."""
+    out = np.full((7, *SHAPE), -9999)
+    out[6] = 0
+    for row in range(SHAPE[0]):
+        for column in range(SHAPE[1]):
+            good = []
+            for image, fmask in scenes:
+                values = image[row, column].tolist()
+                if clear_by_hand(values, int(fmask[row, column]), water, aerosol):
+                    good.append(values)
+            if len(good) < min_clear:
+                continue
+            for band in range(6):
+                series = [values[band] for values in good]
+                exact = Fraction(sum(series), len(series)) if statistic == "mean" else middle(series)
+                out[band, row, column] = half_even(exact)
+            out[6, row, column] = len(good)
+    return out
+
+
+def chosen(arrays, sensors):
+    return [arrays[name] for name in arrays if name.split(".")[1] in sensors]
+
+
+def read(path):
+    with rasterio.open(path) as dataset:
+        return dataset.read()
+
+
+@pytest.mark.parametrize("statistic", ["mean", "median"])
+@pytest.mark.parametrize(
+    ("sensors", "settings", "by_hand_settings"),
+    [
+        (("L30",), {}, {}),
+        (("S30",), {"drop_water": True}, {"water": True}),
+        (("L30", "S30"), {"min_clear": 3, "drop_high_aerosol": True}, {"min_clear": 3, "aerosol": True}),
+    ],
+)
+def test_every_pixel_against_a_loop(world, tmp_path, statistic, sensors, settings, by_hand_settings):
+    folder, arrays = world
+    report = composite(
+        find_scenes(folder), tmp_path / "c.tif", season=SEASON, sensors=sensors, statistic=statistic, **settings
+    )
+    expected = by_hand(chosen(arrays, sensors), statistic=statistic, **by_hand_settings)
+    assert (read(tmp_path / "c.tif") == expected).all()
+    assert report.covered == (expected[6] > 0).sum() > 0
+    assert (expected[6] == 0).any()
+    assert report.sensors == "+".join(sensors)
+
+
+def test_the_file_says_what_it_is(world, tmp_path):
+    folder, arrays = world
+    report = composite(find_scenes(folder), tmp_path / "c.tif", season=SEASON, min_clear=2)
+    names = sorted((name for name in arrays if ".L30." in name), key=lambda name: name[15:])
+    with rasterio.open(tmp_path / "c.tif") as dataset:
+        tags = dataset.tags()
+        assert dataset.descriptions == (*BAND_NAMES, "CLEAR_COUNT")
+        assert dataset.dtypes == ("int16",) * 7
+        assert dataset.nodata == -9999
+        assert dataset.crs == CRS.from_epsg(32610)
+        assert dataset.transform[:6] == (30, 0, 600000, 0, -30, 4100040)
+    assert (tags["TILE"], tags["SEASON"], tags["SENSORS"]) == ("10SFF", SEASON.text, "L30")
+    assert tags["SCENES"].split(",") == names == list(report.scenes)
+    settings = json.loads(tags["COMPOSITE"])
+    assert settings["statistic"] == "mean"
+    assert settings["min_clear"] == 2
+    assert settings["masked"] == ["fill", "cloud", "adjacent", "shadow", "snow"]
+    assert settings["counts"]["covered"] == report.covered
+    for name in names:
+        image, fmask = arrays[name]
+        clear = sum(
+            clear_by_hand(v, c, False, False) for v, c in zip(image.reshape(-1, 6).tolist(), fmask.flat, strict=True)
+        )
+        assert settings["counts"]["by_scene"][name] == {"observed": int((fmask != 255).sum()), "clear": clear}
+    assert len(report.out_of_season) == 4
+    assert {name.split(".")[1] for name in report.other_sensors} == {"S30"}
+    with open_image(str(tmp_path / "c.tif")) as image:
+        assert (image.sensor, image.season, image.warnings) == ("L30", SEASON.text, [])
+    text = "\n".join(report.lines())
+    assert "5 scenes of 10SFF" in text and "4 out of season, 2 of other sensors" in text
+
+
+def test_order_blocks_and_threads_change_no_byte(tmp_path):
+    rng = np.random.default_rng(2)
+    shape = (270, 300)  # more than one block in each direction
+    folders = []
+    for day in range(5):
+        image, fmask = made(rng, shape)
+        folders.append(write_granule(tmp_path, image, fmask, replace(FIRST, time=FIRST.time + timedelta(days=day))))
+    for statistic, pixel_bytes in (("mean", 26), ("median", 60)):
+        settings = {"season": SEASON, "statistic": statistic}
+        first = composite(folders, tmp_path / "a.tif", **settings).path.read_bytes()
+        for threads, memory in ((1, 1), (3, pixel_bytes * 256 * 300)):  # blocks of files, all columns
+            order = rng.permutation(len(folders))
+            path = composite(
+                [folders[k] for k in order], tmp_path / "b.tif", threads=threads, memory=memory, **settings
+            ).path
+            assert path.read_bytes() == first
+        assert read(path).shape == (7, *shape)
+
+
+def test_many_clear_scenes_are_added_exactly(tmp_path):
+    """Nine scenes of the largest and smallest int16 values, more than one group of scenes."""
+    values = [32767] * 8 + [-32768]
+    for day, value in enumerate(values):
+        image = np.full((5, 7, 6), value, np.int16)
+        write_granule(
+            tmp_path, image, np.zeros((5, 7), np.uint8), replace(FIRST, time=FIRST.time + timedelta(days=day))
+        )
+    path = composite(find_scenes(tmp_path), tmp_path / "c.tif", season=SEASON).path
+    assert (read(path)[:6] == half_even(Fraction(sum(values), 9))).all()
+    assert (read(path)[6] == 9).all()
+    path = composite(find_scenes(tmp_path), tmp_path / "d.tif", season=SEASON, statistic="median").path
+    assert (read(path)[:6] == 32767).all()
+
+
+def pair(tmp_path, *values):
+    """One-pixel-high scenes on days of June, each of one value in all bands."""
+    for day, value in enumerate(values):
+        image = np.full((3, 4, 6), value, np.int16)
+        write_granule(
+            tmp_path, image, np.zeros((3, 4), np.uint8), replace(FIRST, time=FIRST.time + timedelta(days=day))
+        )
+    return find_scenes(tmp_path)
+
+
+@pytest.mark.parametrize("statistic", ["mean", "median"])
+@pytest.mark.parametrize(("values", "expected"), [((2, 3), 2), ((3, 4), 4), ((-2, -3), -2), ((-3, -4), -4)])
+def test_halves_go_to_even(tmp_path, statistic, values, expected):
+    path = composite(pair(tmp_path, *values), tmp_path / "c.tif", season=SEASON, statistic=statistic).path
+    assert (read(path)[:6] == expected).all()
+
+
+def test_a_mean_that_is_the_fill_value_by_chance(tmp_path):
+    report = composite(pair(tmp_path, -10000, -9998), tmp_path / "c.tif", season=SEASON)
+    got = read(report.path)
+    assert (got[:6] == -9999).all() and (got[6] == 0).all()
+    assert report.covered == 0
+    assert "no pixel has 1 clear observations" in report.warnings[0]
+
+
+def test_more_clear_scenes_wanted_than_there_are(tmp_path):
+    report = composite(pair(tmp_path, 100, 200), tmp_path / "c.tif", season=SEASON, min_clear=3)
+    assert (read(report.path)[:6] == -9999).all() and (read(report.path)[6] == 0).all()
+    assert "no pixel has 3 clear observations" in report.warnings[0]
+
+
+def test_of_two_granules_of_one_overpass_the_one_made_last_counts(tmp_path):
+    made_at = datetime(2024, 1, 1)
+    base = FIRST.time
+    # minutes after the first, days until processing
+    plan = {"old": (0, 1), "new": (9.9, 5), "far": (20, 0), "other day": (1440, 0)}
+    names = {}
+    for key, (minutes, days) in plan.items():
+        place = replace(FIRST, time=base + timedelta(minutes=minutes), processed=made_at + timedelta(days=days))
+        image = np.full((3, 4, 6), 900 if key == "old" else 100, np.int16)
+        names[key] = write_granule(tmp_path, image, np.zeros((3, 4), np.uint8), place).name
+    s30 = replace(FIRST, sensor="S30", time=base + timedelta(minutes=1), processed=made_at)
+    names["s30"] = write_granule(tmp_path, image, np.zeros((3, 4), np.uint8), s30).name
+    scenes = find_scenes(tmp_path)
+    report = composite(scenes, tmp_path / "c.tif", season=SEASON, sensors=("L30", "S30"))
+    assert report.duplicates == {names["old"]: names["new"]}
+    assert set(report.scenes) == set(names.values()) - {names["old"]}
+    assert (read(report.path)[:6] == 100).all()
+    assert (read(report.path)[6] == 4).all()
+    assert f"{names['old']}: duplicate of {names['new']}" in "\n".join(report.lines())
+    with rasterio.open(report.path) as dataset:
+        assert dataset.tags()["DUPLICATES"] == f"{names['old']}={names['new']}"
+
+
+def test_ten_minutes_apart_are_two_overpasses(tmp_path):
+    for minutes in (0, 10):
+        place = replace(FIRST, time=FIRST.time + timedelta(minutes=minutes))
+        write_granule(tmp_path, np.full((3, 4, 6), 100, np.int16), np.zeros((3, 4), np.uint8), place)
+    kept, dropped = without_duplicates([open_scene(folder) for folder in find_scenes(tmp_path)])
+    assert len(kept) == 2 and dropped == {}
+
+
+def test_a_chain_of_overpasses_keeps_the_newest_whatever_the_order(tmp_path):
+    for minutes, day in ((0, 3), (6, 2), (12, 1)):
+        place = replace(FIRST, time=FIRST.time + timedelta(minutes=minutes), processed=datetime(2024, 1, day))
+        write_granule(tmp_path, np.full((3, 4, 6), 100, np.int16), np.zeros((3, 4), np.uint8), place)
+    scenes = [open_scene(folder) for folder in find_scenes(tmp_path)]
+    first, second, third = (scene.granule.name for scene in scenes)
+    for order in ((0, 1, 2), (2, 1, 0), (1, 0, 2)):
+        kept, dropped = without_duplicates([scenes[k] for k in order])
+        assert [scene.granule.name for scene in kept] == [first, third]
+        assert dropped == {second: first}
+
+
+SOUTH = replace(FIRST, tile="60KXX", left=600000.0)
+
+
+def test_both_forms_of_a_southern_tile_are_one_ground(tmp_path):
+    forms = [(32660, 7800040 - 1e7, False), (32760, 7800040, False), (32760, 7800040, True)]
+    for day, (epsg, top, user_defined) in enumerate(forms):
+        place = replace(SOUTH, epsg=epsg, top=top, user_defined=user_defined, time=FIRST.time + timedelta(days=day))
+        write_granule(tmp_path, np.full((3, 4, 6), 100 * day, np.int16), np.zeros((3, 4), np.uint8), place)
+    path = composite(find_scenes(tmp_path), tmp_path / "c.tif", season=SEASON).path
+    assert (read(path)[:6] == 100).all()
+    with rasterio.open(path) as dataset:  # of the first scene
+        assert dataset.crs == CRS.from_epsg(32660)
+        assert dataset.transform.f == 7800040 - 1e7
+
+
+def test_the_same_numbers_in_the_other_hemisphere_are_other_ground(tmp_path):
+    place = replace(SOUTH, epsg=32760, top=7800040)
+    write_granule(tmp_path, np.full((3, 4, 6), 100, np.int16), np.zeros((3, 4), np.uint8), place)
+    place = replace(SOUTH, epsg=32660, top=7800040 - 1e7 + 30, time=FIRST.time + timedelta(days=1))
+    write_granule(tmp_path, np.full((3, 4, 6), 100, np.int16), np.zeros((3, 4), np.uint8), place)
+    with pytest.raises(PrepError, match="expected one grid for all scenes of a tile"):
+        composite(find_scenes(tmp_path), tmp_path / "c.tif", season=SEASON)
+
+
+@pytest.mark.parametrize("fill", ["fmask", "band"])
+def test_a_scene_of_nothing_but_fill(tmp_path, fill):
+    pair(tmp_path, 100)
+    image = np.full((3, 4, 6), 100, np.int16)
+    fmask = np.zeros((3, 4), np.uint8)
+    if fill == "fmask":
+        fmask[:] = 255
+    else:
+        image[..., 3] = -9999
+    bad = write_granule(tmp_path, image, fmask, replace(FIRST, time=FIRST.time + timedelta(days=3)))
+    with pytest.raises(PrepError, match=rf"{bad.name}: all of its pixels are fill"):
+        composite(find_scenes(tmp_path), tmp_path / "c.tif", season=SEASON)
+    assert not (tmp_path / "c.tif").exists()
+
+
+def test_a_scene_of_nothing_but_cloud_is_no_error(tmp_path):
+    pair(tmp_path, 100)
+    cloudy = replace(FIRST, time=FIRST.time + timedelta(days=3))
+    name = write_granule(tmp_path, np.full((3, 4, 6), 7000, np.int16), np.full((3, 4), 2, np.uint8), cloudy).name
+    report = composite(find_scenes(tmp_path), tmp_path / "c.tif", season=SEASON)
+    assert report.counts[name] == {"observed": 12, "clear": 0}
+    assert (read(report.path)[:6] == 100).all()
+    assert (read(report.path)[6] == 1).all()
+
+
+def test_reflectance_cut_to_integers(tmp_path):
+    image = np.random.default_rng(0).integers(0, 2, (40, 50, 6)).astype(np.int16)
+    folder = write_granule(tmp_path, image, np.zeros((40, 50), np.uint8), FIRST)
+    with pytest.raises(PrepError, match=r"2,000 clear pixels are at most 1 in all bands: reflectance"):
+        composite([folder], tmp_path / "c.tif", season=SEASON)
+
+
+def test_choice_by_name(world):
+    folder, arrays = world
+    folders = find_scenes(folder)
+    with pytest.raises(
+        PrepError, match=r"no scene of L30 in season 2021-01-01/2021-02-01; found 11 of L30\+S30 from 2019-06-01 to"
+    ):
+        select(folders, season=Season.parse("2021-01-01/2021-02-01"))
+    with pytest.raises(PrepError, match="wrong tile: 10SFF, expected 10SGF"):
+        select(folders, season=SEASON, tile="10SGF")
+    with pytest.raises(PrepError, match="wrong tile: 10SGF, expected 10SFF"):
+        select([*folders, folder / "HLS.L30.T10SGF.2020183T184512.v2.0"], season=SEASON)
+    with pytest.raises(PrepError, match=r"version 1\.5"):
+        select([*folders, folder / "HLS.L30.T10SFF.2020183T184512.v1.5"], season=SEASON)
+    with pytest.raises(PrepError, match="no granules given"):
+        select([], season=SEASON)
+    found = select(folders, season=SEASON, sensors=("L30", "S30"), tile="T10SFF")
+    assert {path.name for path in found.folders} == set(arrays)
+
+
+def test_settings_that_make_no_sense(world, tmp_path):
+    folders = find_scenes(world[0])
+    for settings, says in (
+        ({"sensors": ("L8",)}, "expected L30, S30 or both"),
+        ({"sensors": ()}, "expected L30, S30 or both"),
+        ({"statistic": "mode"}, "expected mean or median"),
+        ({"min_clear": 0}, "expected 1 or more"),
+    ):
+        with pytest.raises(PrepError, match=says):
+            composite(folders, tmp_path / "c.tif", season=SEASON, **settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_cut_short_is_named_and_nothing_is_written(world, tmp_path):
+    shutil.copytree(world[0], tmp_path / "granules")
+    name = next(name for name in world[1] if ".L30." in name)
+    path = tmp_path / "granules" / name / f"{name}.B06.tif"
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(PrepError, match=rf"{path}.*truncated"):
+        composite(find_scenes(tmp_path / "granules"), tmp_path / "out" / "c.tif", season=SEASON)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_block_that_does_not_decode_is_named(world, tmp_path):
+    shutil.copytree(world[0], tmp_path / "granules")
+    name = next(name for name in world[1] if ".L30." in name)
+    path = tmp_path / "granules" / name / f"{name}.B06.tif"
+    with rasterio.open(path) as dataset:
+        offset = int(dataset.get_tag_item("BLOCK_OFFSET_0_0", "TIFF", bidx=1))
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(b"\xff" * 200)
+    for statistic in ("mean", "median"):
+        with pytest.raises(PrepError, match=str(path)):
+            composite(
+                find_scenes(tmp_path / "granules"), tmp_path / "out" / "c.tif", season=SEASON, statistic=statistic
+            )
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_the_command(world, tmp_path, capsys):
+    other = replace(FIRST, tile="10SGF", left=699960.0)
+    write_granule(tmp_path / "more", np.full((3, 4, 6), 100, np.int16), np.zeros((3, 4), np.uint8), other)
+    folders = [str(world[0]), str(tmp_path / "more")]
+    out = tmp_path / "out"
+    # the tiles lie at 37 north: 1 May to 1 October, so the scene of 31 May and that of 16 September count too
+    assert main([*folders, "--out", str(out), "--season", "2020"]) == 0
+    season = Season.parse("2020-05-01/2020-10-01")
+    assert composite_path(out, "10SFF", season) == out / "10SFF" / "10SFF_2020-05-01_2020-10-01.tif"
+    for tile in ("10SFF", "10SGF"):
+        assert composite_path(out, tile, season).exists()
+    text = capsys.readouterr().out
+    assert "7 scenes of 10SFF, 2020-05-01/2020-10-01, L30" in text and "1 scenes of 10SGF" in text
+
+    table = tmp_path / "table.json"
+    table.write_text('[[-90, "06-01", "09-16"]]')
+    arguments = ["--out", str(out), "--season", "2020", "--season-table", str(table), "--tile", "T10SFF"]
+    arguments += ["--sensors", "L30+S30", "--statistic", "median", "--min-clear", "3", "--threads", "1"]
+    assert main([*folders, *arguments, "--drop-water", "--drop-high-aerosol"]) == 0
+    got = read(composite_path(out, "10SFF", SEASON))
+    assert (got == by_hand(list(world[1].values()), statistic="median", min_clear=3, water=True, aerosol=True)).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--season", "2018"], "no scene of L30 in season 2018-05-01/2018-10-01"),
+        (["--season", "soon"], "expected START/STOP"),
+        (["--season", "2020", "--tile", "10SGF"], "tile 10SGF: no granules of it; found tiles 10SFF"),
+        (["--season", "2020", "--season-table", "nowhere.json"], "nowhere.json: can't read the table of seasons"),
+        (["--season", "2020", "--sensors", "L8"], "expected L30, S30 or both"),
+    ],
+)
+def test_errors_of_the_command_are_one_line(world, tmp_path, capsys, arguments, says):
+    assert main([str(world[0]), "--out", str(tmp_path), *arguments]) == 1
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
+def test_threads_stop_soon_after_an_error(world, tmp_path, monkeypatch):
+    """A scene that fails ends the work: scenes that no thread has begun are not read."""
+    opened = []
+    folders = find_scenes(world[0])
+    season = Season.parse("2019-01-01/2022-01-01")
+    reader = module.Scene.reader
+
+    def failing(self):
+        opened.append(self.granule.name)
+        raise PrepError("broken")
+
+    monkeypatch.setattr(module.Scene, "reader", failing)
+    with pytest.raises(PrepError, match="broken"):
+        composite(folders, tmp_path / "c.tif", season=season, statistic="median", threads=1)
+    assert len(opened) < 9
+    monkeypatch.setattr(module.Scene, "reader", reader)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert composite(folders, tmp_path / "c.tif", season=season, threads=1).path.exists()
