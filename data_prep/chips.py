@@ -63,11 +63,7 @@ def index_tile(
         PrepError: grids differ, a tag is missing, labels are out of range, or shots and labels contradict each other.
         RasterError: the composite can't be read.
     """
-    if not (size > 0 and min_labels >= 1 and 0 <= max_nodata <= 1):
-        raise PrepError(
-            f"settings: found size {size}, min_labels {min_labels}, max_nodata {max_nodata}, expected a size above 0, "
-            "min_labels from 1 on, max_nodata from 0 to 1"
-        )
+    _check_settings(min_labels, max_nodata, size)
     counts = {"cells": 0, "kept": 0, "few_labels": 0, "no_data": 0}
     rows = []
     with TilePair(composite, label) as pair:
@@ -91,6 +87,14 @@ def index_tile(
                     rows.append(place | _label_fields(found))
         _add_places(rows, pair, Path(root), size, biomes)
     return rows, counts
+
+
+def _check_settings(min_labels: int, max_nodata: float, size: int) -> None:
+    if not (size > 0 and min_labels >= 1 and 0 <= max_nodata <= 1):
+        raise PrepError(
+            f"settings: found size {size}, min_labels {min_labels}, max_nodata {max_nodata}, expected a size above 0, "
+            "min_labels from 1 on, max_nodata from 0 to 1"
+        )
 
 
 def _label_fields(found: np.ndarray) -> dict[str, Any]:
@@ -199,6 +203,8 @@ def index_folder(
         found, counted = index_tile(composite, label, root=out, shots=shots, biomes=named, **limits)
         rows += found
         counts[composite.relative_to(out).as_posix()] = counted
+    if not rows:
+        warnings.warn(f"{out}: no cell has {min_labels} labels and enough data: the index is empty", stacklevel=2)
     settings = {
         "min_labels": min_labels,
         "max_nodata": max_nodata,

@@ -101,6 +101,8 @@ def geocentric(lon: np.ndarray, lat: np.ndarray) -> np.ndarray:
 
 def centres(outlines: Any) -> np.ndarray:
     """(n, 2) longitude and latitude of the outlines' centres, also of those cut at 180 degrees."""
+    if not len(outlines):
+        return np.empty((0, 2))
     corners = _corners(outlines)
     origin = corners.mean(axis=1)
     east, north = _axes(origin)

@@ -65,17 +65,9 @@ def split_by_blocks(
     if not (np.isfinite(buffer_m) and buffer_m >= 0):
         raise PrepError(f"buffer_m: found {buffer_m}, expected metres from 0 on")
     outlines = np.asarray(chips.geometry, object)
-    dropped = dict.fromkeys(("train_meets_test", "train_meets_val", "val_meets_test"), 0)
-    if not len(outlines):
-        return np.empty(0, object), dropped
     strata = np.full(len(outlines), "all", object) if stratify is None else _column(chips, stratify)
     drawn = _draw(_block_names(chips, outlines, kind, block_km), strata, fractions, seed)
-    split = drawn.copy()
-    for keeper, leaver in (("test", "val"), ("test", "train"), ("val", "train")):
-        leavers = np.flatnonzero(split == leaver)
-        met = leavers[ground.meets(outlines[leavers], outlines[split == keeper], buffer_m=buffer_m)]
-        split[met] = DROPPED
-        dropped[f"{leaver}_meets_{keeper}"] = len(met)
+    split, dropped = _without_shared_ground(drawn, outlines, buffer_m)
     if kind == "random":
         warnings.warn(
             f"a random split leaks: neighbours of train chips are tested, and {sum(dropped.values())} of {len(split)} "
@@ -90,6 +82,20 @@ def split_by_blocks(
             f"{block_km:g} and buffer_m {buffer_m:g}; take smaller blocks or more tiles",
             stacklevel=2,
         )
+    return split, dropped
+
+
+def _without_shared_ground(
+    drawn: np.ndarray, outlines: np.ndarray, buffer_m: float
+) -> tuple[np.ndarray, dict[str, int]]:
+    """Drop chips that meet a test chip from train and val, then those that meet a val chip still there from train."""
+    split = drawn.copy()
+    dropped = {}
+    for keeper, leaver in (("test", "train"), ("test", "val"), ("val", "train")):
+        leavers = np.flatnonzero(split == leaver)
+        met = leavers[ground.meets(outlines[leavers], outlines[split == keeper], buffer_m=buffer_m)]
+        split[met] = DROPPED
+        dropped[f"{leaver}_meets_{keeper}"] = len(met)
     return split, dropped
 
 

@@ -385,3 +385,18 @@ def test_outlines_across_the_antimeridian_are_cut_in_two():
     lon, lat = ground.centres([outline])[0]
     expected = pyproj.Transformer.from_crs(32760, 4326, always_xy=True).transform(x - 160 + 240, y - 240)
     assert (lon % 360, lat) == pytest.approx((expected[0] % 360, expected[1]), abs=1e-7)
+
+
+@pytest.mark.parametrize("settings", [{"min_labels": 0}, {"max_nodata": 1.5}, {"max_nodata": float("nan")}])
+def test_settings_out_of_range_are_refused(world, settings):
+    with pytest.raises(PrepError, match="settings: found size 16, min_labels"):
+        index(world, **settings)
+
+
+def test_no_chip_at_all_is_an_index_without_rows(world):
+    with pytest.warns(UserWarning, match="no cell has 256 labels"):
+        frame, _ = index(world, min_labels=256)
+    assert len(frame) == 0
+    with pytest.warns(UserWarning, match="no chip is left for train, val, test: 0 chips"):
+        splits.run(chip_index.path_in(world), kind="block")
+    assert set(chip_index.read_metadata(chip_index.path_in(world))["split"]["counts"].values()) == {0}

@@ -168,6 +168,22 @@ def test_a_random_split_warns_and_drops_nothing(neighbours):
     assert set(dropped.values()) == {0}
 
 
+def test_a_dropped_val_chip_drops_no_train_chip():
+    # Three chips of 480 m in a row, each over the next: 400 m from one to the next.
+    x = [600000 + 400 * i for i in range(3)]
+    geometry = [ground.chip_outlines(32610, (30, 0, x[i], 0, -30, 4e6), np.array([(0, 0)]), 16)[0] for i in range(3)]
+    names = ["10SFA", "10SFB", "10SFC"]
+    columns = {"chip_id": names, "tile": names, "biome": "unknown"}
+    frame = geopandas.GeoDataFrame(columns, geometry=geometry, crs=4326)
+    thirds = dict.fromkeys(splits.SPLITS, 1 / 3)
+    blocks, strata = np.array(names, object), np.full(3, "unknown", object)
+    seed = next(s for s in range(99) if splits._draw(blocks, strata, thirds, s).tolist() == ["train", "val", "test"])
+    with pytest.warns(UserWarning, match="no chip is left for val"):
+        split, dropped = splits.split_by_blocks(frame, kind="tile", fractions=thirds, seed=seed)
+    assert split.tolist() == ["train", "dropped", "test"]
+    assert dropped == {"train_meets_test": 0, "train_meets_val": 0, "val_meets_test": 1}
+
+
 # --- which chips meet ---
 
 
@@ -178,6 +194,13 @@ def pair_at(epsg_one, x_one, y_one, epsg_other, x_other, y_other, size=16):
         for epsg, x, y in ((epsg_one, x_one, y_one), (epsg_other, x_other, y_other))
     ]
     return ground.meets(*outlines), [ground.meets(*outlines, buffer_m=buffer) for buffer in (20, 40)]
+
+
+def test_geocentric_places_are_those_of_proj():
+    rng = np.random.default_rng(0)
+    lon, lat = rng.uniform(-180, 180, 9), rng.uniform(-85, 85, 9)
+    expected = pyproj.Transformer.from_crs(4979, 4978, always_xy=True).transform(lon, lat, np.zeros(9))
+    np.testing.assert_allclose(ground.geocentric(lon, lat), np.stack(expected, -1), atol=1e-6)
 
 
 @pytest.mark.parametrize("y", [4200000.0, 20000.0, 7800000.0])
@@ -295,7 +318,7 @@ def test_the_command_writes_splits_into_the_index(world, capsys):
     }
     counts = Counter(after["split"])
     assert stored["split"]["counts"] == {name: counts[name] for name in ("train", "val", "test", "dropped")}
-    assert "dropped for shared ground: 0 train meets test, 0 train meets val, 0 val meets test" in out
+    assert "dropped for shared ground: 0 train meets test, 0 val meets test, 0 train meets val" in out
     written = path.read_bytes()
     assert (
         splits.main(["--out", str(root), "--block-km", "0.7", "--seed", "2", "--fractions", "0.6", "0.2", "0.2"]) == 0
