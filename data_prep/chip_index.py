@@ -102,7 +102,8 @@ def set_split(path: str | os.PathLike[str], split: Sequence[str], metadata: Mapp
     path = Path(path)
     schema = _open(path)
     table = pq.read_table(path)
-    table = table.set_column(table.schema.get_field_index("split"), COLUMNS.field("split"), [list(split)])
+    values = pa.array(list(split), pa.string())
+    table = table.set_column(table.schema.get_field_index("split"), COLUMNS.field("split"), values)
     stored = {**_metadata(schema), "split": dict(metadata)}
     _write(path, table, {b"geo": schema.metadata[b"geo"], METADATA_KEY: _json(stored)})
 

@@ -157,7 +157,7 @@ def _fill_empty(split_of: dict[str, str], order: Sequence[str], fractions: Mappi
 
 def label_histograms(chips: Any, split: np.ndarray) -> dict[str, list[int]]:
     """Labels of each split in the bins `chip_index.LABEL_EDGES`, summed over its chips' `label_counts`."""
-    counts = np.array([np.asarray(one, np.int64) for one in chips["label_counts"]])
+    counts = np.array([np.asarray(one) for one in chips["label_counts"]], np.int64)
     counts = counts.reshape(len(split), len(chip_index.LABEL_EDGES))
     return {name: counts[split == name].sum(axis=0).tolist() for name in (*SPLITS, DROPPED)}
 
@@ -186,6 +186,8 @@ def run(index: Path, **settings: Any) -> dict[str, Any]:
         label_histograms.
     """
     chips = chip_index.read_index(index)
+    settings = {**(split_by_blocks.__kwdefaults__ or {}), **settings}  # defaults are settings too
+    settings["fractions"] = dict(settings["fractions"] or FRACTIONS)
     split, dropped = split_by_blocks(chips, **settings)
     histograms = label_histograms(chips, split)
     found = Counter(split.tolist())

@@ -338,6 +338,14 @@ def test_histograms_count_each_splits_labels(world):
         assert found[name] == np.histogram(np.concatenate(values)[np.concatenate(values) >= 0], edges)[0].tolist()
 
 
+def test_settings_left_out_are_written_too(world):
+    written = splits.run(chip_index.path_in(world[0]), block_km=0.7)
+    expected = {"kind": "block", "block_km": 0.7, "buffer_m": 0.0, "seed": 0, "stratify": "biome"}
+    expected["fractions"] = {"train": 0.8, "val": 0.1, "test": 0.1}
+    assert {name: written[name] for name in expected} == expected
+    assert chip_index.read_metadata(chip_index.path_in(world[0]))["split"] == written
+
+
 def test_random_in_the_command(world, capsys):
     assert splits.main(["--out", str(world[0]), "--kind", "random", "--stratify", "none"]) == 0
     assert "warning: a random split leaks" in capsys.readouterr().err
