@@ -64,7 +64,7 @@ setup(
     install_requires=CORE,
     extras_require={
         "prep": PREP,
-        "dask": ["dask[distributed]>=2024.8"],  # the first whose dataframes work with NumPy 2
+        "dask": ["distributed>=2024.8"],  # the first that works with NumPy 2; brings dask
         "sweep": SWEEP,
         "hub": ["huggingface_hub>=0.23"],  # resumes broken downloads by itself
         # The version behind the numeric references in tests/golden. Only benchmarks/ uses it.
