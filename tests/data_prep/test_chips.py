@@ -12,7 +12,7 @@ import rasterio
 import shapely
 
 from biomass_jax.data import records
-from data_prep import biomes, chip_folders, chip_index, chips, ground, splits
+from data_prep import biomes, chip_folders, chip_index, chips, splits
 from data_prep.errors import PrepError
 from tests.data_prep.chip_world import BANDS, SEASON, SIZE, ramp, scattered, write_tif, write_tile
 
@@ -341,50 +341,6 @@ def test_the_real_chip_comes_back(samples, tmp_path):
     record = chips.read_record(row, tmp_path)
     np.testing.assert_array_equal(record["image"], np.moveaxis(image, 0, -1))
     np.testing.assert_array_equal(record["label"], label)
-
-
-HLS_SOUTHERN = (  # as real HLS files spell a zone without an EPSG code
-    'PROJCS["UTM Zone {zone}, {half} Hemisphere",GEOGCS["Unknown datum based upon the WGS 84 ellipsoid",'
-    'DATUM["Not specified (based on WGS 84 spheroid)",SPHEROID["WGS 84",6378137,298.257223563]],'
-    'PRIMEM["Greenwich",0],UNIT["degree",0.0174532925199433]],PROJECTION["Transverse_Mercator"],'
-    'PARAMETER["latitude_of_origin",0],PARAMETER["central_meridian",{meridian}],PARAMETER["scale_factor",0.9996],'
-    'PARAMETER["false_easting",500000],PARAMETER["false_northing",{northing}],UNIT["metre",1]]'
-)
-
-
-@pytest.mark.parametrize(("half", "northing", "code"), [("Northern", 0, 32660), ("Southern", 10000000, 32760)])
-def test_user_defined_utm_has_the_code_of_its_zone(half, northing, code):
-    wkt = HLS_SOUTHERN.format(zone=60, half=half, meridian=177, northing=northing)
-    assert ground.epsg_code(rasterio.CRS.from_wkt(wkt), "file") == code
-    odd = HLS_SOUTHERN.format(zone=60, half=half, meridian=178.5, northing=northing)
-    with pytest.raises(PrepError, match="file: found a CRS without an EPSG code"):
-        ground.epsg_code(rasterio.CRS.from_wkt(odd), "file")
-
-
-def test_both_forms_of_a_southern_tile_have_one_outline():
-    places = np.array([(0, 0), (16, 32)])
-    north = ground.chip_outlines(32760, (30, 0, 700000, 0, -30, 8100000), places, SIZE)
-    south = ground.chip_outlines(32660, (30, 0, 700000, 0, -30, -1900000), places, SIZE)
-    for one, other in zip(north, south, strict=True):
-        assert shapely.equals_exact(one, other, 1e-9)
-
-
-def test_outlines_across_the_antimeridian_are_cut_in_two():
-    # Zone 60's eastern edge at 17 S lies near x = 819,800 m.
-    to_utm = pyproj.Transformer.from_crs(4326, 32760, always_xy=True)
-    x, y = to_utm.transform(180, -17)
-    (outline,) = ground.chip_outlines(32760, (30, 0, x - 160, 0, -30, y), np.array([(0, 0)]), SIZE)
-    assert outline.geom_type == "MultiPolygon"
-    assert outline.is_valid
-    west, _, east, _ = outline.bounds
-    assert (west, east) == (-180, 180)
-    geod = pyproj.Geod(ellps="WGS84")
-    areas = [abs(geod.geometry_area_perimeter(part)[0]) for part in outline.geoms]
-    assert sum(areas) == pytest.approx(480**2, rel=5e-3)
-    assert max(areas) / sum(areas) == pytest.approx(2 / 3, abs=0.02)
-    lon, lat = ground.centres([outline])[0]
-    expected = pyproj.Transformer.from_crs(32760, 4326, always_xy=True).transform(x - 160 + 240, y - 240)
-    assert (lon % 360, lat) == pytest.approx((expected[0] % 360, expected[1]), abs=1e-7)
 
 
 @pytest.mark.parametrize("settings", [{"min_labels": 0}, {"max_nodata": 1.5}, {"max_nodata": float("nan")}])
