@@ -1,0 +1,257 @@
+"""The whole chain: one result however it is cut and ended; what is done is kept; what fails is named."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data_prep import prepare
+from data_prep.errors import PrepError
+from data_prep.prepare_executors import SerialExecutor, attempt, open_executor
+from data_prep.prepare_state import locked
+from data_prep.synthetic.forest import write_forest_world
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+CONFIG = ROOT / "configs" / "prepare.py"
+TILES = ("10SFF", "10SGF")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Granules of two small neighbouring tiles, and orbits over them."""
+    folder = tmp_path_factory.mktemp("world")
+    write_forest_world(folder, shape=(200, 200), scenes=2, tiles=2)
+    return folder / "granules"
+
+
+def command(out, *more):
+    settings = ["season=2020", "chips.size=64", "chips.min_labels=5", "chips.max_nodata=0.3"]
+    settings += ["splits.block_km=2", "shards.records_per_shard=4"]
+    return ["--config", str(CONFIG), "--out", str(out), *(f"--config.{text}" for text in settings), *map(str, more)]
+
+
+def given(world, out):
+    """A folder with its own copy of the granules."""
+    shutil.copytree(world, out / "granules")
+    return out
+
+
+def files(out):
+    """SHA-256 of all that a run leaves, but for records of when inputs were changed."""
+    found = {}
+    for path in sorted(out.rglob("*")):
+        name = path.relative_to(out)
+        record = name.parts[0] == "state" and path.suffix == ".json"
+        if path.is_file() and name.parts[0] != "granules" and path.name != ".lock" and not record:
+            found[name.as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def report(out):
+    return json.loads((out / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def plain(world, tmp_path_factory):
+    """The files that one run in this process makes."""
+    out = given(world, tmp_path_factory.mktemp("plain"))
+    assert prepare.main(command(out)) == 0
+    return files(out)
+
+
+def test_shards_open_in_tfds_and_the_report_tells_how_they_came(world, tmp_path, capsys):
+    import tensorflow_datasets as tfds
+
+    out = given(world, tmp_path)
+    assert prepare.main(command(out)) == 0
+    told = report(out)
+    assert told["errors"] == {}
+    assert [told["tiles"][tile]["status"] for tile in TILES] == ["finished", "finished"]
+    builder = tfds.builder_from_directory(out / "shards")
+    counts = {split: len(builder.as_data_source(split)) for split in builder.info.splits}
+    assert counts == told["shards"]["counts"]
+    assert set(counts) == {"train", "val", "test"}
+    kept = sum(told["tiles"][tile]["chips"]["kept"] for tile in TILES)
+    assert kept == sum(told["splits"]["counts"].values())
+    used = sum(told["tiles"][tile]["labels"]["counts"]["used"] for tile in TILES)
+    assert 0 < used <= sum(orbit["counts"][-1][1] for orbit in told["orbits"].values())
+    lines = capsys.readouterr().out.splitlines()
+    (row,) = [line.split() for line in lines if line.startswith("10SFF")]
+    assert row[0:2] == ["10SFF", "2"]
+    assert row[-1] == "finished"
+
+
+def test_what_is_done_is_kept_until_settings_or_inputs_change(world, tmp_path, capsys):
+    out = given(world, tmp_path)
+    assert prepare.main(command(out)) == 0
+    written = {path: path.stat().st_mtime_ns for path in out.rglob("*.*") if path.name not in ("report.json", ".lock")}
+    first = files(out)
+    capsys.readouterr()
+    assert prepare.main(command(out)) == 0
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert "composite 2 of 2 done before, unchanged" in capsys.readouterr().out
+
+    assert prepare.main(command(out, "--config.splits.seed=5")) == 0  # nothing before the splits is done again
+    said = capsys.readouterr().out
+    assert "chips     2 of 2 done before, unchanged" in said
+    assert "splits    all: " in said
+    assert files(out)["chips/chips.parquet"] != first["chips/chips.parquet"]
+
+    band = next((out / "granules" / "hls").glob("HLS.L30.T10SGF.*/*.B04.tif"))
+    os.utime(band)
+    (out / "labels" / "10SFF" / "10SFF_2020-05-01_2020-10-01_agbd.tif").write_bytes(b"")
+    assert prepare.main(command(out)) == 0
+    said = capsys.readouterr().out
+    assert "composite 10SGF: " in said
+    assert "composite 1 of 2 done before, unchanged" in said
+    assert "labels    10SFF: " in said
+    assert files(out) == first
+
+
+def test_one_bad_granule_fails_its_tile_alone_and_is_named(world, tmp_path, capsys):
+    out = given(world, tmp_path)
+    band = next((out / "granules" / "hls").glob("HLS.L30.T10SGF.*/*.B05.tif"))
+    whole = band.read_bytes()
+    band.write_bytes(whole[: len(whole) // 2])
+    (out / "granules" / "gedi" / "GEDI04_A_2020001000000_O00001_01_T00001_02_002_02_V002.h5").write_bytes(b"nothing")
+    assert prepare.main(command(out)) == 1
+    told = report(out)
+    assert {tile: about["status"] for tile, about in told["tiles"].items()} == {"10SFF": "finished", "10SGF": "failed"}
+    assert set(told["errors"]) == {"composite 10SGF", "gedi GEDI04_A_2020001000000_O00001_01_T00001_02_002_02_V002"}
+    assert band.name in told["errors"]["composite 10SGF"]
+    assert told["tiles"]["10SFF"]["chips"]["kept"] > 0
+    assert (out / "shards" / "dataset_info.json").is_file()
+    said = capsys.readouterr()
+    assert f"error: composite 10SGF: {band}" in said.err
+    assert "failed: composite 10SGF" in said.out
+
+    next((out / "granules" / "gedi").glob("*O00001*")).unlink()
+    band.write_bytes(whole)
+    assert prepare.main(command(out)) == 0
+    assert report(out)["tiles"]["10SGF"]["status"] == "finished"
+
+
+def test_granules_are_discarded_once_used_and_not_missed(world, tmp_path, plain, capsys):
+    out = given(world, tmp_path)
+    other = out / "granules" / "hls" / "HLS.L30.T10SFF.2019160T184512.v2.0"  # of no use this season
+    shutil.copytree(next((out / "granules" / "hls").glob("HLS.L30.T10SFF.*")), other)
+    assert prepare.main(command(out, "--discard-granules")) == 0
+    assert [path.name for path in (out / "granules" / "hls").iterdir()] == [other.name]
+    assert list((out / "granules" / "gedi").iterdir()) == []
+    assert files(out) == plain
+    assert prepare.main(command(out)) == 0
+    assert files(out) == plain
+    capsys.readouterr()
+    assert prepare.main(command(out, "--config.composite.min_clear=2")) == 1
+    assert "2 of its inputs were discarded" in capsys.readouterr().err
+
+
+def test_granules_that_a_link_leads_to_are_left(world, tmp_path):
+    source = given(world, tmp_path / "archive")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "granules").symlink_to(source / "granules")
+    assert prepare.main(command(out, "--discard-granules", "--config.tiles=('10SFF',)")) == 0
+    assert len(list((source / "granules").rglob("*.h5"))) == 2
+    assert len(list((source / "granules" / "hls").iterdir())) == 4
+
+
+@pytest.mark.slow
+def test_processes_make_the_same_files(world, tmp_path, plain):
+    out = given(world, tmp_path)
+    assert prepare.main(command(out, "--workers", "2")) == 0
+    assert files(out) == plain
+
+
+@pytest.mark.slow
+def test_a_dask_cluster_makes_the_same_files(world, tmp_path, plain):
+    distributed = pytest.importorskip("distributed")
+    out = given(world, tmp_path)
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        assert prepare.main(command(out, "--scheduler", cluster.scheduler_address)) == 0
+    assert files(out) == plain
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_killed_at_any_moment_goes_on(world, tmp_path, plain, workers):
+    out = given(world, tmp_path)
+    line = [sys.executable, "-m", "data_prep.prepare", *command(out, "--workers", workers)]
+    draw = random.Random(workers)
+    began = [(out / name) for name in ("composites", "labels", "shards")]
+    for sign in began:  # in the middle of three different steps
+        run = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        until = time.monotonic() + 60
+        while not sign.exists() and run.poll() is None and time.monotonic() < until:
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0, 0.2))
+        run.kill()
+        run.wait()
+    assert subprocess.run(line, cwd=ROOT, capture_output=True, timeout=120).returncode == 0
+    assert files(out) == plain
+    assert [path.name for path in out.rglob(".*") if path.name != ".lock"] == []
+
+
+def test_sigterm_stops_with_75(world, tmp_path, monkeypatch, capsys):
+    def at_work(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(prepare, "prepare", at_work)
+    assert prepare.main(command(tmp_path)) == prepare.STOPPED == 75
+    assert "stopped by SIGTERM" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path, capsys):
+    with locked(tmp_path):
+        assert prepare.main(command(tmp_path)) == 1
+    assert "another run of data_prep.prepare is at work there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--config.seson=2020"], 'Did you mean "season"'),
+        (["--config.chips.size=many"], "chips.size=many"),
+        (["--config.season=1 May"], "season '1 May' is not two dates"),
+        (["--config.season="], "season is not set"),
+        (["--workers", "0"], "--workers 0: expected 1 or more"),
+        (["stray"], "unexpected arguments ['stray']"),
+        ([], "no granules there"),
+    ],
+)
+def test_bad_settings_are_told_in_a_line(tmp_path, capsys, more, message):
+    assert prepare.main(command(tmp_path, *more)) == 1
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_an_unknown_config_and_an_absent_scheduler_are_named(tmp_path, monkeypatch):
+    with pytest.raises(PrepError, match="absent.py: no such file"):
+        prepare.read_config(str(tmp_path / "absent.py"))
+    pytest.importorskip("distributed")
+    monkeypatch.setattr("data_prep.prepare_executors.CONNECT_SECONDS", 0.2)
+    with pytest.raises(PrepError, match="no Dask scheduler answers"), open_executor(1, "tcp://127.0.0.1:9"):
+        pass
+
+
+def breaks(number):
+    raise ZeroDivisionError(number)
+
+
+def test_an_error_that_nobody_foresaw_is_an_outcome_too():
+    outcome = SerialExecutor().submit(attempt, breaks, {"number": 3}).result()
+    assert outcome.result is None
+    assert outcome.error == "ZeroDivisionError: 3"
+    assert "in breaks" in outcome.trace
