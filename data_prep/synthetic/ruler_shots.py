@@ -105,8 +105,12 @@ def _pixels(tile: Tile, tiles: list[Tile], seen: NDArray[np.bool_], seed: int) -
     good = (r > 0) & seen[r, c]
     hidden = np.argwhere(~seen[1:])[:: max(1, (~seen).sum() // 20)] + (1, 0)
     r, c = np.concatenate([r[good], hidden[:, 0]]), np.concatenate([c[good], hidden[:, 1]])
-    zero = np.zeros(len(r))
-    owned = clearly_owned(tile, tiles, *tile.places(r.astype(float), c.astype(float), zero, zero))
+    # At a pixel's corners, where shots are, not at its centre: a neighbour's edge may run between them.
+    corners = [np.full((2, len(r)), [[dx], [dy]]) for dx, dy in CORNERS]
+    owned = np.all(
+        [clearly_owned(tile, tiles, *tile.places(r.astype(float), c.astype(float), *offset)) for offset in corners],
+        axis=0,
+    )
     return [(int(row), int(col)) for row, col in zip(r[owned], c[owned], strict=True)]
 
 
