@@ -1,4 +1,4 @@
-"""The main job on made-up data, as a user would run it: `make demo`, or `python -m launch.demo [--out demo_out]`.
+"""The main jobs on made-up data, as a user would run them: `make demo`, or `python -m launch.demo [--out demo_out]`.
 
 Each command is printed before it runs, so it can be copied. What an earlier demo left in the folder is made anew.
 """
@@ -16,7 +16,21 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = "tests/golden/ckpt_micro_cli/state_dict.ckpt"  # real, but tiny: 125,327 parameters, three epochs
-GRANULE = "HLS.L30.T10SFF.2020183T184512.v2.0"  # what data_prep.synthetic writes
+TILE = "10SFF"  # what data_prep.synthetic writes
+GRANULE = "HLS.L30.T10SFF.2020198T184512.v2.0"  # one of its scenes, of which a corner lies off the swath
+MADE = (
+    "granules",
+    "footprints",
+    "composites",
+    "labels",
+    "chips",
+    "shards",
+    "check",
+    "preview",
+    "state",
+    "model",
+    "maps",
+)
 TIME_LIMIT = 290.0  # seconds for all stages together
 
 
@@ -28,8 +42,18 @@ def stages(out: Path) -> list[tuple[str, list[str]]]:
     """Titles and commands, in order; a command is what follows `python`."""
     return [
         (
-            "Make an HLS scene of 460 x 700 pixels",
-            ["-m", "data_prep.synthetic", "--out", f"{out}/granules", "--size", "460x700"],
+            "Make up a forest: HLS scenes of a small tile, GEDI orbits over it",
+            ["-m", "data_prep.synthetic", "--world", "forest", "--out", f"{out}", "--size", "900x1120"],
+        ),
+        (
+            "Prepare training data: composite, labels, chips, splits, shards, check",
+            ["-m", "data_prep.prepare", "--config", "configs/prepare.py", "--out", f"{out}"]
+            # Blocks as small as the tile asks for; real ones are larger than the neighbourhood that looks alike.
+            + ["--config.season=2020", "--config.splits.block_km=7"],
+        ),
+        (
+            "Draw the tile with its labels and chips",
+            ["-m", "data_prep.preview", "--out", f"{out}", "--tile", TILE, "--png", f"{out}/preview/{TILE}.png"],
         ),
         (
             "Convert a PyTorch checkpoint into a model bundle",
@@ -37,9 +61,9 @@ def stages(out: Path) -> list[tuple[str, list[str]]]:
             ["-m", "biomass_jax.convert", "--input", CHECKPOINT, "--statistics", "granite", "--output", f"{out}/model"],
         ),
         (
-            "Map the scene",
+            "Map one of the scenes",
             ["-m", "biomass_jax.main", "--config", "configs/predict.py", "--workdir", f"{out}/maps"]
-            + [f"--config.bundle={out}/model", f"--config.inputs={out}/granules/{GRANULE}"]
+            + [f"--config.bundle={out}/model", f"--config.inputs={out}/granules/hls/{GRANULE}"]
             + ["--config.quicklook=true"],
         ),
     ]
@@ -65,9 +89,14 @@ def run(title: str, command: list[str], seconds_left: float) -> None:
 
 
 def summary(out: Path) -> str:
-    """Return where the map and its picture lie, with a few numbers read back from the map."""
+    """Return where shards, map and pictures lie, with a few numbers read back from them."""
+    import tensorflow_datasets as tfds
+
     from biomass_jax.data import raster
 
+    builder = tfds.builder_from_directory(ROOT / out / "shards")
+    sources = {split: builder.as_data_source(split) for split in builder.info.splits}
+    chip = sources["train"][0]
     path = ROOT / out / "maps" / f"{GRANULE}_agbd.tif"
     biomass = raster.read_preview(path, max_size=10_000)  # its full size; no-data is NaN
     known = np.isfinite(biomass)
@@ -75,6 +104,9 @@ def summary(out: Path) -> str:
     tags = raster.read_tags(path)
     return "\n".join(
         [
+            f"shards     {out / 'shards'}: " + ", ".join(f"{len(chips)} {split}" for split, chips in sources.items()),
+            f"first chip {chip['chip_id'].decode()}, image {chip['image'].shape}, {(chip['label'] >= 0).sum()} labels",
+            f"picture    {out / 'preview' / TILE}.png",
             f"map        {out / 'maps' / path.name}",
             f"picture    {out / 'maps' / path.stem}_quicklook.png",
             f"pixels     {biomass.shape[0]} x {biomass.shape[1]}, {1 - known.mean():.1%} without data",
@@ -93,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for everything (demo_out)")
     out = parser.parse_args(argv).out
     began = time.monotonic()
-    for folder in ("granules", "model", "maps"):
+    for folder in MADE:
         shutil.rmtree(ROOT / out / folder, ignore_errors=True)
     try:
         for title, command in stages(out):

@@ -6,15 +6,16 @@ import sys
 import numpy as np
 import pytest
 import rasterio
+import tensorflow_datasets as tfds
 
-from data_prep.synthetic.granule import Overpass
 from launch import demo
 
 
 def test_stages_pass_on_what_the_one_before_wrote(tmp_path):
-    synthetic, convert, predict = (command for _, command in demo.stages(tmp_path))
-    assert Overpass().granule == demo.GRANULE
-    assert f"--config.inputs={synthetic[synthetic.index('--out') + 1]}/{demo.GRANULE}" in predict
+    synthetic, prepare, preview, convert, predict = (command for _, command in demo.stages(tmp_path))
+    out = synthetic[synthetic.index("--out") + 1]
+    assert prepare[prepare.index("--out") + 1] == preview[preview.index("--out") + 1] == out == str(tmp_path)
+    assert f"--config.inputs={out}/granules/hls/{demo.GRANULE}" in predict
     assert f"--config.bundle={convert[convert.index('--output') + 1]}" in predict
     assert (demo.ROOT / convert[convert.index("--input") + 1]).is_file()
 
@@ -35,19 +36,29 @@ def test_a_stage_that_fails_or_hangs_stops_the_demo(tmp_path, monkeypatch, capfd
 
 
 @pytest.mark.slow
-def test_demo_makes_a_map_and_a_picture(tmp_path):
+def test_demo_makes_shards_a_map_and_pictures(tmp_path):
     kept = tmp_path / "notes.txt"
     kept.touch()
-    (tmp_path / "maps").mkdir()
-    old = tmp_path / "maps" / "old.tif"
-    old.touch()
+    old = [tmp_path / "maps" / "old.tif", tmp_path / "shards" / "old"]
+    for path in old:
+        path.parent.mkdir()
+        path.touch()
     command = [sys.executable, "-m", "launch.demo", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=demo.ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert kept.exists()
-    assert not old.exists()
+    assert not any(path.exists() for path in old)
+    assert str(tmp_path / "shards") in done.stdout
 
-    granule = tmp_path / "granules" / demo.GRANULE
+    builder = tfds.builder_from_directory(tmp_path / "shards")
+    counts = {split: len(builder.as_data_source(split)) for split in ("train", "val", "test")}
+    assert counts == {"train": 15, "val": 2, "test": 2}
+    chip = builder.as_data_source("test")[0]
+    assert chip["image"].shape == (224, 224, 6)
+    assert (chip["label"] >= 0).sum() >= 20
+    assert (tmp_path / "preview" / f"{demo.TILE}.png").read_bytes().startswith(b"\x89PNG")
+
+    granule = tmp_path / "granules" / "hls" / demo.GRANULE
     maps = tmp_path / "maps"
     map_path, picture = maps / f"{demo.GRANULE}_agbd.tif", maps / f"{demo.GRANULE}_agbd_quicklook.png"
     assert f"map        {map_path}" in done.stdout
