@@ -130,50 +130,48 @@ def composite(
     with ThreadPoolExecutor(threads) as pool:
         scenes, duplicates = without_duplicates(list(pool.map(open_scene, selection.folders)))
     _check_one_grid(scenes)
-    mask = sums.Mask(drop_water, drop_high_aerosol)
-    plan = sums.Plan(tuple(scenes), statistic, min_clear, mask, threads, memory)
-    settings = {
-        "statistic": statistic,
-        "min_clear": min_clear,
-        "sensors": sorted(set(sensors)),
-        "masked": ["fill", "cloud", "adjacent", "shadow", "snow"]
-        + ["water"] * drop_water
-        + ["high aerosol"] * drop_high_aerosol,
-    }
-    used = "+".join(sorted({scene.granule.sensor for scene in scenes}))
-    names = tuple(scene.granule.name for scene in scenes)
-    counts = sums.Counts(names)
-    tags = {
-        "TILE": scenes[0].granule.tile,
-        "SEASON": season.text,
-        "SENSORS": used,
-        "SCENES": ",".join(names),
-        "DUPLICATES": ",".join(f"{dropped}={kept}" for dropped, kept in duplicates.items()),
-    }
-
-    def rows() -> Iterator[np.ndarray]:
-        yield from sums.row_bands(plan, counts)
-        # the writer reads tags after the last row
-        found = {"scenes": len(names), "covered": counts.covered, "by_scene": counts.by_scene}
-        tags["COMPOSITE"] = json.dumps(settings | {"counts": found}, sort_keys=True)
-
+    plan = sums.Plan(tuple(scenes), statistic, min_clear, sums.Mask(drop_water, drop_high_aerosol), threads, memory)
+    counts = sums.Counts(tuple(scene.granule.name for scene in scenes))
+    tags = _tags(scenes, season, duplicates)
+    rows = _rows(plan, counts, tags, sensors)
     grid = scenes[0].grid
-    path = write_cog(dst, rows(), grid, "int16", (*BAND_NAMES, COUNT_NAME), FILL, tags)
-    warnings = () if counts.covered else (f"{path}: no pixel has {min_clear} clear observations; nothing but fill",)
+    path = write_cog(dst, rows, grid, "int16", (*BAND_NAMES, COUNT_NAME), FILL, tags)
+    empty = f"{path}: no pixel has {min_clear} clear observations; nothing but fill"
     return Report(
         path=path,
         tile=tags["TILE"],
         season=season.text,
-        sensors=used,
-        scenes=names,
+        sensors=tags["SENSORS"],
+        scenes=tuple(counts.by_scene),
         duplicates=duplicates,
         out_of_season=selection.out_of_season,
         other_sensors=selection.other_sensors,
         counts=counts.by_scene,
         pixels=grid.height * grid.width,
         covered=counts.covered,
-        warnings=warnings,
+        warnings=() if counts.covered else (empty,),
     )
+
+
+def _tags(scenes: Sequence[Scene], season: Season, duplicates: Mapping[str, str]) -> dict[str, str]:
+    """The composite's tags, but for the settings and counts."""
+    return {
+        "TILE": scenes[0].granule.tile,
+        "SEASON": season.text,
+        "SENSORS": "+".join(sorted({scene.granule.sensor for scene in scenes})),
+        "SCENES": ",".join(scene.granule.name for scene in scenes),
+        "DUPLICATES": ",".join(f"{dropped}={kept}" for dropped, kept in duplicates.items()),
+    }
+
+
+def _rows(plan: sums.Plan, counts: sums.Counts, tags: dict[str, str], sensors: Sequence[str]) -> Iterator[np.ndarray]:
+    """The composite's rows; adds settings and counts to the tags, which the writer reads after the last of them."""
+    yield from sums.row_bands(plan, counts)
+    masked = ["fill", "cloud", "adjacent", "shadow", "snow"]
+    masked += ["water"] * plan.mask.drop_water + ["high aerosol"] * plan.mask.drop_high_aerosol
+    found = {"scenes": len(plan.scenes), "covered": counts.covered, "by_scene": counts.by_scene}
+    settings = {"statistic": plan.statistic, "min_clear": plan.min_clear, "sensors": sorted(set(sensors))}
+    tags["COMPOSITE"] = json.dumps({**settings, "masked": masked, "counts": found}, sort_keys=True)
 
 
 def select(

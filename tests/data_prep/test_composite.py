@@ -3,9 +3,8 @@ import os
 import shutil
 import warnings
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import timedelta
 from fractions import Fraction
-from math import floor
 
 import numpy as np
 import pytest
@@ -15,24 +14,23 @@ from rasterio.crs import CRS
 from biomass_jax.data.bands import BAND_NAMES
 from biomass_jax.data.raster import open_image
 from data_prep import composite as module
-from data_prep.composite import composite, composite_path, main, select, without_duplicates
+from data_prep.composite import composite, composite_path, main, select
 from data_prep.errors import PrepError
-from data_prep.hls import find_scenes, open_scene
+from data_prep.hls import find_scenes
 from data_prep.season import Season
 from data_prep.synthetic.granule import write_granule
-from data_prep.synthetic.hls_tags import Overpass
-
-SEASON = Season.parse("2020-06-01/2020-09-16")
-SHAPE = (23, 31)
-CODES = np.array([0, 1, 0b00100000, 0b11000000, 0b11100001, 0b00000010, 0b100, 0b1000, 0b10000, 0b01000110, 255])
-FIRST = Overpass(time=datetime(2020, 6, 1, 18, 45, 12))
-
-
-def made(rng, shape=SHAPE):
-    """Random digital numbers and Fmask codes, with fill, negative and very bright values."""
-    image = rng.integers(-300, 300, (*shape, 6)) * rng.integers(1, 60, (*shape, 6))
-    image[rng.random((*shape, 6)) < 0.03] = -9999
-    return image.astype(np.int16), rng.choice(CODES, shape).astype(np.uint8)
+from tests.data_prep.composite_by_hand import (
+    FIRST,
+    SEASON,
+    SHAPE,
+    by_hand,
+    chosen,
+    clear_by_hand,
+    half_even,
+    made,
+    pair,
+    read,
+)
 
 
 @pytest.fixture(scope="module")
@@ -51,55 +49,6 @@ def world(tmp_path_factory):
         place = replace(FIRST, time=FIRST.time + timedelta(days=day))
         write_granule(folder, np.full((*SHAPE, 6), 20000, np.int16), np.zeros(SHAPE, np.uint8), place)
     return folder, arrays
-
-
-def clear_by_hand(values, code, water, aerosol):
-    if code == 255 or any(value == -9999 for value in values):
-        return False
-    if (code >> 1) & 1 or (code >> 2) & 1 or (code >> 3) & 1 or (code >> 4) & 1:
-        return False
-    return not (water and (code >> 5) & 1) and not (aerosol and code >> 6 == 3)
-
-
-def half_even(value):
-    whole = floor(value)
-    rest = value - whole
-    return whole + (rest > Fraction(1, 2) or (rest == Fraction(1, 2) and whole % 2 == 1))
-
-
-def middle(values):
-    ordered = sorted(values)
-    return Fraction(ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2], 2)
-
-
-def by_hand(scenes, *, statistic="mean", min_clear=1, water=False, aerosol=False):
-    """(7, rows, columns), pixel by pixel in exact arithmetic."""
-    out = np.full((7, *SHAPE), -9999)
-    out[6] = 0
-    for row in range(SHAPE[0]):
-        for column in range(SHAPE[1]):
-            good = []
-            for image, fmask in scenes:
-                values = image[row, column].tolist()
-                if clear_by_hand(values, int(fmask[row, column]), water, aerosol):
-                    good.append(values)
-            if len(good) < min_clear:
-                continue
-            for band in range(6):
-                series = [values[band] for values in good]
-                exact = Fraction(sum(series), len(series)) if statistic == "mean" else middle(series)
-                out[band, row, column] = half_even(exact)
-            out[6, row, column] = len(good)
-    return out
-
-
-def chosen(arrays, sensors):
-    return [arrays[name] for name in arrays if name.split(".")[1] in sensors]
-
-
-def read(path):
-    with rasterio.open(path) as dataset:
-        return dataset.read()
 
 
 @pytest.mark.parametrize("statistic", ["mean", "median"])
@@ -189,16 +138,6 @@ def test_many_clear_scenes_are_added_exactly(tmp_path):
     assert (read(path)[:6] == 32767).all()
 
 
-def pair(tmp_path, *values):
-    """One-pixel-high scenes on days of June, each of one value in all bands."""
-    for day, value in enumerate(values):
-        image = np.full((3, 4, 6), value, np.int16)
-        write_granule(
-            tmp_path, image, np.zeros((3, 4), np.uint8), replace(FIRST, time=FIRST.time + timedelta(days=day))
-        )
-    return find_scenes(tmp_path)
-
-
 @pytest.mark.parametrize("statistic", ["mean", "median"])
 @pytest.mark.parametrize(("values", "expected"), [((2, 3), 2), ((3, 4), 4), ((-2, -3), -2), ((-3, -4), -4)])
 def test_halves_go_to_even(tmp_path, statistic, values, expected):
@@ -218,105 +157,6 @@ def test_more_clear_scenes_wanted_than_there_are(tmp_path):
     report = composite(pair(tmp_path, 100, 200), tmp_path / "c.tif", season=SEASON, min_clear=3)
     assert (read(report.path)[:6] == -9999).all() and (read(report.path)[6] == 0).all()
     assert "no pixel has 3 clear observations" in report.warnings[0]
-
-
-def test_of_two_granules_of_one_overpass_the_one_made_last_counts(tmp_path):
-    made_at = datetime(2024, 1, 1)
-    base = FIRST.time
-    # minutes after the first, days until processing
-    plan = {"old": (0, 1), "new": (9.9, 5), "far": (20, 0), "other day": (1440, 0)}
-    names = {}
-    for key, (minutes, days) in plan.items():
-        place = replace(FIRST, time=base + timedelta(minutes=minutes), processed=made_at + timedelta(days=days))
-        image = np.full((3, 4, 6), 900 if key == "old" else 100, np.int16)
-        names[key] = write_granule(tmp_path, image, np.zeros((3, 4), np.uint8), place).name
-    s30 = replace(FIRST, sensor="S30", time=base + timedelta(minutes=1), processed=made_at)
-    names["s30"] = write_granule(tmp_path, image, np.zeros((3, 4), np.uint8), s30).name
-    scenes = find_scenes(tmp_path)
-    report = composite(scenes, tmp_path / "c.tif", season=SEASON, sensors=("L30", "S30"))
-    assert report.duplicates == {names["old"]: names["new"]}
-    assert set(report.scenes) == set(names.values()) - {names["old"]}
-    assert (read(report.path)[:6] == 100).all()
-    assert (read(report.path)[6] == 4).all()
-    assert f"{names['old']}: duplicate of {names['new']}" in "\n".join(report.lines())
-    with rasterio.open(report.path) as dataset:
-        assert dataset.tags()["DUPLICATES"] == f"{names['old']}={names['new']}"
-
-
-def test_ten_minutes_apart_are_two_overpasses(tmp_path):
-    for minutes in (0, 10):
-        place = replace(FIRST, time=FIRST.time + timedelta(minutes=minutes))
-        write_granule(tmp_path, np.full((3, 4, 6), 100, np.int16), np.zeros((3, 4), np.uint8), place)
-    kept, dropped = without_duplicates([open_scene(folder) for folder in find_scenes(tmp_path)])
-    assert len(kept) == 2 and dropped == {}
-
-
-def test_a_chain_of_overpasses_keeps_the_newest_whatever_the_order(tmp_path):
-    for minutes, day in ((0, 3), (6, 2), (12, 1)):
-        place = replace(FIRST, time=FIRST.time + timedelta(minutes=minutes), processed=datetime(2024, 1, day))
-        write_granule(tmp_path, np.full((3, 4, 6), 100, np.int16), np.zeros((3, 4), np.uint8), place)
-    scenes = [open_scene(folder) for folder in find_scenes(tmp_path)]
-    first, second, third = (scene.granule.name for scene in scenes)
-    for order in ((0, 1, 2), (2, 1, 0), (1, 0, 2)):
-        kept, dropped = without_duplicates([scenes[k] for k in order])
-        assert [scene.granule.name for scene in kept] == [first, third]
-        assert dropped == {second: first}
-
-
-SOUTH = replace(FIRST, tile="60KXX", left=600000.0)
-
-
-def test_both_forms_of_a_southern_tile_are_one_ground(tmp_path):
-    forms = [(32660, 7800040 - 1e7, False), (32760, 7800040, False), (32760, 7800040, True)]
-    for day, (epsg, top, user_defined) in enumerate(forms):
-        place = replace(SOUTH, epsg=epsg, top=top, user_defined=user_defined, time=FIRST.time + timedelta(days=day))
-        write_granule(tmp_path, np.full((3, 4, 6), 100 * day, np.int16), np.zeros((3, 4), np.uint8), place)
-    path = composite(find_scenes(tmp_path), tmp_path / "c.tif", season=SEASON).path
-    assert (read(path)[:6] == 100).all()
-    with rasterio.open(path) as dataset:  # of the first scene
-        assert dataset.crs == CRS.from_epsg(32660)
-        assert dataset.transform.f == 7800040 - 1e7
-
-
-def test_the_same_numbers_in_the_other_hemisphere_are_other_ground(tmp_path):
-    place = replace(SOUTH, epsg=32760, top=7800040)
-    write_granule(tmp_path, np.full((3, 4, 6), 100, np.int16), np.zeros((3, 4), np.uint8), place)
-    place = replace(SOUTH, epsg=32660, top=7800040 - 1e7 + 30, time=FIRST.time + timedelta(days=1))
-    write_granule(tmp_path, np.full((3, 4, 6), 100, np.int16), np.zeros((3, 4), np.uint8), place)
-    with pytest.raises(PrepError, match="expected one grid for all scenes of a tile"):
-        composite(find_scenes(tmp_path), tmp_path / "c.tif", season=SEASON)
-
-
-@pytest.mark.parametrize("fill", ["fmask", "band"])
-def test_a_scene_of_nothing_but_fill(tmp_path, fill):
-    pair(tmp_path, 100)
-    image = np.full((3, 4, 6), 100, np.int16)
-    fmask = np.zeros((3, 4), np.uint8)
-    if fill == "fmask":
-        fmask[:] = 255
-    else:
-        image[..., 3] = -9999
-    bad = write_granule(tmp_path, image, fmask, replace(FIRST, time=FIRST.time + timedelta(days=3)))
-    with pytest.raises(PrepError, match=rf"{bad.name}: all of its pixels are fill"):
-        composite(find_scenes(tmp_path), tmp_path / "c.tif", season=SEASON)
-    assert not (tmp_path / "c.tif").exists()
-
-
-def test_a_scene_of_nothing_but_cloud_is_no_error(tmp_path):
-    pair(tmp_path, 100)
-    cloudy = replace(FIRST, time=FIRST.time + timedelta(days=3))
-    name = write_granule(tmp_path, np.full((3, 4, 6), 7000, np.int16), np.full((3, 4), 2, np.uint8), cloudy).name
-    report = composite(find_scenes(tmp_path), tmp_path / "c.tif", season=SEASON)
-    assert report.counts[name] == {"observed": 12, "clear": 0}
-    assert (read(report.path)[:6] == 100).all()
-    assert (read(report.path)[6] == 1).all()
-
-
-def test_reflectance_cut_to_integers(tmp_path):
-    image = np.random.default_rng(0).integers(0, 2, (40, 50, 6)).astype(np.int16)
-    folder = write_granule(tmp_path, image, np.zeros((40, 50), np.uint8), FIRST)
-    with pytest.raises(PrepError, match=r"2,000 clear pixels are at most 1 in all bands: reflectance"):
-        composite([folder], tmp_path / "c.tif", season=SEASON)
 
 
 def test_choice_by_name(world):
