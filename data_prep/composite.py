@@ -127,15 +127,12 @@ def composite(
     _check_settings(sensors, statistic, min_clear)
     selection = select(scene_folders, season=season, sensors=sensors, tile=tile)
     threads = threads or min(len(os.sched_getaffinity(0)), MOST_THREADS)
-    with ThreadPoolExecutor(threads) as pool:
-        scenes, duplicates = without_duplicates(list(pool.map(open_scene, selection.folders)))
-    _check_one_grid(scenes)
+    scenes, duplicates = _opened(selection.folders, threads)
     plan = sums.Plan(tuple(scenes), statistic, min_clear, sums.Mask(drop_water, drop_high_aerosol), threads, memory)
     counts = sums.Counts(tuple(scene.granule.name for scene in scenes))
     tags = _tags(scenes, season, duplicates)
-    rows = _rows(plan, counts, tags, sensors)
-    grid = scenes[0].grid
-    path = write_cog(dst, rows, grid, "int16", (*BAND_NAMES, COUNT_NAME), FILL, tags)
+    grid, names = scenes[0].grid, (*BAND_NAMES, COUNT_NAME)
+    path = write_cog(dst, _rows(plan, counts, tags, sensors), grid, "int16", names, FILL, tags)
     empty = f"{path}: no pixel has {min_clear} clear observations; nothing but fill"
     return Report(
         path=path,
@@ -255,7 +252,10 @@ def _check_settings(sensors: Sequence[str], statistic: str, min_clear: int) -> N
         raise PrepError(f"min_clear {min_clear}: expected 1 or more clear scenes")
 
 
-def _check_one_grid(scenes: Sequence[Scene]) -> None:
+def _opened(folders: Sequence[Path], threads: int) -> tuple[list[Scene], dict[str, str]]:
+    """Scenes by time without duplicates, {dropped: kept}. PrepError where they don't lie on one grid."""
+    with ThreadPoolExecutor(threads) as pool:
+        scenes, duplicates = without_duplicates(list(pool.map(open_scene, folders)))
     first = scenes[0]
     for scene in scenes[1:]:
         if not scene.grid.same_as(first.grid):
@@ -263,6 +263,7 @@ def _check_one_grid(scenes: Sequence[Scene]) -> None:
                 f"{scene.folder}: its grid is {scene.grid.describe()}, but {first.granule.name} lies on "
                 f"{first.grid.describe()}; expected one grid for all scenes of a tile"
             )
+    return scenes, duplicates
 
 
 def _season(text: str, folder: Path, table: Sequence | None) -> Season:
