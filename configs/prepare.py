@@ -21,6 +21,8 @@ def get_config() -> config_dict.ConfigDict:
     config.granules = config_dict.ConfigDict()
     config.granules.hls = ""  # folder of HLS granules' folders; OUT/granules/hls where empty
     config.granules.gedi = ""  # folder of GEDI L4A files; OUT/granules/gedi where empty
+    config.granules.download = False  # get what the tiles need from NASA's archives first
+    config.granules.max_cloud = 100.0  # percent of a scene that is downloaded
 
     config.composite = config_dict.ConfigDict()
     config.composite.sensors = ("L30",)  # and, or instead, S30

@@ -17,6 +17,7 @@ from data_prep.gedi import Filters, find_granules
 from data_prep.gedi_names import product_of
 from data_prep.hls import tile_grid_key
 from data_prep.labels import Composite, open_composite
+from data_prep.prepare_download import download_tiles
 from data_prep.prepare_runner import Runner
 from data_prep.prepare_state import Job, State, write_text
 from data_prep.season import DEFAULT_TABLE, Season, season_of_year
@@ -52,7 +53,10 @@ def prepare(
     Raises:
         PrepError: settings that no tile could be made with.
     """
-    chain = Chain(config, out, executor, threads, say)
+    runner = Runner(State(out), executor, say)
+    if config["granules"]["download"]:
+        download_tiles(config, runner)
+    chain = Chain(config, out, runner, threads)
     chain.footprints()
     chain.composites()
     if discard:
@@ -69,11 +73,9 @@ def prepare(
 class Chain:
     """The state of one run."""
 
-    def __init__(self, config: Mapping[str, Any], out: Path, executor: Executor, threads: int | None, say: Say) -> None:
-        self.config, self.out, self.executor, self.threads, self.say = config, out, executor, threads, say
-        self.state = State(out)
-        self.runner = Runner(self.state, executor, say)
-        self.done, self.errors = self.runner.done, self.runner.errors
+    def __init__(self, config: Mapping[str, Any], out: Path, runner: Runner, threads: int | None) -> None:
+        self.config, self.out, self.runner, self.threads = config, out, runner, threads
+        self.state, self.done, self.errors, self.say = runner.state, runner.done, runner.errors, runner.say
         self.season, self.year, self.season_table = _season(config)
         hls = Path(config["granules"]["hls"] or out / "granules" / "hls")
         self.granules = steps.granules_by_tile(hls)
@@ -214,7 +216,7 @@ class Chain:
             return
         settings = dict(self.config["shards"])
         folder = self.out / "shards"
-        arguments = {"index": index, "folder": folder, "settings": settings, "executor": self.executor}
+        arguments = {"index": index, "folder": folder, "settings": settings, "executor": self.runner.executor}
         rasters = [
             path for tile in tiles for path in (self.images[tile].path, self.done["labels"][tile].job.outputs[0])
         ]

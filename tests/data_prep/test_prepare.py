@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -162,6 +163,49 @@ def test_granules_that_a_link_leads_to_are_left(world, tmp_path):
     assert prepare.main(command(out, "--discard-granules", "--config.tiles=('10SFF',)")) == 0
     assert len(list((source / "granules").rglob("*.h5"))) == 2
     assert len(list((source / "granules" / "hls").iterdir())) == 4
+
+
+class Archive:
+    """The world's granules behind the archive's search and download."""
+
+    def __init__(self, world):
+        self.files = {path.name: path for path in world.rglob("*.*") if path.is_file()}
+        self.asked = []
+
+    def search(self, **query):
+        hls = query["short_name"].startswith("HLS")
+        wanted = f".{query['granule_name'].split('.')[2]}." if hls else "GEDI04"
+        names = sorted(name for name in self.files if wanted in name)
+        found = {}
+        for name in names:
+            granule = name.rsplit(".", 2)[0] if hls else name.removesuffix(".h5")
+            found.setdefault(granule, []).append({"URL": f"https://archive/{name}", "Type": "GET DATA"})
+        return [{"umm": {"GranuleUR": name, "RelatedUrls": urls, "DataGranule": {}}} for name, urls in found.items()]
+
+    def open_url(self, url, headers):
+        self.asked.append(url.rsplit("/")[-1])
+        body = self.files[self.asked[-1]].read_bytes()
+        kind = {"Content-Length": str(len(body)), "Content-Type": "image/tiff"}
+        return SimpleNamespace(status_code=200, headers=kind, iter_content=lambda size: [body], close=lambda: None)
+
+
+def test_granules_are_downloaded_where_none_are_given(world, tmp_path, plain, monkeypatch, capsys):
+    archive = Archive(world)
+    monkeypatch.setattr("data_prep.prepare_download.search_archive", archive.search)
+    monkeypatch.setattr("data_prep.prepare_download.log_in", lambda: archive.open_url)
+    line = command(tmp_path, "--config.granules.download=true", "--config.tiles=('T10SFF', '10SGF')")
+    assert prepare.main([*line, "--discard-granules"]) == 0
+    assert len(archive.asked) == len(set(archive.asked)) == 4 * 7 + 2
+    assert {name: sha for name, sha in files(tmp_path).items() if name != "report.json"} == {
+        name: sha for name, sha in plain.items() if name != "report.json"
+    }
+    assert prepare.main(line) == 0  # and what was discarded isn't downloaded again
+    assert len(archive.asked) == 30
+    capsys.readouterr()
+    del archive.files["HLS.L30.T10SGF.2020160T184512.v2.0.B05.tif"]
+    assert prepare.main([*line, "--config.granules.max_cloud=50"]) == 1
+    said = capsys.readouterr().err
+    assert "error: download 10SGF: 1 scenes can't be had, first HLS.L30.T10SGF.2020160T184512.v2.0" in said
 
 
 @pytest.mark.slow
