@@ -30,10 +30,14 @@ class Chain:
     Attributes:
         out: folder of prepared data.
         size: pixels along a chip's side.
+        block_km: edge of the blocks that go to one split.
+        min_labels: fewest labels of a chip.
     """
 
     out: Path
     size: int
+    block_km: float
+    min_labels: int
 
     @cached_property
     def plan(self) -> dict[str, Any]:
@@ -92,7 +96,7 @@ def run_chain(out: Path, *, shape: tuple[int, int], size: int, block_km: float, 
         min_labels: fewest labels of a chip.
     """
     write_ruler_world(out, shape=shape, seed=5)
-    chain = Chain(out, size)
+    chain = Chain(out, size, block_km, min_labels)
     ran([composite.main([str(out / "granules" / "hls"), "--out", str(out / "composites"), "--season", "2020"])])
     seasons = {GROUPS[name]: tile["season"] for name, tile in chain.plan["tiles"].items()}
     for name in chain.plan["gedi"]:

@@ -1,7 +1,7 @@
 """The ruler world through the whole chain, read back from shards: each pixel and each label says where it belongs.
 
-Nothing here reads through the pipeline's own helpers: shards by TFDS, rasters by rasterio, tables by pyarrow; longitudes
-and latitudes come from a series, not from PROJ. What numbers have to be is written out once more from the world's rules.
+Nothing here reads through the pipeline's own helpers: shards by TFDS, rasters by rasterio, tables by pyarrow, and
+longitudes and latitudes by a series, not PROJ. What numbers have to be is written out once more from the world's rules.
 """
 
 import json
@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import rasterio
 
-from data_prep import composite
+from data_prep import composite, prepare
 from tests.data_prep.utm_series import to_utm
 from tests.end_to_end.ruler_chain import FILL, SPLITS, Chain, metres_between, pixel_places, ran, run_chain
 
@@ -98,6 +98,31 @@ def test_composites_hold_every_pixel_and_count_scenes_as_planned(chain):
         rows, cols = np.mgrid[: counts.shape[0], : counts.shape[1]]
         expected = np.where((counts > 0)[..., None], truth(rows, cols), FILL)
         np.testing.assert_array_equal(np.stack(image, -1), expected, tile)
+
+
+def test_scenes_used_and_pixels_counted_are_as_planned(chain):
+    """The composite's tags against the scenes' Fmask and bands, read and judged here."""
+    for tile, planned in chain.plan["tiles"].items():
+        (path,) = (chain.out / "composites" / tile).glob("*.tif")
+        with rasterio.open(path) as src:
+            tags = src.tags()
+        scenes = [scene["granule"] for scene in planned["scenes"] if scene["role"] == "season"]
+        dropped = [scene["granule"] for scene in planned["scenes"] if scene["role"] == "older_duplicate"]
+        assert sorted(tags["SCENES"].split(",")) == sorted(scenes)
+        assert [pair.split("=")[0] for pair in tags["DUPLICATES"].split(",")] == dropped
+        assert tags["SENSORS"] == "L30"
+        expected = {name: pixels_of_scene(chain.out / "granules" / "hls" / name) for name in scenes}
+        assert json.loads(tags["COMPOSITE"])["counts"]["by_scene"] == expected
+
+
+def pixels_of_scene(folder: Path) -> dict[str, int]:
+    layers = []
+    for layer in ("Fmask", "B02", "B03", "B04", "B05", "B06", "B07"):
+        with rasterio.open(folder / f"{folder.name}.{layer}.tif") as src:
+            layers.append(src.read(1))
+    fmask, image = layers[0], np.stack(layers[1:])
+    good = (fmask != 255) & ((fmask & 0b00011110) == 0) & (image != FILL).all(axis=0)
+    return {"observed": int((fmask != 255).sum()), "clear": int(good.sum())}
 
 
 def test_every_label_tells_its_own_row_and_column(chain):
@@ -279,3 +304,18 @@ def test_other_sensor_by_its_own_band_numbers(chain, tile, tmp_path):
     rows, cols = np.mgrid[: counts.shape[0], : counts.shape[1]]
     assert (counts == 1).all()
     np.testing.assert_array_equal(np.stack(image, -1), truth(rows, cols) + 1500)
+
+
+def test_prepare_makes_the_same_records(chain, tmp_path, root):
+    """The chain from one config, with two workers; seasons of all tiles at once go to its orbits."""
+    granules = chain.out / "granules"
+    fields = {"season": "2020", "granules.hls": granules / "hls", "granules.gedi": granules / "gedi"}
+    fields |= {"chips.size": chain.size, "chips.min_labels": chain.min_labels, "splits.block_km": chain.block_km}
+    fields |= {"splits.fractions": "(0.5,0.25,0.25)", "shards.records_per_shard": 5}
+    given = [f"--config.{name}={value}" for name, value in fields.items()]
+    config = str(root / "configs" / "prepare.py")
+    ran([prepare.main(["--config", config, "--out", str(tmp_path), "--workers", "2", *given])])
+    files = sorted((chain.out / "shards").glob("*.array_record*"))
+    assert [path.name for path in files] == sorted(path.name for path in (tmp_path / "shards").glob("*.array_record*"))
+    for path in files:
+        assert path.read_bytes() == (tmp_path / "shards" / path.name).read_bytes(), path.name
