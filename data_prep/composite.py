@@ -27,7 +27,7 @@ from data_prep.geotiff_write import write_cog
 from data_prep.hls import Granule, Scene, find_scenes, open_scene, parse_granule_name
 from data_prep.season import DEFAULT_TABLE, Season, resolve_season
 
-COUNT_NAME = "CLEAR_COUNT"
+NAMES = (*BAND_NAMES, "CLEAR_COUNT")
 SENSORS = ("L30", "S30")
 DUPLICATE_MINUTES = 10  # two granules of one sensor and tile less than this apart show one overpass
 MEMORY = 512 * 2**20  # bytes for sums or stacks
@@ -131,8 +131,7 @@ def composite(
     plan = sums.Plan(tuple(scenes), statistic, min_clear, sums.Mask(drop_water, drop_high_aerosol), threads, memory)
     counts = sums.Counts(tuple(scene.granule.name for scene in scenes))
     tags = _tags(scenes, season, duplicates)
-    grid, names = scenes[0].grid, (*BAND_NAMES, COUNT_NAME)
-    path = write_cog(dst, _rows(plan, counts, tags, sensors), grid, "int16", names, FILL, tags)
+    path = write_cog(dst, _rows(plan, counts, tags, sensors), scenes[0].grid, "int16", NAMES, FILL, tags)
     empty = f"{path}: no pixel has {min_clear} clear observations; nothing but fill"
     return Report(
         path=path,
@@ -144,7 +143,7 @@ def composite(
         out_of_season=selection.out_of_season,
         other_sensors=selection.other_sensors,
         counts=counts.by_scene,
-        pixels=grid.height * grid.width,
+        pixels=scenes[0].grid.height * scenes[0].grid.width,
         covered=counts.covered,
         warnings=() if counts.covered else (empty,),
     )

@@ -12,7 +12,7 @@ import numpy as np
 from biomass_jax.data.bands import BAND_NAMES, FILL, UNITS
 from data_prep.errors import PrepError
 from data_prep.geotiff_write import BLOCK
-from data_prep.hls import FMASK_FILL, ReadRows, Scene, clear
+from data_prep.hls import FMASK_FILL, ReadRows, Scene, clear, observed
 
 # |int16| <= 2^15, so the int32 sum of up to 2^16 - 1 scenes can't overflow; the int16 count holds fewer.
 MOST_SCENES = 2**15 - 1
@@ -250,7 +250,7 @@ def _masked(read: ReadRows, rows: tuple[int, int], window: _Window, mask: Mask) 
     """Rows of a scene: (6, rows, columns) int16 with 0 where not clear, (rows, columns) clear, and what was seen."""
     image, fmask = read(*rows, window.left, window.right)
     keep = clear(image, fmask, *mask)
-    seen = fmask != FMASK_FILL
+    seen = observed(fmask)
     number = int(np.count_nonzero(keep))
     valid = number > 0 or bool((seen & (image != FILL).all(axis=-1)).any())
     planes = np.moveaxis(image, -1, 0)

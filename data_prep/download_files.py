@@ -220,8 +220,7 @@ def _attempt(wanted: Wanted, open_url: OpenUrl, count: Callable[[int], None]) ->
         raise _Again(f"no answer: {error}") from error
     try:
         total = _begin(response, wanted, part, known, have, version)
-        mode = "ab" if response.status_code == 206 else "wb"
-        _receive(response, part, mode, count)
+        _receive(response, part, count)
     finally:
         response.close()
     _finish(part, known, wanted, total if total is not None else wanted.size)
@@ -281,11 +280,11 @@ def _begin(
     return total
 
 
-def _receive(response: Response, part: Path, mode: str, count: Callable[[int], None]) -> None:
-    """Write the body; an error of the network asks for another attempt, one of the disk ends it."""
+def _receive(response: Response, part: Path, count: Callable[[int], None]) -> None:
+    """Add the body to what is there; an error of the network asks for another attempt, one of the disk ends it."""
     pieces = iter(response.iter_content(_CHUNK))
     try:
-        with part.open(mode) as file:
+        with part.open("ab") as file:
             while True:
                 try:
                     piece = next(pieces, None)

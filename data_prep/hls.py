@@ -229,13 +229,18 @@ def clear(
     Returns:
         bool (...).
     """
-    keep = fmask != FMASK_FILL
+    keep = observed(fmask)
     keep &= fmask & (_MASKED | (WATER if drop_water else 0)) == 0
     if drop_high_aerosol:
         keep &= fmask & HIGH_AEROSOL != HIGH_AEROSOL
     for index in range(image.shape[-1]):
         keep &= image[..., index] != bands.FILL
     return keep
+
+
+def observed(fmask: np.ndarray) -> np.ndarray:
+    """Which pixels the sensor saw: bool of Fmask's shape, False for fill. To be asked before any bit, as fill has all."""
+    return fmask != FMASK_FILL
 
 
 def tile_grid_key(crs: CRS | None, transform: Affine, name: str = "grid") -> tuple[int, float, float, float, float]:

@@ -57,8 +57,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if first >= len(body):
                 return self.answer(416, b"")
             status = 206
-            start = first + 1 if fault == "shifted" else first
-            headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
+            first += fault == "shifted"
+            headers["Content-Range"] = f"bytes {first}-{len(body) - 1}/{len(body)}"
         self.answer(status, body[first:], headers, cut=fault == "drop")
 
     def answer(self, status, body, headers=None, cut=False):

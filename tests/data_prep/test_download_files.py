@@ -80,6 +80,35 @@ def test_stopped_between_the_last_byte_and_the_name(server, open_url, tmp_path):
     assert names_in(tmp_path) == ["a.bin"]
 
 
+class Answer:
+    """An answer of a library that doesn't notice when a body ends early."""
+
+    def __init__(self, status_code, pieces, **headers):
+        self.status_code, self.pieces, self.headers = status_code, pieces, headers
+
+    def iter_content(self, chunk_size):
+        return self.pieces
+
+    def close(self):
+        pass
+
+
+def test_a_body_that_ends_early_without_an_error(tmp_path):
+    answers = [
+        Answer(200, [b"abc", b"de"], **{"Content-Length": "8"}),
+        Answer(206, [b"fgh"], **{"Content-Length": "3", "Content-Range": "bytes 5-7/8"}),
+    ]
+    asked, waits = [], []
+
+    def open_url(url, headers):
+        asked.append(headers.get("Range"))
+        return answers[len(asked) - 1]
+
+    assert fetch(Wanted("https://x/a.bin", tmp_path / "a.bin"), open_url, sleep=waits.append) == 8
+    assert (tmp_path / "a.bin").read_bytes() == b"abcdefgh"
+    assert asked == [None, "bytes=5-"] and waits == [2.0]
+
+
 def test_a_part_of_another_version_is_thrown_away(server, open_url, tmp_path):
     server.files["/a.bin"], server.faults["/a.bin"] = b"a" * 4 * CHUNK, ["drop"]
     with pytest.raises(PrepError):

@@ -143,6 +143,7 @@ def test_bits_by_hand():
     assert not one(0b11000000, drop_high_aerosol=True)
     assert one(0b10000000, drop_high_aerosol=True) and one(0b01000000, drop_high_aerosol=True)
     assert not one(255)
+    assert hls.observed(np.array([0, 254, 255], np.uint8)).tolist() == [True, True, False]
     for band in range(6):
         bad = good.copy()
         bad[0, band] = -9999
@@ -154,7 +155,7 @@ def test_the_real_fmask(samples):
         fmask = dataset.read(1)
         key = hls.tile_grid_key(dataset.crs, dataset.transform)
     good = np.full((1, 1, 6), 100, np.int16)
-    assert (fmask != hls.FMASK_FILL).sum() == 13_377_440
+    assert hls.observed(fmask).sum() == 13_377_440
     assert hls.clear(good, fmask).sum() == 11_236_106
     assert hls.clear(good, fmask, drop_water=True).sum() == 11_114_931
     assert key == (6, 399960, 7200000, 30, -30)
