@@ -16,8 +16,9 @@ import pytest
 import rasterio
 
 from data_prep import composite, prepare
+from data_prep.synthetic.ruler import write_ruler_world
 from tests.data_prep.utm_series import to_utm
-from tests.end_to_end.ruler_chain import FILL, SPLITS, Chain, metres_between, pixel_places, ran, run_chain
+from tests.end_to_end.ruler_chain import FILL, SPLITS, Chain, metres_between, pixel_places, ran, run_chain, run_tiles
 
 pytestmark = pytest.mark.slow
 TILES = ["10SFF", "10SGF", "10UGB", "11UKS", "22JGR", "01KAB"]
@@ -297,7 +298,7 @@ def test_statistics_are_of_train_alone(chain):
 def test_other_sensor_by_its_own_band_numbers(chain, tile, tmp_path):
     """The one S30 scene has a clear sky, 1500 more in each band, and its unused bands hold 20000 + number."""
     folder = chain.out / "granules" / "hls"
-    ran([composite.main([str(folder), "--out", str(tmp_path), "--season", "2020", "--tile", tile, "--sensors", "S30"])])
+    ran(composite.main([str(folder), "--out", str(tmp_path), "--season", "2020", "--tile", tile, "--sensors", "S30"]))
     (path,) = tmp_path.rglob("*.tif")
     with rasterio.open(path) as src:
         *image, counts = src.read()
@@ -314,8 +315,21 @@ def test_prepare_makes_the_same_records(chain, tmp_path, root):
     fields |= {"splits.fractions": "(0.5,0.25,0.25)", "shards.records_per_shard": 5}
     given = [f"--config.{name}={value}" for name, value in fields.items()]
     config = str(root / "configs" / "prepare.py")
-    ran([prepare.main(["--config", config, "--out", str(tmp_path), "--workers", "2", *given])])
+    ran(prepare.main(["--config", config, "--out", str(tmp_path), "--workers", "2", *given]))
     files = sorted((chain.out / "shards").glob("*.array_record*"))
     assert [path.name for path in files] == sorted(path.name for path in (tmp_path / "shards").glob("*.array_record*"))
     for path in files:
         assert path.read_bytes() == (tmp_path / "shards" / path.name).read_bytes(), path.name
+
+
+def test_a_tile_of_full_size(tmp_path):
+    """3660 x 3660 pixels make 16 x 16 chips."""
+    write_ruler_world(tmp_path, shape=(3660, 3660), seed=2, tiles=["22JGR"])
+    tile = Chain(tmp_path, 224, 50.0, 20)
+    run_tiles(tile)
+    test_composites_hold_every_pixel_and_count_scenes_as_planned(tile)
+    test_label_rasters_hold_what_was_planned_and_no_poison(tile)
+    test_filters_drop_what_was_planned(tile)
+    places = [(row["row"], row["col"]) for row in tile.index]
+    assert places == [(224 * row, 224 * col) for row in range(16) for col in range(16)]
+    assert sum(len(row["shot_numbers"]) for row in tile.index) < tile.plan["tiles"]["22JGR"]["kept"]  # 76 px make none
