@@ -239,7 +239,7 @@ def clear(
 
 
 def observed(fmask: np.ndarray) -> np.ndarray:
-    """Which pixels the sensor saw: bool of Fmask's shape, False for fill. To be asked before any bit, as fill has all."""
+    """Which pixels the sensor saw: bool of Fmask's shape, False for fill, which has all bits set."""
     return fmask != FMASK_FILL
 
 

@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+import time
 import warnings
 from dataclasses import replace
 from datetime import timedelta
@@ -14,6 +15,7 @@ from rasterio.crs import CRS
 from biomass_jax.data.bands import BAND_NAMES
 from biomass_jax.data.raster import open_image
 from data_prep import composite as module
+from data_prep import composite_sums
 from data_prep.composite import composite, composite_path, main, select
 from data_prep.errors import PrepError
 from data_prep.hls import find_scenes
@@ -136,6 +138,22 @@ def test_many_clear_scenes_are_added_exactly(tmp_path):
     assert (read(path)[6] == 9).all()
     path = composite(find_scenes(tmp_path), tmp_path / "d.tif", season=SEASON, statistic="median").path
     assert (read(path)[:6] == 32767).all()
+
+
+def test_threads_never_add_to_the_same_rows_at_once(tmp_path, monkeypatch):
+    add, active, together = composite_sums._add, [], []
+
+    def slow(found, sums, number):
+        together.append(any(np.shares_memory(number, other) for other in active))
+        active.append(number)
+        time.sleep(0.02)
+        add(found, sums, number)
+        active[:] = [other for other in active if other is not number]
+
+    monkeypatch.setattr(composite_sums, "_add", slow)
+    path = composite(pair(tmp_path, *range(12)), tmp_path / "c.tif", season=SEASON, threads=3).path
+    assert together == [False] * 3
+    assert (read(path)[6] == 12).all()
 
 
 @pytest.mark.parametrize("statistic", ["mean", "median"])
