@@ -31,21 +31,7 @@ def get_config() -> config_dict.ConfigDict:
     config.composite.drop_water = False
     config.composite.drop_high_aerosol = False
 
-    config.gedi = config_dict.ConfigDict()
-    config.gedi.box = ()  # (west, south, east, north) in degrees; whole orbits where empty
-    config.gedi.algorithm_run_flag = True  # want 1
-    config.gedi.l4_quality_flag = True  # want 1
-    config.gedi.outlier_flag = True  # version 3 alone
-    config.gedi.agbd_valid = True  # finite and >= 0
-    config.gedi.degrade_tens = (0, 1, 2, 3, 4, 6)  # digits of degrade_flag that are admitted
-    config.gedi.degrade_ones = (0, 3, 8)
-    config.gedi.algorithm_10 = "auto"  # drop it where it is wrong (release 002_01); drop, keep
-    config.gedi.leaf_off_flag = True  # want anything but 1
-    config.gedi.sensitivity_min = config_dict.placeholder(float)
-    config.gedi.full_power_only = False
-    config.gedi.night_only = False
-    config.gedi.max_relative_se = config_dict.placeholder(float)  # removes low biomass, not bad shots
-    config.gedi.max_agbd = config_dict.placeholder(float)
+    config.gedi = _gedi()
 
     config.labels = config_dict.ConfigDict()
     config.labels.shot_owner = "nearest"  # all: a shot counts in each tile that contains it, as in the reference
@@ -70,3 +56,23 @@ def get_config() -> config_dict.ConfigDict:
     config.shards.seed = 0  # of the order of records
     config.shards.reference_statistics = False  # count zeros, as granite-geospatial-biomass does
     return config.lock()
+
+
+def _gedi() -> config_dict.ConfigDict:
+    """Which shots are kept."""
+    gedi = config_dict.ConfigDict()
+    gedi.box = ()  # (west, south, east, north) in degrees; whole orbits where empty
+    gedi.algorithm_run_flag = True  # want 1
+    gedi.l4_quality_flag = True  # want 1
+    gedi.outlier_flag = True  # version 3 alone
+    gedi.agbd_valid = True  # finite and >= 0
+    gedi.degrade_tens = (0, 1, 2, 3, 4, 6)  # digits of degrade_flag that are admitted
+    gedi.degrade_ones = (0, 3, 8)
+    gedi.algorithm_10 = "auto"  # drop it where it is wrong (release 002_01); drop, keep
+    gedi.leaf_off_flag = True  # want anything but 1
+    gedi.sensitivity_min = config_dict.placeholder(float)
+    gedi.full_power_only = False
+    gedi.night_only = False
+    gedi.max_relative_se = config_dict.placeholder(float)  # removes low biomass, not bad shots
+    gedi.max_agbd = config_dict.placeholder(float)
+    return gedi
