@@ -75,8 +75,7 @@ MUTATIONS = (
     Mutation(  # the bits of 255 mask it too; what was observed is counted by it alone
         "fill_255_not_tested",
         SCENES,
-        _in("data_prep/hls.py", ("keep = fmask != FMASK_FILL", "keep = np.ones(fmask.shape, bool)"))
-        + _in("data_prep/composite_sums.py", ("seen = fmask != FMASK_FILL", "seen = np.ones(fmask.shape, bool)")),
+        _in("data_prep/hls.py", ("return fmask != FMASK_FILL", "return np.ones(fmask.shape, bool)")),
     ),
     Mutation("bit_2_ignored", COMPOSITES, _in("data_prep/hls.py", ("CLOUD | ADJACENT | SHADOW", "CLOUD | SHADOW"))),
     Mutation(

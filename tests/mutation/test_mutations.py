@@ -4,6 +4,8 @@ import pytest
 
 from tests.mutation.mutate_data_prep import MUTATIONS, ROOT, Mutation, apply
 
+pytestmark = pytest.mark.slow  # another wording of a source breaks it: for `make test-slow`, not for every change
+
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
 def test_fault_can_be_put_in_and_its_test_is_there(mutation, tmp_path):
