@@ -9,7 +9,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +33,39 @@ class SerialExecutor(Executor):
         return future
 
 
+class ProcessExecutor(Executor):
+    """A pool of processes of this machine; when one dies, which breaks a pool, the next task gets a new one."""
+
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+        self._pool = self._new()
+
+    def _new(self) -> ProcessPoolExecutor:
+        # Not forked: a fork copies the locks of GDAL's threads in whatever state they are.
+        context = multiprocessing.get_context("spawn")
+        return ProcessPoolExecutor(self._workers, context, initializer=_end_with_parent)
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
+        """A future; BrokenExecutor in it if the pool breaks before it is done."""
+        try:
+            return self._pool.submit(function, *args, **kwargs)
+        except BrokenExecutor:
+            self._pool.shutdown(wait=False)
+            self._pool = self._new()
+            return self._pool.submit(function, *args, **kwargs)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Let the processes end."""
+        self._pool.shutdown(wait, cancel_futures=cancel_futures)
+
+    def kill(self) -> None:
+        """End the processes at once, whatever they do."""
+        processes = list((getattr(self._pool, "_processes", None) or {}).values())
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.terminate()
+
+
 @contextmanager
 def open_executor(workers: int = 1, scheduler: str | None = None) -> Iterator[Executor]:
     """The executor that settings ask for; what still runs in own processes is ended if the block fails.
@@ -51,16 +84,11 @@ def open_executor(workers: int = 1, scheduler: str | None = None) -> Iterator[Ex
     elif workers <= 1:
         yield SerialExecutor()
     else:
-        # Not forked: a fork copies the locks of GDAL's threads in whatever state they are.
-        context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(workers, context, initializer=_end_with_parent)
+        pool = ProcessExecutor(workers)
         try:
             yield pool
         except BaseException:
-            processes = list((getattr(pool, "_processes", None) or {}).values())
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in processes:
-                process.terminate()  # every step may be ended at any moment
+            pool.kill()  # every step may be ended at any moment
             raise
         pool.shutdown()
 

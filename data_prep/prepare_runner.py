@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, as_completed
+from concurrent.futures import Executor, Future, as_completed, wait
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from data_prep.commands import KNOWN_ERRORS
 from data_prep.prepare_executors import Outcome, attempt
 from data_prep.prepare_state import Job, Record, State
 
+_DIED = "its worker ended twice before it was done, for want of memory perhaps; run again with fewer workers"
 Describe = Callable[[dict[str, Any]], str]
 
 
@@ -48,9 +49,15 @@ class Runner:
         kept: list[str] = []
         began = time.monotonic()
 
-        def take(future: Future) -> None:
+        alone: list[tuple[Job, dict[str, str]]] = []
+
+        def take(future: Future, last: bool = False) -> None:
             job, inputs = waiting.pop(future)
-            self._take(job, inputs, _outcome(future), describe)
+            outcome = _outcome(future)
+            if outcome is None and not last:
+                alone.append((job, inputs))
+                return
+            self._take(job, inputs, outcome or Outcome(None, _DIED), describe)
             left = f", {len(waiting)} left" if waiting else ""
             self.say(f"{step:9} {job.name}: {self._fate(job, describe)} ({time.monotonic() - began:.1f} s{left})")
 
@@ -67,6 +74,11 @@ class Runner:
                     take(future)
         for future in as_completed(list(waiting)):
             take(future)
+        for job, inputs in alone:  # a worker died: of whose job, shows when each has the workers to itself
+            future = self._submit(job, here)
+            waiting[future] = job, inputs
+            wait([future])
+            take(future, last=True)
         if kept:
             self.say(f"{step:9} {len(kept)} of {len(jobs)} done before, unchanged")
         self.done[step] = dict(sorted(self.done[step].items()))
@@ -85,14 +97,10 @@ class Runner:
         print(f"error: {step} {name}: {error}", file=sys.stderr)
 
     def _submit(self, job: Job, here: bool) -> Future:
-        try:
-            if not here:
-                return self.executor.submit(attempt, job.function, dict(job.arguments))
-            outcome: Any = attempt(job.function, job.arguments)
-        except RuntimeError as error:  # a pool that broke with an earlier job
-            outcome = Outcome(None, _died(error))
+        if not here:
+            return self.executor.submit(attempt, job.function, dict(job.arguments))
         future: Future = Future()
-        future.set_result(outcome)
+        future.set_result(attempt(job.function, job.arguments))
         return future
 
     def _take(self, job: Job, inputs: dict[str, str], outcome: Outcome, describe: Describe) -> None:
@@ -111,14 +119,9 @@ class Runner:
         return describe(part.record.result) if part else "failed"
 
 
-def _outcome(future: Future) -> Outcome:
+def _outcome(future: Future) -> Outcome | None:
+    """What a job returned; None where its worker died."""
     try:
         return future.result()
-    except Exception as error:  # of the executor: jobs return their own
-        return Outcome(None, _died(error))
-
-
-def _died(error: Exception) -> str:
-    return (
-        f"its worker ended before it was done, for want of memory perhaps ({type(error).__name__}: {error}); run again"
-    )
+    except Exception:  # of the executor: jobs return their own
+        return None

@@ -17,7 +17,8 @@ import pytest
 from data_prep import prepare
 from data_prep.errors import PrepError
 from data_prep.prepare_executors import SerialExecutor, attempt, open_executor
-from data_prep.prepare_state import locked
+from data_prep.prepare_runner import Runner
+from data_prep.prepare_state import Job, State, locked
 from data_prep.synthetic.forest import write_forest_world
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -288,6 +289,27 @@ def test_an_unknown_config_and_an_absent_scheduler_are_named(tmp_path, monkeypat
     monkeypatch.setattr("data_prep.prepare_executors.CONNECT_SECONDS", 0.2)
     with pytest.raises(PrepError, match="no Dask scheduler answers"), open_executor(1, "tcp://127.0.0.1:9"):
         pass
+
+
+def ends_its_worker(path):
+    if path.name == "2":
+        os._exit(9)
+    path.write_text("done")
+    return {}
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_fails_its_own_job_alone(tmp_path):
+    made = tmp_path / "made"
+    made.mkdir()
+    paths = [made / str(number) for number in range(5)]
+    jobs = [Job("step", path.name, ends_its_worker, {"path": path}, {}, (), (path,)) for path in paths]
+    with open_executor(2) as executor:
+        runner = Runner(State(tmp_path), executor, lambda line: None)
+        runner.run("step", jobs, str)
+    assert list(runner.done["step"]) == ["0", "1", "3", "4"]
+    assert list(runner.errors) == ["step 2"]
+    assert "its worker ended twice" in runner.errors["step 2"]
 
 
 def breaks(number):
