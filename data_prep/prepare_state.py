@@ -6,7 +6,6 @@ of its record, and its outputs lie where they were written, unchanged.
 
 import fcntl
 import hashlib
-import importlib.metadata
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from biomass_jax.data.records import SOFTWARE_VERSION
 from data_prep.errors import PrepError
 
 SCHEMA = 1
@@ -163,7 +163,7 @@ class State:
 
 def digest(job: Job, inputs: Mapping[str, str]) -> str:
     """SHA-256 over a job's settings, the software's version and the fingerprints of inputs."""
-    parts = [SCHEMA, job.step, job.name, job.settings, importlib.metadata.version("biomass-jax"), dict(inputs)]
+    parts = [SCHEMA, job.step, job.name, job.settings, SOFTWARE_VERSION, dict(inputs)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
