@@ -32,7 +32,7 @@ setup: $(STAMP) ## set up .venv (the other targets do so by themselves)
 $(STAMP): setup.py pyproject.toml .ci/setup_venv $(wildcard constraints/*.txt)
 	@bash .ci/setup_venv "$(PYTHON)" "$(VENV)"
 
-demo: $(STAMP) ## make a synthetic scene, convert a small checkpoint, map it: demo_out/
+demo: $(STAMP) ## a made-up forest to training shards, a small checkpoint, a map: demo_out/
 	@$(BIN)/python -m launch.demo
 
 test: $(STAMP) ## the quick tests
