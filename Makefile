@@ -35,8 +35,9 @@ $(STAMP): setup.py pyproject.toml .ci/setup_venv $(wildcard constraints/*.txt)
 demo: $(STAMP) ## a made-up forest to training shards, a small checkpoint, a map: demo_out/
 	@$(BIN)/python -m launch.demo
 
+# Two processes, each with its own share of the tests: most of them wait for one core.
 test: $(STAMP) ## the quick tests
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow" -n 2 --dist worksteal
 
 # pytest exits with 5 where no test is marked slow, which is no failure.
 test-slow: $(STAMP) ## the tests marked slow

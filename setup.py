@@ -48,6 +48,7 @@ DOCS = ["nbclient>=0.10", "ipykernel>=6.29"]  # runs the notebook as a test; the
 TOOLS = [
     "pytest>=8.2",  # older ones were not tried with the importlib import mode
     "pytest-timeout>=2.3",  # a hanging test must not hang the suite
+    "pytest-xdist>=3.6",  # the quick tests on two cores; older ones were not tried
     "ruff>=0.12",  # older ones format differently
     "mypy>=1.15",  # older ones were not tried with the annotations of NumPy 2
 ]
