@@ -1,10 +1,10 @@
 """The arithmetic of composites: scenes decoded by threads into sums or stacks, and rows of the result from those."""
 
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from biomass_jax.data.bands import BAND_NAMES, FILL, UNITS
 from data_prep.errors import PrepError
 from data_prep.geotiff_write import BLOCK
-from data_prep.hls import FMASK_FILL, ReadRows, Scene, clear, observed
+from data_prep.hls import FMASK_FILL, Buffers, ReadRows, Scene, buffers, clear, observed
 
 # |int16| <= 2^15, so the int32 sum of up to 2^16 - 1 scenes can't overflow; the int16 count holds fewer.
 MOST_SCENES = 2**15 - 1
@@ -159,7 +159,8 @@ def _mean(plan: Plan, pool: ThreadPoolExecutor, counts: Counts, window: _Window)
     shape = (window.bottom - window.top, window.right - window.left)
     sums, number = np.zeros((_BANDS, *shape), np.int32), np.zeros(shape, np.int16)
     blocks = _blocks(window)
-    locks = [Lock() for _ in blocks]
+    locks = [threading.Lock() for _ in blocks]
+    scratch = _Scratch(window)
 
     def run(job: tuple[tuple[Scene, ...], range]) -> list[_Seen]:
         """Add some blocks of some scenes."""
@@ -169,7 +170,10 @@ def _mean(plan: Plan, pool: ThreadPoolExecutor, counts: Counts, window: _Window)
             readers = [stack.enter_context(scene.reader()) for scene in scenes]
             for index in wanted:
                 top, bottom = blocks[index]
-                found = [_masked(read, (top, bottom), window, plan.mask) for read in readers]
+                found = [
+                    _masked(read, (top, bottom), window, plan.mask, scratch.get(place, bottom - top))
+                    for place, read in enumerate(readers)
+                ]
                 seen = [one.plus(new) for one, (_, _, new) in zip(seen, found, strict=True)]
                 rows = slice(top - window.top, bottom - window.top)
                 with locks[index]:
@@ -212,13 +216,14 @@ def _median(plan: Plan, pool: ThreadPoolExecutor, counts: Counts, window: _Windo
     shape = (window.bottom - window.top, window.right - window.left)
     stack, number = np.empty((len(plan.scenes), _BANDS, *shape), np.int16), np.zeros(shape, np.int16)
     blocks = _blocks(window)
-    lock = Lock()
+    lock = threading.Lock()
+    scratch = _Scratch(window)
 
     def run(index: int) -> _Seen:
         seen = _Seen()
         with plan.scenes[index].reader() as read:
             for top, bottom in blocks:
-                planes, keep, new = _masked(read, (top, bottom), window, plan.mask)
+                planes, keep, new = _masked(read, (top, bottom), window, plan.mask, scratch.get(0, bottom - top))
                 seen = seen.plus(new)
                 rows = slice(top - window.top, bottom - window.top)
                 stack[index, :, rows] = np.where(keep, planes, _ABSENT)
@@ -246,9 +251,28 @@ def _blocks(window: _Window) -> list[tuple[int, int]]:
     return [(top, min(top + BLOCK, window.bottom)) for top in range(window.top, window.bottom, BLOCK)]
 
 
-def _masked(read: ReadRows, rows: tuple[int, int], window: _Window, mask: Mask) -> tuple[np.ndarray, np.ndarray, _Seen]:
+class _Scratch(threading.local):
+    """Memory that a thread reads blocks of a window into, again and again: new memory would cost time and stay."""
+
+    def __init__(self, window: _Window) -> None:
+        self._shape = (min(BLOCK, window.bottom - window.top), window.right - window.left)
+        self._held: list[Buffers] = []
+
+    def get(self, place: int, rows: int) -> Buffers:
+        """Buffers of `rows` rows, others for each place."""
+        while len(self._held) <= place:
+            self._held.append(buffers(*self._shape))
+        planes, fmask = self._held[place]
+        columns = self._shape[1]
+        whole = planes.reshape(-1)[: _BANDS * rows * columns].reshape(_BANDS, rows, columns)
+        return whole, fmask[:rows]
+
+
+def _masked(
+    read: ReadRows, rows: tuple[int, int], window: _Window, mask: Mask, into: Buffers
+) -> tuple[np.ndarray, np.ndarray, _Seen]:
     """Rows of a scene: (6, rows, columns) int16 with 0 where not clear, (rows, columns) clear, and what was seen."""
-    image, fmask = read(*rows, window.left, window.right)
+    image, fmask = read(*rows, window.left, window.right, into)
     keep = clear(image, fmask, *mask)
     seen = observed(fmask)
     number = int(np.count_nonzero(keep))

@@ -34,6 +34,7 @@ _SENSOR_TAGS = ("SENSOR", "SPACECRAFT_NAME")
 _REFLECTANCE = 2.0  # digital numbers of land are hundreds, reflectance is below this
 
 ReadRows = Callable[..., tuple[np.ndarray, np.ndarray]]
+Buffers = tuple[np.ndarray, np.ndarray]  # (6, rows, columns) int16, (rows, columns) uint8
 
 
 @dataclass(frozen=True, order=True)
@@ -149,8 +150,8 @@ class Scene:
         """Open the files once for several reads by one thread.
 
         Yields:
-            read(start, stop, left=0, right=None): as `read_rows`, of columns `left` to `right` (not included); what it
-                returns is overwritten by the next call.
+            read(start, stop, left=0, right=None, into=None): as `read_rows`, of columns `left` to `right` (not
+                included); into arrays of `buffers` where given, because new memory costs time.
         """
         with ExitStack() as stack:
             datasets = []
@@ -158,16 +159,12 @@ class Scene:
                 with _prep_errors(path):
                     datasets.append(stack.enter_context(open_quietly(str(path))))
 
-            planes = np.empty((len(bands.BANDS), 0, 0), np.int16)
-            fmask = np.empty((0, 0), np.uint8)
-
-            def read(start: int, stop: int, left: int = 0, right: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-                nonlocal planes, fmask
+            def read(
+                start: int, stop: int, left: int = 0, right: int | None = None, into: Buffers | None = None
+            ) -> tuple[np.ndarray, np.ndarray]:
                 right = self.grid.width if right is None else right
                 window = Window(left, start, right - left, stop - start)
-                if fmask.shape != (stop - start, right - left):  # memory that is new costs as much as decoding a fifth
-                    planes = np.empty((len(bands.BANDS), stop - start, right - left), np.int16)
-                    fmask = np.empty(planes.shape[1:], np.uint8)
+                planes, fmask = buffers(stop - start, right - left) if into is None else into
                 for path, dataset, out in zip(self.paths, datasets, (*planes, fmask), strict=True):
                     with _prep_errors(path):
                         dataset.read(1, window=window, out=out)
@@ -210,6 +207,11 @@ def open_scene(folder: str | os.PathLike[str]) -> Scene:
     layers = needed_layers(granule.sensor)[:-1]
     _resolve(layers, granule, folder, long_names[:-1])
     return Scene(folder, granule, grids[0], tags[0], paths)
+
+
+def buffers(rows: int, columns: int) -> Buffers:
+    """Memory for what `Scene.reader` reads."""
+    return np.empty((len(bands.BANDS), rows, columns), np.int16), np.empty((rows, columns), np.uint8)
 
 
 def clear(
