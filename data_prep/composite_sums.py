@@ -188,11 +188,15 @@ def _mean(plan: Plan, pool: ThreadPoolExecutor, counts: Counts, window: _Window)
     for (group, _), seen in zip(jobs, pool.map(run, jobs), strict=True):
         for scene, one in zip(group, seen, strict=True):
             counts.add(scene, one)
-    for top, bottom in blocks:
-        rows = slice(top - window.top, bottom - window.top)
+
+    def divide(block: tuple[int, int]) -> np.ndarray:
+        rows = slice(block[0] - window.top, block[1] - window.top)
         # exact: a float64 quotient of these integers is a half only where the true one is
-        means = np.rint(sums[:, rows] / np.maximum(number[rows], 1))
-        yield _finished(means, number[rows], plan.min_clear)
+        means = np.divide(sums[:, rows], np.maximum(number[rows], 1))
+        return _finished(np.rint(means, out=means), number[rows], plan.min_clear)
+
+    for first in range(0, len(blocks), plan.threads):  # few at once: the writer takes them one by one
+        yield from pool.map(divide, blocks[first : first + plan.threads])
 
 
 def _add(found: list[tuple[np.ndarray, np.ndarray]], sums: np.ndarray, number: np.ndarray) -> None:

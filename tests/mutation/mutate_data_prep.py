@@ -96,7 +96,7 @@ MUTATIONS = (
             ("range(0, number.shape[0], _PIECE)", "range(0, number.shape[1], _PIECE)"),
             ("number[rows] += keep[rows]", "number[:, rows] += keep[:, rows]"),
             ("np.maximum(number[rows], 1))", "np.maximum(number[:, rows], 1))"),
-            ("_finished(means, number[rows], ", "_finished(means, number[:, rows].max(axis=0), "),
+            ("out=means), number[rows], ", "out=means), number[:, rows].max(axis=0), "),
         ),
     ),
     Mutation(
