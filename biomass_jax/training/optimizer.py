@@ -1,0 +1,216 @@
+"""AdamW by parameter name: what decays, what is frozen, how fast each layer learns; moments in and out.
+
+The transformation gives directions without the learning rate, so that one compiled step serves every rate:
+new p = p - lr * u (`apply_updates`).
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+DECAYS = ("weights", "all")
+# By the last part of the name: norms, biases, bias tables and the mask token (microsoft/SimMIM, optimizer.py).
+_NEVER_DECAYED = ("scale", "bias", "relative_position_bias_table", "mask_token")
+
+Tree = Any  # parameters, or what has their structure
+
+
+def create_optimizer(
+    params: Tree,
+    *,
+    weight_decay: float,
+    decay: str = "weights",
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    clip_norm: float | None = None,
+    layer_decay: float = 1.0,
+    freeze: Sequence[str] = (),
+) -> optax.GradientTransformation:
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) as torch computes it, without the learning rate.
+
+    u = scale * (mhat / (sqrt(vhat) + eps) + weight_decay * p), the decay where `decay_mask` says so.
+
+    Args:
+        params: the model's parameters or their shapes; only names are read.
+        weight_decay: per unit of learning rate.
+        decay: see `decay_mask`.
+        betas: decay of the first and second moments.
+        eps: added to the root of the second moment.
+        clip_norm: the gradients' global norm, over what is trained, is cut to this first; None for no limit.
+        layer_decay: see `layer_scales`.
+        freeze: see `trainable_mask`. What is frozen has no moments, and its update is exactly 0.
+
+    Raises:
+        ValueError: see `decay_mask` and `trainable_mask`.
+    """
+    _check_decay(decay)
+    steps = [optax.scale_by_adam(*betas, eps=eps), optax.add_decayed_weights(weight_decay, lambda p: _decays(p, decay))]
+    if clip_norm is not None:
+        steps.insert(0, optax.clip_by_global_norm(clip_norm))
+    if layer_decay != 1.0:
+        steps.append(_scale_by_name(_flat(layer_scales(params, layer_decay))))
+    optimizer = optax.chain(*steps)
+    if not freeze:
+        return optimizer
+    groups = jax.tree.map(lambda trained: "trained" if trained else "frozen", trainable_mask(params, freeze))
+    return optax.partition({"trained": optimizer, "frozen": optax.set_to_zero()}, groups)
+
+
+def apply_updates(params: Tree, updates: Tree, learning_rate: jax.Array | float) -> Tree:
+    """One step down the directions that the optimiser gives: p - lr * u."""
+    return jax.tree.map(lambda p, u: p - (learning_rate * u).astype(p.dtype), params, updates)
+
+
+def decay_mask(params: Tree, decay: str) -> Tree:
+    """Which parameters decay, as a tree of bools.
+
+    Args:
+        params: the model's parameters or their shapes.
+        decay: `weights` leaves out norms, biases, bias tables and the mask token; `all` (the reference) nothing.
+
+    Raises:
+        ValueError: unknown `decay`.
+    """
+    _check_decay(decay)
+    return _decays(params, decay)
+
+
+def trainable_mask(params: Tree, freeze: Sequence[str]) -> Tree:
+    """Which parameters are trained, as a tree of bools.
+
+    Args:
+        params: the model's parameters or their shapes.
+        freeze: paths that are frozen with all below them: `encoder`, `encoder/stages_0`.
+
+    Raises:
+        ValueError: a name that matches nothing, or names that leave nothing to train.
+    """
+    paths = list(_flat(params))
+    for name in freeze:
+        if not any(_under(path, name) for path in paths):
+            level = name.count("/") + 1
+            there = sorted({"/".join(path.split("/")[:level]) for path in paths})
+            raise ValueError(f"freeze: no parameter is called {name!r}; at that level there are {', '.join(there)}")
+    if all(any(_under(path, name) for name in freeze) for path in paths):
+        raise ValueError(f"freeze: {', '.join(freeze)} leave no parameter to train")
+    return _by_name(lambda path: not any(_under(path, name) for name in freeze), params)
+
+
+def layer_scales(params: Tree, layer_decay: float) -> Tree:
+    """Factor of each parameter's learning rate, as a tree of floats: `layer_decay` ** (layers above it).
+
+    Layers from below: patch embedding and mask token; each block of each stage in order, a stage's downsampling with
+    its last block; on top, with factor 1, decoder, head and the norms of the encoder's outputs. BEiT's rule (Bao et
+    al., arXiv 2106.08254) as microsoft/SimMIM applies it to Swin (optimizer.py, `get_swin_layer`).
+    """
+    depths: dict[int, int] = {}
+    for path in _flat(params):
+        if found := re.match(r"encoder/stages_(\d+)/blocks_(\d+)/", path):
+            stage, block = int(found[1]), int(found[2])
+            depths[stage] = max(depths.get(stage, 0), block + 1)
+    last = {stage: sum(depth for other, depth in depths.items() if other <= stage) for stage in depths}
+    top = max(last.values(), default=0) + 1
+
+    def layer(path: str) -> int:
+        if path == "mask_token" or path.startswith("encoder/patch_embed/"):
+            return 0
+        if found := re.match(r"encoder/stages_(\d+)/(?:blocks_(\d+)|downsample)/", path):
+            stage = int(found[1])
+            return last[stage] if found[2] is None else last[stage] - depths[stage] + int(found[2]) + 1
+        return top
+
+    return _by_name(lambda path: layer_decay ** (top - layer(path)), params)
+
+
+def import_adam(opt_state: Any, count: Any, mu: Tree, nu: Tree) -> Any:
+    """Put moments from elsewhere into a state of `create_optimizer`.
+
+    Args:
+        opt_state: a concrete state; where its arrays lie is kept.
+        count: how many updates the moments have seen.
+        mu: first moments by parameter; those of parameters that are frozen here are left out.
+        nu: second moments.
+
+    Raises:
+        ValueError: moments that are missing, or of another shape.
+    """
+    old = _adam(opt_state)
+    moments = {"mu": (old.mu, _flat(mu)), "nu": (old.nu, _flat(nu))}
+    faults = []
+    for name, (tree, found) in moments.items():
+        for path, leaf in _flat(tree).items():
+            if path not in found:
+                faults.append(f"{name}/{path} is missing")
+            elif found[path].shape != leaf.shape:
+                faults.append(f"{name}/{path} has shape {found[path].shape}, expected {leaf.shape}")
+    if faults:
+        raise ValueError("the optimiser's moments do not fit the parameters: " + "; ".join(faults[:5]))
+    trees = {
+        name: jax.tree.map_with_path(lambda path, leaf, found=found: _like(leaf, found[_name(path)]), tree)
+        for name, (tree, found) in moments.items()
+    }
+    new = optax.ScaleByAdamState(_like(old.count, count), trees["mu"], trees["nu"])
+    return jax.tree.map(lambda part: new if _is_adam(part) else part, opt_state, is_leaf=_is_adam)
+
+
+def export_adam(opt_state: Any, params: Tree) -> tuple[Any, Tree, Tree]:
+    """(count, mu, nu) of a state of `create_optimizer`, both shaped like `params`: zeros for what is frozen."""
+    state = _adam(opt_state)
+
+    def whole(moments: Tree) -> Tree:
+        found = _flat(moments)
+        return jax.tree.map_with_path(
+            lambda path, p: found[_name(path)] if _name(path) in found else jnp.zeros(p.shape, p.dtype), params
+        )
+
+    return state.count, whole(state.mu), whole(state.nu)
+
+
+def _scale_by_name(scales: dict[str, float]) -> optax.GradientTransformation:
+    # By name, since the tree that arrives here lacks what is frozen.
+    return optax.stateless(lambda updates, _: jax.tree.map_with_path(lambda p, u: scales[_name(p)] * u, updates))
+
+
+def _adam(opt_state: Any) -> optax.ScaleByAdamState:
+    (state,) = (part for part in jax.tree.leaves(opt_state, is_leaf=_is_adam) if _is_adam(part))
+    return state
+
+
+def _is_adam(part: Any) -> bool:
+    return isinstance(part, optax.ScaleByAdamState)
+
+
+def _like(old: jax.Array, value: Any) -> jax.Array:
+    value = value if isinstance(value, jax.Array) else np.asarray(value)
+    # Never the caller's own memory: the step donates its state.
+    return jax.device_put(value.astype(old.dtype), old.sharding, may_alias=False)
+
+
+def _check_decay(decay: str) -> None:
+    if decay not in DECAYS:
+        raise ValueError(f"unknown decay {decay!r}; expected one of {', '.join(DECAYS)}")
+
+
+def _decays(params: Tree, decay: str) -> Tree:
+    return _by_name(lambda path: decay == "all" or path.split("/")[-1] not in _NEVER_DECAYED, params)
+
+
+def _under(path: str, name: str) -> bool:
+    return path == name or path.startswith(name + "/")
+
+
+def _by_name(function: Callable[[str], Any], tree: Tree) -> Tree:
+    return jax.tree.map_with_path(lambda path, _: function(_name(path)), tree)
+
+
+def _flat(tree: Tree) -> dict[str, Any]:
+    return {_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
