@@ -32,11 +32,6 @@ PRESETS = {
     ),
 }
 
-NO_DATA_RULE = (
-    "a pixel is no-data if any used band equals the file's fill, -9999 or NaN, or if all used bands are 0; "
-    "such pixels are set to 0 before z-scoring"
-)
-
 
 @dataclass(frozen=True)
 class InputFlags:
@@ -90,7 +85,7 @@ def build(declared: Declared, flags: InputFlags, in_channels: int) -> tuple[dict
         "means": list(means or ()),
         "stds": list(stds or ()),
         "sensors": list(sensors or ()),
-        "no_data_rule": NO_DATA_RULE,
+        "no_data_rule": band_table.NO_DATA_RULE,
     }
     return meta, missing
 

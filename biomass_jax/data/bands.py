@@ -42,6 +42,13 @@ _BY_SENSOR = {
 _NUMBER = re.compile(r"B0?(\d{1,2}|8A)", re.IGNORECASE)  # not "Band 2": there programs number positions
 
 
+# `no_data` in words, for the bundles that rely on it
+NO_DATA_RULE = (
+    "a pixel is no-data if any used band equals the file's fill, -9999 or NaN, or if all used bands are 0; "
+    "such pixels are set to 0 before z-scoring"
+)
+
+
 class BandError(ValueError):
     """A band list or a file's bands are not what they have to be."""
 
