@@ -1,0 +1,24 @@
+"""Every picture (NumPy and matplotlib only; matplotlib is imported when a picture is drawn).
+
+`quicklook` writes a file; the others give a matplotlib figure, for `save` or `to_array`.
+"""
+
+from biomass_jax.figures.chips import ChipPanel, chip_panels
+from biomass_jax.figures.curves import FigureError, training_curves
+from biomass_jax.figures.maps import quicklook
+from biomass_jax.figures.scores import density_scatter, error_by_bin, residual_histogram
+from biomass_jax.figures.style import save, stretch, to_array
+
+__all__ = [
+    "ChipPanel",
+    "FigureError",
+    "chip_panels",
+    "density_scatter",
+    "error_by_bin",
+    "quicklook",
+    "residual_histogram",
+    "save",
+    "stretch",
+    "to_array",
+    "training_curves",
+]

@@ -1,0 +1,65 @@
+"""A map beside the image it was made from."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from biomass_jax.figures.style import GREY, image_axes, new_figure, save, stretch
+
+
+def quicklook(
+    path: str | os.PathLike[str], rgb: np.ndarray, values: np.ndarray, *, title: str, name: str, unit: str
+) -> Path:
+    """An image beside the map made from it, as PNG.
+
+    Args:
+        path: the picture; written beside its place and renamed.
+        rgb: (h, w, 3) digital numbers of red, green, blue, NaN for no-data.
+        values: (h, w) of the map, NaN for no-data.
+        title: what the image is called.
+        name: what the values are.
+        unit: their unit.
+
+    Returns:
+        The picture's path.
+    """
+    height, width = values.shape
+    # Two panels of equal scale; very long or wide rasters stay readable.
+    side = float(np.clip(4.6 * height / width, 1.6, 9.0))
+    figure = new_figure(10.6, side + 1.0, facecolor="none")  # grey ink on no paper suits white and black pages
+    left, right = figure.subplots(1, 2)
+    left.imshow(stretch(rgb), interpolation="nearest")
+    drawn = _draw_values(right, values)
+    left.set_title("Red, green, blue", fontsize=10, color=GREY)
+    right.set_title(_summary(values, unit), fontsize=10, color=GREY)
+    for axes in (left, right):
+        image_axes(axes)
+    bar = figure.colorbar(drawn, ax=right, fraction=0.046, pad=0.03, extend="max")
+    bar.set_label(f"{name} ({unit})", fontsize=10, color=GREY)
+    bar.ax.tick_params(labelsize=9, color=GREY, labelcolor=GREY)
+    bar.outline.set_visible(False)
+    figure.suptitle(title, fontsize=12, color=GREY, parse_math=False)
+    return save(path, figure, title)
+
+
+def _draw_values(axes: Any, values: np.ndarray) -> Any:
+    """Values from 0 to their 99th percentile, so that a few extreme pixels don't darken the rest."""
+    valid = values[np.isfinite(values)]
+    top = float(np.percentile(valid, 99)) if valid.size else 0.0
+    bottom = min(0.0, float(np.percentile(valid, 1))) if valid.size else 0.0
+    return axes.imshow(
+        np.ma.masked_invalid(values),
+        cmap="viridis",
+        vmin=bottom,
+        vmax=top if top > bottom else bottom + 1,
+        interpolation="nearest",
+    )
+
+
+def _summary(values: np.ndarray, unit: str) -> str:
+    valid = values[np.isfinite(values)]
+    if not valid.size:
+        return "No pixel with data"
+    return f"Mean {valid.mean():.3g} {unit}, {valid.size / values.size:.0%} of pixels mapped"

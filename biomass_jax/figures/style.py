@@ -1,0 +1,90 @@
+"""What the pictures share: colours of images, paper and ink, writing files."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+STRETCH = (2.0, 98.0)  # percentiles of each colour that become black and full brightness
+GAMMA = 0.6  # lifts the dark end: forest is far darker than fields, and would be black
+GREY = "#6b7280"  # readable on white and on black
+GRID = "#d9dce1"
+# Okabe and Ito's colours, which colour-blind readers can tell apart; black is for reference lines.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+DPI = 130
+
+
+def stretch(image: np.ndarray) -> np.ndarray:
+    """Digital numbers (H, W, 3) with NaN for no-data -> RGBA in 0..1, no-data transparent.
+
+    Each colour runs from its own 2nd to its 98th percentile of the pixels with data, raised to `GAMMA`.
+    """
+    valid = np.isfinite(image).all(axis=-1)
+    out = np.zeros((*image.shape[:2], 4))
+    if not valid.any():
+        return out
+    low, high = np.percentile(image[valid], STRETCH, axis=0)
+    span = np.where(high > low, high - low, 1)
+    out[..., :3] = np.clip((np.where(valid[..., None], image, low) - low) / span, 0, 1) ** GAMMA
+    out[..., 3] = valid
+    out[~valid, :3] = 0
+    return out
+
+
+def new_figure(width: float, height: float, *, facecolor: str = "white") -> Any:
+    """An empty figure of so many inches, without pyplot's global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor=facecolor, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save(path: str | os.PathLike[str], figure: Any, title: str = "") -> Path:
+    """Write a figure as PNG, beside its place and renamed.
+
+    Args:
+        path: the picture.
+        figure: a matplotlib figure.
+        title: goes into the file's metadata.
+
+    Raises:
+        OSError: the folder isn't there or can't be written.
+    """
+    path = Path(path)
+    figure.draw_without_rendering()  # the layout knows the size of tick labels only after a first drawing
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        figure.canvas.print_png(str(partial), metadata={"Title": title})
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def to_array(figure: Any) -> np.ndarray:
+    """A figure as uint8 (H, W, 3), for TensorBoard."""
+    figure.draw_without_rendering()  # as in `save`
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+
+
+def plot_axes(axes: Any, x_label: str, y_label: str) -> None:
+    """Labels, a faint grid, no box around."""
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.grid(color=GRID, linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def image_axes(axes: Any) -> None:
+    """No ticks, no frame, nothing behind the pixels: rows and columns of a picture tell nothing."""
+    axes.set_facecolor("none")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
