@@ -1,7 +1,8 @@
-"""Data preparation: chips/s of writing and reading shards beside reading the same chips as float32 GeoTIFFs.
+"""Data preparation: composites, footprints, shards; each beside the plainest way to read or do the same.
 
-`python -m benchmarks.data_prep` prints a table and writes JSON. Chips are like the real ones: digital numbers with
-texture and noise, 250 labels each; GeoTIFFs as the published data set has them (10 bands, float32, LZW, by pixel).
+`python -m benchmarks.data_prep` prints tables and writes JSON. Composites: see benchmarks/composite.py. Footprints: one
+made-up orbit of 8 beams in the layout of the real files. Chips are like real ones: digital numbers with texture and
+noise, 250 labels each; GeoTIFFs as the published data set has them (10 bands, float32, LZW, by pixel).
 """
 
 import argparse
@@ -10,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,18 @@ import numpy as np
 import rasterio
 from affine import Affine
 
-from benchmarks import common
+from benchmarks import common, composite
 from biomass_jax.data import records
 from data_prep import geotiff, shards
+from data_prep.gedi import convert_granule
+from data_prep.synthetic.gedi_file import BEAMS, granule_name, seconds_since_epoch, shot_numbers, write_gedi
 
 FOLDER = common.FOLDER / "data_prep"
 SIDE = records.CHIP_SIZE
 ROUNDS = 5
+ORBIT, ORBIT_TIME = 8852, datetime(2020, 7, 1, 18, 45, 12)
+BEAM_SHOTS = 60_000  # half of what a quarter of an orbit has, most of it over sea
+BOX = (-122.0, 37.0, -120.8, 38.0)  # about an HLS tile
 
 
 def make_chip(index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -127,7 +134,7 @@ def benchmark_shards(chips: int) -> dict[str, Any]:
         for name in ("geotiffs", "shards")
     }
     shutil.rmtree(FOLDER)
-    print(f"Shards of {chips} chips beside float32 GeoTIFFs; {os.cpu_count()} CPUs, {ROUNDS} rounds\n")
+    print(f"\nShards of {chips} chips beside float32 GeoTIFFs; {os.cpu_count()} CPUs, {ROUNDS} rounds\n")
     reading = result["reading"]["chips_per_s"]
     rows = [
         [
@@ -157,19 +164,83 @@ def benchmark_shards(chips: int) -> dict[str, Any]:
     return result
 
 
+def write_orbit(path: Path) -> Path:
+    """An orbit that crosses `BOX` from south to north, two thirds of its shots good."""
+    beams = {}
+    for number, beam in enumerate(BEAMS):
+        rng = np.random.default_rng(number)
+        along = np.linspace(0, 1, BEAM_SHOTS)
+        beams[beam] = {
+            "shot_number": shot_numbers(ORBIT, beam, BEAM_SHOTS),
+            "delta_time": seconds_since_epoch(ORBIT_TIME) + along * 1400,
+            "lat_lowestmode": 20 + 32 * along,
+            "lon_lowestmode": -140 + 35 * along + 0.005 * number,
+            "agbd": rng.gamma(2, 50, BEAM_SHOTS),
+            "agbd_se": rng.uniform(5, 17, BEAM_SHOTS),
+            "l4_quality_flag": (rng.random(BEAM_SHOTS) < 2 / 3).astype(np.uint8),
+        }
+    return write_gedi(path, beams)
+
+
+def measure_footprints() -> dict[str, Any]:
+    """Shots/s from an orbit to GeoParquet: the whole of it, and the part that lies over a tile."""
+    path = next((FOLDER / "gedi").glob("*.h5"))
+    rates: dict[str, list[float]] = {"orbit": [], "tile": []}
+    kept = {}
+    for _ in range(ROUNDS + 1):
+        for name, box in (("orbit", None), ("tile", BOX)):
+            began = time.perf_counter()
+            _, counts = convert_granule(path, FOLDER / "footprints", bbox=box)
+            rates[name].append(counts["shots"] / (time.perf_counter() - began))
+            kept[name] = list(counts.values())[-1]
+    # the first of each loads libraries
+    spreads = {name: common.spread(values[1:]) for name, values in rates.items()}
+    return {"shots_per_s": spreads, "kept": kept, "peak_rss_gib": common.peak_rss_gib()}
+
+
+def benchmark_footprints() -> dict[str, Any]:
+    """Convert an orbit in a process of its own; prints its table."""
+    write_orbit(FOLDER / "gedi" / granule_name(ORBIT_TIME, ORBIT))
+    run = common.run_worker("benchmarks.data_prep", "--what", "footprints")
+    shutil.rmtree(FOLDER)
+    print(f"\nGEDI shots to GeoParquet, an orbit of {len(BEAMS) * BEAM_SHOTS:,}; {ROUNDS} rounds\n")
+    rows = []
+    for name, label in (("orbit", "the whole orbit"), ("tile", "its part over a tile")):
+        rate = run["shots_per_s"][name]
+        span = f"{rate['min'] / 1e6:.2f} to {rate['max'] / 1e6:.2f}"
+        rows.append(
+            [label, f"{run['kept'][name]:,}", f"{rate['median'] / 1e6:.2f}", span, f"{run['peak_rss_gib']:.2f}"]
+        )
+    common.print_table(["", "shots kept", "M shots of the orbit/s", "from - to", "peak RSS GiB"], rows)
+    return run
+
+
+MEASURES: dict[str, Callable[[int], dict[str, Any]]] = {
+    "writing": measure_writing,
+    "reading": lambda workers: measure_reading(),
+    "footprints": lambda workers: measure_footprints(),
+}
+
+
 def main() -> None:
     """Print the tables and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--chips", type=int, default=300, help="chips of the data set to write and read")
+    composite.add_options(parser)
     parser.add_argument("--json", type=Path, default=common.FOLDER / "data_prep.json")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--what", choices=("writing", "reading"), help=argparse.SUPPRESS)
+    parser.add_argument("--what", choices=tuple(MEASURES), help=argparse.SUPPRESS)
     parser.add_argument("--workers", type=int, default=1, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        print(json.dumps(measure_writing(options.workers) if options.what == "writing" else measure_reading()))
+        print(json.dumps(MEASURES[options.what](options.workers)))
         return
-    result = {"machine": common.machine(), "shards": benchmark_shards(options.chips)}
+    result = {
+        "machine": common.machine(),
+        "composite": composite.benchmark(options.scenes, options.side, options.threads, options.rounds),
+        "footprints": benchmark_footprints(),
+        "shards": benchmark_shards(options.chips),
+    }
     common.write_json(options.json, result)
 
 

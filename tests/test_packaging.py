@@ -93,7 +93,7 @@ def test_extras(declared):
     assert set(declared) == {None, *EXTRAS}
     parts = [str(r) for part in ("prep", "sweep", "docs", "tools") for r in declared[part]]
     assert sorted(str(r) for r in declared["dev"]) == sorted(parts)
-    assert [str(r) for r in declared["bench"]] == ["torch==2.13.0"]
+    assert [str(r) for r in declared["bench"]] == ["torch==2.13.0", "rioxarray>=0.19"]
 
 
 def test_neither_tensorflow_nor_torch_is_needed(declared):
