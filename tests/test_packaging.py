@@ -103,7 +103,7 @@ def test_neither_tensorflow_nor_torch_is_needed(declared):
     assert not {n for n in names if re.fullmatch(r"tensorflow(-cpu|-gpu|-intel)?|tf-nightly.*|clu|torch.*|keras", n)}
 
 
-@pytest.mark.parametrize(("folder", "extras"), [("biomass_jax", ["hub"]), ("data_prep", ["prep", "dask"])])
+@pytest.mark.parametrize(("folder", "extras"), [("biomass_jax", ["hub", "prep"]), ("data_prep", ["prep", "dask"])])
 def test_whatever_is_imported_is_declared(declared, folder, extras):
     names = {canonicalize_name(r.name) for extra in [None, *extras] for r in declared[extra]}
     owners = metadata.packages_distributions()
@@ -116,7 +116,7 @@ def test_whatever_is_imported_is_declared(declared, folder, extras):
 @pytest.mark.parametrize("path", sorted((ROOT / "constraints").glob("py*.txt")), ids=lambda path: path.stem)
 def test_tested_versions_satisfy_every_floor(declared, path):
     pins = pinned(path)
-    for requirement in [*declared[None], *declared["dev"]]:
+    for requirement in [*declared[None], *declared["dev"], *declared["dask"]]:
         name = canonicalize_name(requirement.name)
         assert name in pins, f"{path.name} does not pin {name}"
         assert requirement.specifier.contains(pins[name]), f"{path.name}: {name} {pins[name]} against {requirement}"
@@ -194,7 +194,7 @@ def test_make_installs_once_and_again_only_when_something_changed(checkout):
     assert done.returncode == 0, done.stderr
     assert log[0] == "venv .venv"
     assert len(log) == 2
-    assert "--constraint constraints/py3.11.txt --editable .[prep,tools]" in log[1]
+    assert "--constraint constraints/py3.11.txt --editable .[prep,dask,tools]" in log[1]
     for arguments in (["setup", "PYTHON=@new"], ["setup"]):
         done, log = make(checkout, *arguments)
         assert (done.returncode, log) == (0, []), done.stderr
