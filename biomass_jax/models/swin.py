@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from biomass_jax.models import swin_ops
+from biomass_jax.models import initialisation, swin_ops
 from biomass_jax.models.layers import LayerNorm, gelu
 
 Dtype = Any
@@ -40,7 +40,17 @@ class PatchEmbed(nn.Module):
         pad_h, pad_w = -x.shape[1] % p, -x.shape[2] % p
         if pad_h or pad_w:
             x = jnp.pad(x, ((0, 0), (0, pad_h), (0, pad_w), (0, 0)), mode="edge")
-        x = nn.Conv(self.embed_dim, (p, p), strides=(p, p), padding="VALID", dtype=self.dtype, name="projection")(x)
+        project = nn.Conv(
+            self.embed_dim,
+            (p, p),
+            strides=(p, p),
+            padding="VALID",
+            dtype=self.dtype,
+            conv_general_dilated=swin_ops.patch_product,
+            name="projection",
+            **initialisation.conv(x.shape[-1] * p * p),
+        )
+        x = project(x)
         return LayerNorm(self.dtype, name="norm")(x)
 
 
@@ -49,6 +59,7 @@ class WindowAttention(nn.Module):
 
     num_heads: int
     window_size: int
+    initializer: str = "torch"
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -58,11 +69,12 @@ class WindowAttention(nn.Module):
         heads, dim = self.num_heads, c // self.num_heads
         table = self.param(
             "relative_position_bias_table",
-            nn.initializers.zeros_init(),
+            initialisation.bias_table(self.initializer),
             ((2 * self.window_size - 1) ** 2, heads),
             jnp.float32,
         )
-        qkv = nn.Dense(3 * c, dtype=self.dtype, name="qkv")(x)
+        draws = initialisation.dense(self.initializer, c)
+        qkv = nn.Dense(3 * c, dtype=self.dtype, name="qkv", **draws)(x)
         # Batch-heads-tokens-dim: both products then are plain batched matmuls, without a transpose inside.
         q, k, v = qkv.reshape(n, tokens, 3, heads, dim).transpose(2, 0, 3, 1, 4)
         scores = jnp.einsum("bhqd,bhkd->bhqk", q * dim**-0.5, k, preferred_element_type=jnp.float32)
@@ -76,22 +88,23 @@ class WindowAttention(nn.Module):
         weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
         x = jnp.einsum("bhqk,bhkd->bhqd", weights, v)
         x = x.transpose(0, 2, 1, 3).reshape(n, tokens, c)
-        return nn.Dense(c, dtype=self.dtype, name="proj")(x)
+        return nn.Dense(c, dtype=self.dtype, name="proj", **draws)(x)
 
 
 class Mlp(nn.Module):
     """Two dense layers with the exact (erf) GELU between them."""
 
     hidden_dim: int
+    initializer: str = "torch"
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., C] -> [..., C]."""
-        c = x.shape[-1]
-        x = nn.Dense(self.hidden_dim, dtype=self.dtype, name="fc1")(x)
+        c, kind = x.shape[-1], self.initializer
+        x = nn.Dense(self.hidden_dim, dtype=self.dtype, name="fc1", **initialisation.dense(kind, c))(x)
         x = gelu(x)
-        return nn.Dense(c, dtype=self.dtype, name="fc2")(x)
+        return nn.Dense(c, dtype=self.dtype, name="fc2", **initialisation.dense(kind, self.hidden_dim))(x)
 
 
 class SwinBlock(nn.Module):
@@ -103,16 +116,19 @@ class SwinBlock(nn.Module):
     drop_path_rate: float
     shifted: bool
     shift_single_window: bool
+    initializer: str = "torch"
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """x [B, H, W, C] -> [B, H, W, C]."""
         c = x.shape[-1]
         # Both branches share the rate but draw independently, as in the reference.
         y = self._attend(LayerNorm(self.dtype, name="norm1")(x))
         x = x + swin_ops.DropPath(self.drop_path_rate)(y, train=train)
-        y = Mlp(int(c * self.mlp_ratio), self.dtype, name="mlp")(LayerNorm(self.dtype, name="norm2")(x))
+        y = Mlp(int(c * self.mlp_ratio), self.initializer, self.dtype, name="mlp")(
+            LayerNorm(self.dtype, name="norm2")(x)
+        )
         return x + swin_ops.DropPath(self.drop_path_rate)(y, train=train)
 
     def _attend(self, x: jax.Array) -> jax.Array:
@@ -130,7 +146,7 @@ class SwinBlock(nn.Module):
             x = jnp.roll(x, (-shift, -shift), axis=(1, 2))
             mask = jnp.asarray(swin_ops.shift_mask(padded_h, padded_w, size, shift))
         windows = swin_ops.window_partition(x, size)
-        windows = WindowAttention(self.num_heads, size, self.dtype, name="attn")(windows, mask)
+        windows = WindowAttention(self.num_heads, size, self.initializer, self.dtype, name="attn")(windows, mask)
         x = swin_ops.window_reverse(windows, size, padded_h, padded_w)
         if shift:
             x = jnp.roll(x, (shift, shift), axis=(1, 2))
@@ -140,6 +156,7 @@ class SwinBlock(nn.Module):
 class PatchMerging(nn.Module):
     """Halve the map and double the channels: 2 x 2 tokens side by side, LayerNorm, a dense layer without bias."""
 
+    initializer: str = "torch"
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -147,7 +164,8 @@ class PatchMerging(nn.Module):
         """x [B, H, W, C] -> [B, ceil(H/2), ceil(W/2), 2C]."""
         c = x.shape[-1]
         x = LayerNorm(self.dtype, name="norm")(swin_ops.merge_patches(x))
-        return nn.Dense(2 * c, use_bias=False, dtype=self.dtype, name="reduction")(x)
+        draws = initialisation.dense(self.initializer, 4 * c)
+        return nn.Dense(2 * c, use_bias=False, dtype=self.dtype, name="reduction", **draws)(x)
 
 
 class SwinStage(nn.Module):
@@ -161,24 +179,29 @@ class SwinStage(nn.Module):
     shift_single_window: bool
     downsample: bool
     out_norm: bool
+    remat: bool = False
+    initializer: str = "torch"
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
         """x [B, H, W, C] -> (features [B, H, W, C], normed where `out_norm`; next map, halved where `downsample`)."""
+        # Where memory matters more than time, the backward pass computes a block again from its input.
+        block = nn.remat(SwinBlock, static_argnums=(2,)) if self.remat else SwinBlock
         for j in range(self.depth):
-            x = SwinBlock(
+            x = block(
                 num_heads=self.num_heads,
                 window_size=self.window_size,
                 mlp_ratio=self.mlp_ratio,
                 drop_path_rate=self.drop_path_rates[j],
                 shifted=j % 2 == 1,
                 shift_single_window=self.shift_single_window,
+                initializer=self.initializer,
                 dtype=self.dtype,
                 name=f"blocks_{j}",
-            )(x, train=train)
+            )(x, train)
         features = LayerNorm(self.dtype, name="norm")(x) if self.out_norm else x
-        following = PatchMerging(self.dtype, name="downsample")(x) if self.downsample else x
+        following = PatchMerging(self.initializer, self.dtype, name="downsample")(x) if self.downsample else x
         return features, following
 
 
@@ -186,7 +209,9 @@ class SwinFields(nn.Module):
     """Fields of a Swin encoder, which every model that holds one has too; the defaults are granite's Swin-B.
 
     `shift_single_window`: shift also where the padded map is one window (granite's weights need it; the original, timm
-    and SimMIM do not).
+    and SimMIM do not). How a run computes is no part of a model's architecture: `remat` names the stages (0 to 3) whose
+    blocks are computed a second time in the backward pass to save memory, `initializer` how fresh weights are drawn
+    (`initialisation.KINDS`).
     """
 
     embed_dim: int = 128
@@ -198,6 +223,8 @@ class SwinFields(nn.Module):
     in_channels: int = 6
     drop_path_rate: float = 0.0
     shift_single_window: bool = True
+    remat: tuple[int, ...] = ()
+    initializer: str = "torch"
     dtype: Dtype = jnp.float32
 
     @nn.nowrap
@@ -225,6 +252,8 @@ class SwinTransformer(SwinFields):
         for i, heads in enumerate(self.num_heads):
             if self.embed_dim * 2**i % heads:
                 raise ValueError(f"stage {i} has {self.embed_dim * 2**i} channels, not divisible by {heads} heads")
+        if unknown := sorted(set(self.remat) - set(range(len(self.depths)))):
+            raise ValueError(f"remat names stages {unknown}; there are {len(self.depths)}, counted from 0")
         self.patch_embed = PatchEmbed(self.embed_dim, self.patch_size, self.dtype)
         rates = swin_ops.drop_path_rates(self.drop_path_rate, tuple(self.depths))
         self.stages = [
@@ -237,6 +266,8 @@ class SwinTransformer(SwinFields):
                 shift_single_window=self.shift_single_window,
                 downsample=i < len(self.depths) - 1,
                 out_norm=self.stage_norms,
+                remat=i in self.remat,
+                initializer=self.initializer,
                 dtype=self.dtype,
             )
             for i, depth in enumerate(self.depths)

@@ -125,9 +125,9 @@ def test_simmim_to_window_7_gives_the_reference_features(golden, simmim_w7):
         width = 4 * 2**i
         params[f"stages_{i}"]["norm"] = {"scale": np.ones(width, np.float32), "bias": np.zeros(width, np.float32)}
     features = run(module, {"params": params}, reference["input"])
-    # A LayerNorm over 4 channels magnifies rounding: with the reference's own tables stage 0 still differs by 1.0e-5.
+    # A LayerNorm over 4 channels magnifies rounding: in stage 0 the reference itself is 9e-6 from what float64 gives.
     for i, stage in enumerate(features):
-        assert_close(stage, reference[f"stage{i}"], 2e-5)
+        assert_close(stage, reference[f"stage{i}"])
 
 
 def test_the_optimisers_moments_are_laid_out_like_their_weights(golden):
