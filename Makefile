@@ -1,6 +1,6 @@
 # Everything runs in .venv, which the first target that needs it sets up. Another interpreter: make test PYTHON=python3.12
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check bench clean
+.PHONY: help setup demo test test-slow mutate check bench clean
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules
 
@@ -42,6 +42,9 @@ test: $(STAMP) ## the quick tests
 # pytest exits with 5 where no test is marked slow, which is no failure.
 test-slow: $(STAMP) ## the tests marked slow
 	$(PYTEST) -m slow || test $$? -eq 5
+
+mutate: $(STAMP) ## put faults into a copy of data preparation; a test has to notice each
+	$(BIN)/python -m tests.mutation.mutate_data_prep
 
 check: $(STAMP) ## formatting, lint, types, import rules
 	$(BIN)/python -m ruff format --check .

@@ -234,7 +234,7 @@ def test_make_says_what_is_wrong_with_the_python(checkout, python, message):
 
 def test_make_alone_lists_the_targets(checkout):
     done, _ = make(checkout)
-    for target in ("demo", "test", "test-slow", "check", "bench", "clean"):
+    for target in ("demo", "test", "test-slow", "mutate", "check", "bench", "clean"):
         assert re.search(rf"^  {target} +\w", done.stdout, re.M), done.stdout
 
 
