@@ -27,7 +27,7 @@ LAYERS: dict[str, set[str]] = {
     "__init__": {"bundle", "prediction", "training"},  # inside `biomass_jax.load` only, see the test of a light import
 }
 EXCEPTIONS = {("biomass_jax/training/loop.py", "evaluation")}
-FOR_DATA_PREP = {"biomass_jax.data.bands", "biomass_jax.data.records", "biomass_jax.data.raster"}
+FOR_DATA_PREP = {f"biomass_jax.data.{name}" for name in ("bands", "records", "raster", "biomes")}
 JAX_FAMILY = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
 NEVER = {"tensorflow", "clu"}
 # By these a program names an axis of the device mesh.
@@ -79,7 +79,7 @@ def layer_faults(path: str, name: str) -> Iterator[str]:
             yield "figures knows NumPy and matplotlib only"
     if path.startswith("data_prep/"):
         if top == "biomass_jax" and not any(name == m or name.startswith(m + ".") for m in FOR_DATA_PREP):
-            yield "data_prep takes only data.bands, data.records and data.raster from biomass_jax"
+            yield "data_prep takes only data.bands, data.records, data.raster and data.biomes from biomass_jax"
         if top in JAX_FAMILY:
             yield "data_prep must not import JAX"
 

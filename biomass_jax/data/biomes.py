@@ -1,0 +1,97 @@
+"""Biomes of chips: from polygons, or from the name of a published folder.
+
+Polygons need the libraries of the extra `prep` (geopandas, shapely, pyproj), which are loaded when they are asked for.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from biomass_jax.data import records
+
+_PUBLISHED = re.compile(r"(?P<biome>.+)_datasplit")
+_ALL = "all_ecos"  # the published folder that holds every biome
+
+
+class BiomeError(ValueError):
+    """A biome can't be known, or the file that should tell it can't be used."""
+
+
+class Biomes:
+    """Polygons that name the biome at a place."""
+
+    def __init__(self, path: str | os.PathLike[str], field: str) -> None:
+        """Read the polygons.
+
+        Args:
+            path: any file that GDAL reads, or GeoParquet.
+            field: the column with the name.
+
+        Raises:
+            BiomeError: unreadable, without a CRS or without that column; or the libraries aren't installed.
+        """
+        try:
+            import geopandas
+            from shapely import STRtree
+        except ImportError as error:
+            raise BiomeError(f"{path}: polygons need {error.name}; pip install 'biomass-jax[prep]'") from error
+        try:
+            is_parquet = str(path).endswith((".parquet", ".geoparquet"))
+            frame = geopandas.read_parquet(path) if is_parquet else geopandas.read_file(path)
+        except Exception as error:  # pyogrio, pyarrow and shapely each have their own
+            raise BiomeError(f"{path}: can't be read as polygons: {error}") from error
+        if field not in frame.columns or frame.crs is None:
+            raise BiomeError(
+                f"{path}: found columns {', '.join(frame.columns)} and CRS {frame.crs}, expected {field} and a CRS"
+            )
+        frame = frame.to_crs(4326)
+        self._slugs = [slug(value) for value in frame[field]]
+        self._tree = STRtree(np.asarray(frame.geometry, object))
+
+    def at(self, places: np.ndarray) -> list[str]:
+        """Slugs at (n, 2) longitudes and latitudes: that of the first polygon in the file, else `unknown`."""
+        import shapely
+
+        found: dict[int, int] = {}
+        points, polygons = self._tree.query(shapely.points(places), predicate="intersects")
+        for point, polygon in zip(points.tolist(), polygons.tolist(), strict=True):
+            found[point] = min(polygon, found.get(point, polygon))
+        return [self._slugs[found[i]] if i in found else records.UNKNOWN_BIOME for i in range(len(places))]
+
+
+def slug(value: Any) -> str:
+    """`boreal-forests-taiga` for 'Boreal Forests/Taiga'; `unknown` where no letter or digit is left."""
+    text = "" if value is None or value != value else str(value)
+    return re.sub(r"[^a-z0-9]+", "-", text.casefold()).strip("-") or records.UNKNOWN_BIOME
+
+
+def folder_biome(path: str | os.PathLike[str]) -> str:
+    """`taiga` for `.../taiga_datasplit`, as the published folders are named; `unknown` for all other names."""
+    match = _PUBLISHED.fullmatch(Path(path).absolute().name)
+    return records.UNKNOWN_BIOME if match is None or match["biome"] == _ALL else slug(match["biome"])
+
+
+def centre(epsg: int, transform: np.ndarray, shape: tuple[int, int]) -> tuple[float, float]:
+    """Longitude and latitude of a chip's centre.
+
+    Args:
+        epsg: code of its CRS, not 0.
+        transform: (6,) affine a b c d e f of its upper-left corner.
+        shape: (H, W).
+
+    Raises:
+        BiomeError: pyproj isn't installed.
+    """
+    try:
+        from pyproj import Transformer
+    except ImportError as error:
+        raise BiomeError("biomes from polygons need pyproj; pip install 'biomass-jax[prep]'") from error
+    a, b, c, d, e, f = (float(value) for value in transform)
+    row, col = shape[0] / 2, shape[1] / 2
+    place = Transformer.from_crs(int(epsg), 4326, always_xy=True).transform(
+        a * col + b * row + c, d * col + e * row + f
+    )
+    return float(place[0]), float(place[1])
