@@ -56,7 +56,7 @@ def chip_panels(panels: Sequence[ChipPanel], *, title: str, name: str = "AGB", u
         rmse = f", RMSE {np.sqrt(np.mean(error**2)):.1f}" if error.size else ""
         row[1].set_title("Prediction", fontsize=9)
         row[2].imshow(np.ones(3) * (0.35 + 0.5 * picture[..., :3].mean(-1, keepdims=True)), interpolation="nearest")
-        size = max(2.0, (72 * PANEL / max(panel.label.shape) * 2.2) ** 2)
+        size = np.clip((72 * PANEL / max(panel.label.shape) * 2.2) ** 2, 2, 80)
         row[2].scatter(cols, rows, c=values, s=size, cmap="viridis", edgecolors="black", linewidths=0.25, **limits)
         row[2].set_title(f"Footprints: n = {len(values):,}{rmse}", fontsize=9)
         bar = figure.colorbar(drawn, ax=list(row), fraction=0.02, pad=0.01, extend="max")

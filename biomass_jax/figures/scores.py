@@ -88,6 +88,7 @@ def error_by_bin(
                 low, high = ([rows[i][f"{score}{end}"] for i in has] for end in ("_low", "_high"))
                 axes.vlines(places[has] + shift, low, high, color="black", linewidth=1.2)
         axes.set_xticks(places, [f"{row['group']}\nn = {row['n']:,}" for row in rows], fontsize=8)
+        axes.set_xlim(-0.5, len(rows) - 0.5)
         axes.axhline(0, color="black", linewidth=0.8)
         given = {text: value for text, value in (references or {}).items() if value is not None}
         for (text, value), style in zip(given.items(), ("--", ":", "-.") * len(given), strict=False):

@@ -1,0 +1,47 @@
+"""Chips of a small made-up data set, as shards; a bundle small enough to compile in seconds."""
+
+from pathlib import Path
+
+import numpy as np
+
+from data_prep import shards
+from tests.data.test_records import make_record
+from tests.prediction.stubs import random_bundle
+
+SIZE = 32
+TILES = ("10SFF", "10SFF", "10SGF", "10SGF", "36NXF", "36NXF", "36NXF")
+BIOMES = ("taiga", "taiga", "taiga", "savanna", "savanna", "unknown", "savanna")
+
+
+def chip(index: int, **changes):
+    """A chip of random digital numbers, some pixels without data and some labelled ones among them."""
+    rng = np.random.default_rng(index)
+    image = rng.integers(100, 4000, (SIZE, SIZE, 6)).astype(np.int16)
+    image[:4, :5] = 0
+    image[10, 11] = -9999
+    label = np.where(rng.random((SIZE, SIZE)) < 0.05, rng.gamma(2, 70, (SIZE, SIZE)), -1).astype(np.float32)
+    label[2, 3], label[10, 11], label[20, 21] = 50, 60, 70 + index  # the first two have no data
+    fields = {
+        "image": image,
+        "label": label,
+        "chip_id": f"{TILES[index]}_{index}_2020-05-01",
+        "tile": TILES[index],
+        "biome": BIOMES[index],
+        "transform": np.array([30.0, 0, 600000 + 3000 * index, 0, -30, 4100000]),
+    }
+    return make_record(SIZE, **{**fields, **changes})
+
+
+def write_world(folder: Path, *, metadata=None, **changes) -> Path:
+    """Shards with 7 test chips and 3 for training."""
+    splits = {
+        "test": [chip(index, **changes) for index in range(7)],
+        "train": [chip(index, **{**changes, "chip_id": f"train_{index}"}) for index in range(3)],
+    }
+    shards.write_shards(splits, folder, metadata=metadata)
+    return folder
+
+
+def bundle(folder: Path, **architecture) -> Path:
+    """A random bundle whose predictions spread over all bins."""
+    return random_bundle(folder, **architecture)
