@@ -77,6 +77,15 @@ MUTATIONS = (
         SCENES,
         _in("data_prep/hls.py", ("return fmask != FMASK_FILL", "return np.ones(fmask.shape, bool)")),
     ),
+    Mutation(  # as a reader does that puts 0 where a file has no data: poison under 255 has to show
+        "fill_255_taken_for_clear",
+        COMPOSITES,
+        _in(
+            "data_prep/hls.py",
+            ("return fmask != FMASK_FILL", "return np.ones(fmask.shape, bool)"),
+            (_CLEAR_BITS, _CLEAR_BITS.replace("fmask &", "np.where(fmask == FMASK_FILL, 0, fmask) &")),
+        ),
+    ),
     Mutation("bit_2_ignored", COMPOSITES, _in("data_prep/hls.py", ("CLOUD | ADJACENT | SHADOW", "CLOUD | SHADOW"))),
     Mutation(
         "mask_per_band",
