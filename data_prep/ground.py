@@ -19,7 +19,6 @@ from data_prep.errors import PrepError
 TOLERANCE_M = 0.5  # chips that share an edge touch but share no ground; projections agree to about 1 cm
 EDGE_POINTS = 4  # along each side of an outline: straight lines in degrees leave a 7 km side by up to a few metres
 DIGITS = 9  # of degrees, 0.1 mm: rounded, so that the last bits of a projection don't reach the files
-SOUTHERN_NORTHING = 1e7
 _A = 6378137.0  # WGS 84
 _E2 = 0.0066943799901413165  # f (2 - f) with f = 1 / 298.257223563
 _PAIRS_AT_ONCE = 20_000
@@ -35,15 +34,10 @@ def epsg_code(crs: Any, path: str) -> int:
     Raises:
         PrepError: no CRS, or one without a code that is no WGS 84 UTM zone.
     """
-    if crs is None:
-        raise PrepError(f"{path}: found no CRS, expected the UTM zone of an HLS tile")
-    zone = raster.utm_zone(crs)
-    if zone is not None and zone[1] in (0.0, SOUTHERN_NORTHING):
-        return (32700 if zone[1] else 32600) + zone[0]
-    code = crs.to_epsg()
-    if code is None:
-        raise PrepError(f"{path}: found a CRS without an EPSG code that is no UTM zone of WGS 84: {crs.to_string()}")
-    return int(code)
+    try:
+        return raster.epsg_code(crs, path)
+    except raster.RasterError as error:
+        raise PrepError(str(error)) from error
 
 
 def chip_outlines(epsg: int, transform: Sequence[float], places: np.ndarray, size: int) -> np.ndarray:

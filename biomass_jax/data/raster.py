@@ -4,30 +4,55 @@ Digital numbers are passed on as stored: no scale factor is ever applied.
 """
 
 from biomass_jax.data.raster_blocks import verify_blocks
-from biomass_jax.data.raster_common import Grid, RasterError, grid_of, open_quietly, raster_errors, utm_zone
+from biomass_jax.data.raster_chips import (
+    PUBLISHED_BANDS,
+    FractionError,
+    Pair,
+    describe_pairs,
+    find_pairs,
+    read_pair,
+    split_files,
+)
+from biomass_jax.data.raster_common import (
+    Grid,
+    RasterError,
+    epsg_code,
+    grid_of,
+    open_quietly,
+    raster_errors,
+    utm_zone,
+)
 from biomass_jax.data.raster_inputs import GranuleName, InputItem, find_inputs, granule_name
 from biomass_jax.data.raster_mask import MaskSource
 from biomass_jax.data.raster_read import ImageSource, open_image, read_preview, read_tags
 from biomass_jax.data.raster_write import MapWriter, check_space, space_needed
 
 __all__ = [
+    "PUBLISHED_BANDS",
+    "FractionError",
     "GranuleName",
     "Grid",
     "ImageSource",
     "InputItem",
     "MapWriter",
     "MaskSource",
+    "Pair",
     "RasterError",
     "check_space",
+    "describe_pairs",
+    "epsg_code",
     "find_inputs",
+    "find_pairs",
     "granule_name",
     "grid_of",
     "open_image",
     "open_quietly",
     "raster_errors",
+    "read_pair",
     "read_preview",
     "read_tags",
     "space_needed",
+    "split_files",
     "utm_zone",
     "verify_blocks",
 ]

@@ -14,6 +14,7 @@ from rasterio.crs import CRS
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
 CACHE_BYTES = 256 * 2**20  # GDAL's block cache; its default is a share of the machine's memory
+SOUTHERN_NORTHING = 1e7
 _OPENING = threading.Lock()  # warning filters belong to the process, not to a thread
 
 
@@ -83,13 +84,34 @@ def utm_zone(crs: CRS | None) -> tuple[int, float] | None:
     if "WGS84" not in (fields.get("datum"), fields.get("ellps")) or fields.get("units", "m") != "m":
         return None
     if fields.get("proj") == "utm":
-        return int(fields["zone"]), 1e7 if fields.get("south") else 0.0
+        return int(fields["zone"]), SOUTHERN_NORTHING if fields.get("south") else 0.0
     if fields.get("proj") != "tmerc" or fields.get("lat_0", 0) != 0:
         return None
     zone = (fields.get("lon_0", 0) + 183) / 6
     if fields.get("k", fields.get("k_0")) != 0.9996 or fields.get("x_0") != 500000 or zone != int(zone):
         return None
     return int(zone), float(fields.get("y_0", 0))
+
+
+def epsg_code(crs: Any, path: str) -> int:
+    """The EPSG code of a raster's CRS; that of the UTM zone for WGS 84 UTM without one.
+
+    Args:
+        crs: rasterio CRS or None.
+        path: the raster, for messages.
+
+    Raises:
+        RasterError: no CRS, or one without a code that is no WGS 84 UTM zone.
+    """
+    if crs is None:
+        raise RasterError(f"{path}: found no CRS, expected the UTM zone of an HLS tile")
+    zone = utm_zone(crs)
+    if zone is not None and zone[1] in (0.0, SOUTHERN_NORTHING):
+        return (32700 if zone[1] else 32600) + zone[0]
+    code = crs.to_epsg()
+    if code is None:
+        raise RasterError(f"{path}: found a CRS without an EPSG code that is no UTM zone of WGS 84: {crs.to_string()}")
+    return int(code)
 
 
 @contextmanager

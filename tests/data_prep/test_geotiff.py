@@ -260,7 +260,7 @@ def test_cells_and_coordinates_that_contradict_each_other_leave_the_place_unknow
 
 
 def test_errors_name_the_file(published, tmp_path):
-    def fails(match, error=PrepError):
+    def fails(match, error=RasterError):
         with pytest.raises(error, match=match):
             geotiff.convert(published, tmp_path / "out")
         assert not (tmp_path / "out").exists()
@@ -283,9 +283,9 @@ def test_errors_name_the_file(published, tmp_path):
 
 def test_a_stem_in_two_splits_or_no_pairs(published, tmp_path):
     write_pair(published, "val", 144)
-    with pytest.raises(PrepError, match="val_images/T10SFF_144_tile_img.tif: found in train_images too"):
+    with pytest.raises(RasterError, match="val_images/T10SFF_144_tile_img.tif: found in train_images too"):
         geotiff.find_pairs(published)
-    with pytest.raises(PrepError, match="found no pair of images and labels, expected folders like train_images"):
+    with pytest.raises(RasterError, match="found no pair of images and labels, expected folders like train_images"):
         geotiff.find_pairs(tmp_path)
 
 
