@@ -9,6 +9,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from biomass_jax.data import bands, records
 from biomass_jax.data.transforms_crop import random_resized_crop
@@ -46,7 +47,7 @@ def clean(
     return cleaned, label if keep_labels else jnp.where(missing, records.NO_LABEL, label), missing
 
 
-def normalize(image: jax.Array, means: jax.Array, stds: jax.Array) -> jax.Array:
+def normalize(image: jax.Array, means: ArrayLike, stds: ArrayLike) -> jax.Array:
     """z-scores: (image - means) / stds, [..., bands] float32, with (bands,) statistics in digital numbers."""
     return (image - jnp.asarray(means, jnp.float32)) / jnp.asarray(stds, jnp.float32)
 

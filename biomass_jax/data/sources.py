@@ -1,0 +1,328 @@
+"""Where chips come from: array_record shards, folders of GeoTIFFs, or several of them with weights.
+
+A source gives any record of one split by its number. Nothing here needs JAX.
+"""
+
+import json
+import math
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from biomass_jax.data import bands, records
+from biomass_jax.data.records import Record
+
+METADATA_KEY = "biomass_jax"  # of `metadata.json`, see DESIGN's "A record"
+_READERS = 8  # threads, where a whole split is read at once
+
+
+class DataError(ValueError):
+    """A data set can't be used; the message names folder and split, what was found and what was expected."""
+
+
+class Chip(NamedTuple):
+    """What is known of a chip besides its pixels; all empty for padding."""
+
+    chip_id: str
+    tile: str
+    biome: str
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What is known of a source without reading its chips.
+
+    Attributes:
+        path: as it was asked for.
+        split: name.
+        chips: in this split.
+        splits: chips of every split that is there.
+        image_shape: (H, W, 6) of every chip.
+        image_dtype: int16 or float32.
+        fill: value of no-data besides the rule's own, digital numbers.
+        means: (6,) float64 of the training split, or None where the data set doesn't say.
+        stds: likewise.
+        season: `YYYY-MM-DD/YYYY-MM-DD`, several joined by "; ", or "".
+        sensors: `L30`, `S30`; () where nothing tells.
+        metadata: all that the shards' metadata hold, {} for folders.
+    """
+
+    path: str
+    split: str
+    chips: int
+    splits: dict[str, int]
+    image_shape: tuple[int, int, int]
+    image_dtype: np.dtype
+    fill: float
+    means: np.ndarray | None = None
+    stds: np.ndarray | None = None
+    season: str = ""
+    sensors: tuple[str, ...] = ()
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+class Source(ABC):
+    """Chips of one split by number; can be pickled, and read by several threads at once.
+
+    Attributes:
+        info: see DatasetInfo.
+    """
+
+    info: DatasetInfo
+    _chips: list[Chip] | None = None
+
+    @abstractmethod
+    def _read(self, index: int) -> Record:
+        """The record of a number that is in range."""
+
+    def __len__(self) -> int:
+        return self.info.chips
+
+    def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.info.path}: split {self.info.split} has {len(self)} chips, no chip {index}")
+        try:
+            return self._read(index)
+        except (OSError, RuntimeError, ValueError, KeyError, IndexError) as error:
+            where = f"{self.info.path}: split {self.info.split}, chip number {index}"
+            raise DataError(f"{where}: can't be read: {error}; check the files, or write the data set anew") from error
+
+    @property
+    def shares(self) -> tuple[tuple[int, int], ...]:
+        """(chips, chips seen in an epoch) of each part; the parts' chips are numbered one after another."""
+        return ((len(self), len(self)),)
+
+    def chips(self) -> list[Chip]:
+        """Every chip's name, tile and biome; read once."""
+        if self._chips is None:
+            with ThreadPoolExecutor(_READERS) as pool:
+                self.remember(list(pool.map(lambda index: chip_of(self[index]), range(len(self)))))
+        return self._chips or []
+
+    def remember(self, chips: list[Chip]) -> None:
+        """Keep what `chips` gives, for whoever has read all records already."""
+        self._chips = chips
+
+
+def chip_of(record: Record) -> Chip:
+    """Name, tile and biome of a record."""
+    return Chip(record["chip_id"], record["tile"], record["biome"])
+
+
+def open_source(path: str | os.PathLike[str], split: str, *, bands: Any = None) -> Source:
+    """Open one split of a data set.
+
+    Args:
+        path: folder of shards (`dataset_info.json` in it), or of `{split}_images` and `{split}_labels` with
+            `*_img.tif` and `*_label.tif` as published; without `{split}_labels` no chip has a label.
+        split: `train`, `val`, `test` ...
+        bands: names of the GeoTIFFs' bands where their descriptions don't tell; see `bands.parse_band_list`.
+
+    Raises:
+        DataError: no data set, or no such split, or other bands, or another schema version; or `bands` for shards.
+    """
+    from biomass_jax.data.folders import FolderSource
+
+    root = Path(path)
+    if (root / "dataset_info.json").is_file():
+        if bands is not None:
+            raise DataError(f"{root}: config.bands is set, but records know their bands; leave it out for shards")
+        return ShardSource(root, split)
+    if any(root.glob("*_images")):
+        return FolderSource(root, split, bands=bands)
+    hint = f"; did you mean {root / 'shards'}?" if (root / "shards" / "dataset_info.json").is_file() else ""
+    found = "no such folder"
+    if root.is_dir():
+        found = "found " + (", ".join(sorted(item.name for item in root.iterdir())[:8]) or "nothing in it")
+    raise DataError(
+        f"{root}: split {split}: {found}; expected shards with their dataset_info.json, or folders like "
+        f"{split}_images and {split}_labels{hint}"
+    )
+
+
+class ShardSource(Source):
+    """array_record shards that `data_prep` wrote, opened by TFDS without TensorFlow."""
+
+    def __init__(self, path: str | os.PathLike[str], split: str) -> None:
+        """Open them; DataError as for `open_source`."""
+        import tensorflow_datasets as tfds
+
+        metadata = read_metadata(path)
+        builder = tfds.builder_from_directory(os.fspath(path))
+        splits = {name: info.num_examples for name, info in builder.info.splits.items()}
+        if split not in splits:
+            raise DataError(f"{path}: split {split!r} is not there; found {', '.join(sorted(splits))}")
+        statistics = {name: _six(metadata.get(name), path, name) for name in ("means", "stds")}
+        self._data = builder.as_data_source(split)
+        self.info = DatasetInfo(
+            path=os.fspath(path),
+            split=split,
+            chips=splits[split],
+            splits=splits,
+            image_shape=tuple(builder.info.features["image"].shape),
+            image_dtype=np.dtype(builder.info.features["image"].np_dtype),
+            fill=float(metadata["fill"]),
+            season=metadata.get("season", ""),
+            sensors=tuple(metadata.get("sensors", ())),
+            metadata=metadata,
+            **statistics,
+        )
+
+    def _read(self, index: int) -> Record:
+        return records.from_example(self._data[index])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ShardSource, (self.info.path, self.info.split)  # file handles stay behind
+
+
+def _six(values: Any, path: str | os.PathLike[str], name: str) -> np.ndarray | None:
+    if values is None:
+        return None
+    array = np.asarray(values, np.float64)
+    if array.shape != (len(bands.BAND_NAMES),) or not np.isfinite(array).all():
+        raise DataError(f"{path}: {name}: found {values}, expected {len(bands.BAND_NAMES)} numbers")
+    return array
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `metadata.json` of shards holds under `biomass_jax`.
+
+    Raises:
+        DataError: there is none; another schema version; other bands.
+    """
+    file = Path(path) / "metadata.json"
+    try:
+        metadata = json.loads(json.loads(file.read_text())[METADATA_KEY])
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"{file}: found no {METADATA_KEY} metadata ({error}), expected shards of data_prep.shards or "
+            "data_prep.geotiff"
+        ) from error
+    version, names = metadata.get("schema_version"), metadata.get("bands")
+    if version != records.SCHEMA_VERSION:
+        raise DataError(f"{file}: found schema_version {version}, expected {records.SCHEMA_VERSION}; write it anew")
+    if names != list(bands.BAND_NAMES):
+        raise DataError(f"{file}: found bands {names}, expected {list(bands.BAND_NAMES)}; write the shards anew")
+    return metadata
+
+
+class Mixture(Source):
+    """Several sources one after another, each seen in an epoch as often as its weight says.
+
+    An epoch is as long as it can be without a chip twice: the source that runs out first is seen whole, of the others
+    another random choice in every epoch.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Source, float]]) -> None:
+        """Join them; DataError as for `open_mixture`."""
+        infos = [part.info for part, _ in parts]
+        weights = [float(weight) for _, weight in parts]
+        where = " + ".join(info.path for info in infos)
+        if not parts or not all(np.isfinite(weight) and weight > 0 for weight in weights):
+            raise DataError(f"{where or 'no path'}: found weights {weights}, expected one or more, each above 0")
+        for info in infos[1:]:
+            if (info.image_shape, info.fill) != (infos[0].image_shape, infos[0].fill):
+                raise DataError(
+                    f"{info.path}: found chips {info.image_shape} with fill {info.fill:g}, expected "
+                    f"{infos[0].image_shape} with fill {infos[0].fill:g} as in {infos[0].path}"
+                )
+        self._parts = [part for part, _ in parts]
+        self._starts = np.cumsum([0, *(info.chips for info in infos)])
+        unit = min(info.chips / weight for info, weight in zip(infos, weights, strict=True))
+        # Rounding errors of the division must not take a chip from the source that sets the length.
+        self._seen = [int(unit * weight + 1e-9) for weight in weights]
+        self.info = replace(
+            infos[0],
+            path=where,
+            chips=int(self._starts[-1]),
+            splits={infos[0].split: int(self._starts[-1])},
+            image_dtype=np.result_type(*(info.image_dtype for info in infos)),
+            means=infos[0].means if len(infos) == 1 else None,
+            stds=infos[0].stds if len(infos) == 1 else None,
+            season="; ".join(sorted({season for info in infos for season in info.season.split("; ") if season})),
+            sensors=tuple(sorted({sensor for info in infos for sensor in info.sensors})),
+            metadata=infos[0].metadata if len(infos) == 1 else {},
+        )
+
+    @property
+    def shares(self) -> tuple[tuple[int, int], ...]:
+        """See Source."""
+        return tuple((len(part), seen) for part, seen in zip(self._parts, self._seen, strict=True))
+
+    def _read(self, index: int) -> Record:
+        part = int(np.searchsorted(self._starts, index, side="right")) - 1
+        record = self._parts[part][index - int(self._starts[part])]
+        if record["image"].dtype != self.info.image_dtype:
+            record = record | {"image": record["image"].astype(self.info.image_dtype)}
+        return record
+
+
+def open_mixture(parts: Sequence[tuple[str | os.PathLike[str], float]], split: str, *, bands: Any = None) -> Mixture:
+    """Open several data sets as one, for pretraining.
+
+    Args:
+        parts: (path, weight) of each: an epoch holds chips of them in the proportion of the weights.
+        split: of each.
+        bands: see `open_source`.
+
+    Raises:
+        DataError: see `open_source`; weights that are not above 0; chips of different shapes.
+    """
+    return Mixture([(open_source(path, split, bands=bands), weight) for path, weight in parts])
+
+
+def statistics_of(source: Source, *, reference: bool = False, threads: int = _READERS) -> tuple[np.ndarray, np.ndarray]:
+    """Means and standard deviations of the bands over training chips, as `data_prep.stats` has them, to the last bit.
+
+    Args:
+        source: of the training split. Where its metadata hold statistics made with the same `reference`, they are
+            taken; else every chip is read.
+        reference: count as granite-geospatial-biomass did: all values but -9999 and NaN, pixels of zeros among them.
+        threads: that read.
+
+    Returns:
+        (6,) float64 each, in digital numbers; the population's standard deviation.
+
+    Raises:
+        DataError: chips of another split would be read, or a band has no pixel with data.
+    """
+    info = source.info
+    made = info.metadata.get("stat_settings") or {}
+    if info.means is not None and info.stds is not None and made.get("reference", False) == reference:
+        return info.means, info.stds
+    if info.split != "train":
+        raise DataError(f"{info.path}: statistics come from split train, found {info.split}; open that one")
+    sums = np.zeros((len(bands.BAND_NAMES), 3), object)  # counts, totals, squares: numbers of any size, never rounded
+    with ThreadPoolExecutor(threads) as pool:
+        for part in pool.map(lambda index: _sums(source[index]["image"], reference), range(len(source))):
+            sums += part
+    for name, count in zip(bands.BAND_NAMES, sums[:, 0], strict=True):
+        if count == 0:
+            raise DataError(f"{info.path}: split {info.split}: band {name} has no pixel with data")
+    means = [float(Fraction(total) / count) for count, total, _ in sums]
+    variances = [(count * Fraction(squares) - Fraction(total) ** 2) / count**2 for count, total, squares in sums]
+    return np.array(means), np.array([math.sqrt(max(variance, Fraction(0))) for variance in variances])
+
+
+def _sums(image: np.ndarray, reference: bool) -> np.ndarray:
+    """(6, 3) count, sum and sum of squares of each band of a chip, Python numbers: exact where it holds integers."""
+    missing = np.zeros(image.shape[:2], bool) if reference else bands.no_data(image)
+    rows = []
+    for band in np.moveaxis(image, 2, 0):
+        values = band[~missing]
+        if reference:
+            values = values[(values != bands.FILL) & ~np.isnan(values)]
+        if values.dtype == np.int16:
+            wide = values.astype(np.int64)
+            rows.append([values.size, int(wide.sum()), int(np.dot(wide, wide))])
+        else:  # the square of a float32 is exact in float64
+            exact = values.astype(np.float64)
+            rows.append([values.size, Fraction(math.fsum(exact)), Fraction(math.fsum(exact * exact))])
+    return np.array(rows, object)

@@ -1,0 +1,124 @@
+"""GeoTIFF folders as a source: the same records that conversion into shards gives, and each fault of the folders."""
+
+import pickle
+
+import numpy as np
+import pytest
+from affine import Affine
+
+from biomass_jax.data import bands, pipeline, sources
+from biomass_jax.data.sources import DataError
+from data_prep import geotiff, shards
+
+SIZE = 12
+
+
+@pytest.fixture
+def put(write, numbers, tmp_path):
+    """Write a chip's files: `put(split, cell, label=..., dtype=..., count=..., size=...)`."""
+
+    def one(split, cell, *, label=True, image=True, dtype="float32", count=10, size=SIZE, **options):
+        values = numbers((count, size, size), seed=cell, dtype=dtype)
+        values[:, 0, 0] = 0
+        options["transform"] = Affine(30, 0, 600000 + 30 * size * cell, 0, -30, 4200000)
+        if image:
+            write(tmp_path / f"{split}_images" / f"T10SFF_{cell}_tile_img.tif", values, nodata=-9999, **options)
+        if label:
+            labels = np.full((1, size, size), -1, np.float32)
+            labels[0, cell % size, 3] = 100.5 + cell
+            write(
+                tmp_path / f"{split}_labels" / f"T10SFF_{cell}_tile_label.tif",
+                labels,
+                nodata=-9999,
+                transform=options["transform"],
+            )
+        return tmp_path
+
+    return one
+
+
+def test_records_are_those_of_conversion(put, tmp_path):
+    for split, cell in (("train", 1), ("train", 7), ("val", 30)):
+        root = put(split, cell)
+    geotiff.convert(root, tmp_path / "shards")
+    source = sources.open_source(root, "train")
+    info = source.info
+    assert (info.chips, info.splits, info.image_shape) == (2, {"train": 2, "val": 1}, (SIZE, SIZE, 6))
+    assert (info.image_dtype, info.fill, info.means, info.metadata) == (np.float32, -9999.0, None, {})
+    assert info.sensors == ("L30",)
+    expected = {record["chip_id"]: record for record in shards.read(tmp_path / "shards", "train")}
+    for chip, index in zip(source.chips(), (0, 1), strict=True):
+        record = source[index]
+        assert chip == (record["chip_id"], "10SFF", "unknown")
+        for name, value in expected.pop(record["chip_id"]).items():
+            np.testing.assert_array_equal(record[name], value, err_msg=name)
+        assert record["image"].dtype == np.float32  # what the files hold; shards hold int16
+    assert not expected
+    means, stds = sources.statistics_of(source)
+    written = shards.read_metadata(tmp_path / "shards")
+    assert (means.tolist(), stds.tolist()) == (written["means"], written["stds"])
+    again = pickle.loads(pickle.dumps(source))
+    np.testing.assert_array_equal(again[1]["image"], source[1]["image"])
+    batch = next(pipeline.train_batches(source, batch_size=2, seed=0))
+    assert sorted(batch.arrays["label"].max((1, 2))) == [101.5, 107.5]
+
+
+def test_images_alone_have_no_labels(put):
+    put("train", 3, label=False, dtype="int16")
+    source = sources.open_source(put("train", 4, label=False, dtype="int16"), "train")
+    assert len(source) == 2 and source.info.image_dtype == np.int16
+    assert source[1]["image"].dtype == np.int16 and source[1]["image"].any()
+    assert (source[1]["label"] == -1).all() and source[1]["label"].shape == (SIZE, SIZE)
+
+
+def test_bands_by_name_or_by_list(put, numbers):
+    names = list(reversed(bands.BAND_NAMES))
+    root = put("train", 3, count=6, names=names)
+    by_name = sources.open_source(root, "train")[0]["image"]
+    np.testing.assert_array_equal(np.moveaxis(by_name, -1, 0)[:, 1:], numbers((6, SIZE, SIZE), seed=3)[::-1, 1:])
+    root = put("val", 3, count=6)
+    with pytest.raises(DataError, match="split val: .*found 6 bands, not all six named, .*config.bands"):
+        sources.open_source(root, "val")
+    listed = sources.open_source(root, "val", bands=names)[0]["image"]
+    np.testing.assert_array_equal(listed, by_name)
+    with pytest.raises(DataError, match="unknown band name 'NIR'"):
+        sources.open_source(root, "val", bands="NIR")
+
+
+def test_files_without_a_partner_are_told(put):
+    put("train", 1)
+    put("train", 2, label=False)
+    root = put("train", 3, image=False)
+    with pytest.warns(UserWarning, match="2 files without a partner: train_images/T10SFF_2.*train_labels/T10SFF_3"):
+        source = sources.open_source(root, "train")
+    assert [chip.chip_id for chip in source.chips()] == ["10SFF_1"]
+
+
+def test_faults_of_folders(put):
+    root = put("train", 1)
+    with pytest.raises(DataError, match="split 'test' is not there; found train"):
+        sources.open_source(root, "test")
+    put("train", 2, size=SIZE + 2)
+    with pytest.raises(DataError, match="T10SFF_2_tile_img.tif: found 14 x 14 pixels, expected 12 x 12"):
+        sources.open_source(root, "train")
+    put("val", 5, label=False)
+    (root / "val_labels").mkdir()
+    with pytest.raises(DataError, match="split val: found no chip, expected T10SFF_144_tile_img.tif in val_images"):
+        sources.open_source(root, "val")
+
+
+def test_a_broken_file_is_named_when_it_is_read(put):
+    root = put("train", 1)
+    source = sources.open_source(root, "train")
+    file = root / "train_images" / "T10SFF_1_tile_img.tif"
+    file.write_bytes(file.read_bytes()[:700])
+    with pytest.raises(DataError, match="split train, chip number 0: can't be read: .*T10SFF_1_tile_img.tif"):
+        source[0]
+
+
+def test_reflectance_is_refused(put, write, tmp_path):
+    root = put("train", 1, size=64)
+    image = np.random.default_rng(0).random((10, 64, 64)).astype(np.float32)
+    write(root / "train_images" / "T10SFF_1_tile_img.tif", image, nodata=-9999)
+    with pytest.raises(DataError, match="reflectance, not digital numbers"):
+        sources.open_source(root, "train")[0]
