@@ -36,7 +36,7 @@ ROUNDS = 3
 LAND = 610  # pixels of the land that is repeated to fill a scene
 DISTINCT = 8  # scenes made; more are links to them under other dates
 BLOCK = 256
-RIVAL_BYTES = 60  # a pixel of a scene in the rival: two stacks of six float32, what it was read as, masks
+RIVAL_BYTES = 100  # memory of a pixel of a scene in the rival, as measured
 
 
 def write_scenes(scenes: int, side: int) -> Path:
