@@ -7,15 +7,19 @@ from biomass_jax.figures.chips import ChipPanel, chip_panels
 from biomass_jax.figures.curves import FigureError, training_curves
 from biomass_jax.figures.maps import quicklook
 from biomass_jax.figures.scores import density_scatter, error_by_bin, residual_histogram
+from biomass_jax.figures.simmim import ReconstructionPanel, reconstruction_pictures, reconstructions
 from biomass_jax.figures.style import save, stretch, to_array
 
 __all__ = [
     "ChipPanel",
     "FigureError",
+    "ReconstructionPanel",
     "chip_panels",
     "density_scatter",
     "error_by_bin",
     "quicklook",
+    "reconstruction_pictures",
+    "reconstructions",
     "residual_histogram",
     "save",
     "stretch",

@@ -15,16 +15,19 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 DPI = 130
 
 
-def stretch(image: np.ndarray) -> np.ndarray:
+def stretch(image: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
     """Digital numbers (H, W, 3) with NaN for no-data -> RGBA in 0..1, no-data transparent.
 
-    Each colour runs from its own 2nd to its 98th percentile of the pixels with data, raised to `GAMMA`.
+    Each colour runs from its own 2nd to its 98th percentile of the pixels with data, raised to `GAMMA`; the
+    percentiles are those of the image `like`, if given, so that two images can be compared by eye.
     """
     valid = np.isfinite(image).all(axis=-1)
     out = np.zeros((*image.shape[:2], 4))
-    if not valid.any():
+    like = image if like is None else like
+    shown = like[np.isfinite(like).all(axis=-1)]
+    if not valid.any() or not shown.size:
         return out
-    low, high = np.percentile(image[valid], STRETCH, axis=0)
+    low, high = np.percentile(shown, STRETCH, axis=0)
     span = np.where(high > low, high - low, 1)
     out[..., :3] = np.clip((np.where(valid[..., None], image, low) - low) / span, 0, 1) ** GAMMA
     out[..., 3] = valid
