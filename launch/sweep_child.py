@@ -1,0 +1,26 @@
+"""Becomes another program that gets SIGTERM when the sweep dies: `python sweep_child.py PARENT COMMAND ...`.
+
+Without it, a sweep that is killed with SIGKILL leaves its trials running on the GPUs that its restart wants to use.
+Linux only; elsewhere trials outlive a killed sweep, and its restart waits for them.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def main(argv: list[str]) -> None:
+    """Ask for the signal, then turn into the command; the request outlives exec."""
+    parent, command = int(argv[0]), argv[1:]
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it died before the request
+            sys.exit(f"the sweep (process {parent}) is gone")
+    os.execvp(command[0], command)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
