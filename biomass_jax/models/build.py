@@ -24,13 +24,16 @@ class ArchitectureError(ValueError):
     """A task that no module has, or a field that the module doesn't have."""
 
 
-def build_module(task: str, architecture: dict[str, Any], dtype: str = "float32") -> Any:
+def build_module(
+    task: str, architecture: dict[str, Any], dtype: str = "float32", *, remat: tuple[int, ...] = ()
+) -> Any:
     """The Flax module of a task, not yet holding any variables.
 
     Args:
         task: `biomass` (`BiomassModel`), `simmim` (`SimMIM`) or `encoder` (`SwinEncoder`).
         architecture: the module's constructor fields as JSON has them, lists for tuples.
         dtype: `float32` or `bfloat16`, of the computation; parameters are float32.
+        remat: stages (0 to 3) whose blocks are computed a second time in the backward pass, to save memory.
 
     Raises:
         ArchitectureError: unknown task or field.
@@ -43,17 +46,21 @@ def build_module(task: str, architecture: dict[str, Any], dtype: str = "float32"
             f"architecture has unknown fields {unknown}; {MODULES[task].__name__} has {sorted(known)}"
         )
     fields = {key: tuple(value) if isinstance(value, list) else value for key, value in architecture.items()}
-    return MODULES[task](**fields, dtype=jnp.dtype(dtype))
+    return MODULES[task](**fields, dtype=jnp.dtype(dtype), remat=tuple(remat))
 
 
 def architecture_of(module: nn.Module) -> dict[str, Any]:
-    """Every constructor field of a module but its dtype, as JSON has them: what `build_module` takes."""
+    """Every constructor field of a module that says what it is, as JSON has them: what `build_module` takes.
+
+    `dtype`, `remat` and `initializer` say how it is computed and drawn, and are left out.
+    """
     values = {name: getattr(module, name) for name in _fields(type(module))}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def _fields(module: type[nn.Module]) -> list[str]:
-    return [field.name for field in dataclasses.fields(module) if field.name not in ("parent", "name", "dtype")]
+    other = ("parent", "name", "dtype", "remat", "initializer")
+    return [field.name for field in dataclasses.fields(module) if field.name not in other]
 
 
 def dummy_inputs(module: Any) -> tuple[np.ndarray, ...]:

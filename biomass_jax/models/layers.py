@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from biomass_jax.models import initialisation
+
 
 def gelu(x: jax.Array) -> jax.Array:
     """Exact GELU, x / 2 (1 + erf(x / sqrt 2)), spelt as torch does.
@@ -94,7 +96,8 @@ class ConvNormRelu(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """x [B, H, W, C] -> [B, H, W, features]."""
         k = self.kernel_size
-        x = nn.Conv(self.features, (k, k), padding="SAME", use_bias=False, dtype=self.dtype, name="conv")(x)
+        draws = initialisation.conv(x.shape[-1] * k * k)
+        x = nn.Conv(self.features, (k, k), padding="SAME", use_bias=False, dtype=self.dtype, name="conv", **draws)(x)
         return nn.relu(BatchNorm(self.dtype, name="norm")(x, train=train))
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from biomass_jax.models import initialisation
 from biomass_jax.models.layers import BatchNorm
 
 
@@ -34,7 +35,8 @@ class Upscale(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """x [B, H, W, C] -> [B, 2H, 2W, features]."""
-        x = nn.Conv(self.features * 4, (3, 3), padding="SAME", dtype=self.dtype, name="conv")(x)
+        draws = initialisation.conv(x.shape[-1] * 9)
+        x = nn.Conv(self.features * 4, (3, 3), padding="SAME", dtype=self.dtype, name="conv", **draws)(x)
         return nn.relu(BatchNorm(self.dtype, name="norm")(pixel_shuffle(x, 2), train=train))
 
 
@@ -53,5 +55,5 @@ class RegressionHead(nn.Module):
             x = Upscale(x.shape[-1], self.dtype, name=f"upscale_{i}")(x, train=train)
         x = nn.Dropout(self.dropout, broadcast_dims=(1, 2))(x, deterministic=not train)
         # The last product is float32: a bfloat16 output would round 300 Mg/ha to steps of 2.
-        x = nn.Conv(1, (1, 1), dtype=jnp.float32, name="final")(x)
+        x = nn.Conv(1, (1, 1), dtype=jnp.float32, name="final", **initialisation.conv(x.shape[-1]))(x)
         return nn.relu(x) if self.final_relu else x

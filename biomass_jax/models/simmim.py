@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from biomass_jax.models import initialisation
 from biomass_jax.models.pixel_shuffle import pixel_shuffle
 from biomass_jax.models.swin import SwinFields
 
@@ -15,15 +16,15 @@ class SimMIM(SwinFields):
     """Masked image model; fields are the encoder's and the stride of its last map in pixels."""
 
     shift_single_window: bool = False
+    initializer: str = "simmim"
     encoder_stride: int = 32
 
     def setup(self) -> None:
         """Build the encoder, the mask token and the decoder."""
         self.encoder = self.make_encoder(stage_norms=False, final_norm=True)
-        self.mask_token = self.param(
-            "mask_token", nn.initializers.truncated_normal(0.02), (1, 1, self.embed_dim), jnp.float32
-        )
-        self.decoder = nn.Conv(self.encoder_stride**2 * self.in_channels, (1, 1), dtype=self.dtype)
+        self.mask_token = self.param("mask_token", initialisation.NORMAL, (1, 1, self.embed_dim), jnp.float32)
+        draws = initialisation.conv(self.embed_dim * 2 ** (len(self.depths) - 1))
+        self.decoder = nn.Conv(self.encoder_stride**2 * self.in_channels, (1, 1), dtype=self.dtype, **draws)
 
     def encode(self, x: jax.Array, mask: jax.Array, *, train: bool = False) -> jax.Array:
         """Last feature map of a masked image: x [B, H, W, bands], mask [B, H/p, W/p] (1 = masked) -> [B, H', W', C]."""
