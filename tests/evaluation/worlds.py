@@ -1,12 +1,12 @@
-"""Chips of a small made-up data set, as shards; a bundle small enough to compile in seconds."""
+"""Chips of a small made-up data set, as shards, and the config that scores them."""
 
 from pathlib import Path
 
 import numpy as np
 
+from configs import evaluate
 from data_prep import shards
 from tests.data.test_records import make_record
-from tests.prediction.stubs import random_bundle
 
 SIZE = 32
 TILES = ("10SFF", "10SFF", "10SGF", "10SGF", "36NXF", "36NXF", "36NXF")
@@ -42,6 +42,10 @@ def write_world(folder: Path, *, metadata=None, **changes) -> Path:
     return folder
 
 
-def bundle(folder: Path, **architecture) -> Path:
-    """A random bundle whose predictions spread over all bins."""
-    return random_bundle(folder, **architecture)
+def make_config(model: Path, path: Path, **fields):
+    """configs/evaluate.py for a world, with dotted fields changed; no pictures of chips."""
+    config = evaluate.get_config()
+    config.update_from_flattened_dict(
+        {"bundle": str(model), "data.path": str(path), "resamples": 20, "figures.count": 0} | fields
+    )
+    return config

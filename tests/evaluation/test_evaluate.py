@@ -1,0 +1,234 @@
+"""The run: numbers against a plain forward pass, independence of batches, choices and errors."""
+
+import csv
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from biomass_jax import bundle as bundles
+from biomass_jax.data import bands, sources
+from biomass_jax.data.sources import DataError
+from biomass_jax.evaluation import evaluate, report
+from biomass_jax.evaluation.errors import EvaluationError
+from biomass_jax.evaluation.forward import Forward
+from biomass_jax.main import local_shardings
+from tests.evaluation.worlds import BIOMES, TILES, chip, make_config, write_world
+from tests.prediction.stubs import random_bundle
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("world") / "shards")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return random_bundle(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(autouse=True)
+def drawn(monkeypatch):
+    """Ids of the chips that would be drawn: pictures cost more than scores here; `result` makes them all."""
+    seen = []
+    monkeypatch.setattr(report, "draw", lambda workdir, result, scored, pictures: seen.extend(pictures))
+    return seen
+
+
+def run(model, path, workdir, **fields):
+    workdir.mkdir(parents=True, exist_ok=True)
+    return evaluate.run(make_config(model, path, **fields), workdir, shardings=local_shardings)
+
+
+@pytest.fixture(scope="module")
+def by_hand(model):
+    """Predictions and labels of all chips by one plain forward pass, and each pixel's chip."""
+    opened = bundles.load(model)
+    chips = [chip(index) for index in range(7)]
+    images = np.stack([record["image"] for record in chips])
+    missing = np.stack([bands.no_data(image, -9999) for image in images])
+    inputs = (np.where(missing[..., None], 0, images).astype(np.float32) - opened.means) / opened.stds
+    with jax.default_matmul_precision("highest"):
+        predictions = np.asarray(jax.jit(opened.module().apply)(opened.variables, inputs))
+    labels = np.stack([record["label"] for record in chips])
+    scored = (labels >= 0) & ~missing
+    return predictions[scored].astype(float), labels[scored].astype(float), np.nonzero(scored)[0]
+
+
+@pytest.fixture(scope="module")
+def result(model, world, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("out")
+    return run(model, world, workdir, batch_size=3, **{"figures.count": 2}), workdir
+
+
+def test_numbers_equal_a_plain_forward_pass(result, by_hand):
+    found, workdir = result
+    prediction, label, index = by_hand
+    error = prediction - label
+    assert found["n"] == len(label) > 300
+    assert found["rmse"] == pytest.approx(np.sqrt(np.mean(error**2)), rel=1e-5)
+    assert found["mae"] == pytest.approx(np.mean(np.abs(error)), rel=1e-5)
+    assert found["bias"] == pytest.approx(np.mean(error), rel=1e-5)
+    assert found["best_constant"]["value"] == pytest.approx(label.mean(), rel=1e-12)
+    assert found["best_constant"]["rmse"] == pytest.approx(label.std(), rel=1e-12)
+    for table, names in (("biome", BIOMES), ("tile", TILES)):
+        rows = {row["group"]: row for row in found["tables"] if row["table"] == table}
+        assert set(rows) == set(names)
+        for name in names:
+            mine = np.array([names[i] == name for i in index])
+            assert rows[name]["n"] == mine.sum()
+            assert rows[name]["rmse"] == pytest.approx(np.sqrt(np.mean(error[mine] ** 2)), rel=1e-5)
+
+
+def test_files_hold_what_was_found(result):
+    found, workdir = result
+    assert json.loads((workdir / "metrics.json").read_text()) == found
+    with (workdir / "binwise_rmse.csv").open() as file:
+        (line,) = csv.DictReader(file)
+    assert line["experiment_name"] == found["experiment"] == "tiny on shards, test"
+    bins = {row["group"]: row for row in found["tables"] if row["table"] == "label_bin"}
+    assert all(float(line[name]) == row["rmse"] for name, row in bins.items())
+    names = ("chips", "density_scatter", "error_by_bin", "residual_histogram")
+    pictures = [workdir / f"{name}.png" for name in names]
+    assert all(picture.read_bytes()[:4] == b"\x89PNG" for picture in pictures)
+    assert {path.name for path in workdir.iterdir()} == {
+        *(path.name for path in pictures),
+        "metrics.json",
+        "scores.csv",
+        "binwise_rmse.csv",
+    }
+    said = "\n".join(report.lines(found))
+    assert f"{found['rmse']:.2f}" in said
+    assert "best constant" in said
+    assert "noise floor: not known" in said
+    assert found["noise_floor"]["rmse"] is None
+
+
+def same(one, other):
+    """Whether all numbers of two results agree within 1e-5."""
+    for mine, theirs in zip(one["tables"], other["tables"], strict=True):
+        for name, value in mine.items():
+            if isinstance(value, float):
+                assert value == pytest.approx(theirs[name], rel=1e-5, abs=1e-5), (mine["table"], mine["group"], name)
+            else:
+                assert value == theirs[name]
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_batch_size_and_padding_change_nothing(result, model, world, tmp_path, batch_size):
+    same(run(model, world, tmp_path, batch_size=batch_size), result[0])
+
+
+def test_one_biome_and_its_chips_drawn(model, world, tmp_path, drawn, by_hand):
+    fields = {"data.biome": "taiga", "figures.chips": ("10SFF_1", "36NXF_4"), "experiment": "zero-shot"}
+    with pytest.raises(EvaluationError, match="figures.chips: no chip 36NXF_4 in .*shards, split 'test'; the tables"):
+        run(model, world, tmp_path, batch_size=3, **fields)
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert (found["data"]["chips"], found["data"]["biome"], found["experiment"]) == (3, "taiga", "zero-shot")
+    assert [row["group"] for row in found["tables"] if row["table"] == "biome"] == ["taiga"]
+    prediction, label, index = by_hand
+    assert found["n"] == (index < 3).sum()
+    assert [picture.chip_id for picture in drawn] == ["10SFF_1_2020-05-01"]
+
+
+def test_statistics_are_chosen(model, world, tmp_path):
+    opened = bundles.load(model)
+
+    def choose(**fields):
+        return evaluate.choose_statistics(make_config(model, world, **fields), opened)
+
+    means, _, kind = choose()
+    assert kind == "bundle"
+    np.testing.assert_array_equal(means, opened.means)
+    means, stds, kind = choose(**{"data.means": (1.0,) * 6, "data.stds": (2.0,) * 6})
+    assert (kind, means.tolist(), stds.tolist()) == ("explicit", [1] * 6, [2] * 6)
+    means, stds, kind = choose(**{"data.statistics": "dataset"})
+    info = sources.open_source(world, "train").info
+    np.testing.assert_allclose(means, info.means, rtol=1e-6)
+    np.testing.assert_allclose(stds, info.stds, rtol=1e-6)
+    reference, _, _ = choose(**{"data.statistics": "dataset", "reference": True})
+    assert (reference < means).all()  # zeros count
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "fault"),
+    [
+        ({"bundle": None}, EvaluationError, "config.bundle is not given; add --config.bundle=PATH"),
+        ({"data.path": None}, EvaluationError, "config.data.path is not given"),
+        ({"bundle": "none"}, bundles.BundleError, "none: not a model bundle"),
+        ({"data.split": "val"}, DataError, "split 'val' is not there"),
+        ({"data.statistics": "own"}, EvaluationError, "config.data.statistics is 'own'"),
+        ({"data.means": (1.0,) * 6}, EvaluationError, "means and config.data.stds go together"),
+        ({"data.means": (1.0,), "data.stds": (1.0,)}, EvaluationError, "expected 6 numbers each"),
+        ({"dtype": "float16"}, EvaluationError, "config.dtype is 'float16'"),
+        ({"matmul_precision": "low"}, EvaluationError, "config.matmul_precision is 'low'"),
+        ({"batch_size": 0}, EvaluationError, "config.batch_size is 0"),
+        ({"figures.count": -1}, EvaluationError, "config.figures.count is -1"),
+        ({"data.biome": "desert"}, ValueError, r"no chip of biome 'desert'; found savanna \(3\), taiga \(3\), unknown"),
+        ({"data.biomes": "a.gpkg"}, ValueError, "config.data.biomes and config.data.biome_field go together"),
+    ],
+)
+def test_wrong_settings_say_so(model, world, tmp_path, fields, error, fault):
+    with pytest.raises(error, match=fault):
+        run(model, world, tmp_path, **fields)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_data_without_labels_and_in_other_units(model, tmp_path):
+    empty = write_world(tmp_path / "empty", label=np.full((32, 32), -1, np.float32))
+    with pytest.raises(EvaluationError, match="empty: split 'test' has no labelled pixel in 7 chips"):
+        run(model, empty, tmp_path / "out", batch_size=3)
+    opened, info = bundles.load(model), sources.open_source(empty, "test").info
+    other = dataclasses.replace(info, metadata={**info.metadata, "label": {"units": "m"}})
+    with pytest.raises(EvaluationError, match="labels are in m, the model .* gives Mg ha-1"):
+        evaluate.check_units(opened, other)
+
+
+def test_the_noise_floor_comes_from_the_metadata():
+    assert report.noise_floor({"gedi": {"mean_agbd_se": 8.25}}) == 8.25
+    assert report.noise_floor({"gedi": [{"mean_agbd_se": 8.25}]}) is None  # rasters made differently
+    assert report.noise_floor({}) is None
+
+
+def stub(names, apply, task="biomass"):
+    module = SimpleNamespace(apply=apply)
+    return SimpleNamespace(
+        path="stub", task=task, bands=names, variables={"scale": np.float32(1)}, module=lambda dtype: module
+    )
+
+
+def test_reference_keeps_labels_without_data():
+    settings = {"fill": -9999, "means": np.zeros(6, np.float32), "stds": np.ones(6, np.float32)}
+    model = stub(bands.BAND_NAMES, lambda variables, x: x[..., 0])
+    forward = Forward(model, keep_labels=True, **settings)
+    _, label, missing = forward(np.zeros((1, 2, 2, 6), np.int16), np.full((1, 2, 2), 7, np.float32))
+    assert np.asarray(missing).all()
+    assert (np.asarray(label) == 7).all()
+
+
+def test_bands_go_to_the_model_in_its_order():
+    names = tuple(reversed(bands.BAND_NAMES))
+    forward = Forward(
+        stub(names, lambda variables, x: x[..., 0] * 1000 + x[..., 4]),
+        fill=-9999,
+        means=np.arange(6, dtype=np.float32),
+        stds=np.full(6, 2, np.float32),
+    )
+    image = np.broadcast_to(np.arange(1, 7, dtype=np.int16), (1, 2, 2, 6)).copy()
+    image[0, 1, 1, 3] = -9999
+    prediction, label, missing = forward(image, np.full((1, 2, 2), 7, np.float32))
+    assert np.asarray(prediction)[0, 0, 0] == (6 - 0) / 2 * 1000 + (2 - 4) / 2
+    assert np.asarray(prediction)[0, 1, 1] == (0 - 0) / 2 * 1000 + (0 - 4) / 2
+    assert np.asarray(label)[0].tolist() == [[7, 7], [7, -1]]
+    assert np.asarray(missing)[0].tolist() == [[False, False], [False, True]]
+
+
+def test_a_model_that_does_not_fit_is_refused():
+    settings = {"fill": -9999, "means": np.zeros(6), "stds": np.ones(6)}
+    with pytest.raises(EvaluationError, match="stub: the model takes bands HH; chips have BLUE"):
+        Forward(stub(("BLUE", "HH"), None), **settings)
+    with pytest.raises(EvaluationError, match="task 'simmim'; scores need one of task 'biomass'"):
+        Forward(stub(bands.BAND_NAMES, None, task="simmim"), **settings)
