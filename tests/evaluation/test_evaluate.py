@@ -16,6 +16,7 @@ from biomass_jax.evaluation import evaluate, report
 from biomass_jax.evaluation.errors import EvaluationError
 from biomass_jax.evaluation.forward import Forward
 from biomass_jax.main import local_shardings
+from tests.data_prep.test_geotiff import write_pair
 from tests.evaluation.worlds import BIOMES, TILES, chip, make_config, write_world
 from tests.prediction.stubs import random_bundle
 
@@ -115,6 +116,22 @@ def same(one, other):
                 assert value == pytest.approx(theirs[name], rel=1e-5, abs=1e-5), (mine["table"], mine["group"], name)
             else:
                 assert value == theirs[name]
+
+
+@pytest.mark.filterwarnings("ignore:tiles .* contradict each other")  # chips of 32 px lie on no tile's grid of 224
+def test_published_folders_score_as_shards_do(result, model, tmp_path):
+    root = tmp_path / "taiga_datasplit"
+    for index in range(7):
+        record = chip(index)
+        image = np.full((10, 32, 32), 7, np.float32)  # B01, the six, and three more
+        image[1:7] = np.moveaxis(record["image"], -1, 0)
+        write_pair(root, "test", index, image=image, label=record["label"], tile=f"T{TILES[index]}")
+    found = run(model, root, tmp_path / "out", batch_size=3, **{"data.biome": "taiga"})
+    for score in ("n", "rmse", "bias", "r2"):
+        assert found[score] == pytest.approx(result[0][score], rel=1e-5)
+    assert [row["group"] for row in found["tables"] if row["table"] == "biome"] == ["taiga"]
+    with pytest.raises(ValueError, match=r"no chip of biome 'savanna'; found taiga \(7\)"):
+        run(model, root, tmp_path / "out", **{"data.biome": "savanna"})
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
