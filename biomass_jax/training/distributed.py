@@ -112,7 +112,7 @@ def find_cluster(environment: Mapping[str, str]) -> str:
 def _open_mpi(environment: Mapping[str, str]) -> str | None:
     if _number(environment, "OMPI_COMM_WORLD_SIZE") <= 1:
         return None
-    if importlib.util.find_spec("mpi4py"):
+    if installed("mpi4py"):
         return "mpi4py"
     if "OMPI_MCA_orte_hnp_uri" in environment:  # Open MPI up to 4 says where process 0 is
         return "ompi"
@@ -138,8 +138,9 @@ def _tpu(environment: Mapping[str, str]) -> str | None:
     hosts = environment.get("TPU_PROCESS_ADDRESSES", environment.get("TPU_WORKER_HOSTNAMES"))  # set by GKE
     if hosts is None and "TPU_SKIP_MDS_QUERY" not in environment:  # JAX's own sign that there is nobody to ask
         hosts = metadata("worker-network-endpoints", environment)
-        said = re.search(r"^MEGASCALE_NUM_SLICES:\W*(\d+)", metadata("tpu-env", environment) or "", re.M)
-        slices = max(slices, int(said[1]) if said else 1)
+        if hosts is not None:
+            said = re.search(r"^MEGASCALE_NUM_SLICES:\W*(\d+)", metadata("tpu-env", environment) or "", re.M)
+            slices = max(slices, int(said[1]) if said else 1)
     if hosts is None:
         return None
     return AUTOMATIC if len(hosts.split(",")) > 1 or slices > 1 else ALONE
@@ -148,7 +149,7 @@ def _tpu(environment: Mapping[str, str]) -> str | None:
 def _kubernetes(environment: Mapping[str, str]) -> str | None:
     if "KUBERNETES_SERVICE_HOST" not in environment or "JOB_COMPLETION_INDEX" not in environment:
         return None
-    if importlib.util.find_spec("kubernetes"):
+    if installed("kubernetes"):
         return AUTOMATIC
     raise DistributedError(
         "this pod is one of an indexed Kubernetes job; install jax[k8s] so that JAX finds the others, or give "
@@ -157,10 +158,15 @@ def _kubernetes(environment: Mapping[str, str]) -> str | None:
     )
 
 
+def installed(package: str) -> bool:
+    """Whether a package can be imported; doesn't import it."""
+    return importlib.util.find_spec(package) is not None
+
+
 def has_tpu() -> bool:
     """Whether TPU devices and their driver are on this machine; doesn't start JAX."""
     devices = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]
-    return bool(devices) and importlib.util.find_spec("libtpu") is not None
+    return bool(devices) and installed("libtpu")
 
 
 def metadata(name: str, environment: Mapping[str, str]) -> str | None:

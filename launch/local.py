@@ -1,0 +1,172 @@
+"""Several processes of a run on this machine: `launch/local.sh N --config configs/X.py --workdir DIR`.
+
+On a machine with NVIDIA GPUs each process takes one of them, on any other they share the CPU. `launch/local.sh N --
+COMMAND ...` starts another command N times; it is given the same three flags, --coordinator, --process_count and
+--process_id.
+
+When a process fails, its number and how it ended are printed, the rest is ended, and its exit code is this program's.
+SIGTERM and Ctrl-C are handed on as SIGTERM, upon which a run saves and ends with 75; a second one kills.
+"""
+
+import os
+import queue
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+STOPPED = 75
+GRACE = 10.0  # seconds that the others have from SIGTERM to SIGKILL once a process has failed
+GRACE_STOPPED = 60.0  # and once one has stopped as it was told: they may still be saving
+USAGE = """usage: launch/local.sh N --config configs/X.py --workdir DIR [--config.field=value]
+       launch/local.sh N -- COMMAND ..."""
+
+
+class UsageError(ValueError):
+    """The command line can't be run on this machine."""
+
+
+def parse(argv: list[str]) -> tuple[int, list[str]]:
+    """Number of processes, and the command of each without its three flags.
+
+    Raises:
+        UsageError: no number, or nothing to run.
+    """
+    if len(argv) < 2 or not argv[0].isdigit() or int(argv[0]) < 1:
+        raise UsageError(USAGE)
+    count, rest = int(argv[0]), argv[1:]
+    command = rest[1:] if rest[0] == "--" else [sys.executable, "-m", "biomass_jax.main", *rest]
+    if not command:
+        raise UsageError(USAGE)
+    return count, command
+
+
+def choose_gpus(count: int, environment: dict[str, str]) -> list[str]:
+    """A GPU for each process; empty on a machine without, or where JAX_PLATFORMS leaves them out.
+
+    Raises:
+        UsageError: fewer GPUs than processes.
+    """
+    if not {"cuda", "gpu"} & set(environment.get("JAX_PLATFORMS", "cuda").split(",")):
+        return []
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        found = [name for name in visible.split(",") if name.strip()]
+    elif shutil.which("nvidia-smi"):
+        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True)
+        found = [str(i) for i, line in enumerate(listed.stdout.splitlines()) if line.startswith("GPU ")]
+    else:
+        found = []
+    if found and len(found) < count:
+        raise UsageError(
+            f"{count} processes, but {len(found)} GPUs; expected one each. JAX_PLATFORMS=cpu leaves the GPUs out"
+        )
+    return found[:count]
+
+
+def how_it_ended(code: int) -> str:
+    """A process's return code in words."""
+    if code >= 0:
+        return f"ended with exit code {code}" + " (stopped, can be resumed)" * (code == STOPPED)
+    return f"was killed by signal {-code} ({signal.Signals(-code).name})"
+
+
+class Group:
+    """The processes, each with a thread that prints its lines with its number in front."""
+
+    def __init__(self, count: int, command: list[str], gpus: list[str]) -> None:
+        """Start them."""
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            address = f"127.0.0.1:{server.getsockname()[1]}"
+        self._ended: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._printers: list[threading.Thread] = []
+        self._signals = 0
+        for number in range(count):
+            flags = [f"--coordinator={address}", f"--process_count={count}", f"--process_id={number}"]
+            environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+            if gpus:
+                environment["CUDA_VISIBLE_DEVICES"] = gpus[number]
+            process = subprocess.Popen(
+                [*command, *flags],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C comes here alone and is handed on
+            )
+            self._processes.append(process)
+            self._printers.append(threading.Thread(target=self._print, args=(number,), daemon=True))
+            self._printers[-1].start()
+            threading.Thread(target=self._wait, args=(number,), daemon=True).start()
+
+    def _print(self, number: int) -> None:
+        pipe = self._processes[number].stdout
+        assert pipe is not None
+        for line in pipe:
+            sys.stdout.buffer.write(b"[%d] " % number + line.rstrip(b"\r\n") + b"\n")
+            sys.stdout.buffer.flush()
+
+    def _wait(self, number: int) -> None:
+        self._processes[number].wait()
+        self._ended.put(number)
+
+    def hand_on(self, *_: object) -> None:
+        """SIGTERM to all; SIGKILL the second time."""
+        self._signals += 1
+        self.send(signal.SIGTERM if self._signals == 1 else signal.SIGKILL)
+
+    def send(self, number: signal.Signals) -> None:
+        """A signal to every process that still runs, and to what it has started."""
+        for process in self._processes:
+            if process.poll() is None:
+                os.killpg(process.pid, number)
+
+    def wait(self) -> int:
+        """Exit code of the whole: of the first process that didn't end with 0; the rest is ended then."""
+        left, code, deadline = len(self._processes), 0, None
+        while left:
+            try:
+                number = self._ended.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                self.send(signal.SIGKILL)
+                deadline = None
+                continue
+            left -= 1
+            ended = self._processes[number].returncode
+            if ended == 0 or code:
+                continue
+            code = ended if ended > 0 else 128 - ended
+            rest = f"; ending the other {left}" if left else ""
+            say(f"process {number} of {len(self._processes)} {how_it_ended(ended)}{rest}")
+            self.send(signal.SIGTERM)
+            deadline = time.monotonic() + (GRACE_STOPPED if ended == STOPPED else GRACE)
+        for printer in self._printers:
+            printer.join(2.0)  # a grandchild may hold the pipe open
+        return code
+
+
+def say(text: str) -> None:
+    """A line of the launcher's own."""
+    print(f"[launch] {text}", file=sys.stderr, flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run; return the exit code."""
+    try:
+        count, command = parse(sys.argv[1:] if argv is None else argv)
+        gpus = choose_gpus(count, dict(os.environ))
+    except UsageError as error:
+        print(error, file=sys.stderr)
+        return 2
+    group = Group(count, command, gpus)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, group.hand_on)
+    return group.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
