@@ -48,6 +48,7 @@ class FolderSource(Source):
         except (band_names.BandError, raster.RasterError) as error:
             raise DataError(f"{path}: split {split}: {error}") from error
         self._check_sizes()
+        self._checked: set[int] = set()  # chips whose units were looked at: once is enough
         first = self._pairs[0]
         dtypes = {pair.dtype for pair in self._pairs}
         self.info = DatasetInfo(
@@ -72,7 +73,11 @@ class FolderSource(Source):
                 )
 
     def _read(self, index: int) -> Record:
-        return raster.read_pair(self._pairs[index], dtype=self.info.image_dtype.name, sensors=_SENSORS)
+        new = index not in self._checked
+        dtype = self.info.image_dtype.name
+        record = raster.read_pair(self._pairs[index], dtype=dtype, sensors=_SENSORS, check_units=new)
+        self._checked.add(index)
+        return record
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _open, self._arguments

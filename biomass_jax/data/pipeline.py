@@ -5,6 +5,7 @@ that neither the order nor a resumed run depends on how many processes there are
 """
 
 import sys
+import weakref
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -48,19 +49,28 @@ class Batches(Iterator[Batch]):
     def __init__(self, dataset: Any, steps_per_epoch: int, start: int = 0) -> None:
         """Begin with global batch `start` of a Grain data set whose elements are batches."""
         self.steps_per_epoch = steps_per_epoch
-        self._iterator = iter(dataset)
-        grain.experimental.set_next_index(self._iterator, start)
+        self._held = [iter(dataset)]
+        grain.experimental.set_next_index(self._held[0], start)
+        # Grain's iterators fail noisily when the interpreter ends before they do.
+        self._release = weakref.finalize(self, _release, self._held)
 
     def __next__(self) -> Batch:
+        if not self._held:
+            raise StopIteration
         try:
-            return next(self._iterator)
+            return next(self._held[0])
         except BaseException:  # the end, or a chip that can't be read
             self.close()
             raise
 
     def close(self) -> None:
-        """Stop reading ahead."""
-        self._iterator.close()
+        """Stop reading ahead; there are no more batches then."""
+        self._release()
+
+
+def _release(held: list[Any]) -> None:
+    while held:
+        held.pop().close()
 
 
 def steps_per_epoch(source: Source, batch_size: int) -> int:

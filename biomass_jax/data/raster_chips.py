@@ -166,7 +166,13 @@ def _described(image: Path, label: Path | None, band_list: tuple[str | None, ...
 
 
 def read_pair(
-    pair: Pair, *, dtype: str = "int16", season: str = "", biome: str = "unknown", sensors: str = "L30"
+    pair: Pair,
+    *,
+    dtype: str = "int16",
+    season: str = "",
+    biome: str = "unknown",
+    sensors: str = "L30",
+    check_units: bool = True,
 ) -> Record:
     """The record of an image and its label.
 
@@ -176,6 +182,7 @@ def read_pair(
         season: see `Record`.
         biome: see `Record`.
         sensors: where the file itself doesn't tell.
+        check_units: whether to look for reflectance, which takes a third of the time.
 
     Raises:
         RasterError: int16 can't hold the image, another no-data value, or the label has another grid or odd values.
@@ -184,7 +191,8 @@ def read_pair(
     with open_image(pair.image, band_list=pair.band_list, model_sensors=()) as source:
         if source.fill not in (None, bands.FILL):
             raise RasterError(f"{pair.image}: no-data value: found {source.fill:g}, expected {bands.FILL} or none")
-        source.check_units()
+        if check_units:
+            source.check_units()
         image = source.read_rows(0, source.grid.height)
         sensors = source.sensor or sensors
     crs = pair.grid.crs

@@ -198,6 +198,8 @@ found = cache.batch(last["index"])
 assert last["index"].tolist() == [16, 17, 18, -1, -1, -1, -1, -1]
 assert np.asarray(found["label"])[:, 0, 0].tolist() == [16, 17, 18, -1, -1, -1, -1, -1]
 assert np.asarray(found["image"])[:, 0, 0, 0].tolist() == [17, 18, 19, 0, 0, 0, 0, 0]
+full = pipeline.DeviceCache(Memory(8), split)
+assert np.asarray(full.batch(np.arange(8) - 1)["label"])[:, 0, 0].tolist() == [-1, 0, 1, 2, 3, 4, 5, 6]
 """
 
 

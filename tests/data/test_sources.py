@@ -147,7 +147,7 @@ def test_shares_of_a_mixture():
     assert shares((10, 1), (10, 1)) == [10, 10]
     assert shares((10, 1), (100, 2)) == [10, 20]
     assert shares((10, 0.1), (100, 0.3), (1000, 0.6)) == [10, 30, 60]
-    assert shares((49, 0.49), (51, 0.51)) == [49, 51]
+    assert shares((1, 0.09), (100, 0.18)) == [1, 2]  # 1 / 0.09 * 0.09 is just below 1
 
 
 @pytest.mark.parametrize(
