@@ -6,6 +6,7 @@ import pytest
 
 from biomass_jax.convert import torch_file
 from biomass_jax.models.biomass import BiomassModel
+from biomass_jax.training.losses import finish, loss_sums
 from tests.parity.torch_names import to_variables
 
 MICRO = {"embed_dim": 8, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 4, 8), "mlp_ratio": 2, "decoder_channels": 8}
@@ -45,3 +46,28 @@ def micro_eval(golden, micro_variables):
         return reference, output, state["intermediates"]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def micro_step(golden):
+    """(params, batch_stats) -> loss, output, gradients and new batch_stats in train mode, on the golden batch."""
+    batch = np.load(golden / "micro" / "train_step.npz")
+    model = BiomassModel(**MICRO, drop_path_rate=0.0, head_dropout=0.0)
+    image, target = batch["input"].transpose(0, 2, 3, 1), batch["target"]
+
+    def total_of(params, batch_stats):
+        variables = {"params": params, "batch_stats": batch_stats}
+        output, state = model.apply(variables, image, train=True, mutable=["batch_stats"])
+        total, count = loss_sums(output, target, "rmse")
+        return total, (count, output, state["batch_stats"])
+
+    @jax.jit
+    def step(params, batch_stats):
+        (total, (count, output, batch_stats)), gradients = jax.value_and_grad(total_of, has_aux=True)(
+            params, batch_stats
+        )
+        # As accumulation has it: the derivative of the loss by the sum, times the gradient of the sum.
+        loss, slope = jax.value_and_grad(finish)(total, count, "rmse")
+        return loss, output, jax.tree.map(lambda g: slope * g, gradients), batch_stats
+
+    return step

@@ -3,12 +3,10 @@
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from biomass_jax.models.biomass import BiomassModel
-from tests.parity.conftest import MICRO
+from biomass_jax.training.losses import finish, loss_sums
 from tests.parity.torch_names import relative_error, to_variables
 
 # Golden name -> path of the module (and method) whose output it is.
@@ -65,25 +63,14 @@ def test_every_intermediate(micro_eval, name, count):
 
 
 @pytest.fixture(scope="module")
-def train_step(golden, micro_variables):
-    """Golden train step, and ours: output, loss, gradient of the output, of the parameters, statistics afterwards."""
+def train_step(golden, micro_variables, micro_step):
+    """Golden train step, and ours: loss, output, gradient of the output, of the parameters, statistics afterwards."""
     reference = np.load(golden / "micro" / "train_step.npz")
-    model = BiomassModel(**MICRO, drop_path_rate=0.0, head_dropout=0.0)
-    image, target = reference["input"].transpose(0, 2, 3, 1), reference["target"]
-
-    def loss_of(output):
-        valid = (target != -1).astype(np.float32)
-        return jnp.sqrt(jnp.sum(valid * (output - target) ** 2) / (valid.sum() + 1.19e-7))
-
-    def forward(params):
-        variables = {"params": params, "batch_stats": micro_variables["batch_stats"]}
-        output, state = model.apply(variables, image, train=True, mutable=["batch_stats"])
-        return loss_of(output), (output, state["batch_stats"])
-
     with jax.default_matmul_precision("highest"):
-        step = jax.jit(jax.value_and_grad(forward, has_aux=True))
-        (loss, (output, statistics)), gradients = step(micro_variables["params"])
-    return reference, loss, output, jax.grad(loss_of)(output), gradients, statistics
+        loss, output, gradients, statistics = micro_step(micro_variables["params"], micro_variables["batch_stats"])
+    target = reference["target"]
+    output_gradient = jax.grad(lambda y: finish(*loss_sums(y, target, "rmse"), "rmse"))(output)
+    return reference, loss, output, output_gradient, gradients, statistics
 
 
 def leaves(tree):
