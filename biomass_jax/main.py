@@ -49,9 +49,12 @@ def main(argv: list[str]) -> None:
     if config.mode not in MODES:
         raise UsageError(f"config.mode is {config.mode!r}; expected one of {', '.join(sorted(MODES))}")
     workdir = Path(WORKDIR.value or "")
+    forget_none(config)
     write_config(config, workdir)
     # Read by JAX when it is imported, which happens below: a second run compiles next to nothing.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(workdir.absolute().parent / ".jax_cache"))
+    if config.get("deterministic"):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
     MODES[config.mode](config, workdir)
 
 
@@ -62,6 +65,38 @@ def predict(config: Any, workdir: Path) -> None:
     run(config, workdir, shardings=local_shardings)
 
 
+def train(config: Any, workdir: Path) -> None:
+    """Train on all devices, or go on with what the workdir holds."""
+    from biomass_jax.training.run import train_and_evaluate
+
+    if not train_and_evaluate(config, workdir, stop=DeferredStop()):
+        raise Stopped
+
+
+def evaluate(config: Any, workdir: Path) -> None:
+    """Scores, on the local devices of each process."""
+    from biomass_jax.evaluation.evaluate import run
+
+    run(config, workdir, shardings=local_shardings)
+
+
+class DeferredStop:
+    """Whether SIGTERM came. From the first call on the signal is only noted, so that the caller can save first."""
+
+    def __init__(self) -> None:
+        self._deferring = self._came = False
+
+    def __call__(self) -> bool:
+        """Ask; before the first call there is nothing to save, and the signal ends the program at once."""
+        if not self._deferring:
+            self._deferring = True
+            signal.signal(signal.SIGTERM, self._note)
+        return self._came
+
+    def _note(self, *_: object) -> None:
+        self._came = True
+
+
 def local_shardings() -> dict[str, Any]:
     """`Predictor`'s placement arguments for all local devices; starts JAX."""
     from biomass_jax.training import sharding
@@ -70,7 +105,21 @@ def local_shardings() -> dict[str, Any]:
     return {"batch_sharding": sharding.batch_sharding(mesh), "replicated": sharding.replicated(mesh)}
 
 
-MODES: dict[str, Callable[[Any, Path], None]] = {"predict": predict}
+MODES: dict[str, Callable[[Any, Path], None]] = {
+    "evaluate": evaluate,
+    "finetune": train,
+    "predict": predict,
+    "pretrain": train,
+}
+
+
+def forget_none(config: Any) -> None:
+    """`--config.field=None` of a text gives the word; it means that the field is not given."""
+    for name, value in config.items():
+        if hasattr(value, "items"):
+            forget_none(value)
+        elif value == "None":
+            config[name] = None
 
 
 def write_config(config: Any, workdir: Path) -> None:
@@ -113,11 +162,21 @@ def known_errors() -> tuple[type[Exception], ...]:
     """Errors whose message says all; anything else is a fault of the program and shows its traceback."""
     from biomass_jax.bundle import BundleError
     from biomass_jax.data.bands import BandError
+    from biomass_jax.data.biomes import BiomeError
     from biomass_jax.data.raster import RasterError
+    from biomass_jax.data.sources import DataError
+    from biomass_jax.evaluation.errors import EvaluationError
+    from biomass_jax.models.build import ArchitectureError
     from biomass_jax.prediction.stream import PredictionError
     from biomass_jax.prediction.tiling import TilingError
+    from biomass_jax.training.checkpoint import CheckpointError
+    from biomass_jax.training.errors import ConfigError, TrainingError
+    from biomass_jax.training.profiler import ProfileError
+    from biomass_jax.training.sharding import MeshError
 
-    return UsageError, BundleError, BandError, RasterError, PredictionError, TilingError
+    reading = (UsageError, BundleError, BandError, BiomeError, RasterError, DataError, ArchitectureError)
+    training = (ConfigError, TrainingError, CheckpointError, MeshError, ProfileError)
+    return *reading, *training, EvaluationError, PredictionError, TilingError
 
 
 def set_up_logging() -> None:

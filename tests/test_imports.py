@@ -26,7 +26,7 @@ LAYERS: dict[str, set[str]] = {
     "main": {"bundle", "models", "data", "figures", "convert", "training", "prediction", "evaluation"},
     "__init__": {"bundle", "prediction", "training"},  # inside `biomass_jax.load` only, see the test of a light import
 }
-EXCEPTIONS = {("biomass_jax/training/loop.py", "evaluation")}
+EXCEPTIONS = {("biomass_jax/training/tasks.py", "evaluation")}
 FOR_DATA_PREP = {f"biomass_jax.data.{name}" for name in ("bands", "records", "raster", "biomes")}
 JAX_FAMILY = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
 NEVER = {"tensorflow", "clu"}
@@ -203,7 +203,7 @@ def test_the_checker_sees_each_kind_of_fault(path, source, rule):
     ("path", "source"),
     [
         ("biomass_jax/convert/a.py", "from biomass_jax import __version__, bundle"),
-        ("biomass_jax/training/loop.py", "from biomass_jax.evaluation.binwise import score"),
+        ("biomass_jax/training/tasks.py", "from biomass_jax.evaluation.binwise import score"),
         ("biomass_jax/training/sharding.py", "from jax.sharding import PartitionSpec\njax.make_mesh((2,), ('data',))"),
         ("biomass_jax/data/raster_write.py", "import rasterio"),
         ("biomass_jax/data/records.py", "import tensorflow_datasets as tfds"),

@@ -1,0 +1,181 @@
+"""A run from its config: data, task, optimiser, state, compiled steps."""
+
+import dataclasses
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from biomass_jax import bundle
+from biomass_jax.training import sharding
+from biomass_jax.training.checkpoint import FOLDER, Checkpoints, changed_fields
+from biomass_jax.training.choose import Choice, choose
+from biomass_jax.training.export import BEST
+from biomass_jax.training.feed import Feed
+from biomass_jax.training.optimizer import trainable_mask
+from biomass_jax.training.profiler import Profiler
+from biomass_jax.training.settings import (
+    check_fields,
+    fresh_host,
+    make_optimizer,
+    make_schedule,
+    open_splits,
+    start_from,
+)
+from biomass_jax.training.state import TrainState, create_train_state
+from biomass_jax.training.steps import Steps, StepSettings, compile_steps
+from biomass_jax.training.writer import METRICS, Writer
+
+log = logging.getLogger(__name__)
+
+# A run may go on with other values of these without a word.
+MAY_CHANGE = (
+    "log_every",
+    "steps",
+    "epochs",
+    "profile",
+    "overwrite",
+    "data.threads",
+    "data.cache",
+    "mesh.",
+    "checkpoint.",
+)
+
+
+@dataclasses.dataclass
+class Run:
+    """Everything that the loop works with.
+
+    Attributes:
+        workdir: where the run writes.
+        choice: the task and what an exported bundle says of itself.
+        steps: compiled functions.
+        state: fresh, loaded or restored.
+        host: plain values that are saved with the state: step, epoch, window, plateau, early_stop, best, line, config.
+        feed: batches.
+        checkpoints: of the run.
+        writer: of the run.
+        profiler: of the run.
+        batch_size: chips a step over all devices and processes.
+        steps_per_epoch: whole batches in the training split.
+        total_steps: steps of the whole run.
+        log_every: steps between lines.
+        save_every: steps between checkpoints within an epoch; 0 = at its end only.
+    """
+
+    workdir: Path
+    choice: Choice
+    steps: Steps
+    state: TrainState
+    host: dict[str, Any]
+    feed: Feed
+    checkpoints: Checkpoints
+    writer: Writer
+    profiler: Profiler
+    batch_size: int
+    steps_per_epoch: int
+    total_steps: int
+    log_every: int
+    save_every: int
+
+    def close(self) -> None:
+        """Finish writing everything."""
+        self.profiler.close()
+        self.checkpoints.close()
+        self.writer.close()
+
+
+def build_run(config: Any, workdir: Path, *, command: str) -> Run:
+    """Build a run, going on from the newest checkpoint where the workdir has one.
+
+    Args:
+        config: of configs/finetune_*.py or configs/pretrain_*.py.
+        workdir: where the run writes.
+        command: that started it, for provenance.
+
+    Raises:
+        ConfigError, DataError, MeshError, BundleError, CheckpointError, ProfileError: see there.
+    """
+    check_fields(config)
+    profiler = Profiler(config.profile, workdir / "profile")
+    mesh = sharding.create_mesh(jax.devices(), **config.mesh)
+    sharding.check_batch(mesh, config.batch_size, config.optimizer.gradient_accumulation)
+    train, valid = open_splits(config)
+    loaded = bundle.load(config.init_from) if config.init_from else None
+    choice = choose(config, train, loaded, command=command)
+    steps_per_epoch = len(train) // config.batch_size
+    total_steps = config.steps or config.epochs * steps_per_epoch
+    if config.overwrite:
+        clear(workdir)
+    checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
+    resumed = checkpoints.latest
+    state, host, steps = _start(config, choice, mesh, total_steps, steps_per_epoch, loaded if resumed is None else None)
+    if resumed is not None:
+        state, saved = checkpoints.restore(state, step=resumed)
+        tell_changes(saved["config"], host["config"], workdir)
+        host = saved | {"config": host["config"]}
+        log.info("%s: going on from step %d of %d", workdir, resumed, total_steps)
+    data = {name: config.data[name] for name in ("threads", "cache")}
+    return Run(
+        workdir=workdir,
+        choice=choice,
+        steps=steps,
+        state=state,
+        host=host,
+        feed=Feed(train, valid, mesh, batch_size=config.batch_size, seed=config.seed, **data),
+        checkpoints=checkpoints,
+        writer=Writer(workdir, resumed=resumed, active=jax.process_index() == 0),
+        profiler=profiler,
+        batch_size=config.batch_size,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        log_every=config.log_every,
+        save_every=config.checkpoint.every_steps or 0,
+    )
+
+
+def _start(
+    config: Any,
+    choice: Choice,
+    mesh: sharding.DeviceMesh,
+    total_steps: int,
+    steps_per_epoch: int,
+    loaded: bundle.Bundle | None,
+) -> tuple[TrainState, dict[str, Any], Steps]:
+    """The state before the first step, what the host knows then, and the steps."""
+    params = jax.eval_shape(choice.task.init, jax.random.key(0))["params"]
+    optimizer = make_optimizer(config, params)
+    schedule = make_schedule(config, total_steps, steps_per_epoch)
+    host = fresh_host(config)
+    ema_decay = config.optimizer.ema_decay
+    rate = host["plateau"]["lr"] if host["plateau"] else None
+    state, shardings = create_train_state(
+        choice.task, optimizer, mesh, seed=config.seed, ema=ema_decay > 0, learning_rate=rate
+    )
+    if loaded is not None:
+        state, host = start_from(state, host, loaded, config)
+    settings = StepSettings(
+        seed=config.seed,
+        accumulation=config.optimizer.gradient_accumulation,
+        ema_decay=ema_decay,
+        trainable=trainable_mask(params, tuple(config.optimizer.freeze)),
+    )
+    return state, host, compile_steps(choice.task, optimizer, schedule, settings, mesh, shardings)
+
+
+def clear(workdir: Path) -> None:
+    """Take an earlier run out of a workdir: checkpoints, lines, events, best bundle, trace."""
+    if jax.process_index() == 0:
+        for name in (FOLDER, BEST, "profile"):
+            shutil.rmtree(workdir / name, ignore_errors=True)
+        for path in (workdir / METRICS, *workdir.glob("events.out.tfevents.*")):
+            path.unlink(missing_ok=True)
+
+
+def tell_changes(before: dict[str, Any], now: dict[str, Any], workdir: Path) -> None:
+    """Warn of fields that make this another run than the one that the checkpoint is of."""
+    for change in changed_fields(before, now):
+        if not change.startswith(MAY_CHANGE):
+            log.warning("%s: the run goes on with another config.%s", workdir, change)

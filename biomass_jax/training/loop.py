@@ -1,0 +1,178 @@
+"""The training loop, for any task: steps, lines, validation, checkpoints, the best model as a bundle."""
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from biomass_jax.data import pipeline
+from biomass_jax.training import plateau
+from biomass_jax.training.build import Run
+from biomass_jax.training.checkpoint import LOSS
+from biomass_jax.training.errors import TrainingError
+from biomass_jax.training.export import export_best
+from biomass_jax.training.hosts import exchange, local_rows
+from biomass_jax.training.metrics import Clock, NotFinite, TrainMetrics
+
+log = logging.getLogger(__name__)
+
+
+class Loop:
+    """One run from where it stands to its end.
+
+    At an epoch's end: validate, move the counters (plateau, early stopping, best), save, write the line, export the
+    best. A run that was killed between two of these does the rest when it is started again.
+    """
+
+    def __init__(self, run: Run, *, stop: Callable[[], bool]) -> None:
+        """Take over what `set_up` made.
+
+        Args:
+            run: see `Run`.
+            stop: whether to save and leave; asked after each step.
+        """
+        self.run, self.stop = run, stop
+        self.state, self.host = run.state, run.host
+        self.metrics, self.clock = TrainMetrics(self.host["window"]), Clock()
+
+    @property
+    def step(self) -> int:
+        """Steps taken."""
+        return self.host["step"]
+
+    def fit(self) -> bool:
+        """Train to the end.
+
+        Returns:
+            whether the run is finished; False = it was stopped, and can be started again.
+
+        Raises:
+            TrainingError: the loss isn't finite any more.
+        """
+        run = self.run
+        self._finish_epoch()
+        batches = run.feed.batches(start=self.step)
+        self.clock.restart()
+        while not self._done():
+            batch = self.clock.next(batches)
+            try:
+                self._train(batch)
+            except NotFinite as error:
+                last = run.checkpoints.latest
+                good = f"{run.checkpoints.folder}/step_{last}" if last is not None else "none"
+                raise TrainingError(f"{error}. The last good checkpoint: {good}") from error
+            if self.stop() and not self._done():
+                log.info("stopping at step %d: saving", self.step)
+                self._flush()
+                self._save(None)
+                run.checkpoints.wait()
+                return False
+        run.checkpoints.wait()
+        return True
+
+    def _train(self, batch: pipeline.Batch) -> None:
+        """One step and whatever is due after it, in this order."""
+        run = self.run
+        self.state, metrics = run.steps.train(self.state, batch.arrays)
+        self.host["step"] += 1
+        self.metrics.add(self.step, metrics, batch.chips)
+        self.clock.step(run.batch_size)
+        run.profiler.after_step(self.step)
+        last = self.step == run.total_steps
+        if self.step % run.log_every == 0 or last:
+            self._flush()
+            self._log()
+        if self.step % run.steps_per_epoch == 0 or last:
+            self._flush()
+            self._end_epoch()
+        elif run.save_every and self.step % run.save_every == 0:
+            self._flush()
+            self._save(None)
+
+    def _flush(self) -> None:
+        self.metrics.flush()
+        self.host["window"] = self.metrics.losses
+
+    def _log(self) -> None:
+        """The line of the window that ends here."""
+        mean, last = self.metrics.mean(), self.metrics.last
+        self.host["window"] = []
+        perf = self.clock.read(self.run.total_steps - self.step)
+        values = {"train/loss": mean} | {f"train/{name}": last[name] for name in last if name != "loss"}
+        self.run.writer.write(self.step, values | perf)
+        log.info(
+            "step %d of %d: loss %.4g, %.1f chips/s, %.1f %% waiting for data, %s left",
+            self.step,
+            self.run.total_steps,
+            mean,
+            perf["perf/chips_per_s"],
+            100 * perf["perf/waiting"],
+            _duration(perf["perf/eta_s"]),
+        )
+
+    def _end_epoch(self) -> None:
+        """Validate, counters, save; the rest is `_finish_epoch`."""
+        host = self.host
+        results = self.validate()
+        loss = results[LOSS]
+        if host["plateau"] is not None:
+            host["plateau"] = plateau.plateau_step(host["plateau"], loss)
+            rate = np.float32(host["plateau"]["lr"])
+            placed = jax.device_put(rate, self.state.learning_rate.sharding)
+            self.state = dataclasses.replace(self.state, learning_rate=placed)
+        if host["early_stop"] is not None:
+            host["early_stop"] = plateau.early_stop_step(host["early_stop"], loss)
+        if host["best"] is None or loss < host["best"]["loss"]:
+            host["best"] = {"step": self.step, "loss": loss, "scores": results}
+        host["epoch"] += 1
+        host["line"] = {"epoch": host["epoch"]} | results
+        self._save(loss)
+        self._finish_epoch()
+        self.clock.restart()
+
+    def _finish_epoch(self) -> None:
+        """Write the line of the epoch that ended at this step, and export the state if it is the best so far."""
+        run, host = self.run, self.host
+        if host["line"] is None:
+            return
+        line, host["line"] = host["line"], None
+        run.writer.write(self.step, line)
+        best = host["best"]["step"] == self.step
+        log.info(
+            "epoch %d, step %d: %s%s",
+            line["epoch"],
+            self.step,
+            ", ".join(f"{k} {v:.5g}" for k, v in line.items() if isinstance(v, float)),
+            ", the best so far" if best else "",
+        )
+        if best:
+            run.checkpoints.wait()
+            export_best(run.workdir, run.choice.about, self.state, host["best"])
+
+    def validate(self) -> dict[str, Any]:
+        """Scores of the validation split; each chip counts once."""
+        run, scorer = self.run, self.run.choice.task.scorer()
+        variables = self.state.evaluated()
+        for number, batch in enumerate(run.feed.validation()):
+            outputs = run.steps.evaluate(variables, batch.arrays, np.int32(number))
+            scorer.add(jax.tree.map(local_rows, outputs), local_rows(batch.arrays["valid"]))
+        return scorer.results(exchange(scorer.vector()))
+
+    def _save(self, loss: float | None) -> None:
+        if self.step != self.run.checkpoints.latest:
+            self.run.checkpoints.save(self.state, self.host, step=self.step, loss=loss)
+
+    def _done(self) -> bool:
+        early = self.host["early_stop"]
+        if early is not None and early["stop"]:
+            return True
+        return self.step >= self.run.total_steps
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,0 +1,139 @@
+"""What a training step changes: weights, batch statistics, optimiser state, averages, the learning rate."""
+
+import dataclasses
+import logging
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from biomass_jax.bundle import Bundle, BundleError, flatten
+from biomass_jax.training import sharding
+
+log = logging.getLogger(__name__)
+
+ENCODER = ("encoder/",)
+
+
+@flax.struct.dataclass
+class TrainState:
+    """State of a run, all of it arrays.
+
+    Attributes:
+        step: int32 scalar, optimiser steps taken.
+        params: weights, float32.
+        batch_stats: running statistics of batch norms, {} where the model has none.
+        opt_state: optax's.
+        ema: {"params", "batch_stats"}, exponential averages of both, or None where they are off.
+        learning_rate: float32 scalar where validation moves it (plateau), None where it follows from the step.
+    """
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    ema: Any
+    learning_rate: Any
+
+    def evaluated(self) -> dict[str, Any]:
+        """The variables that are scored and exported: the averages where they are on."""
+        return self.ema or {"params": self.params, "batch_stats": self.batch_stats}
+
+
+def create_train_state(
+    task: Any,
+    optimizer: optax.GradientTransformation,
+    mesh: sharding.DeviceMesh,
+    *,
+    seed: int,
+    ema: bool = False,
+    learning_rate: float | None = None,
+) -> tuple[TrainState, TrainState]:
+    """Draw a fresh state where it belongs: shapes, then shardings, then a compiled initialisation.
+
+    Args:
+        task: of tasks.py.
+        optimizer: of optimizer.py.
+        mesh: of sharding.py.
+        seed: of the weights.
+        ema: keep averages of the weights.
+        learning_rate: the first one, where validation moves it.
+
+    Returns:
+        the state, and its tree of shardings. No device ever holds more than its part.
+    """
+
+    def init() -> TrainState:
+        variables = task.init(jax.random.key(seed))
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=variables["params"],
+            batch_stats=variables["batch_stats"],
+            opt_state=optimizer.init(variables["params"]),
+            ema=jax.tree.map(jnp.copy, variables) if ema else None,
+            learning_rate=None if learning_rate is None else jnp.asarray(learning_rate, jnp.float32),
+        )
+
+    shardings = sharding.state_shardings(mesh, jax.eval_shape(init))
+    return jax.jit(init, out_shardings=shardings)(), shardings
+
+
+def abstract_state(state: TrainState) -> TrainState:
+    """Shapes, dtypes and shardings of a state, by which a checkpoint is restored."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def load_weights(state: TrainState, loaded: Bundle, *, load: str) -> TrainState:
+    """Put a bundle's weights into a fresh state, and say what was not loaded.
+
+    Args:
+        state: fresh, its shardings decided.
+        loaded: the bundle; its task may be another one where only the encoder is taken.
+        load: `all` (every weight and batch statistic, each of which must be there) or `encoder`.
+
+    Raises:
+        BundleError: `load` is unknown; a weight that was asked for is missing or has another shape.
+    """
+    if load not in ("all", "encoder"):
+        raise BundleError(f"config.load is {load!r}; expected 'all' or 'encoder'")
+    found = flatten(loaded.variables)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    wanted = {path: leaf for path, leaf in flatten(variables).items() if load == "all" or _of_encoder(path)}
+    # A decoder's own norms of the encoder's stages come with a decoder: a pretrained encoder has none.
+    missing = [path for path in wanted if path not in found and not (load == "encoder" and _stage_norm(path))]
+    if missing:
+        first = ", ".join(missing[:5]) + " ..." * (len(missing) > 5)
+        raise BundleError(f"{loaded.path}: no {first}; config.load is {load!r}")
+    for path in wanted:
+        if path in found and found[path].shape != wanted[path].shape:
+            raise BundleError(
+                f"{loaded.path}: {path} has shape {found[path].shape}, the model of this config {wanted[path].shape}"
+            )
+
+    def take(path: Any, leaf: jax.Array) -> jax.Array:
+        name = "/".join(part.key for part in path)
+        if name not in wanted or name not in found:
+            fresh.append(name)
+            return leaf
+        return jax.device_put(jnp.asarray(found[name], leaf.dtype), leaf.sharding)
+
+    fresh: list[str] = []
+    variables = jax.tree_util.tree_map_with_path(take, variables)
+    unused = sorted(set(found) - set(wanted))
+    log.info("%s: %d of %d arrays loaded", loaded.path, len(found) - len(unused), len(found))
+    for what, names in (("not loaded, drawn anew", fresh), ("in the bundle, not used", unused)):
+        if names:
+            log.info("%s: %s", what, ", ".join(names))
+    ema = jax.tree.map(jnp.copy, variables) if state.ema is not None else None
+    return dataclasses.replace(state, params=variables["params"], batch_stats=variables["batch_stats"], ema=ema)
+
+
+def _of_encoder(path: str) -> bool:
+    return path.split("/", 1)[1].startswith(ENCODER)
+
+
+def _stage_norm(path: str) -> bool:
+    parts = path.split("/")  # params/encoder/stages_0/norm/scale
+    return len(parts) == 5 and parts[2].startswith("stages_") and parts[3] == "norm"

@@ -1,0 +1,128 @@
+"""One optimiser step and one evaluation of a batch: pure functions, and the one place that compiles them."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from biomass_jax.training import sharding
+from biomass_jax.training.optimizer import apply_updates
+from biomass_jax.training.state import TrainState
+
+Schedule = Callable[[jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSettings:
+    """What a step needs beside the task and the optimiser.
+
+    Attributes:
+        seed: of everything that is drawn.
+        accumulation: micro-batches a step; the loss and its gradient are those of the whole batch, batch norms use each
+            micro-batch's own statistics.
+        ema_decay: of the averages of weights and batch statistics, where the state holds them.
+        trainable: tree of bool like the parameters; gradients of the others are not computed.
+    """
+
+    seed: int
+    accumulation: int = 1
+    ema_decay: float = 0.0
+    trainable: Any = None
+
+
+def train_step(
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    *,
+    task: Any,
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule,
+    settings: StepSettings,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step: state, batch [B, ...] -> state, {"loss", "learning_rate", "grad_norm", "count"}, float32 scalars.
+
+    What is drawn depends on the seed, the step and the row in the global batch alone.
+    """
+    inputs_key, model_key = jax.random.split(jax.random.fold_in(jax.random.key(settings.seed), state.step))
+    inputs = task.inputs(batch, inputs_key)
+    total, count, grads, batch_stats = accumulated_sums(state, inputs, model_key, task=task, settings=settings)
+    loss, slope = jax.value_and_grad(task.finish)(total, count)
+    grads = jax.tree.map(lambda g: slope * g, grads)
+    learning_rate = schedule(state.step) if state.learning_rate is None else state.learning_rate
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = apply_updates(state.params, updates, learning_rate)
+    ema = state.ema
+    if ema is not None:
+        decay, new = settings.ema_decay, {"params": params, "batch_stats": batch_stats}
+        ema = jax.tree.map(lambda old, value: decay * old + (1 - decay) * value, ema, new)
+    state = TrainState(state.step + 1, params, batch_stats, opt_state, ema, state.learning_rate)
+    norm = optax.tree.norm(grads)
+    return state, {"loss": loss, "learning_rate": learning_rate, "grad_norm": norm, "count": count}
+
+
+def accumulated_sums(
+    state: TrainState, inputs: dict[str, jax.Array], key: jax.Array, *, task: Any, settings: StepSettings
+) -> tuple[jax.Array, jax.Array, Any, Any]:
+    """(total, count, gradient of total, batch statistics) over all micro-batches of a batch."""
+
+    def sums(params: Any, batch_stats: Any, rows: Any, number: Any) -> tuple[jax.Array, Any]:
+        params = jax.tree.map(lambda p, on: p if on else jax.lax.stop_gradient(p), params, settings.trainable)
+        variables = {"params": params, "batch_stats": batch_stats}
+        total, count, batch_stats = task.loss_sums(variables, rows, jax.random.fold_in(key, number))
+        return total, (count, batch_stats)
+
+    gradient = jax.value_and_grad(sums, has_aux=True)
+    parts = settings.accumulation
+    if parts == 1:
+        (total, (count, batch_stats)), grads = gradient(state.params, state.batch_stats, inputs, 0)
+        return total, count, grads, batch_stats
+    # Every parts-th row, so that each device has its share of every micro-batch.
+    split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), inputs)
+
+    def add(carry: Any, micro: Any) -> tuple[Any, None]:
+        total, count, grads, batch_stats = carry
+        number, rows = micro
+        (new_total, (new_count, batch_stats)), new = gradient(state.params, batch_stats, rows, number)
+        return (total + new_total, count + new_count, jax.tree.map(jnp.add, grads, new), batch_stats), None
+
+    zero = jnp.zeros((), jnp.float32)
+    start = (zero, zero, jax.tree.map(jnp.zeros_like, state.params), state.batch_stats)
+    return jax.lax.scan(add, start, (jnp.arange(parts), split))[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """The compiled functions: `train(state, batch)` (the state is given away) and `evaluate(variables, batch, n)`."""
+
+    train: Any
+    evaluate: Any
+
+
+def compile_steps(
+    task: Any,
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule,
+    settings: StepSettings,
+    mesh: sharding.DeviceMesh,
+    shardings: TrainState,
+) -> Steps:
+    """Jit both steps for a mesh.
+
+    Args:
+        task: of tasks.py.
+        optimizer: of optimizer.py.
+        schedule: of schedules.py.
+        settings: see `StepSettings`.
+        mesh: of sharding.py.
+        shardings: of `create_train_state`.
+    """
+    rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    step = functools.partial(train_step, task=task, optimizer=optimizer, schedule=schedule, settings=settings)
+    train = jax.jit(step, in_shardings=(shardings, rows), out_shardings=(shardings, whole), donate_argnums=0)
+    variables = shardings.evaluated()
+    evaluate = jax.jit(task.evaluate, in_shardings=(variables, rows, whole), out_shardings=rows)
+    return Steps(train, evaluate)

@@ -1,0 +1,46 @@
+"""Pretrain Swin-B by SimMIM, the official recipe of 100 epochs at 224 px and window 7.
+
+    python -m biomass_jax.main --config configs/pretrain_simmim_swin_b_100ep.py --workdir OUT --config.data.path=SHARDS
+
+SHARDS hold images, with labels (which are ignored) or without; several folders are given with weights:
+--config.data.path=A,B --config.data.weights="(3.0,1.0)".
+
+Hardware: batch 2048 of Swin-B in bfloat16 takes a TPU v4-32 or 16 GPUs of 80 GB; fewer devices make up for it by
+--config.optimizer.gradient_accumulation. Expected: a masked L1 (val/loss) well below predicting each band's mean (0.8
+z-scores for a normal distribution); the figures say whether fields and clouds come back.
+"""
+
+from ml_collections import config_dict
+
+from configs import common
+
+
+def get_config() -> config_dict.ConfigDict:
+    """Fields of a pretraining run."""
+    config = common.training()
+    config.mode = "pretrain"
+    config.batch_size = 2048
+    config.epochs = 100
+    config.dtype = "bfloat16"
+    config.skip_nodata = True  # leave pixels without data out of the loss; the official loss counts all
+    config.normalize_targets = False  # z-score each mask patch by itself in the loss (as in MAE)
+    config.mask_patch_size = 32  # px
+    config.mask_ratio = 0.6
+    config.model.encoder_stride = config_dict.placeholder(int)  # px a token of the last map; 32
+
+    config.data.weights = ()  # shares of several folders
+    config.optimizer.learning_rate = 2e-4
+    config.optimizer.reference_batch = 512
+    config.optimizer.weight_decay = 0.05
+    config.optimizer.clip_norm = 5.0
+    config.schedule.kind = "cosine"
+    config.schedule.warmup_epochs = 10.0
+    config.schedule.warmup_from = 1e-6
+    config.schedule.min_lr = 1e-5
+
+    config.augment = config_dict.ConfigDict()
+    config.augment.size = 224  # px
+    config.augment.crop = True  # a random box resized to `size`, and a mirror image every second time
+    config.augment.crop_scale = (0.67, 1.0)  # of the chip's area
+    config.augment.crop_ratio = (3 / 4, 4 / 3)
+    return config.lock()
