@@ -83,6 +83,8 @@ class Forward:
             predictions (B, H, W) float32, labels (B, H, W) float32 with -1 where there is no data, and bool (B, H, W),
             True there; all still being computed.
         """
+        if self._sharding is not None:  # placed by hand: with several processes, jit takes no NumPy arrays to split
+            image, label = jax.device_put((image, label), self._sharding)
         return self._run(self._variables, image, label)
 
     def _predict(self, variables: Any, image: jax.Array, label: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

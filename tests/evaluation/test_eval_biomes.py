@@ -72,15 +72,15 @@ def test_one_biome_is_chosen_and_batched(chips, tmp_path):
 
 
 def test_polygons_decide_at_the_centre_of_each_chip(chips, tmp_path):
-    # Centres lie at x = 600,480 + 3,000 i, y = 4,099,520 m; the polygon of steppes ends 1 m east of chip 3's.
-    spans = {"Temperate Steppes": (590000, 609481), "Desert": (609482, 615481)}
+    # Centres lie at x = 600,480 + 3,000 i, y = 4,099,520 m; polygons meet between the corner and the centre of chip 3.
+    spans = {"Temperate Steppes": (590000, 609400), "Desert": (609401, 615481)}
     boxes = [shapely.box(west, 4090000, east, 4110000) for west, east in spans.values()]
     frame = geopandas.GeoDataFrame({"NAME": list(spans)}, geometry=boxes, crs=32610)
     frame.to_file(tmp_path / "p.gpkg")
     given = {"polygons": tmp_path / "p.gpkg", "field": "NAME"}
     named = with_biomes(chips, "/a/taiga_datasplit", **given)
-    assert biomes_of(named) == ["temperate-steppes"] * 4 + ["desert"] + ["desert"] + ["unknown"]
-    assert biomes_of(with_biomes(chips, "/a", biome="desert", **given)) == ["desert"] * 2
+    assert biomes_of(named) == ["temperate-steppes"] * 3 + ["desert"] * 3 + ["unknown"]
+    assert biomes_of(with_biomes(chips, "/a", biome="desert", **given)) == ["desert"] * 3
     with pytest.raises(BiomeError, match="found columns NAME, geometry .*expected BIOME"):
         with_biomes(chips, "/a", polygons=tmp_path / "p.gpkg", field="BIOME")
     nowhere = Listed([chip(0, epsg=0, transform=np.zeros(6))])
