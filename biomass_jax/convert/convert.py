@@ -4,6 +4,7 @@ Nothing is guessed and nothing is left out in silence: unknown, missing, duplica
 name them all.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -234,12 +235,13 @@ def _kept_with(keys: Match, state: Mapping[str, TorchTensor]) -> dict[str, Any]:
 
 
 def _image_size(keys: Match, state: Mapping[str, TorchTensor]) -> int | None:
-    """Side in pixels of the images a Swin with attn_mask buffers was built for, from stage 0's mask; None without."""
+    """Side in pixels of the images a Swin with attn_mask buffers was built for, from its first mask; None without."""
     for key in keys.buffers:
-        if key.endswith("layers.0.blocks.1.attn_mask") and len(state[key].shape) == 3:
+        found = re.search(r"layers\.(\d+)\.blocks\.\d+\.attn_mask$", key)
+        if found and len(state[key].shape) == 3:
             windows, tokens, _ = state[key].shape
             patch = state[keys.tensors["params/encoder/patch_embed/projection/kernel"][0]].shape[-1]
-            return round(windows**0.5) * round(tokens**0.5) * patch
+            return round(windows**0.5) * round(tokens**0.5) * patch * 2 ** int(found[1])
     return None
 
 

@@ -13,45 +13,38 @@ from biomass_jax import bundle
 from biomass_jax.convert import torch_write
 from biomass_jax.convert.convert import Report
 from biomass_jax.convert.errors import ConvertError, name_list
-from biomass_jax.convert.layouts import GRANITE, SIMMIM
+from biomass_jax.convert.layouts import GRANITE, SIMMIM, SIMMIM_ENCODER
 from biomass_jax.convert.layouts_rows import COUNTER, TENSOR, Layout, expand
 from biomass_jax.models.swin_ops import relative_position_index, shift_mask
 
-_LAYOUTS = {"biomass": GRANITE, "simmim": SIMMIM}
+_LAYOUTS = {"biomass": GRANITE, "simmim": SIMMIM, "encoder": SIMMIM_ENCODER}
 
 
 def export(source: str | Path, output: str | Path, *, img_size: int | None = None, overwrite: bool = False) -> Report:
     """Write a bundle as a checkpoint in its task's original layout.
 
     A biomass bundle becomes a Lightning-like dict with keys `model.encoder...` that terratorch loads strictly, a SimMIM
-    bundle {'model': ...} with microsoft/SimMIM's keys. Both pass `torch.load(weights_only=True)`.
+    bundle {'model': ...} with microsoft/SimMIM's keys, and an encoder alone the same without mask token and decoder,
+    which the original's fine-tuning reads. All pass `torch.load(weights_only=True)`.
 
     Args:
         source: the bundle's folder.
         output: the file to be.
         img_size: side in pixels of the images SimMIM's shift masks are made for; default, that of the checkpoint the
-            bundle was converted from.
+            bundle was converted from, unless its window was resized.
         overwrite: replace an existing file.
 
     Raises:
-        ConvertError: the bundle's window was resized, its task has no checkpoint layout, or the file exists.
+        ConvertError: the file exists, or the layout cannot say what the bundle is: a biomass model whose window was
+            resized, an encoder or SimMIM that differs from the original's, an unknown image size.
         BundleError: no bundle there, or a damaged one.
     """
     output = Path(output)
     if output.exists() and not overwrite:
         raise ConvertError(f"{output} is there already; --overwrite replaces it")
     meta = bundle.read_meta(source)
-    layout = _LAYOUTS.get(meta["task"])
-    if layout is None:
-        raise ConvertError(
-            f"{source}: a bundle of task {meta['task']} is not written as a checkpoint, since parts of the original "
-            f"(its classifier) are not kept; {' and '.join(_LAYOUTS)} bundles are"
-        )
-    if resized := meta["provenance"].get("window_resized"):
-        raise ConvertError(
-            f"{source}: its bias tables were resized from window {resized['from']} to {resized['to']}, which cannot be "
-            "undone; export a bundle that was converted without --window-size"
-        )
+    layout = _LAYOUTS[meta["task"]]
+    _check_exportable(layout, meta, str(source))
     opened = bundle.load(source)
     arrays = {path: np.asarray(leaf) for path, leaf in bundle.flatten(opened.variables).items()}
     state = dict(_state(layout, arrays, meta, img_size))
@@ -69,6 +62,25 @@ def export(source: str | Path, output: str | Path, *, img_size: int | None = Non
     )
 
 
+def _check_exportable(layout: Layout, meta: Mapping[str, Any], source: str) -> None:
+    """Raise where a checkpoint of this layout would be read as another model than the bundle's."""
+    resized = meta["provenance"].get("window_resized")
+    if layout is GRANITE:
+        if resized:
+            raise ConvertError(
+                f"{source}: its bias tables were resized from window {resized['from']} to {resized['to']}, which "
+                "cannot be undone; export a bundle that was converted without --window-size"
+            )
+        return
+    original = {"shift_single_window": False, "stage_norms": False, "final_norm": True}
+    fields = meta["architecture"]
+    if other := [f"{name}={fields[name]}" for name, value in original.items() if fields.get(name, value) != value]:
+        raise ConvertError(
+            f"{source}: {', '.join(other)}; the original's SimMIM and Swin have no such setting and would compute "
+            "something else with these weights"
+        )
+
+
 def _state(
     layout: Layout, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any], img_size: int | None
 ) -> Iterator[tuple[str, np.ndarray]]:
@@ -76,7 +88,9 @@ def _state(
     fields = meta["architecture"]
     prefix = "model." if layout is GRANITE else ""
     counters = meta["provenance"].get("num_batches_tracked", {})
-    masks = _shift_masks(fields, img_size or meta["provenance"].get("img_size")) if layout is SIMMIM else {}
+    if img_size is None and "window_resized" not in meta["provenance"]:
+        img_size = meta["provenance"].get("img_size")
+    masks = {} if layout is GRANITE else _shift_masks(fields, img_size)
     depths = fields["depths"]
     counts = {"k": len(fields.get("pool_scales", ())), "u": fields.get("upscale_layers", 0)}
     counts |= {"i": len(depths), "l": len(depths) - 1, "f": len(depths) - 1}

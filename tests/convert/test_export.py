@@ -122,10 +122,10 @@ def changed(source, target, **provenance):
     return target
 
 
-def test_a_resized_window_is_refused(simmim_bundle, tmp_path):
-    folder = changed(simmim_bundle, tmp_path / "bundle", window_resized={"from": 6, "to": 7})
-    with pytest.raises(ConvertError, match="resized from window 6 to 7"):
-        export.export(folder, tmp_path / "model.pth")
+def test_a_resized_window_of_a_biomass_model_is_refused(granite_bundle, tmp_path):
+    folder = changed(granite_bundle, tmp_path / "bundle", window_resized={"from": 7, "to": 8})
+    with pytest.raises(ConvertError, match="resized from window 7 to 8"):
+        export.export(folder, tmp_path / "model.ckpt")
 
 
 def test_an_unknown_image_size_is_asked_for(simmim_bundle):
@@ -134,12 +134,18 @@ def test_an_unknown_image_size_is_asked_for(simmim_bundle):
         dict(export._state(SIMMIM, _zeros("simmim", meta["architecture"]), meta | {"provenance": {}}, None))
 
 
-def test_an_encoder_alone_is_refused(simmim_bundle, tmp_path):
-    meta = bundle.read_meta(simmim_bundle) | {"task": "encoder"}
+@pytest.mark.parametrize(
+    ("task", "field", "value"),
+    [("simmim", "shift_single_window", True), ("encoder", "stage_norms", True), ("encoder", "final_norm", False)],
+)
+def test_a_model_that_the_original_cannot_be_is_refused(simmim_bundle, tmp_path, task, field, value):
+    meta = bundle.read_meta(simmim_bundle) | {"task": task}
+    meta["architecture"] |= {field: value}
     (tmp_path / "bundle").mkdir()
     (tmp_path / "bundle" / "bundle.json").write_text(json.dumps(meta))
-    with pytest.raises(ConvertError, match="classifier"):
+    with pytest.raises(ConvertError, match=f"{field}={value}.*something else"):
         export.export(tmp_path / "bundle", tmp_path / "model.pth")
+    assert not (tmp_path / "model.pth").exists()
 
 
 def test_an_existing_file_is_kept_unless_told_otherwise(simmim_bundle, tmp_path):
