@@ -93,6 +93,9 @@ def page(study: optuna.Study, title: str, summary: str) -> str:
         importance = _picture(
             "Importance", lambda plots: plots.plot_param_importances(study, evaluator, target_name="val/loss")
         )
+        importance += (
+            "<p>By PED-ANOVA over finished trials: what the best tenth has in common. Rough below 50 trials.</p>"
+        )
     return PAGE.format(
         title=html.escape(title),
         summary=html.escape(summary),
@@ -113,9 +116,11 @@ def _picture(name: str, draw: Callable[[Any], Any]) -> str:
     from optuna.visualization import matplotlib as plots
 
     written = io.BytesIO()
-    # Optuna calls these functions experimental, and says so each time; it sets a style for all later plots.
+    # Optuna sets a style for all later plots, calls these functions experimental each time, and warns of importances
+    # from a few trials, which the page says too.
     with warnings.catch_warnings(), plt.rc_context():
-        warnings.simplefilter("ignore", ExperimentalWarning)
+        for category in (ExperimentalWarning, UserWarning):
+            warnings.simplefilter("ignore", category)
         figure = draw(plots).figure
         figure.set_size_inches(10, 5)
         figure.savefig(written, format="png", dpi=110, bbox_inches="tight")

@@ -9,6 +9,7 @@ needs minutes to notice, and gives the trial that it revives another number.
 import fcntl
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -231,7 +232,9 @@ class SharedStudy:
         """Note a validation loss; whether the trial should be pruned."""
         with self._locks.alone():
             trial.report(loss, epoch)
-        return trial.should_prune()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, of a trial whose losses are all NaN: it's pruned
+            return trial.should_prune()
 
     def note(self, trial: Trial, name: str, value: Any) -> None:
         """Keep a fact with a trial."""

@@ -57,7 +57,7 @@ class Job:
             log.flush()
             self._began = log.tell()
             self._process = subprocess.Popen(
-                [sys.executable, str(CHILD), str(os.getpid()), *command],
+                [sys.executable, "-I", "-S", str(CHILD), str(os.getpid()), *command],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -1,4 +1,4 @@
-"""Stands in for `biomass_jax.main` in tests of the sweep: takes its arguments, writes losses, goes on, stops on SIGTERM.
+"""Stands in for `biomass_jax.main` in tests of sweeps: takes its arguments, writes losses, goes on, stops on SIGTERM.
 
 The loss of an epoch is (log10(optimizer.learning_rate) + 3)^2 + 1 / epoch. It needs no package, so it starts at once.
 """
