@@ -43,7 +43,10 @@ PREP = [
     "pyproj>=3.7",  # the first with wheels for Python 3.13
     "earthaccess>=0.14",  # Earthdata search and download; older ones were not tried
 ]
-SWEEP = ["optuna>=4.0"]  # 4.0 settled the journal file storage, which needs no database
+SWEEP = [
+    "optuna>=5.0",  # importances without scikit-learn, parallel trials that keep apart; older ones were not tried
+    "sqlalchemy>=2.0",  # under Optuna's storage; reads its URLs here; older ones were not tried
+]
 DOCS = ["nbclient>=0.10", "ipykernel>=6.29"]  # runs the notebook as a test; the first that allow Python 3.12
 TOOLS = [
     "pytest>=8.2",  # older ones were not tried with the importlib import mode
