@@ -35,24 +35,25 @@ def rotate(
         label: [B, H, W] float32, -1 for none.
         degrees: [B], counter-clockwise as seen.
         label_mode: `scatter` or `nearest`.
-        label_fill: of `nearest`: the label of pixels that lie outside the chip before the rotation.
+        label_fill: the label of pixels that come from outside the chip (granite-geospatial-biomass gives them a false
+            0), unless a label was moved there.
 
     Returns:
         image and label of the same shapes.
 
     Raises:
-        ValueError: another `label_mode`, or a `label_fill` that `scatter` has no use for.
+        ValueError: another `label_mode`.
     """
     if label_mode not in ("scatter", "nearest"):
         raise ValueError(f"label_mode: found {label_mode!r}, expected 'scatter' or 'nearest'")
-    if label_mode == "scatter" and label_fill != records.NO_LABEL:
-        raise ValueError(f"label_fill: found {label_fill} with 'scatter', expected -1; only 'nearest' fills a border")
+    move = _scatter if label_mode == "scatter" else _nearest
 
     def one(image: jax.Array, label: jax.Array, degrees: jax.Array) -> tuple[jax.Array, jax.Array]:
         radians = jnp.deg2rad(degrees.astype(jnp.float32))
         cos, sin = jnp.cos(radians), jnp.sin(radians)
-        moved = _scatter(label, cos, sin) if label_mode == "scatter" else _nearest(label, cos, sin, label_fill)
-        return _bilinear(image, cos, sin), moved
+        moved = move(label, cos, sin)
+        border = ~_inside(*_rounded(*_turned(label.shape, cos, -sin)), label.shape) & (moved < 0)
+        return _bilinear(image, cos, sin), jnp.where(border, label_fill, moved)
 
     return jax.vmap(one)(image, label, degrees)
 
@@ -89,10 +90,11 @@ def _bilinear(image: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return total
 
 
-def _nearest(label: jax.Array, cos: jax.Array, sin: jax.Array, fill: float) -> jax.Array:
+def _nearest(label: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Labels [H, W] sampled where each pixel came from, -1 outside."""
     row, col = _rounded(*_turned(label.shape, cos, -sin))
     sampled = label[jnp.clip(row, 0, label.shape[0] - 1), jnp.clip(col, 0, label.shape[1] - 1)]
-    return jnp.where(_inside(row, col, label.shape), sampled, fill)
+    return jnp.where(_inside(row, col, label.shape), sampled, records.NO_LABEL)
 
 
 def _scatter(label: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

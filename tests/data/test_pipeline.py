@@ -62,7 +62,7 @@ def test_each_chip_at_most_once_an_epoch_and_epochs_differ():
     assert all(len(set(epoch)) == STEPS * BATCH for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != sorted(epochs[0])
     assert len({frozenset(epoch) for epoch in epochs}) > 1  # other chips are left over
-    later = sum(order(40 * STEPS), [])
+    later = sum(order(15 * STEPS), [])
     assert set(later) == set(range(COUNT))
 
 

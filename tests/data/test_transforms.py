@@ -133,7 +133,6 @@ def test_draws_follow_key_and_row_alone():
     [
         ({"rotate_probability": 1.5}, "rotate_probability: found 1.5"),
         ({"rotate_degrees": 30, "rotate_label": "linear"}, "label_mode: found 'linear'"),
-        ({"rotate_degrees": 30, "rotate_label_fill": 0.0}, "label_fill: found 0.0 with 'scatter'"),
     ],
 )
 def test_wrong_settings(settings, message):
@@ -161,8 +160,8 @@ def on(devices):
     split = sharding.batch_sharding(mesh)
     step = jax.jit(run, in_shardings=(sharding.replicated(mesh), split, split), out_shardings=(split,) * 4)
     key = jax.random.PRNGKey(3)
-    text = step.lower(key, image, label).compile().as_text()
-    return step(key, image, label), text
+    step = step.lower(key, image, label).compile()
+    return step(jax.device_put(key, sharding.replicated(mesh)), *jax.device_put((image, label), split)), step.as_text()
 
 (one, _), (eight, text) = on(jax.devices()[:1]), on(jax.devices())
 for a, b in zip(one, eight, strict=True):

@@ -10,6 +10,7 @@ from biomass_jax.data.transforms_crop import _box, resized_crop
 
 KEY = jax.random.PRNGKey(0)
 cropped = jax.jit(random_resized_crop, static_argnames="size")
+resized = jax.jit(resized_crop, static_argnames="size")
 
 
 def tap(length, size, index):
@@ -46,10 +47,9 @@ def chip(height=13, width=11, holes=0.15):
 
 
 def test_a_box_resized_as_a_loop_over_pixels_has_it():
-    resize = jax.jit(resized_crop, static_argnames="size")
     for box in ((0, 0, 13, 11), (2, 1, 9, 10), (12, 10, 1, 1), (5, 0, 4, 11)):
         for size in (12, 7):
-            out, missing = resize(chip(), tuple(map(np.int32, box)), size=size)
+            out, missing = resized(chip(), tuple(map(np.int32, box)), size=size)
             expected = resize_by_hand(chip(), box, size)
             np.testing.assert_array_equal(missing, expected[1])
             np.testing.assert_allclose(out, expected[0], atol=0.01)  # of 9000: 1e-6
@@ -57,7 +57,7 @@ def test_a_box_resized_as_a_loop_over_pixels_has_it():
 
 def test_the_whole_chip_at_its_size_comes_back_unchanged():
     square = chip(12, 12)
-    out, missing = resized_crop(square, tuple(map(np.int32, (0, 0, 12, 12))), 12)
+    out, missing = resized(square, tuple(map(np.int32, (0, 0, 12, 12))), size=12)
     np.testing.assert_array_equal(out, square)
     np.testing.assert_array_equal(missing, (square == 0).all(-1))
 

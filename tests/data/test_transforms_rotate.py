@@ -106,10 +106,21 @@ def test_labels_that_stand_alone_go_where_their_centre_falls():
     assert left > 20
 
 
+def test_scattered_labels_with_a_filled_border():
+    label = np.full((24, SIZE, SIZE), -1, np.float32)
+    label[:, 3::4, 1::4] = 7
+    image = np.zeros((24, SIZE, SIZE, 1), np.float32)
+    filled = rotated(image, label, ANGLES.astype(np.float32), label_mode="scatter", label_fill=0.0)[1]
+    plain = moved_labels(label, ANGLES)
+    everywhere = rotated(image, np.ones_like(label), ANGLES.astype(np.float32), label_mode="nearest", label_fill=0.0)[1]
+    assert (np.asarray(everywhere) == 0).sum() > 1000
+    np.testing.assert_array_equal(filled, np.where((plain < 0) & (np.asarray(everywhere) == 0), 0, plain))
+
+
 def test_a_label_of_zero_is_a_label():
-    label = np.full((1, SIZE, SIZE), -1, np.float32)
-    label[0, 20, 12:16] = 0
-    assert (moved_labels(label, [30.0]) == 0).sum() == 4
+    label = np.full((24, SIZE, SIZE), -1, np.float32)
+    label[:, 20, 12:16] = 0
+    assert ((moved_labels(label, ANGLES) == 0).sum((1, 2)) == 4).all()
 
 
 def test_angles_and_their_share():
