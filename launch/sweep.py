@@ -83,15 +83,15 @@ class Sweep:
         """Run trials; whether the sweep came to its end, rather than being stopped."""
         waited_for: list[int] = []
         while not self.signals:
-            while len(self.jobs) < len(self.devices) and self._begin():
+            # A process that outlived its sweep still has a GPU, on which another wouldn't find memory.
+            orphans = self.shared.orphans() if len(self.jobs) < len(self.devices) else []
+            if orphans and orphans != waited_for:
+                log.info("waiting for the processes of trials %s, which outlived their sweep", orphans)
+            waited_for = orphans
+            while not orphans and len(self.jobs) < len(self.devices) and self._begin():
                 pass
-            if not self.jobs:
-                orphans = self.shared.orphans()
-                if not orphans:
-                    return True
-                if orphans != waited_for:
-                    log.info("waiting for the processes of trials %s, which outlived their sweep", orphans)
-                    waited_for = orphans
+            if not self.jobs and not orphans:
+                return True
             self._watch()
             time.sleep(POLL)
         log.info("stopping: %d trials are told to save", len(self.jobs))

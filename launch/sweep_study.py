@@ -9,6 +9,7 @@ needs minutes to notice, and gives the trial that it revives another number.
 import fcntl
 import json
 import os
+import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from launch.sweep_space import Space, SweepError, grid
 
 EMBEDDED = "study.db"  # SQLite in the workdir, where no other storage is named
 SETTINGS = "sweep.json"
+HOST = socket.gethostname().encode()
 
 
 @dataclass(frozen=True)
@@ -107,18 +109,21 @@ class Locks:
         if handle is None:
             os.close(owner)
             return None
+        os.truncate(owner, 0)
+        os.write(owner, HOST)
         return TrialLock(owner, handle)
 
     def orphaned(self, number: int) -> bool:
-        """Whether the trial's process is still there, but its sweep is not."""
-        lock = self.take(number)
-        if lock is not None:
-            lock.release()
-            return False
+        """Whether the trial's process is still there on this machine, but its sweep is not."""
         owner = self._try(number, "owner")
-        if owner is not None:
-            os.close(owner)
-        return owner is not None
+        if owner is None:
+            return False
+        handle = self._try(number, "run")
+        if handle is not None:
+            os.close(handle)
+        here = os.pread(owner, len(HOST) + 1, 0) == HOST
+        os.close(owner)
+        return handle is None and here
 
     def _try(self, number: int, kind: str) -> int | None:
         handle = os.open(self._folder / f"{number:04d}.{kind}", os.O_RDWR | os.O_CREAT, 0o644)
@@ -224,9 +229,10 @@ class SharedStudy:
         return trial
 
     def orphans(self) -> list[int]:
-        """Trials whose process is still there, but whose sweep isn't."""
-        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        return [frozen.number for frozen in running if self._locks.orphaned(frozen.number)]
+        """Trials whose process is still there on this machine, but whose sweep isn't."""
+        with self._locks.alone():  # asking takes a lock for a moment, in which nobody may claim
+            running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+            return [frozen.number for frozen in running if self._locks.orphaned(frozen.number)]
 
     def report(self, trial: Trial, epoch: int, loss: float) -> bool:
         """Note a validation loss; whether the trial should be pruned."""

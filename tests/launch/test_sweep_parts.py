@@ -3,7 +3,10 @@
 import math
 import os
 import runpy
+import signal
 import statistics
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,10 +16,10 @@ optuna = pytest.importorskip("optuna", reason="sweeps need the extra 'sweep'")
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution  # noqa: E402
 from optuna.trial import TrialState  # noqa: E402
 
-from launch import sweep_space  # noqa: E402
+from launch import sweep_space, sweep_trial  # noqa: E402
 from launch.sweep_space import SweepError  # noqa: E402
 from launch.sweep_study import Plan, SharedStudy  # noqa: E402
-from launch.sweep_trial import read_losses  # noqa: E402
+from launch.sweep_trial import Job, read_losses  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BASE = ROOT / "configs" / "finetune_all_biomes.py"
@@ -134,12 +137,14 @@ def test_a_trial_is_claimed_by_one_and_again_when_that_one_is_gone(open_study):
     assert [trial.state for trial in one.trials()] == [TrialState.COMPLETE, TrialState.RUNNING]
 
 
-def test_a_trial_whose_process_outlives_its_sweep_is_waited_for(open_study):
+def test_a_trial_whose_process_outlives_its_sweep_is_waited_for(open_study, tmp_path):
     one, other = open_study(), open_study()
     claim = one.claim()
     process = os.dup(claim.lock.handle)  # what a child inherits
     claim.lock.release()
     assert other.orphans() == [0]
+    (tmp_path / "out" / ".locks" / "0000.owner").write_text("another machine")
+    assert other.orphans() == []
     assert other.claim().trial.number == 1
     os.close(process)
     assert other.orphans() == []
@@ -202,3 +207,33 @@ def test_a_workdir_without_its_study_is_refused(open_study, tmp_path):
     (tmp_path / "out" / "sweep.json").unlink()
     with pytest.raises(SweepError, match="holds trials of a study 'sweep', but .*sweep.json isn't there"):
         open_study()
+
+
+STUBBORN = """
+import signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("deaf", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_trials_process_holds_its_lock_and_is_killed_where_it_does_not_leave(open_study, monkeypatch):
+    study = open_study()
+    job = Job(study.claim(), study.workdir / "trials" / "0000", slot=0)
+    job.start([sys.executable, "-I", "-S", "-c", STUBBORN], None)
+    end = time.monotonic() + 60
+    while "deaf" not in job.tail():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    job.pruned = True
+    job.terminate()
+    time.sleep(0.1)
+    assert job.poll() is None  # it has GRACE seconds
+    job.leave()
+    assert study.orphans() == [0]
+    monkeypatch.setattr(sweep_trial, "GRACE", 0)
+    while (code := job.poll()) is None:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert code == -signal.SIGKILL
+    assert study.orphans() == []
