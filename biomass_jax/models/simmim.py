@@ -29,6 +29,8 @@ class SimMIM(SwinFields):
     def encode(self, x: jax.Array, mask: jax.Array, *, train: bool = False) -> jax.Array:
         """Last feature map of a masked image: x [B, H, W, bands], mask [B, H/p, W/p] (1 = masked) -> [B, H', W', C]."""
         tokens = self.encoder.embed(x)
+        if mask.shape != tokens.shape[:3]:  # it would broadcast
+            raise ValueError(f"mask of shape {mask.shape}; this image has tokens {tokens.shape[:3]}")
         weight = mask[..., None].astype(tokens.dtype)
         tokens = tokens * (1 - weight) + self.mask_token.astype(tokens.dtype) * weight
         return self.encoder.encode(tokens, train=train)[-1]
