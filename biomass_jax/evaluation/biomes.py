@@ -78,7 +78,7 @@ def with_biomes(
     default = folder_biome(path)
     if not polygons and not biome:
         return source if default == UNKNOWN_BIOME else NamedSource(source, default=default)
-    log.info("%s: reading %d chips to find their biomes", path, len(source))
+    log.info("%s: finding the biomes of %d chips", path, len(source))
     if polygons:
         found = Biomes(polygons, str(field)).at(_centres(source, path))
     else:

@@ -122,7 +122,7 @@ def lines(result: dict[str, Any]) -> list[str]:
     """The table that the console shows."""
     unit = result["label"]["units"]
     made = [f"{result['experiment']} ({unit}): {result['n']:,} labelled pixels of {result['chips']:,} chips"]
-    made.append(f"{'':24}{'RMSE':>8}{'95 % interval':>19}{'MAE':>8}{'bias':>8}{'R2':>7}{'n':>12}")
+    made.append(f"{'':24}{'RMSE':>8}{'95 % interval':>19}{'MAE':>8}{'bias':>8}{'R2':>9}{'n':>12}")
     for row in result["tables"]:
         if row["table"] in ("all", "label_bin", "biome"):
             name = {"all": "all", "label_bin": "label ", "biome": "biome "}[row["table"]]
@@ -130,7 +130,7 @@ def lines(result: dict[str, Any]) -> list[str]:
             ends = f"{row['rmse_low']:.2f} to {row['rmse_high']:.2f}" if row["rmse_low"] is not None else ""
             cells = [_cell(row[score], 2) for score in ("mae", "bias")]
             made.append(
-                f"{label:24}{_cell(row['rmse'], 2):>8}{ends:>19}{cells[0]:>8}{cells[1]:>8}{_cell(row['r2'], 3):>7}"
+                f"{label:24}{_cell(row['rmse'], 2):>8}{ends:>19}{cells[0]:>8}{cells[1]:>8}{_cell(row['r2'], 3):>9}"
                 f"{row['n']:>12,}"
             )
     constant, floor = result["best_constant"], result["noise_floor"]["rmse"]
