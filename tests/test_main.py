@@ -31,7 +31,7 @@ def command(root, *arguments, cwd=None):
         (["--config.bundle=b", "--config.inputs=None"], "config.inputs is not given"),
         (["--config.bundle=b", "--config.inputs=nowhere.tif"], "nowhere.tif: no such file or folder"),
         (["--config.batch_size=many"], "--config.batch_size=many"),
-        (["--config.mode=train"], "config.mode is 'train'; expected one of predict"),
+        (["--config.mode=train"], "config.mode is 'train'; expected one of evaluate, finetune, predict, pretrain"),
         (["left", "over"], "unexpected arguments ['left', 'over']"),
     ],
 )
