@@ -62,7 +62,7 @@ def convert(
             f"{folder}: {len(alone)} files without a partner: {', '.join(alone[:_SHOWN])}{more}", stacklevel=2
         )
     pairs = _described_splits(found, band_list, season)
-    fields = {"season": season, "biome": biome, "sensors": sensors}
+    fields: dict[str, Any] = {"season": season, "biome": biome, "sensors": sensors}
     counts = {split: len(chosen) for split, chosen in pairs.items()}
     metadata = {
         "sources": [{"folder": Path(folder).absolute().name, "unpaired": alone, "bands": _band_lists(pairs), **fields}],
