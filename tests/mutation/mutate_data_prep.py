@@ -67,7 +67,7 @@ MUTATIONS = (
     Mutation(
         "south_without_1e7",
         COMPOSITES,
-        _in("biomass_jax/data/raster_common.py", ('1e7 if fields.get("south") else 0.0', "0.0")),
+        _in("biomass_jax/data/raster_common.py", ('SOUTHERN_NORTHING if fields.get("south") else 0.0', "0.0")),
     ),
     Mutation("x_plus_15_m", LABELS, _in("data_prep/labels.py", ("np.asarray(x) - t.c", "np.asarray(x) + 15 - t.c"))),
     Mutation("s30_b05_for_nir", SENTINEL, _in("biomass_jax/data/bands.py", ('"B05", "B8A"', '"B05", "B05"'))),
@@ -123,7 +123,7 @@ MUTATIONS = (
     Mutation(
         "hemisphere_swapped",
         PLACE,
-        _in("data_prep/ground.py", ("(32700 if zone[1] else 32600)", "(32600 if zone[1] else 32700)")),
+        _in("biomass_jax/data/raster_common.py", ("(32700 if zone[1] else 32600)", "(32600 if zone[1] else 32700)")),
     ),
     Mutation(
         "chip_offset_by_one",
