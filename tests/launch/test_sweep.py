@@ -109,7 +109,7 @@ def until(condition, seconds: float = 60.0) -> None:
 
 
 def test_a_sweep_finds_the_best_of_its_trials(world, capsys):
-    assert world.run("--trials", "6", "--parallel", "2", "--config.epochs=2") == 0
+    assert world.run("--trials", "6", "--parallel", "2", "--config.epochs=4") == 0
     trials = world.trials()
     assert states(trials) == ["COMPLETE"] * 6
     lowest = [min(world.losses(number)) for number in range(6)]
@@ -123,7 +123,7 @@ def test_a_sweep_finds_the_best_of_its_trials(world, capsys):
 
     config = runpy.run_path(str(world.out / "best_config.py"))["get_config"]()
     assert config.optimizer.learning_rate == best.params["optimizer.learning_rate"]
-    assert (config.epochs, config.optimizer.weight_decay, config.is_locked) == (2, 0.1, True)
+    assert (config.epochs, config.optimizer.weight_decay, config.is_locked) == (4, 0.1, True)
 
     html = (world.out / "sweep.html").read_text()
     assert re.findall(r'<img alt="(\w+)" src="data:image/png;base64,', html) == ["Importance", "History"]
@@ -221,9 +221,11 @@ def test_more_trials_go_on_where_fewer_ended_with_the_values_of_a_sweep_in_one_g
     assert world.run("--sampler", "random", "--trials", "2") == 0
     assert world.run("--sampler", "random", "--trials", "4") == 0
     split = [trial.params for trial in world.trials()]
-    other = World(world.folder / "other") if (world.folder / "other").mkdir() is None else None
+    (world.folder / "other").mkdir()
+    other = World(world.folder / "other")
     assert other.run("--sampler", "random", "--trials", "4", "--parallel", "3") == 0
     assert [trial.params for trial in other.trials()] == split
+    assert len({trial.params["optimizer.learning_rate"] for trial in other.trials()}) == 4
     assert all(world.notes(number).count("start") == 1 for number in range(4))
 
 
