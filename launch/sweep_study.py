@@ -269,8 +269,10 @@ def open_storage(url: str) -> optuna.storages.RDBStorage:
         SweepError: no such database, or its driver isn't installed.
     """
     try:
-        # A sweep waits for another one's writing rather than fail after SQLite's 5 s.
-        arguments = {"connect_args": {"timeout": 60}} if sqlalchemy.make_url(url).drivername == "sqlite" else {}
+        arguments: dict[str, Any] = {"pool_pre_ping": True}  # a server may have closed a connection that was idle
+        if sqlalchemy.make_url(url).drivername == "sqlite":
+            # A sweep waits for another one's writing rather than fail after SQLite's 5 s.
+            arguments = {"connect_args": {"timeout": 60}}
         return optuna.storages.RDBStorage(url, engine_kwargs=arguments)
     except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
         text = str(error).splitlines()[0]

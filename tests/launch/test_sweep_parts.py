@@ -237,3 +237,19 @@ def test_a_trials_process_holds_its_lock_and_is_killed_where_it_does_not_leave(o
         time.sleep(0.01)
     assert code == -signal.SIGKILL
     assert study.orphans() == []
+
+
+def test_sweeps_share_a_database_and_not_their_trials(tmp_path):
+    url = f"sqlite:///{tmp_path / 'all.db'}"
+    plan = Plan(space=RATE, sampler="random", seed=0, trials=3, prune_after=None, described={})
+    for name in ("one", "other", "one"):
+        study = SharedStudy(tmp_path / name, url, plan)
+        study.claim()
+        study.close()
+    counts = dict.fromkeys(("one", "other"), 0)
+    for name in counts:
+        study = SharedStudy(tmp_path / name, url, plan)
+        counts[name] = len(study.trials())
+        study.close()
+    assert counts == {"one": 2, "other": 1}
+    assert not list(tmp_path.glob("*/study.db"))
