@@ -153,8 +153,8 @@ def _kubernetes(environment: Mapping[str, str]) -> str | None:
         return AUTOMATIC
     raise DistributedError(
         "this pod is one of an indexed Kubernetes job; install jax[k8s] so that JAX finds the others, or give "
-        "--coordinator=HOST:PORT --process_count=PODS --process_id=$JOB_COMPLETION_INDEX as launch/gke_jobset.yaml "
-        "does, or --process_count=1 if this pod is to run alone"
+        "--coordinator=HOST:PORT --process_count=PODS --process_id=$JOB_COMPLETION_INDEX (launch/README.md), or "
+        "--process_count=1 if this pod is to run alone"
     )
 
 
