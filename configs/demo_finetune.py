@@ -26,6 +26,8 @@ def get_config() -> config_dict.ConfigDict:
     config.model.drop_path_rate = 0.0
     config.model.decoder_channels = 16
     config.model.head_dropout = 0.0
+    config.model.output_scale = 75.0
+    config.model.output_offset = 130.0
     config.optimizer.learning_rate = 3e-3
     config.schedule.kind = "cosine"
     config.schedule.warmup_epochs = 1.0

@@ -80,6 +80,8 @@ def test_every_field_of_the_architecture_is_written_down(saved):
         "upscale_layers": 2,
         "head_dropout": 0.16194593880230534,
         "final_relu": True,
+        "output_scale": 1.0,
+        "output_offset": 0.0,
     }
 
 

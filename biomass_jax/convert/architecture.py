@@ -97,6 +97,7 @@ def from_shapes(layout: Layout, shapes: Mapping[str, Shape]) -> dict[str, Any]:
     if layout.task == "biomass":
         fields["decoder_channels"] = tensors.need("params/decoder/fpn_bottleneck/conv/kernel")[3]
         fields["upscale_layers"] = tensors.count("params/head/upscale_")
+        fields |= {"output_scale": 1.0, "output_offset": 0.0}  # torch's head has neither
     elif layout.task == "simmim":
         fields["encoder_stride"] = _encoder_stride(tensors, kernel[2])
     else:

@@ -47,6 +47,7 @@ def export(source: str | Path, output: str | Path, *, img_size: int | None = Non
     _check_exportable(layout, meta, str(source))
     opened = bundle.load(source)
     arrays = {path: np.asarray(leaf) for path, leaf in bundle.flatten(opened.variables).items()}
+    _fold_output(arrays, meta["architecture"])
     state = dict(_state(layout, arrays, meta, img_size))
     root = _lightning(state, meta) if layout is GRANITE else {"model": state}
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -79,6 +80,15 @@ def _check_exportable(layout: Layout, meta: Mapping[str, Any], source: str) -> N
             f"{source}: {', '.join(other)}; the original's SimMIM and Swin have no such setting and would compute "
             "something else with these weights"
         )
+
+
+def _fold_output(arrays: dict[str, np.ndarray], fields: Mapping[str, Any]) -> None:
+    """Put the head's output scale and offset, which torch's head doesn't have, into its last layer."""
+    scale, offset = fields.get("output_scale", 1.0), fields.get("output_offset", 0.0)
+    if (scale, offset) != (1.0, 0.0):
+        kernel, bias = "params/head/final/kernel", "params/head/final/bias"
+        arrays[kernel] = arrays[kernel] * np.float32(scale)
+        arrays[bias] = arrays[bias] * np.float32(scale) + np.float32(offset)
 
 
 def _state(

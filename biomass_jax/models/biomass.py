@@ -11,7 +11,8 @@ from biomass_jax.models.upernet import UPerNet
 class BiomassModel(SwinFields):
     """Above-ground biomass density from six z-scored HLS bands; the defaults are granite's Swin-B.
 
-    Fields are the encoder's, then the decoder's and the head's. `final_relu` false leaves negative values in.
+    Fields are the encoder's, then the decoder's and the head's (see `RegressionHead`). `final_relu` false leaves
+    negative values in.
     """
 
     drop_path_rate: float = 0.3
@@ -20,12 +21,21 @@ class BiomassModel(SwinFields):
     upscale_layers: int = 2
     head_dropout: float = 0.16194593880230534
     final_relu: bool = True
+    output_scale: float = 1.0
+    output_offset: float = 0.0
 
     def setup(self) -> None:
         """Build the three parts."""
         self.encoder = self.make_encoder()
         self.decoder = UPerNet(self.decoder_channels, self.pool_scales, self.dtype)
-        self.head = RegressionHead(self.upscale_layers, self.head_dropout, self.final_relu, self.dtype)
+        self.head = RegressionHead(
+            self.upscale_layers,
+            self.head_dropout,
+            self.final_relu,
+            self.output_scale,
+            self.output_offset,
+            self.dtype,
+        )
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """Predict biomass.

@@ -41,11 +41,17 @@ class Upscale(nn.Module):
 
 
 class RegressionHead(nn.Module):
-    """Upscaling steps, channel dropout and a 1 x 1 convolution to one value a pixel."""
+    """Upscaling steps, channel dropout and a 1 x 1 convolution to one value a pixel.
+
+    The value is `output_scale` times the convolution's plus `output_offset`; granite has 1 and 0. With a scale like the
+    labels' spread and an offset like their mean, a model that starts from random weights need not first learn those.
+    """
 
     upscale_layers: int = 2
     dropout: float = 0.0
     final_relu: bool = True
+    output_scale: float = 1.0
+    output_offset: float = 0.0
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -56,4 +62,6 @@ class RegressionHead(nn.Module):
         x = nn.Dropout(self.dropout, broadcast_dims=(1, 2))(x, deterministic=not train)
         # The last product is float32: a bfloat16 output would round 300 Mg/ha to steps of 2.
         x = nn.Conv(1, (1, 1), dtype=jnp.float32, name="final", **initialisation.conv(x.shape[-1]))(x)
+        if (self.output_scale, self.output_offset) != (1.0, 0.0):
+            x = x * self.output_scale + self.output_offset
         return nn.relu(x) if self.final_relu else x

@@ -60,6 +60,8 @@ def test_both_real_lightning_files_have_equal_weights(golden):
         "drop_path_rate": 0.3,
         "head_dropout": 0.16194593880230534,
         "final_relu": True,
+        "output_scale": 1.0,
+        "output_offset": 0.0,
         "pool_scales": (1, 2, 3, 6),
     }
 

@@ -63,6 +63,21 @@ def test_an_exported_checkpoint_converts_again_without_flags(granite_bundle, tmp
     assert again.provenance["num_batches_tracked"] == meta["provenance"]["num_batches_tracked"]
 
 
+def test_an_output_scale_and_offset_go_into_the_last_layer(granite_bundle, tmp_path):
+    loaded = bundle.load(granite_bundle)
+    names = ("task", "input", "output", "training", "provenance")
+    about = {name: loaded.meta[name] for name in names}
+    scaled = loaded.meta["architecture"] | {"output_scale": 3.0, "output_offset": -5.0}
+    bundle.save(tmp_path / "scaled", loaded.variables, architecture=scaled, **about)
+    export.export(tmp_path / "scaled", tmp_path / "model.ckpt")
+    again = read(tmp_path / "model.ckpt")
+    found, original = again.variables, bundle.flatten(loaded.variables)
+    for name, factor, shift in (("kernel", 3, 0), ("bias", 3, -5)):
+        path = f"params/head/final/{name}"
+        np.testing.assert_allclose(found[path], np.asarray(original[path]) * factor + shift, rtol=1e-6)
+    assert again.architecture["output_scale"] == 1
+
+
 def test_a_bundle_that_never_was_torchs_declares_its_architecture(granite_bundle, tmp_path):
     meta = bundle.read_meta(granite_bundle)
     meta["provenance"] = {}

@@ -106,6 +106,14 @@ def test_shift_of_a_single_window_is_a_setting():
     )
 
 
+def test_output_scale_and_offset_are_applied_before_the_relu(tiny):
+    model, variables, x = tiny
+    raw = run(model, variables, x)
+    offset = float(np.median(raw))
+    scaled = run(model.clone(final_relu=True, output_scale=3.0, output_offset=offset), variables, x)
+    np.testing.assert_allclose(scaled, np.maximum(3 * raw + offset, 0), rtol=1e-5, atol=1e-5)
+
+
 def test_final_relu_is_a_setting(tiny):
     model, variables, x = tiny
     raw = run(model, variables, x)
