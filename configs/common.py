@@ -54,6 +54,8 @@ def training() -> config_dict.ConfigDict:
 
     config.data = config_dict.ConfigDict()
     config.data.path = config_dict.placeholder(str)  # shards (data_prep), or folders of GeoTIFFs as published
+    # Names of a GeoTIFF's bands where its descriptions don't say, as configs/predict.py has them.
+    config.data.bands = config_dict.placeholder(str)
     config.data.statistics = config_dict.placeholder(str)  # bundle (default with init_from) | dataset (default without)
     config.data.means = config_dict.placeholder(tuple)  # or explicitly, six numbers each
     config.data.stds = config_dict.placeholder(tuple)

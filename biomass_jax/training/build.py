@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from biomass_jax import bundle
+from biomass_jax.data import pipeline
 from biomass_jax.training import sharding
 from biomass_jax.training.checkpoint import FOLDER, Checkpoints, changed_fields
 from biomass_jax.training.choose import Choice, choose
@@ -105,7 +106,7 @@ def build_run(config: Any, workdir: Path, *, command: str) -> Run:
     train, valid = open_splits(config)
     loaded = bundle.load(config.init_from) if config.init_from else None
     choice = choose(config, train, loaded, command=command)
-    steps_per_epoch = len(train) // config.batch_size
+    steps_per_epoch = pipeline.steps_per_epoch(train, config.batch_size)
     total_steps = config.steps or config.epochs * steps_per_epoch
     if config.overwrite:
         clear(workdir)

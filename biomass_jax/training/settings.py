@@ -8,7 +8,7 @@ import jax
 import optax
 
 from biomass_jax import bundle
-from biomass_jax.data import sources
+from biomass_jax.data import bands, sources
 from biomass_jax.training import plateau, schedules
 from biomass_jax.training.errors import ConfigError
 from biomass_jax.training.optimizer import create_optimizer, import_adam
@@ -53,7 +53,7 @@ def open_splits(config: Any) -> tuple[sources.Source, sources.Source]:
     """
     if not config.data.path:
         raise ConfigError("config.data.path is not given; add --config.data.path=FOLDER, shards or GeoTIFF folders")
-    train, valid = (_open(config.data, split) for split in ("train", "val"))
+    train, valid = (_open(config, split) for split in ("train", "val"))
     for split, source in (("train", train), ("val", valid)):
         least = config.batch_size if split == "train" else 1
         if len(source) < least:
@@ -64,14 +64,15 @@ def open_splits(config: Any) -> tuple[sources.Source, sources.Source]:
     return train, valid
 
 
-def _open(group: Any, split: str) -> sources.Source:
+def _open(config: Any, split: str) -> sources.Source:
     """A data set, or several with weights, their folders separated by commas."""
-    paths, weights = group.path.split(","), tuple(group.get("weights", ()))
+    paths, weights = config.data.path.split(","), tuple(config.data.get("weights", ()))
+    names = bands.parse_band_list(config.data.bands)
     if weights or len(paths) > 1:
         if len(weights) != len(paths):
             raise ConfigError(f"config.data.weights has {len(weights)} numbers, config.data.path {len(paths)} folders")
-        return sources.open_mixture(list(zip(paths, weights, strict=True)), split)
-    return sources.open_source(group.path, split)
+        return sources.open_mixture(list(zip(paths, weights, strict=True)), split, bands=names)
+    return sources.open_source(config.data.path, split, bands=names)
 
 
 def make_optimizer(config: Any, params: Any) -> optax.GradientTransformation:
