@@ -6,6 +6,7 @@ That is an index: pixels stay where they are, and `read_record` reads a chip's w
 """
 
 import argparse
+import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ from data_prep.errors import PrepError
 __all__ = ["Biomes", "ChipReader", "find_pairs", "index_folder", "index_tile", "read_record"]
 MIN_LABELS = 20
 MAX_NODATA = 0.05
+_NO_SHOTS: dict[str, Any] = {"shot_numbers": [], "agbd_se_sum": 0.0, "agbd_se_shots": 0}
+_SHOT_COLUMNS = ("shot_number", "row", "col", "agbd", "agbd_se")
 
 
 def index_tile(
@@ -49,7 +52,7 @@ def index_tile(
         composite: its six bands, with the tags TILE, SEASON and SENSORS.
         label: Mg/ha on the same grid, -1 for none.
         root: folder to which the index's paths are relative; both rasters lie in it.
-        shots: Parquet table of the shots behind the labels (shot_number uint64, row, col, agbd), or None.
+        shots: Parquet table of the shots behind the labels (shot_number uint64, row, col, agbd, agbd_se), or None.
         min_labels: fewest labels of a chip.
         max_nodata: largest share of pixels without data.
         size: pixels along a chip's side.
@@ -82,9 +85,9 @@ def index_tile(
                 counts["cells"] += 1
                 counts[fate] += 1
                 if fate == "kept":
-                    numbers = [] if table is None else table.inside(row, col, size)
-                    place = {"row": row, "col": col, "nodata_share": share, "shot_numbers": numbers}
-                    rows.append(place | _label_fields(found))
+                    place = {"row": row, "col": col, "nodata_share": share}
+                    behind = _NO_SHOTS if table is None else table.inside(row, col, size)
+                    rows.append(place | _label_fields(found) | behind)
         _add_places(rows, pair, Path(root), size, biomes)
     return rows, counts
 
@@ -136,20 +139,24 @@ class _ShotTable:
     def __init__(self, path: str | os.PathLike[str], grid: raster.Grid) -> None:
         self._path = path
         try:
-            table = pq.read_table(path, columns=["shot_number", "row", "col", "agbd"])
-        except (pa.ArrowInvalid, OSError, KeyError) as error:
-            raise PrepError(f"{path}: no table of shots with shot_number, row, col, agbd: {error}") from error
+            table = pq.read_table(path)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise PrepError(f"{path}: no readable Parquet table of shots: {error}") from error
+        missing = [name for name in _SHOT_COLUMNS if name not in table.column_names]
+        if missing:
+            raise PrepError(f"{path}: a table of shots without {', '.join(missing)}; run data_prep.labels again")
         if table.schema.field("shot_number").type != pa.uint64():
             raise PrepError(f"{path}: shot_number: found {table.schema.field('shot_number').type}, expected uint64")
-        self._number, self._row, self._col, self._agbd = (
-            table[name].to_numpy() for name in ("shot_number", "row", "col", "agbd")
-        )
+        self._number, self._row, self._col, self._agbd, self._se = (table[name].to_numpy() for name in _SHOT_COLUMNS)
         self._width = grid.width
 
-    def inside(self, row: int, col: int, size: int) -> list[int]:
-        """Shot numbers of a window, sorted."""
+    def inside(self, row: int, col: int, size: int) -> dict[str, Any]:
+        """Shots of a window: shot_numbers, sorted, and the exact sum of agbd_se over those that have one."""
         rows, cols = self._row - row, self._col - col
-        return sorted(self._number[(rows >= 0) & (rows < size) & (cols >= 0) & (cols < size)].tolist())
+        here = (rows >= 0) & (rows < size) & (cols >= 0) & (cols < size)
+        errors = self._se[here & np.isfinite(self._se) & (self._se >= 0)].tolist()  # -9999: none
+        numbers = sorted(self._number[here].tolist())
+        return {"shot_numbers": numbers, "agbd_se_sum": math.fsum(errors), "agbd_se_shots": len(errors)}
 
     def check(self, start: int, label: np.ndarray, path: str) -> None:
         """PrepError where the label (rows, width) from row `start` on isn't the mean of the shots in each pixel."""

@@ -29,6 +29,7 @@ _SHOTS = pa.schema(
         pa.field("row", pa.int32(), nullable=False),
         pa.field("col", pa.int32(), nullable=False),
         pa.field("agbd", pa.float32(), nullable=False),
+        pa.field("agbd_se", pa.float32(), nullable=False),
     ]
 )
 
@@ -38,7 +39,8 @@ class Labels(NamedTuple):
 
     Attributes:
         label: (H, W) float32, mean agbd in Mg/ha of the shots in each pixel, -1 where there is none.
-        shots: the shots used, sorted by shot_number: shot_number uint64, row, col int32, agbd float32, granule.
+        shots: the shots used, sorted by shot_number: shot_number uint64, row, col int32, agbd, agbd_se float32,
+            granule. agbd_se is as given: NaN or -9999 where there is none.
         counts: `shots` given; dropped, each under the first that fits: `repeated` (a shot_number again),
             `other_season`, `outside` the grid, `other_tile` (a neighbour owns it), `no_data`; `used`; `pixels` with a
             label.
@@ -155,7 +157,8 @@ def label_raster(
     table = _drop(table, ~valid[table["row"], table["col"]], counts, "no_data")
     label = _means(table, grid)
     counts |= {"used": len(table["agbd"]), "pixels": int((label != NO_LABEL).sum())}
-    kinds = {"shot_number": np.uint64, "row": np.int32, "col": np.int32, "agbd": np.float32, "granule": object}
+    kinds = {"shot_number": np.uint64, "row": np.int32, "col": np.int32, "agbd": np.float32, "agbd_se": np.float32}
+    kinds["granule"] = object
     return Labels(label, {name: table[name].astype(kind) for name, kind in kinds.items()}, counts)
 
 
@@ -166,7 +169,7 @@ def _sorted(footprints: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     if (numbers[order][1:] == numbers[order][:-1]).any():
         granules, latest = np.unique(footprints["granule"].astype(str), return_inverse=True)
         order = np.lexsort((len(granules) - latest.reshape(-1), numbers))
-    names = ("shot_number", "lon", "lat", "time", "agbd", "granule")
+    names = ("shot_number", "lon", "lat", "time", "agbd", "agbd_se", "granule")
     return {name: footprints[name][order] for name in names}
 
 

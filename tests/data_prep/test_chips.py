@@ -14,7 +14,7 @@ import shapely
 from biomass_jax.data import records
 from data_prep import biomes, chip_folders, chip_index, chips, splits
 from data_prep.errors import PrepError
-from tests.data_prep.chip_world import BANDS, SEASON, SIZE, ramp, scattered, write_tif, write_tile
+from tests.data_prep.chip_world import BANDS, SEASON, SIZE, agbd_se, ramp, scattered, write_tif, write_tile
 
 HEIGHT, WIDTH = 53, 70  # 3 x 4 cells of 16 px; 5 rows and 6 columns are left over
 TILE = "10SFF"
@@ -74,6 +74,9 @@ def test_numbers_of_a_chip_are_those_of_its_shots(world):
         assert row["label_counts"].tolist() == expected
         assert row["shot_numbers"].dtype == np.uint64
         assert row["shot_numbers"].tolist() == sorted(s[0] for s in inside)  # exact above 2**53
+        errors = [agbd_se(number) for number in row["shot_numbers"].tolist() if number % 5]
+        assert (row["agbd_se_sum"], row["agbd_se_shots"]) == (sum(errors), len(errors))
+        assert 0 < len(errors) < len(inside)
 
 
 def test_limits_are_inclusive(world):
@@ -217,6 +220,9 @@ def test_shots_that_contradict_the_labels_are_refused(world):
     as_float = changed.set_column(0, "shot_number", changed["shot_number"].cast(pa.float64(), safe=False))
     pq.write_table(as_float, table)
     with pytest.raises(PrepError, match="shot_number: found double, expected uint64"):
+        index(world)
+    pq.write_table(changed.drop_columns(["agbd_se"]), table)
+    with pytest.raises(PrepError, match=r"without agbd_se; run data_prep\.labels again"):
         index(world)
 
 

@@ -307,6 +307,7 @@ def write_composite(folder, name, *, season=SEASON, tile="10SFF"):
 def write_orbits(folder, name, filters=None):
     rows, cols = np.array([10, 11, 12, 20, 20, 45]), np.array([10, 10, 10, 30, 30, 69])
     table = shots(*at_pixels(name, rows, cols), [1, 2, 3, 10, 21, 0.0])
+    table["agbd_se"] = np.arange(3, 9, dtype=np.float32)
     paths = []
     for k, part in enumerate((slice(0, 4), slice(4, 6))):
         settings = {"filters": filters[k] if filters else {"a": 1}, "release": "002_02", "version": "V002"}
@@ -336,12 +337,13 @@ def test_written_labels_lie_on_the_composite_s_grid(tmp_path, name):
     assert stored["gedi"]["filters"] == {"a": 1}
     assert stored["gedi"]["granules"] == ["GEDI04_A_0", "GEDI04_A_1"]
     table = pq.read_table(dst.with_suffix(".parquet"))
-    assert table.schema.names == ["shot_number", "row", "col", "agbd"]
+    assert table.schema.names == ["shot_number", "row", "col", "agbd", "agbd_se"]
     assert table.to_pydict() == {
         "shot_number": [FIRST + k for k in (2, 3, 4, 5)],
         "row": [12, 20, 20, 45],
         "col": [10, 30, 30, 69],
         "agbd": [3, 10, 21, 0],
+        "agbd_se": [5, 6, 7, 8],
     }
     first = [path.read_bytes() for path in (dst, dst.with_suffix(".parquet"))]
     write_labels(composite, orbits[::-1], tmp_path / "labels")
