@@ -157,8 +157,8 @@ def label_raster(
     table = _drop(table, ~valid[table["row"], table["col"]], counts, "no_data")
     label = _means(table, grid)
     counts |= {"used": len(table["agbd"]), "pixels": int((label != NO_LABEL).sum())}
-    kinds = {"shot_number": np.uint64, "row": np.int32, "col": np.int32, "agbd": np.float32, "agbd_se": np.float32}
-    kinds["granule"] = object
+    kinds: dict[str, Any] = {"shot_number": np.uint64, "row": np.int32, "col": np.int32, "granule": object}
+    kinds |= {"agbd": np.float32, "agbd_se": np.float32}
     return Labels(label, {name: table[name].astype(kind) for name, kind in kinds.items()}, counts)
 
 

@@ -63,8 +63,8 @@ def index_metadata(index: Path, root: Path | None = None) -> dict[str, Any]:
     Returns:
         {chips, split, composite, gedi, sources}: `composite` and `gedi` are settings that all rasters share (a list,
         with a warning, where they don't), `gedi` with the counts of all label rasters added up and `mean_agbd_se`,
-        Mg/ha over the shots behind the chips' labels (left out where no shot has one); `sources` has what differs: scenes
-        and counts of each composite, orbits and counts of each label raster.
+        Mg/ha over the shots behind the chips' labels (left out where no shot has one); `sources` has what
+        differs: scenes and counts of each composite, orbits and counts of each label raster.
 
     Raises:
         PrepError: no index there.
