@@ -8,6 +8,7 @@ When a process fails, its number and how it ended are printed, the rest is ended
 SIGTERM and Ctrl-C are handed on as SIGTERM, upon which a run saves and ends with 75; a second one kills.
 """
 
+import ctypes
 import os
 import queue
 import shutil
@@ -23,6 +24,9 @@ GRACE = 10.0  # seconds that the others have from SIGTERM to SIGKILL once a proc
 GRACE_STOPPED = 60.0  # and once one has stopped as it was told: they may still be saving
 USAGE = """usage: launch/local.sh N --config configs/X.py --workdir DIR [--config.field=value]
        launch/local.sh N -- COMMAND ..."""
+
+
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class UsageError(ValueError):
@@ -67,6 +71,11 @@ def choose_gpus(count: int, environment: dict[str, str]) -> list[str]:
     return found[:count]
 
 
+def _die_with_launcher() -> None:
+    """In a new process: have the kernel kill it when the launcher is killed, so that it doesn't keep a GPU."""
+    LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def how_it_ended(code: int) -> str:
     """A process's return code in words."""
     if code >= 0:
@@ -97,8 +106,10 @@ class Group:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C comes here alone and is handed on
+                preexec_fn=_die_with_launcher if LIBC else None,
             )
             self._processes.append(process)
+        for number in range(count):  # no threads before: they and preexec_fn don't go together
             self._printers.append(threading.Thread(target=self._print, args=(number,), daemon=True))
             self._printers[-1].start()
             threading.Thread(target=self._wait, args=(number,), daemon=True).start()

@@ -71,6 +71,11 @@ def start(coordinator: str | None = None, process_count: int | None = None, proc
     log.info("process %d of %d, %s", *_place, ", ".join(map(str, jax.local_devices())))
 
 
+def place() -> tuple[int, int]:
+    """Number of this process and number of processes, (0, 1) where it is alone; doesn't start JAX."""
+    return _place or (0, 1)
+
+
 def check_flags(coordinator: str | None, process_count: int | None, process_id: int | None) -> bool:
     """Whether the processes are given explicitly.
 

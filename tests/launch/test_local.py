@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -88,6 +89,27 @@ time.sleep(100)
     began = time.monotonic()
     assert local.main(["2", "--", sys.executable, "-c", PROGRAM + code]) == 1
     assert time.monotonic() - began < 8
+
+
+def running(pid):
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())  # a zombie's is empty
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems don't tell a process of its parent's end")
+def test_a_killed_launcher_takes_its_processes_with_it(launch):
+    process = launch(2, "print('pid', os.getpid(), flush=True)\ntime.sleep(100)")
+    lines = [process.stdout.readline() for _ in range(4)]
+    pids = [int(line.split()[-1]) for line in lines if " pid " in line]
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while any(running(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert len(pids) == 2
 
 
 def test_a_run_is_what_a_config_names():

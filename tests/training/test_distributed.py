@@ -198,10 +198,10 @@ socket.socket.connect = lambda *_: sys.exit("connected")
 from biomass_jax.training import distributed
 distributed.start(); distributed.start(process_count=1)
 distributed.finish(); distributed.abandon(3)
-print("jax" in sys.modules)
+print("jax" in sys.modules, distributed.place())
 """
     out, _ = (process := python(code)).communicate(timeout=60)
-    assert (process.returncode, out) == (0, "False\n")
+    assert (process.returncode, out) == (0, "False (0, 1)\n")
 
 
 JOIN = """
@@ -215,6 +215,7 @@ distributed.start(*((address, 2, number) if address != "found" else ()))
 os.kill(os.getpid(), signal.SIGTERM)
 """
 AGREE = """
+assert distributed.place() == (number, 2)
 for mine in ((False, False), (False, True), (True, False)):
     print(distributed.agree_to_stop(mine[number]), flush=True)
 calls = 0
