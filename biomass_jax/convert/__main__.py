@@ -70,7 +70,9 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--final-act", choices=("relu", "none"), help="activation behind the head")
     model.add_argument("--pool-scales", type=_integers, metavar="N,N,...", help="UPerNet's pooling grids")
     model.add_argument("--window-size", type=_window, metavar="N", help="resize the position biases to this window")
-    model.add_argument("--no-optimizer", action="store_true", help="leave the optimiser's state out")
+    moments = model.add_mutually_exclusive_group()
+    moments.add_argument("--with-optimizer", action="store_true", help="fail where the file has no optimiser's state")
+    moments.add_argument("--no-optimizer", action="store_true", help="leave the optimiser's state out")
     data = result.add_argument_group("input images", "what neither the checkpoint nor --config says")
     data.add_argument("--bands", type=_names, metavar="A,B,...", help="band names in the weights' order")
     data.add_argument("--means", type=_numbers, metavar="X,X,...", help="mean of each band, in digital numbers")
@@ -87,8 +89,8 @@ def parser() -> argparse.ArgumentParser:
 
 # Flags that only one direction reads; given in the other they would do nothing in silence.
 _FOR_BUNDLE = (
-    *("config", "drop_path", "head_dropout", "final_act", "pool_scales", "window_size", "no_optimizer", "bands"),
-    *("means", "stds", "statistics", "fill", "sensors", "dataset", "season"),
+    *("config", "drop_path", "head_dropout", "final_act", "pool_scales", "window_size", "with_optimizer"),
+    *("no_optimizer", "bands", "means", "stds", "statistics", "fill", "sensors", "dataset", "season"),
 )
 _FOR_TORCH = ("img_size",)
 
@@ -124,6 +126,7 @@ def _convert(options: argparse.Namespace, command: str) -> None:
             ),
             window_size=options.window_size,
             optimizer=not options.no_optimizer,
+            need_optimizer=options.with_optimizer,
             dataset=options.dataset,
             season=options.season,
             command=command,

@@ -28,7 +28,8 @@ class Options:
         model: fields of the architecture that shapes do not tell.
         input: bands, statistics, sensors.
         window_size: resize the relative position bias tables to this window.
-        optimizer: take a Lightning file's optimiser state along.
+        optimizer: take a Lightning file's optimiser state along, where it has one.
+        need_optimizer: refuse a file that has none.
         dataset: name of the training data.
         season: of the training images.
         command: the command line, for the provenance.
@@ -38,6 +39,7 @@ class Options:
     input: input_meta.InputFlags = field(default_factory=input_meta.InputFlags)
     window_size: int | None = None
     optimizer: bool = True
+    need_optimizer: bool = False
     dataset: str | None = None
     season: str | None = None
     command: str = ""
@@ -134,6 +136,10 @@ def read(source: str | Path, *, config: str | Path | None = None, options: Optio
     fields, meta = _complete(keys, fields, said, options, path.name)
     variables = tensors.variables(keys, state)
     optimizer = optimizer_state.read(file.root, keys) if options.optimizer else None
+    if optimizer is None and options.need_optimizer:
+        raise ConvertError(
+            f"{path.name} has no optimiser's state, which --with-optimizer asks for; a full Lightning file has one"
+        )
     if optimizer is not None:
         optimizer_state.check_shapes(optimizer, {path: array.shape for path, array in variables.items()})
     provenance = _provenance(str(source), path, file, said) | _kept_with(keys, state) | {"command": options.command}
