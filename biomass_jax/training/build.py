@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from biomass_jax.training.settings import (
     open_splits,
     start_from,
 )
-from biomass_jax.training.state import TrainState, create_train_state
+from biomass_jax.training.state import TrainState, create_train_state, plan_train_state
 from biomass_jax.training.steps import Steps, StepSettings, compile_steps
 from biomass_jax.training.writer import METRICS, Writer
 
@@ -112,8 +113,11 @@ def build_run(config: Any, workdir: Path, *, command: str) -> Run:
         clear(workdir)
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
     resumed = checkpoints.latest
-    state, host, steps = _start(config, choice, mesh, total_steps, steps_per_epoch, loaded if resumed is None else None)
-    if resumed is not None:
+    plan = plan_steps(config, choice, mesh, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
+    state, host = create_train_state(plan.init, plan.shardings), plan.host
+    if resumed is None and loaded is not None:
+        state, host = start_from(state, host, loaded, config)
+    elif resumed is not None:
         state, saved = checkpoints.restore(state, step=resumed)
         tell_changes(saved["config"], host["config"], workdir)
         host = saved | {"config": host["config"]}
@@ -122,7 +126,7 @@ def build_run(config: Any, workdir: Path, *, command: str) -> Run:
     return Run(
         workdir=workdir,
         choice=choice,
-        steps=steps,
+        steps=plan.steps,
         state=state,
         host=host,
         feed=Feed(train, valid, mesh, batch_size=config.batch_size, seed=config.seed, **data),
@@ -137,33 +141,47 @@ def build_run(config: Any, workdir: Path, *, command: str) -> Run:
     )
 
 
-def _start(
-    config: Any,
-    choice: Choice,
-    mesh: sharding.DeviceMesh,
-    total_steps: int,
-    steps_per_epoch: int,
-    loaded: bundle.Bundle | None,
-) -> tuple[TrainState, dict[str, Any], Steps]:
-    """The state before the first step, what the host knows then, and the steps."""
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run's state and steps as they will be; nothing is computed yet.
+
+    Attributes:
+        init: draws the state.
+        shardings: of the state.
+        steps: to be compiled when they are first called.
+        host: see `Run.host`.
+    """
+
+    init: Callable[[], TrainState]
+    shardings: TrainState
+    steps: Steps
+    host: dict[str, Any]
+
+
+def plan_steps(
+    config: Any, choice: Choice, mesh: sharding.DeviceMesh, *, total_steps: int, steps_per_epoch: int
+) -> Plan:
+    """From config and task to the jitted steps.
+
+    Raises:
+        ConfigError: fields of the optimiser or the schedule.
+    """
     params = jax.eval_shape(choice.task.init, jax.random.key(0))["params"]
     optimizer = make_optimizer(config, params)
     schedule = make_schedule(config, total_steps, steps_per_epoch)
     host = fresh_host(config)
     ema_decay = config.optimizer.ema_decay
     rate = host["plateau"]["lr"] if host["plateau"] else None
-    state, shardings = create_train_state(
+    init, shardings = plan_train_state(
         choice.task, optimizer, mesh, seed=config.seed, ema=ema_decay > 0, learning_rate=rate
     )
-    if loaded is not None:
-        state, host = start_from(state, host, loaded, config)
     settings = StepSettings(
         seed=config.seed,
         accumulation=config.optimizer.gradient_accumulation,
         ema_decay=ema_decay,
         trainable=trainable_mask(params, tuple(config.optimizer.freeze)),
     )
-    return state, host, compile_steps(choice.task, optimizer, schedule, settings, mesh, shardings)
+    return Plan(init, shardings, compile_steps(choice.task, optimizer, schedule, settings, mesh, shardings), host)
 
 
 def clear(workdir: Path) -> None:

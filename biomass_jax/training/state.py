@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -42,7 +43,7 @@ class TrainState:
         return self.ema or {"params": self.params, "batch_stats": self.batch_stats}
 
 
-def create_train_state(
+def plan_train_state(
     task: Any,
     optimizer: optax.GradientTransformation,
     mesh: sharding.DeviceMesh,
@@ -50,8 +51,8 @@ def create_train_state(
     seed: int,
     ema: bool = False,
     learning_rate: float | None = None,
-) -> tuple[TrainState, TrainState]:
-    """Draw a fresh state where it belongs: shapes, then shardings, then a compiled initialisation.
+) -> tuple[Callable[[], TrainState], TrainState]:
+    """How a fresh state is drawn and where it belongs, from its shapes alone.
 
     Args:
         task: of tasks.py.
@@ -62,7 +63,7 @@ def create_train_state(
         learning_rate: the first one, where validation moves it.
 
     Returns:
-        the state, and its tree of shardings. No device ever holds more than its part.
+        what draws the state, and its tree of shardings.
     """
 
     def init() -> TrainState:
@@ -76,8 +77,12 @@ def create_train_state(
             learning_rate=None if learning_rate is None else jnp.asarray(learning_rate, jnp.float32),
         )
 
-    shardings = sharding.state_shardings(mesh, jax.eval_shape(init))
-    return jax.jit(init, out_shardings=shardings)(), shardings
+    return init, sharding.state_shardings(mesh, jax.eval_shape(init))
+
+
+def create_train_state(init: Callable[[], TrainState], shardings: TrainState) -> TrainState:
+    """Draw a fresh state, as planned; no device ever holds more than its part."""
+    return jax.jit(init, out_shardings=shardings)()
 
 
 def abstract_state(state: TrainState) -> TrainState:

@@ -118,7 +118,7 @@ def compile_steps(
         schedule: of schedules.py.
         settings: see `StepSettings`.
         mesh: of sharding.py.
-        shardings: of `create_train_state`.
+        shardings: of `plan_train_state`.
     """
     rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     step = functools.partial(train_step, task=task, optimizer=optimizer, schedule=schedule, settings=settings)
