@@ -31,6 +31,7 @@ def model() -> config_dict.ConfigDict:
     group.num_heads = config_dict.placeholder(tuple)
     group.window_size = config_dict.placeholder(int)
     group.mlp_ratio = config_dict.placeholder(float)
+    group.patch_size = config_dict.placeholder(int)  # px
     group.shift_single_window = config_dict.placeholder(bool)  # granite's weights need True, official Swin's False
     group.drop_path_rate = config_dict.placeholder(float)
     group.remat = ()  # stages (0 to 3) computed twice to save memory
@@ -44,6 +45,7 @@ def training() -> config_dict.ConfigDict:
     config.steps = config_dict.placeholder(int)  # length of the run: either steps ...
     config.epochs = config_dict.placeholder(int)  # ... or passes over the training chips
     config.log_every = 50  # steps between two lines
+    config.draw_every = 10  # epochs between pictures of validation chips; 0 = none
     config.init_from = config_dict.placeholder(str)  # a bundle's folder; None = random weights
     config.load = "all"  # of it: all | encoder
     config.resume_optimizer = False  # go on with its Adam moments, learning rate and plateau, too

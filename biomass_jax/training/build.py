@@ -12,7 +12,7 @@ import jax
 from biomass_jax import bundle
 from biomass_jax.data import pipeline
 from biomass_jax.training import sharding
-from biomass_jax.training.checkpoint import FOLDER, Checkpoints, changed_fields
+from biomass_jax.training.checkpoint import FIGURES, FOLDER, Checkpoints, changed_fields
 from biomass_jax.training.choose import Choice, choose
 from biomass_jax.training.export import BEST
 from biomass_jax.training.feed import Feed
@@ -65,6 +65,7 @@ class Run:
         total_steps: steps of the whole run.
         log_every: steps between lines.
         save_every: steps between checkpoints within an epoch; 0 = at its end only.
+        draw_every: epochs between pictures of validation chips; 0 = none.
     """
 
     workdir: Path
@@ -81,6 +82,11 @@ class Run:
     total_steps: int
     log_every: int
     save_every: int
+    draw_every: int
+
+    def draws(self, epoch: int, step: int) -> bool:
+        """Whether the validation after so many epochs and steps makes a picture."""
+        return self.draw_every > 0 and (epoch % self.draw_every == 0 or step == self.total_steps)
 
     def close(self) -> None:
         """Finish writing everything."""
@@ -138,6 +144,7 @@ def build_run(config: Any, workdir: Path, *, command: str) -> Run:
         total_steps=total_steps,
         log_every=config.log_every,
         save_every=config.checkpoint.every_steps or 0,
+        draw_every=config.draw_every,
     )
 
 
@@ -187,7 +194,7 @@ def plan_steps(
 def clear(workdir: Path) -> None:
     """Take an earlier run out of a workdir: checkpoints, lines, events, best bundle, trace."""
     if jax.process_index() == 0:
-        for name in (FOLDER, BEST, "profile"):
+        for name in (FOLDER, BEST, FIGURES, "profile"):
             shutil.rmtree(workdir / name, ignore_errors=True)
         for path in (workdir / METRICS, *workdir.glob("events.out.tfevents.*")):
             path.unlink(missing_ok=True)

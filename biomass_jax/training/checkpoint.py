@@ -10,6 +10,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from biomass_jax.training.state import TrainState, abstract_state
 
 FOLDER = "checkpoints"
+FIGURES = "figures"
 LOSS = "val/loss"
 
 

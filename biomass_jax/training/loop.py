@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from biomass_jax import figures
 from biomass_jax.data import pipeline
 from biomass_jax.training import plateau
 from biomass_jax.training.build import Run
-from biomass_jax.training.checkpoint import LOSS
+from biomass_jax.training.checkpoint import FIGURES, LOSS
 from biomass_jax.training.errors import TrainingError
 from biomass_jax.training.export import export_best
 from biomass_jax.training.hosts import exchange, local_rows
@@ -116,7 +117,7 @@ class Loop:
     def _end_epoch(self) -> None:
         """Validate, counters, save; the rest is `_finish_epoch`."""
         host = self.host
-        results = self.validate()
+        results = self.validate(picture=self.run.draws(host["epoch"] + 1, self.step))
         loss = results[LOSS]
         if host["plateau"] is not None:
             host["plateau"] = plateau.plateau_step(host["plateau"], loss)
@@ -152,14 +153,26 @@ class Loop:
             run.checkpoints.wait()
             export_best(run.workdir, run.choice.about, self.state, host["best"])
 
-    def validate(self) -> dict[str, Any]:
-        """Scores of the validation split; each chip counts once."""
+    def validate(self, *, picture: bool = False) -> dict[str, Any]:
+        """Scores of the validation split, each chip counting once; and a picture of its first chips."""
         run, scorer = self.run, self.run.choice.task.scorer()
         variables = self.state.evaluated()
         for number, batch in enumerate(run.feed.validation()):
-            outputs = run.steps.evaluate(variables, batch.arrays, np.int32(number))
+            outputs, shown = run.steps.evaluate(variables, batch.arrays, np.int32(number))
+            if number == 0 and picture:
+                self._draw(jax.device_get(shown), batch.chips)
             scorer.add(jax.tree.map(local_rows, outputs), local_rows(batch.arrays["valid"]))
         return scorer.results(exchange(scorer.vector()))
+
+    def _draw(self, shown: dict[str, np.ndarray], chips: list[Any]) -> None:
+        """A picture in TensorBoard and in `figures/`, the newest in place of the one before."""
+        if jax.process_index() == 0:
+            titles = [chip.chip_id for chip in chips if chip.chip_id][: len(next(iter(shown.values())))]
+            figure = self.run.choice.task.figure(shown, titles)
+            self.run.writer.figure(self.step, "validation", figures.to_array(figure))
+            folder = self.run.workdir / FIGURES
+            folder.mkdir(exist_ok=True)
+            figures.save(folder / "validation.png", figure)
 
     def _save(self, loss: float | None) -> None:
         if self.step != self.run.checkpoints.latest:

@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 PLATEAU = "plateau"
 SCHEDULES = (PLATEAU, "constant", "cosine", "multistep")
+LOADS = ("all", "encoder")
 
 
 def check_fields(config: Any) -> None:
@@ -34,6 +35,8 @@ def check_fields(config: Any) -> None:
             raise ConfigError(f"config.{name} is {config[name]}; expected a number from 1 on")
     if config.schedule.kind not in SCHEDULES:
         raise ConfigError(f"config.schedule.kind is {config.schedule.kind!r}; expected one of {', '.join(SCHEDULES)}")
+    if config.load not in LOADS:
+        raise ConfigError(f"config.load is {config.load!r}; expected one of {', '.join(LOADS)}")
     if config.resume_optimizer and (config.init_from is None or config.load != "all"):
         raise ConfigError(
             "config.resume_optimizer goes with config.init_from and load='all': moments belong to weights"
@@ -142,15 +145,15 @@ def start_from(
         ConfigError: the bundle has no optimiser state.
         BundleError: weights or moments that don't fit.
     """
-    state = load_weights(state, loaded, load=config.load)
-    if not config.resume_optimizer:
-        return state, host
-    found = bundle.load_optimizer(loaded)
-    if found is None:
+    found = bundle.load_optimizer(loaded) if config.resume_optimizer else None
+    if config.resume_optimizer and found is None:
         raise ConfigError(
             f"config.resume_optimizer: {loaded.path} holds no optimizer/; convert the full Lightning file "
             "(biomass_jax.convert --with-optimizer), or leave resume_optimizer off"
         )
+    state = load_weights(state, loaded, load=config.load)
+    if found is None:
+        return state, host
     adam = import_adam(state.opt_state, found["count"], found["mu"], found["nu"])
     adam = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), adam, state.opt_state)
     state = dataclasses.replace(state, opt_state=adam)

@@ -124,5 +124,5 @@ def compile_steps(
     step = functools.partial(train_step, task=task, optimizer=optimizer, schedule=schedule, settings=settings)
     train = jax.jit(step, in_shardings=(shardings, rows), out_shardings=(shardings, whole), donate_argnums=0)
     variables = shardings.evaluated()
-    evaluate = jax.jit(task.evaluate, in_shardings=(variables, rows, whole), out_shardings=rows)
+    evaluate = jax.jit(task.evaluate, in_shardings=(variables, rows, whole), out_shardings=(rows, whole))
     return Steps(train, evaluate)

@@ -5,17 +5,20 @@ loss of the global batch.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from biomass_jax.data import transforms
+from biomass_jax import figures
+from biomass_jax.data import bands, transforms
 from biomass_jax.evaluation import scores
 from biomass_jax.training import losses
 
 Arrays = dict[str, Any]
+SHOWN = 3  # chips in the pictures of a run
 
 
 class Scorer(Protocol):
@@ -50,8 +53,14 @@ class Task(Protocol):
     def finish(self, total: jax.Array, count: jax.Array) -> jax.Array:
         """The loss of added-up sums."""
 
-    def evaluate(self, variables: Arrays, batch: Arrays, number: jax.Array) -> Arrays:
-        """Outputs for the scorer, leading dimension B; `number` counts the batches of a validation."""
+    def evaluate(self, variables: Arrays, batch: Arrays, number: jax.Array) -> tuple[Arrays, Arrays]:
+        """Outputs for the scorer, leading dimension B, and of the first chips what `figure` shows.
+
+        `number` counts the batches of a validation.
+        """
+
+    def figure(self, shown: dict[str, np.ndarray], titles: Sequence[str]) -> Any:
+        """A picture of what `evaluate` showed, a chip for each title; a matplotlib figure."""
 
     def scorer(self) -> Scorer:
         """An empty scorer."""
@@ -115,14 +124,26 @@ class Regression:
         """See `Task`."""
         return losses.finish(total, count, self.loss)
 
-    def evaluate(self, variables: Arrays, batch: Arrays, number: jax.Array) -> Arrays:
+    def evaluate(self, variables: Arrays, batch: Arrays, number: jax.Array) -> tuple[Arrays, Arrays]:
         """{"prediction", "label"}, float32 [B, H, W], Mg/ha; padded rows have no labels."""
         del number  # nothing is drawn
-        image, label, _ = transforms.clean(
+        image, label, nodata = transforms.clean(
             batch["image"], batch["label"], fill=self.statistics.fill, keep_labels=self.keep_labels
         )
-        image = transforms.normalize(image, self.statistics.means, self.statistics.stds)
-        return {"prediction": self.module.apply(variables, image), "label": label}
+        inputs = transforms.normalize(image, self.statistics.means, self.statistics.stds)
+        outputs = {"prediction": self.module.apply(variables, inputs), "label": label}
+        return outputs, first_chips(outputs | {"image": image, "nodata": nodata})
+
+    def figure(self, shown: dict[str, np.ndarray], titles: Sequence[str]) -> Any:
+        """RGB, prediction and footprints of some chips."""
+        rgb = [bands.BAND_NAMES.index(name) for name in ("RED", "GREEN", "BLUE")]
+        panels = []
+        for i, title in enumerate(titles):
+            nodata = shown["nodata"][i]
+            image = np.where(nodata[..., None], np.nan, shown["image"][i][..., rgb])
+            prediction = np.where(nodata, np.nan, shown["prediction"][i])
+            panels.append(figures.ChipPanel(image, prediction, shown["label"][i], title))
+        return figures.chip_panels(panels, title="Validation chips")
 
     def scorer(self) -> "RegressionScorer":
         """See `Task`."""
@@ -172,6 +193,11 @@ class RegressionScorer:
             near = np.minimum(error, self._delta)
             return near * (error - 0.5 * near)
         return np.square(error)
+
+
+def first_chips(arrays: Arrays) -> Arrays:
+    """The first few rows of each array, for a picture."""
+    return {name: values[:SHOWN] for name, values in arrays.items()}
 
 
 def model_keys(key: jax.Array) -> dict[str, jax.Array]:

@@ -1,15 +1,17 @@
 """Self-supervised pretraining (SimMIM) as a task of the loop; labels are ignored."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from biomass_jax import figures
 from biomass_jax.data import bands, masking, transforms
 from biomass_jax.training import pretrain_loss
-from biomass_jax.training.tasks import Arrays, InputStatistics, model_keys
+from biomass_jax.training.tasks import Arrays, InputStatistics, first_chips, model_keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,13 +71,26 @@ class Pretraining:
         """See `Task`."""
         return pretrain_loss.simmim_finish(total, count, bands=self.module.in_channels)
 
-    def evaluate(self, variables: Arrays, batch: Arrays, number: jax.Array) -> Arrays:
+    def evaluate(self, variables: Arrays, batch: Arrays, number: jax.Array) -> tuple[Arrays, Arrays]:
         """{"total", "count"}: float32 [B, 6], sums over each chip's masked pixels by band."""
         inputs, painted = self.reconstruct(variables, batch, number)
         total, count = pretrain_loss.simmim_chip_sums(
             inputs["image"], painted, inputs["mask"], **self._loss_options(inputs["nodata"])
         )
-        return {"total": total, "count": count}
+        if self.normalize_targets:  # back to z-scores, for the picture
+            mean, std = pretrain_loss.patch_statistics(inputs["image"], self.mask_patch_size, inputs["nodata"])
+            painted = painted * std + mean
+        return {"total": total, "count": count}, first_chips(inputs | {"painted": painted})
+
+    def figure(self, shown: dict[str, np.ndarray], titles: Sequence[str]) -> Any:
+        """Input, masked input and reconstruction of some chips, as RGB and SWIR composites."""
+        panels = [
+            figures.ReconstructionPanel(
+                shown["image"][i], shown["painted"][i], shown["mask"][i], shown["nodata"][i], title
+            )
+            for i, title in enumerate(titles)
+        ]
+        return figures.reconstructions(panels, bands=bands.BAND_NAMES, title="Validation chips")
 
     def reconstruct(self, variables: Arrays, batch: Arrays, number: jax.Array) -> tuple[Arrays, jax.Array]:
         """Whole chips with the masks of validation, and what the model paints: float32 [B, H, W, 6], z-scores."""
