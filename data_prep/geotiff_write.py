@@ -20,8 +20,8 @@ from biomass_jax.data.raster import Grid, RasterError, check_space, open_quietly
 from data_prep.errors import PrepError
 
 BLOCK = 256  # edge of a tile in pixels, as in HLS: a chip of 224 touches at most four
-# Deflate is read everywhere; level 1 is within a few percent of 6 on noisy digital numbers and much quicker.
-_COMPRESSION = {"compress": "deflate", "level": 1, "predictor": "YES"}
+# On digital numbers a third of deflate's time to write, half of it to read, and no larger; GDAL has it since 2.3.
+_COMPRESSION = {"compress": "zstd", "level": 1, "predictor": "YES"}
 _FULL = "is the disk full, or a limit on file sizes set (ulimit -f)?"
 
 
@@ -138,7 +138,7 @@ def _write_partial(
         "tiled": True,
         "blockxsize": BLOCK,
         "blockysize": BLOCK,
-        "interleave": "pixel",
+        "interleave": "band",  # for the COG driver all the same, and quicker to write and to average
         "bigtiff": "IF_SAFER",
     }
     checksums: list[int] = []
