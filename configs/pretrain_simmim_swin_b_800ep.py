@@ -2,7 +2,7 @@
 
     python -m biomass_jax.main --config configs/pretrain_simmim_swin_b_800ep.py --workdir OUT --config.data.path=SHARDS
 
-Data, hardware and figures: as pretrain_simmim_swin_b_100ep.py, eight times as long.
+Data, hardware and what is expected: as pretrain_simmim_swin_b_100ep.py, eight times as long.
 """
 
 from ml_collections import config_dict

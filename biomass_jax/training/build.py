@@ -14,12 +14,12 @@ from biomass_jax.data import pipeline
 from biomass_jax.training import sharding
 from biomass_jax.training.checkpoint import FIGURES, FOLDER, Checkpoints, changed_fields
 from biomass_jax.training.choose import Choice, choose
+from biomass_jax.training.errors import ConfigError
 from biomass_jax.training.export import BEST
 from biomass_jax.training.feed import Feed
 from biomass_jax.training.optimizer import trainable_mask
 from biomass_jax.training.profiler import Profiler
 from biomass_jax.training.settings import (
-    check_fields,
     fresh_host,
     make_optimizer,
     make_schedule,
@@ -99,14 +99,13 @@ def build_run(config: Any, workdir: Path, *, command: str) -> Run:
     """Build a run, going on from the newest checkpoint where the workdir has one.
 
     Args:
-        config: of configs/finetune_*.py or configs/pretrain_*.py.
+        config: of configs/finetune_*.py or configs/pretrain_*.py, which `check_fields` has let pass.
         workdir: where the run writes.
         command: that started it, for provenance.
 
     Raises:
         ConfigError, DataError, MeshError, BundleError, CheckpointError, ProfileError: see there.
     """
-    check_fields(config)
     profiler = Profiler(config.profile, workdir / "profile")
     mesh = sharding.create_mesh(jax.devices(), **config.mesh)
     sharding.check_batch(mesh, config.batch_size, config.optimizer.gradient_accumulation)
@@ -171,9 +170,12 @@ def plan_steps(
     """From config and task to the jitted steps.
 
     Raises:
-        ConfigError: fields of the optimiser or the schedule.
+        ConfigError: fields of the model, the optimiser or the schedule.
     """
-    params = jax.eval_shape(choice.task.init, jax.random.key(0))["params"]
+    try:
+        params = jax.eval_shape(choice.task.init, jax.random.key(0))["params"]
+    except ValueError as error:  # heads that don't divide channels, stages that aren't there
+        raise ConfigError(f"config.model: {error}") from error
     optimizer = make_optimizer(config, params)
     schedule = make_schedule(config, total_steps, steps_per_epoch)
     host = fresh_host(config)

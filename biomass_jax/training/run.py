@@ -12,6 +12,7 @@ import jax
 from biomass_jax.training.build import build_run
 from biomass_jax.training.export import BEST
 from biomass_jax.training.loop import Loop
+from biomass_jax.training.settings import check_fields
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ def train_and_evaluate(config: Any, workdir: Path, *, stop: Callable[[], bool]) 
         ConfigError, DataError, MeshError, BundleError, CheckpointError, ProfileError: before the first step.
         TrainingError: the loss became NaN or infinite.
     """
+    check_fields(config)
     with jax.default_matmul_precision(config.matmul_precision):
         run = build_run(config, workdir, command=shlex.join(["python", "-m", "biomass_jax.main", *sys.argv[1:]]))
         try:
