@@ -195,6 +195,7 @@ def save(
 
 def _write(path: Path, meta: dict[str, Any], trees: dict[str, Any]) -> Path:
     """Write the folder under another name and rename it when it is whole."""
+    import jax
     import orbax.checkpoint as ocp
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -203,8 +204,13 @@ def _write(path: Path, meta: dict[str, Any], trees: dict[str, Any]) -> Path:
     partial.mkdir()
     try:
         # Trained weights hardly compress (8 %), and plain ones open in half the time.
-        handler = ocp.PyTreeCheckpointHandler(use_compression=False, use_zarr3=True)
-        with ocp.Checkpointer(handler) as checkpointer:
+        # One process of a run writes, so that Orbax must not wait for the others.
+        me = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=me, active_processes={me}, barrier_sync_key_prefix="bundle"
+        )
+        handler = ocp.PyTreeCheckpointHandler(use_compression=False, use_zarr3=True, multiprocessing_options=alone)
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             for name, tree in trees.items():
                 checkpointer.save(partial.absolute() / name, args=ocp.args.PyTreeSave(tree))
         (partial / "bundle.json").write_text(json.dumps(meta, indent=2, allow_nan=False) + "\n")

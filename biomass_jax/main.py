@@ -27,6 +27,9 @@ CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file of configs/; change a field with --config.field=value."
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that the run writes; made if it isn't there.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where no cluster says it.")
+PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "Processes of the run; 1 = alone, whatever the cluster.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0 on.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 log = logging.getLogger("biomass_jax")
@@ -50,11 +53,18 @@ def main(argv: list[str]) -> None:
         raise UsageError(f"config.mode is {config.mode!r}; expected one of {', '.join(sorted(MODES))}")
     workdir = Path(WORKDIR.value or "")
     forget_none(config)
-    write_config(config, workdir)
+    check_paths(config)
     # Read by JAX when it is imported, which happens below: a second run compiles next to nothing.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(workdir.absolute().parent / ".jax_cache"))
     if config.get("deterministic"):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
+    from biomass_jax.training import distributed
+
+    distributed.start(COORDINATOR.value, PROCESS_COUNT.value, PROCESS_ID.value)
+    if distributed.place()[0] == 0:
+        write_config(config, workdir)
+    else:
+        log.setLevel(logging.WARNING)  # one voice is enough
     MODES[config.mode](config, workdir)
 
 
@@ -67,9 +77,10 @@ def predict(config: Any, workdir: Path) -> None:
 
 def train(config: Any, workdir: Path) -> None:
     """Train on all devices, or go on with what the workdir holds."""
+    from biomass_jax.training.distributed import Together
     from biomass_jax.training.run import train_and_evaluate
 
-    if not train_and_evaluate(config, workdir, stop=DeferredStop()):
+    if not train_and_evaluate(config, workdir, stop=Together(DeferredStop())):
         raise Stopped
 
 
@@ -111,6 +122,17 @@ MODES: dict[str, Callable[[Any, Path], None]] = {
     "predict": predict,
     "pretrain": train,
 }
+
+
+def check_paths(config: Any) -> None:
+    """Refuse a bucket's address where a folder is meant; inputs of `predict` may be addresses."""
+    from biomass_jax.data.storage import check_local
+
+    check_local(WORKDIR.value, "--workdir")
+    for name in ("bundle", "init_from"):
+        check_local(config.get(name), f"config.{name}")
+    if "data" in config:
+        check_local(config.data.get("path"), "config.data.path")
 
 
 def forget_none(config: Any) -> None:
@@ -165,17 +187,19 @@ def known_errors() -> tuple[type[Exception], ...]:
     from biomass_jax.data.biomes import BiomeError
     from biomass_jax.data.raster import RasterError
     from biomass_jax.data.sources import DataError
+    from biomass_jax.data.storage import StorageError
     from biomass_jax.evaluation.errors import EvaluationError
     from biomass_jax.models.build import ArchitectureError
     from biomass_jax.prediction.stream import PredictionError
     from biomass_jax.prediction.tiling import TilingError
     from biomass_jax.training.checkpoint import CheckpointError
+    from biomass_jax.training.distributed import DistributedError
     from biomass_jax.training.errors import ConfigError, TrainingError
     from biomass_jax.training.profiler import ProfileError
     from biomass_jax.training.sharding import MeshError
 
-    reading = (UsageError, BundleError, BandError, BiomeError, RasterError, DataError, ArchitectureError)
-    training = (ConfigError, TrainingError, CheckpointError, MeshError, ProfileError)
+    reading = (UsageError, BundleError, BandError, BiomeError, RasterError, DataError, ArchitectureError, StorageError)
+    training = (ConfigError, TrainingError, CheckpointError, DistributedError, MeshError, ProfileError)
     return *reading, *training, EvaluationError, PredictionError, TilingError
 
 
@@ -203,13 +227,17 @@ def cli() -> NoReturn:
         app.run(main, flags_parser=parse_flags)
     except Stopped:
         log.warning("stopped by SIGTERM after %.0f s; give the same command again to go on", time.monotonic() - began)
+        from biomass_jax.training import distributed
+
+        distributed.finish()
         logging.shutdown()
         # Threads may be compiling or reading: leaving at once is what was asked for, and nothing half-written is there.
         os._exit(STOPPED)
     except Exception as error:
-        if not isinstance(error, known_errors()):
-            raise
-        log.error("%s", error)
+        from biomass_jax.training import distributed
+
+        log.error("%s", error, exc_info=not isinstance(error, known_errors()))
+        distributed.abandon(1)  # the other processes of a run would wait for this one
         sys.exit(1)
     sys.exit(0)
 

@@ -42,8 +42,8 @@ def training() -> config_dict.ConfigDict:
     """Fields of every training run."""
     config = _every_run()
     config.seed = 42  # of weights, the order of chips, augmentation, drop path
-    config.steps = config_dict.placeholder(int)  # length of the run: either steps ...
-    config.epochs = config_dict.placeholder(int)  # ... or passes over the training chips
+    config.epochs = config_dict.placeholder(int)  # length of the run, in passes over the training chips
+    config.steps = config_dict.placeholder(int)  # length of the run in steps; where it is given, epochs don't count
     config.log_every = 50  # steps between two lines
     config.draw_every = 10  # epochs between pictures of validation chips; 0 = none
     config.init_from = config_dict.placeholder(str)  # a bundle's folder; None = random weights

@@ -10,6 +10,7 @@ import optax
 from biomass_jax import bundle
 from biomass_jax.data import bands, sources
 from biomass_jax.training import plateau, schedules
+from biomass_jax.training.checkpoint import CheckpointError
 from biomass_jax.training.checks import check_values
 from biomass_jax.training.errors import ConfigError
 from biomass_jax.training.optimizer import create_optimizer, import_adam
@@ -132,6 +133,23 @@ def fresh_host(config: Any) -> dict[str, Any]:
         "line": None,
         "config": config.to_dict(),
     }
+
+
+def resume_host(saved: dict[str, Any], fresh: dict[str, Any]) -> dict[str, Any]:
+    """What the host knows of a run that goes on: as saved, with the config and the patience of now.
+
+    Raises:
+        CheckpointError: one of the two has a plateau and the other has none.
+    """
+    if (saved["plateau"] is None) != (fresh["plateau"] is None):
+        raise CheckpointError(
+            f"config.schedule.kind: a run can't change to {PLATEAU} or from it; go on with the config that the "
+            "checkpoint was written with, or start in another workdir"
+        )
+    before, early = saved["early_stop"], fresh["early_stop"]
+    if before is not None and early is not None:
+        early = before | {"patience": early["patience"], "stop": before["wait_count"] >= early["patience"]}
+    return saved | {"config": fresh["config"], "early_stop": early}
 
 
 def start_from(
