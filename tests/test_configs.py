@@ -2,7 +2,6 @@
 
 import importlib
 import re
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -84,7 +83,7 @@ def test_every_config_becomes_its_jitted_step(name, shards):
     assert {name: value.shape for name, value in metrics.items()} == dict.fromkeys(
         ("loss", "learning_rate", "grad_norm", "count"), ()
     )
-    outputs = planned.steps.evaluate.eval_shape(
+    outputs, _ = planned.steps.evaluate.eval_shape(
         after.evaluated(), batch | {"valid": jax.ShapeDtypeStruct(rows[:1], bool)}, np.int32(0)
     )
     assert {leaf.shape[0] for leaf in jax.tree.leaves(outputs)} == {config.batch_size}
@@ -121,6 +120,9 @@ class Recorder:
             raise AttributeError(name)
         return self[name]
 
+    def __contains__(self, name):
+        return name in self._config
+
     def get(self, name, default=None):
         return self[name] if name in self._config else default
 
@@ -134,16 +136,16 @@ class Recorder:
         return self._config.to_dict()
 
 
+MAINS = {"mode", "deterministic"}  # read before a mode begins
+
+
 def unread(config, workdir, monkeypatch):
     """Run a config as `main` does; the fields that nothing has read."""
     read = set()
-    monkeypatch.setattr(main, "CONFIG", SimpleNamespace(value=Recorder(config, read)))
-    monkeypatch.setattr(main, "WORKDIR", SimpleNamespace(value=str(workdir)))
-    monkeypatch.setattr(main, "forget_none", lambda config: None)
-    monkeypatch.setattr(main, "write_config", lambda config, workdir: workdir.mkdir(parents=True))
     monkeypatch.setattr(main.signal, "signal", lambda *_: None)
-    main.main(["main"])
-    return fields(config) - read
+    workdir.mkdir()
+    main.MODES[config.mode](Recorder(config, read), workdir)
+    return fields(config) - read - MAINS
 
 
 @pytest.fixture(scope="module")

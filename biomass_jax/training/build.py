@@ -24,6 +24,7 @@ from biomass_jax.training.settings import (
     make_optimizer,
     make_schedule,
     open_splits,
+    resume_host,
     start_from,
 )
 from biomass_jax.training.state import TrainState, create_train_state, plan_train_state
@@ -114,18 +115,18 @@ def build_run(config: Any, workdir: Path, *, command: str) -> Run:
     choice = choose(config, train, loaded, command=command)
     steps_per_epoch = pipeline.steps_per_epoch(train, config.batch_size)
     total_steps = config.steps or config.epochs * steps_per_epoch
-    if config.overwrite:
+    plan = plan_steps(config, choice, mesh, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
+    if config.overwrite:  # as late as this: a config that can't run must not cost an earlier run
         clear(workdir)
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
     resumed = checkpoints.latest
-    plan = plan_steps(config, choice, mesh, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
     state, host = create_train_state(plan.init, plan.shardings), plan.host
     if resumed is None and loaded is not None:
         state, host = start_from(state, host, loaded, config)
     elif resumed is not None:
         state, saved = checkpoints.restore(state, step=resumed)
         tell_changes(saved["config"], host["config"], workdir)
-        host = saved | {"config": host["config"]}
+        host = resume_host(saved, host)
         log.info("%s: going on from step %d of %d", workdir, resumed, total_steps)
     data = {name: config.data[name] for name in ("threads", "cache")}
     return Run(

@@ -1,0 +1,108 @@
+"""Checkpoints: what comes back, which are kept, and what doesn't fit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from biomass_jax.training.build import tell_changes
+from biomass_jax.training.checkpoint import CheckpointError, Checkpoints, changed_fields
+from biomass_jax.training.plateau import early_stop_init
+from biomass_jax.training.settings import resume_host
+from biomass_jax.training.state import TrainState
+
+
+def state_of(step=0, shape=(3, 2), ema=False):
+    weights = {"head": {"kernel": jnp.full(shape, step + 0.1, jnp.float32)}}
+    averages = {"params": jax.tree.map(lambda leaf: leaf + 1, weights), "batch_stats": {}} if ema else None
+    return TrainState(jnp.asarray(step, jnp.int32), weights, {}, (jnp.zeros(shape),), averages, jnp.float32(0.1))
+
+
+HOST = {"step": 4, "epoch": 1, "window": [0.1, 2.5], "plateau": {"lr": 0.1, "best": 3.0}, "best": None, "line": None}
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    opened = Checkpoints(tmp_path, keep=2)
+    yield opened
+    opened.close()
+
+
+def test_state_and_host_come_back_to_the_bit(checkpoints, tmp_path):
+    state = state_of(4, ema=True)
+    assert checkpoints.latest is None
+    checkpoints.save(state, HOST, step=4, loss=2.0)
+    checkpoints.wait()
+    again = Checkpoints(tmp_path, keep=2)
+    found, host = again.restore(state_of(ema=True), step=again.latest)
+    again.close()
+    jax.tree.map(np.testing.assert_array_equal, found, state)
+    assert host == HOST
+
+
+def test_the_latest_and_the_best_are_kept(checkpoints):
+    for step, loss in ((1, 5.0), (2, 1.0), (3, None), (4, 4.0), (5, 3.0), (6, None)):
+        checkpoints.save(state_of(step), HOST | {"step": step}, step=step, loss=loss)
+    checkpoints.wait()
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["step_2", "step_5", "step_6"]
+    assert checkpoints.latest == 6
+
+
+def test_a_checkpoint_cut_short_is_not_seen(checkpoints, tmp_path):
+    checkpoints.save(state_of(4), HOST, step=4, loss=2.0)
+    checkpoints.wait()
+    (checkpoints.folder / "step_9.orbax-checkpoint-tmp-1").mkdir()
+    again = Checkpoints(tmp_path, keep=2)
+    assert again.latest == 4
+    again.close()
+
+
+@pytest.mark.parametrize("other", [state_of(shape=(3, 5)), state_of(ema=True)])
+def test_another_config_is_told_what_to_do(checkpoints, other):
+    checkpoints.save(state_of(4), HOST, step=4, loss=2.0)
+    checkpoints.wait()
+    with pytest.raises(CheckpointError) as caught:
+        checkpoints.restore(other, step=4)
+    said = str(caught.value)
+    assert "step_4 doesn't fit this config" in said and "start in another workdir" in said
+    assert "\n" not in said
+
+
+def test_changed_fields_are_named_and_harmless_ones_are_not(tmp_path, caplog):
+    before = {"seed": 1, "log_every": 5, "data": {"path": "a", "threads": 2}, "betas": [0.9, 0.999], "loss": "rmse"}
+    now = {"seed": 2, "log_every": 9, "data": {"path": "b", "threads": 8}, "betas": (0.9, 0.999), "new": None}
+    changes = changed_fields(before, now)
+    assert changes == [
+        "data.path: was 'a', now 'b'",
+        "data.threads: was 2, now 8",
+        "log_every: was 5, now 9",
+        "loss: was 'rmse', now None",
+        "seed: was 1, now 2",
+    ]
+    tell_changes(before, now, tmp_path)
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        f"{tmp_path}: the run goes on with another config.{change}"
+        for change in changes
+        if "threads" not in change and "log_every" not in change
+    ]
+
+
+def test_counters_go_on_and_early_stopping_by_the_new_patience():
+    stopped = {"patience": 3, "min_delta": 0.0, "best": 1.0, "wait_count": 3, "stop": True}
+    saved = {"step": 9, "plateau": None, "early_stop": stopped, "config": {"a": 1}}
+    fresh = {"step": 0, "plateau": None, "early_stop": early_stop_init(5), "config": {"a": 2}}
+    found = resume_host(saved, fresh)
+    assert (found["step"], found["config"]) == (9, {"a": 2})
+    assert found["early_stop"] == stopped | {"patience": 5, "stop": False}
+    assert resume_host(saved, fresh | {"early_stop": None})["early_stop"] is None
+    assert resume_host(saved | {"early_stop": None}, fresh)["early_stop"] == fresh["early_stop"]
+    assert resume_host(saved, fresh | {"early_stop": early_stop_init(2)})["early_stop"]["stop"]
+
+
+@pytest.mark.parametrize("which", ["saved", "fresh"])
+def test_a_plateau_is_neither_begun_nor_left_half_way(which):
+    plain = {"plateau": None, "early_stop": None, "config": {}}
+    moved = plain | {"plateau": {"lr": 0.1}}
+    with pytest.raises(CheckpointError, match="config.schedule.kind: .* another workdir"):
+        resume_host(*((moved, plain) if which == "saved" else (plain, moved)))
