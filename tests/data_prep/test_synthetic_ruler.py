@@ -380,10 +380,10 @@ def test_shots_reach_from_the_seasons_first_moment_until_its_last_on_both_sides_
 
 
 def test_a_seed_gives_the_same_bytes_and_some_tiles_are_as_in_the_whole_world(world, tmp_path):
-    write_ruler_world(tmp_path / "a", shape=SHAPE, seed=3, tiles=("22JGR", "01KAB"))
+    write_ruler_world(tmp_path / "a", shape=SHAPE, seed=3, tiles=("22JGR",))
     write_ruler_world(tmp_path / "b", shape=SHAPE, seed=4, tiles=("22JGR",))
     files = [path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*") if path.is_file()]
-    assert len(files) > 100
+    assert len(files) > 50
     for path in files:
         if path.name != "plan.json":
             assert (tmp_path / "a" / path).read_bytes() == (world / path).read_bytes(), path
