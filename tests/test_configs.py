@@ -66,7 +66,9 @@ def test_swin_b_has_the_parameters_of_the_original(name, shards):
     assert count(jax.eval_shape(planned.init).params) == SWIN_B[name]
 
 
-@pytest.mark.parametrize("name", [*(pytest.param(n, marks=pytest.mark.slow) for n in SWIN_B), *DEMOS])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(n, marks=pytest.mark.slow) for n in [*SWIN_B, "demo_pretrain"]), "demo_finetune"]
+)
 def test_every_config_becomes_its_jitted_step(name, shards):
     config, planned = plan(name, shards)
     rows = (config.batch_size, 224, 224)
@@ -158,6 +160,7 @@ def finetuned(shards, tmp_path_factory):
         return workdir, unread(config, workdir, monkeypatch)
 
 
+@pytest.mark.slow
 def test_every_field_of_fine_tuning_is_read(finetuned):
     workdir, missed = finetuned
     assert (workdir / "best" / "bundle.json").is_file()
@@ -171,6 +174,7 @@ def test_every_field_of_pretraining_is_read(shards, tmp_path, monkeypatch):
     assert unread(config, tmp_path / "run", monkeypatch) == set()
 
 
+@pytest.mark.slow
 def test_every_field_of_an_evaluation_is_read(finetuned, shards, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "draw", lambda *_: None)
     config = config_of("evaluate")
@@ -179,6 +183,7 @@ def test_every_field_of_an_evaluation_is_read(finetuned, shards, tmp_path, monke
     assert (tmp_path / "run" / "metrics.json").is_file()
 
 
+@pytest.mark.slow
 def test_every_field_of_a_prediction_is_read(finetuned, tmp_path, monkeypatch):
     image = np.random.default_rng(0).integers(500, 3000, (6, 32, 32)).astype(np.int16)
     form = {"driver": "GTiff", "height": 32, "width": 32, "count": 6, "dtype": "int16", "nodata": -9999}
@@ -217,3 +222,29 @@ def test_configs_are_locked():
     for name in (*TRAINING, "evaluate", "predict"):
         with pytest.raises(AttributeError):
             config_of(name).no_such_field = 1
+
+
+def flat(config, prefix=""):
+    found = {}
+    for name, value in config.items():
+        found |= flat(value, f"{prefix}{name}.") if hasattr(value, "items") else {prefix + name: value}
+    return found
+
+
+def as_text(value):
+    if value is None:
+        return ""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def test_the_documents_name_every_setting_of_training_with_its_default(root):
+    text = (root / "docs" / "train.md").read_text(encoding="utf-8")
+    first, second = text.split("## Settings")[1].split("Pretraining has these of its own")
+    tables = [re.findall(r"^\| `([\w.]+)` \| (.*?) ?\|", part, re.MULTILINE) for part in (first, second)]
+    finetune, pretrain = (flat(config_of(name)) for name in ("finetune_all_biomes", "pretrain_simmim_swin_b_100ep"))
+    own = {name: value for name, value in pretrain.items() if name not in finetune}
+    for table, config in zip(tables, (finetune, own), strict=True):
+        assert len(dict(table)) == len(table)
+        assert dict(table) == {name: as_text(value) for name, value in config.items()}
+    used = set(re.findall(r"--config\.([\w.]+)=", text))
+    assert used <= set(finetune) | set(fields(config_of("evaluate"))) | {"field"}

@@ -31,6 +31,8 @@ def check_fields(config: Any) -> None:
     if config.steps is None and config.epochs is None:
         raise ConfigError("neither config.steps nor config.epochs is given; add --config.epochs=N")
     check_values(config)
+    if config.schedule.kind == PLATEAU and config.schedule.warmup_epochs:
+        raise ConfigError(f"config.schedule.warmup_epochs with config.schedule.kind={PLATEAU}: it has no warm-up")
     if config.resume_optimizer and (config.init_from is None or config.load != "all"):
         raise ConfigError(
             "config.resume_optimizer goes with config.init_from and load='all': moments belong to weights"
