@@ -181,8 +181,8 @@ def _mean(plan: Plan, pool: ThreadPoolExecutor, counts: Counts, window: _Window)
         return seen
 
     groups = [plan.scenes[first : first + _GROUP] for first in range(0, len(plan.scenes), _GROUP)]
-    # enough jobs to keep all threads busy to the end; each opens its scenes' files
-    parts = min(len(blocks), -(-8 * plan.threads // len(groups)))
+    # enough jobs to keep all threads busy to the end; no more, since each opens its scenes' files
+    parts = min(len(blocks), max(2, -(-4 * plan.threads // len(groups))))
     edges = [len(blocks) * part // parts for part in range(parts + 1)]
     jobs = [(group, range(edges[part], edges[part + 1])) for group in groups for part in range(parts)]
     for (group, _), seen in zip(jobs, pool.map(run, jobs), strict=True):
