@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
@@ -71,14 +72,23 @@ class Checkpoints:
         Raises:
             CheckpointError: it doesn't fit, since the config changed.
         """
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state(state)), host=ocp.args.JsonRestore())
+        folder = self.folder / f"step_{step}"
         try:
+            # Compared first: Orbax finds a wrong shape in the midst of reading, and its threads print what they find.
+            stored = _shapes(ocp.StandardCheckpointHandler().metadata(folder / "state").tree)
+            wanted = _shapes(state)
+            if stored != wanted:
+                name = min(name for name in {*stored, *wanted} if stored.get(name) != wanted.get(name))
+                raise ValueError(f"{name}: found {stored.get(name, 'none')}, expected {wanted.get(name, 'none')}")
+            args = ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract_state(state)), host=ocp.args.JsonRestore()
+            )
             restored = self._manager.restore(step, args=args)
         except (ValueError, KeyError, TypeError) as error:
             first = str(error).strip().splitlines()[0][:300]
             raise CheckpointError(
-                f"{self.folder}/step_{step} doesn't fit this config ({first}); go on with the config that it was "
-                "written with, or start in another workdir"
+                f"{folder} doesn't fit this config ({first}); go on with the config that it was written with, or "
+                "start in another workdir"
             ) from error
         return restored.state, restored.host
 
@@ -89,6 +99,12 @@ class Checkpoints:
     def close(self) -> None:
         """Finish writing and release the folder."""
         self._manager.close()
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Shape of each array by its dotted name."""
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in leaves}
 
 
 def changed_fields(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

@@ -1,5 +1,7 @@
 """Checkpoints: what comes back, which are kept, and what doesn't fit."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from biomass_jax.training.checkpoint import CheckpointError, Checkpoints, change
 from biomass_jax.training.plateau import early_stop_init
 from biomass_jax.training.settings import resume_host
 from biomass_jax.training.state import TrainState
+from tests.training.test_steps import begin
 
 
 def state_of(step=0, shape=(3, 2), ema=False):
@@ -57,15 +60,21 @@ def test_a_checkpoint_cut_short_is_not_seen(checkpoints, tmp_path):
     again.close()
 
 
-@pytest.mark.parametrize("other", [state_of(shape=(3, 5)), state_of(ema=True)])
-def test_another_config_is_told_what_to_do(checkpoints, other):
+@pytest.mark.parametrize("other", ["shape", "more", "less"])
+def test_another_config_is_told_what_to_do(checkpoints, other, capfd):
+    other, words = {
+        "shape": (state_of(shape=(3, 5)), "opt_state.0: found (3, 2), expected (3, 5)"),
+        "more": (state_of(ema=True), "ema.params.head.kernel: found none, expected (3, 2)"),
+        "less": (dataclasses.replace(state_of(), learning_rate=None), "learning_rate: found (), expected none"),
+    }[other]
     checkpoints.save(state_of(4), HOST, step=4, loss=2.0)
     checkpoints.wait()
     with pytest.raises(CheckpointError) as caught:
         checkpoints.restore(other, step=4)
     said = str(caught.value)
     assert "step_4 doesn't fit this config" in said and "start in another workdir" in said
-    assert "\n" not in said
+    assert words in said and "\n" not in said
+    assert capfd.readouterr().err == ""
 
 
 def test_changed_fields_are_named_and_harmless_ones_are_not(tmp_path, caplog):
@@ -106,3 +115,12 @@ def test_a_plateau_is_neither_begun_nor_left_half_way(which):
     moved = plain | {"plateau": {"lr": 0.1}}
     with pytest.raises(CheckpointError, match="config.schedule.kind: .* another workdir"):
         resume_host(*((moved, plain) if which == "saved" else (plain, moved)))
+
+
+def test_a_real_optimisers_state_fits_itself(checkpoints):
+    state, _ = begin(freeze=("encoder",), ema=0.9, rate=0.1)
+    checkpoints.save(state, HOST, step=4, loss=2.0)
+    checkpoints.wait()
+    found, _ = checkpoints.restore(state, step=4)
+    assert jax.tree.structure(found) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, found, state)
