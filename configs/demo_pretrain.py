@@ -19,11 +19,13 @@ def get_config() -> config_dict.ConfigDict:
     config.data.threads = tiny.data.threads
     config.dtype = "float32"
     config.batch_size = 8
-    config.epochs = 20
+    config.epochs = 4
     config.log_every = 5
-    for name in ("embed_dim", "depths", "num_heads", "mlp_ratio", "drop_path_rate"):
+    config.draw_every = 4
+    for name in ("patch_size", "embed_dim", "depths", "num_heads", "mlp_ratio", "drop_path_rate"):
         config.model[name] = tiny.model[name]
-    config.optimizer.learning_rate = 2e-3
+    config.model.encoder_stride = 8  # pixels a token of the last stage
+    config.optimizer.learning_rate = 1e-2
     config.optimizer.reference_batch = 0
     config.schedule.warmup_epochs = 1.0
     return config.lock()

@@ -28,6 +28,10 @@ MADE = (
     "check",
     "preview",
     "state",
+    "pretrain",
+    "finetune",
+    "scores",
+    "biomass",
     "model",
     "maps",
 )
@@ -40,10 +44,11 @@ class DemoError(Exception):
 
 def stages(out: Path) -> list[tuple[str, list[str]]]:
     """Titles and commands, in order; a command is what follows `python`."""
+    main = ("-m", "biomass_jax.main", "--config")
     return [
         (
             "Make up a forest: HLS scenes of a small tile, GEDI orbits over it",
-            ["-m", "data_prep.synthetic", "--world", "forest", "--out", f"{out}", "--size", "900x1120"],
+            ["-m", "data_prep.synthetic", "--world", "forest", "--out", f"{out}", "--size", "1568x1344"],
         ),
         (
             "Prepare training data: composite, labels, chips, splits, shards, check",
@@ -56,13 +61,32 @@ def stages(out: Path) -> list[tuple[str, list[str]]]:
             ["-m", "data_prep.preview", "--out", f"{out}", "--tile", TILE, "--png", f"{out}/preview/{TILE}.png"],
         ),
         (
+            "Pretrain a tiny encoder: paint masked patches back, without labels",
+            [*main, "configs/demo_pretrain.py", "--workdir", f"{out}/pretrain", f"--config.data.path={out}/shards"],
+        ),
+        (
+            "Fine-tune it on the footprints",
+            [*main, "configs/demo_finetune.py", "--workdir", f"{out}/finetune", f"--config.data.path={out}/shards"]
+            + [f"--config.init_from={out}/pretrain/best", "--config.load=encoder"],
+        ),
+        (
+            "Score it on chips that it has not seen",
+            [*main, "configs/evaluate.py", "--workdir", f"{out}/scores", f"--config.bundle={out}/finetune/best"]
+            + [f"--config.data.path={out}/shards"],
+        ),
+        (
+            "Map the whole tile",
+            [*main, "configs/predict.py", "--workdir", f"{out}/biomass", f"--config.bundle={out}/finetune/best"]
+            + [f"--config.inputs={out}/composites/{TILE}", "--config.quicklook=true"],
+        ),
+        (
             "Convert a PyTorch checkpoint into a model bundle",
             # This checkpoint doesn't hold the statistics of its training images; the released model's stand in.
             ["-m", "biomass_jax.convert", "--input", CHECKPOINT, "--statistics", "granite", "--output", f"{out}/model"],
         ),
         (
-            "Map one of the scenes",
-            ["-m", "biomass_jax.main", "--config", "configs/predict.py", "--workdir", f"{out}/maps"]
+            "Map one of the scenes with it",
+            [*main, "configs/predict.py", "--workdir", f"{out}/maps"]
             + [f"--config.bundle={out}/model", f"--config.inputs={out}/granules/hls/{GRANULE}"]
             + ["--config.quicklook=true"],
         ),
@@ -88,32 +112,50 @@ def run(title: str, command: list[str], seconds_left: float) -> None:
     print(f"   {time.monotonic() - began:.1f} s")
 
 
-def summary(out: Path) -> str:
-    """Return where shards, map and pictures lie, with a few numbers read back from them."""
-    import tensorflow_datasets as tfds
+def beside_truth(out: Path) -> tuple[Path, float]:
+    """Draw the map beside the made-up forest's own biomass; the picture, and the map's R2."""
+    import json
 
+    from biomass_jax import figures
     from biomass_jax.data import raster
+    from data_prep.synthetic.forest_land import Forest
+
+    (path,) = (ROOT / out / "biomass").glob("*_agbd.tif")
+    found = raster.read_preview(path, max_size=10_000)  # its full size; no-data is NaN
+    plan = json.loads((ROOT / out / "plan.json").read_text())
+    _, _, left, _, _, top = plan["tiles"][TILE]["transform"]
+    truth = Forest(plan["seed"]).pixel_biomass(left, top, found.shape).astype(np.float32)
+    known = np.isfinite(found)
+    residual = np.var(found[known] - truth[known]) + np.mean(found[known] - truth[known]) ** 2
+    r2 = float(1 - residual / np.var(truth[known]))
+    picture = ROOT / out / "biomass" / "beside_truth.png"
+    panels = {f"Map, R2 {r2:.2f}": found, "The made-up forest": truth}
+    figures.save(picture, figures.maps_side_by_side(panels, name="agbd", unit="Mg/ha", zoom=160))
+    return picture, r2
+
+
+def summary(out: Path) -> str:
+    """Return where shards, models, maps and pictures lie, with a few numbers read back from them."""
+    import json
+
+    import tensorflow_datasets as tfds
 
     builder = tfds.builder_from_directory(ROOT / out / "shards")
     sources = {split: builder.as_data_source(split) for split in builder.info.splits}
     chip = sources["train"][0]
-    path = ROOT / out / "maps" / f"{GRANULE}_agbd.tif"
-    biomass = raster.read_preview(path, max_size=10_000)  # its full size; no-data is NaN
-    known = np.isfinite(biomass)
-    low, middle, high = np.percentile(biomass[known], [5, 50, 95])
-    tags = raster.read_tags(path)
+    lines = [json.loads(line) for line in (ROOT / out / "finetune" / "metrics.jsonl").read_text().splitlines()]
+    best = min((line for line in lines if "val/loss" in line), key=lambda line: line["val/loss"])
+    picture, r2 = beside_truth(out)
     return "\n".join(
         [
             f"shards     {out / 'shards'}: " + ", ".join(f"{len(chips)} {split}" for split, chips in sources.items()),
             f"first chip {chip['chip_id'].decode()}, image {chip['image'].shape}, {(chip['label'] >= 0).sum()} labels",
             f"picture    {out / 'preview' / TILE}.png",
-            f"map        {out / 'maps' / path.name}",
-            f"picture    {out / 'maps' / path.stem}_quicklook.png",
-            f"pixels     {biomass.shape[0]} x {biomass.shape[1]}, {1 - known.mean():.1%} without data",
-            f"biomass    {low:.2g} to {high:.2g} Mg/ha (5th and 95th percentile), half below {middle:.2g}",
-            f"sensor     {tags['SENSORS']}, {tags['SEASON']}",
-            f"model      {tags['MODEL_SHA256'][:12]}",
-            "The checkpoint is a toy that has hardly been trained: its numbers mean nothing.",
+            f"model      {out / 'finetune' / 'best'}: val/rmse {best['val/rmse']:.1f} Mg/ha, R2 {best['val/r2']:.2f}",
+            f"scores     {out / 'scores'}",
+            f"map        {out / 'biomass'}: R2 {r2:.2f} against the made-up forest",
+            f"picture    {picture}",
+            f"another    {out / 'maps'}: by a PyTorch checkpoint that has hardly been trained; its numbers mean nothing.",
             "README.md shows how to map with the released model.",
         ]
     )

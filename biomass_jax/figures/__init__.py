@@ -5,7 +5,7 @@
 
 from biomass_jax.figures.chips import ChipPanel, chip_panels
 from biomass_jax.figures.curves import FigureError, training_curves
-from biomass_jax.figures.maps import quicklook
+from biomass_jax.figures.maps import maps_side_by_side, quicklook
 from biomass_jax.figures.scores import density_scatter, error_by_bin, residual_histogram
 from biomass_jax.figures.simmim import ReconstructionPanel, reconstruction_pictures, reconstructions
 from biomass_jax.figures.style import save, stretch, to_array
@@ -17,6 +17,7 @@ __all__ = [
     "chip_panels",
     "density_scatter",
     "error_by_bin",
+    "maps_side_by_side",
     "quicklook",
     "reconstruction_pictures",
     "reconstructions",

@@ -1,6 +1,7 @@
 """A map beside the image it was made from."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,33 @@ def quicklook(
     bar.outline.set_visible(False)
     figure.suptitle(title, fontsize=12, color=GREY, parse_math=False)
     return save(path, figure, title)
+
+
+def maps_side_by_side(panels: Mapping[str, np.ndarray], *, name: str, unit: str, zoom: int) -> Any:
+    """Maps of one place in one scale of colours, each whole and below it a square of its middle, enlarged.
+
+    Args:
+        panels: title and (h, w) values, NaN for no-data, all of one shape.
+        name: what the values are.
+        unit: their unit.
+        zoom: side of the enlarged square in pixels.
+    """
+    arrays = list(panels.values())
+    height, width = arrays[0].shape
+    top, left = (max(0, (side - zoom) // 2) for side in (height, width))
+    valid = np.concatenate([values[np.isfinite(values)] for values in arrays])
+    limits = {"vmin": 0.0, "vmax": float(np.percentile(valid, 99)) if valid.size else 1.0}
+    figure = new_figure(4.4 * len(arrays) + 1.0, 4.4 * (height / width + 1) + 0.6)
+    grid = figure.subplots(2, len(arrays), squeeze=False)
+    for column, (title, values) in enumerate(panels.items()):
+        for row, shown in enumerate((values, values[top : top + zoom, left : left + zoom])):
+            axes = grid[row, column]
+            image_axes(axes)
+            drawn = axes.imshow(np.ma.masked_invalid(shown), cmap="viridis", interpolation="nearest", **limits)
+        grid[0, column].set_title(title, fontsize=10)
+        grid[1, column].set_title(f"its middle, {zoom} x {zoom} pixels", fontsize=9)
+    figure.colorbar(drawn, ax=grid, fraction=0.03, pad=0.02, extend="max").set_label(f"{name} ({unit})")
+    return figure
 
 
 def _draw_values(axes: Any, values: np.ndarray) -> Any:
