@@ -17,9 +17,9 @@ def get_config() -> config_dict.ConfigDict:
     config.data.path = "demo_out/shards"
     config.data.threads = 2
     config.batch_size = 8
-    config.epochs = 10
+    config.epochs = 18
     config.log_every = 2
-    config.draw_every = 5
+    config.draw_every = 9
     # Half of the made-up forest's variance is between neighbouring pixels: a token a pixel learns that in seconds.
     config.model.patch_size = 1
     config.model.upscale_layers = 0

@@ -155,7 +155,7 @@ def summary(out: Path) -> str:
             f"scores     {out / 'scores'}",
             f"map        {out / 'biomass'}: R2 {r2:.2f} against the made-up forest",
             f"picture    {picture}",
-            f"another    {out / 'maps'}: by a PyTorch checkpoint that has hardly been trained; its numbers mean nothing.",
+            f"another    {out / 'maps'}: by a PyTorch checkpoint that is a toy; its numbers mean nothing",
             "README.md shows how to map with the released model.",
         ]
     )

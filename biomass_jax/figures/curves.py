@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,20 @@ class FigureError(ValueError):
     """A file that a picture is to be made from is missing or holds something else."""
 
 
-def training_curves(runs: Sequence[str | os.PathLike[str]], *, names: Sequence[str] = (), title: str = "") -> Any:
+def training_curves(
+    runs: Sequence[str | os.PathLike[str]],
+    *,
+    names: Sequence[str] = (),
+    title: str = "",
+    levels: Mapping[str, float] | None = None,
+) -> Any:
     """Losses over steps, training thin and dashed, validation thick; beside them validation RMSE where there is any.
 
     Args:
         runs: workdirs, or their `metrics.jsonl`.
         names: of the runs; their folders' where not given.
         title: of the picture.
+        levels: RMSEs to compare with, drawn across the last panel.
 
     Raises:
         FigureError: a file is missing, isn't one of metrics, or holds no loss.
@@ -44,6 +51,10 @@ def training_curves(runs: Sequence[str | os.PathLike[str]], *, names: Sequence[s
             steps, values = _points(run, thick)
             best = f", best {min(values):.4g}" if values else ""
             axes.plot(steps, values, color=colour, linewidth=1.9, marker=".", label=f"{name}{best}")
+        if thick == PANELS[-1][-1]:
+            for index, (name, value) in enumerate((levels or {}).items()):
+                line = ("-", "--", "-.", ":")[index % 4]
+                axes.axhline(value, color="black", linewidth=0.9, linestyle=line, label=f"{name}, {value:.4g}")
         if thin:
             axes.plot([], [], color="black", linewidth=0.9, linestyle="--", label="training")
         for text in axes.legend(frameon=True, framealpha=0.85, edgecolor="none", fontsize=8).get_texts():
