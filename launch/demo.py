@@ -67,7 +67,8 @@ def stages(out: Path) -> list[tuple[str, list[str]]]:
         (
             "Fine-tune it on the footprints",
             [*main, "configs/demo_finetune.py", "--workdir", f"{out}/finetune", f"--config.data.path={out}/shards"]
-            + [f"--config.init_from={out}/pretrain/best", "--config.load=encoder"],
+            # It begins with an encoder that has seen the forest: half as long as from random weights is enough.
+            + [f"--config.init_from={out}/pretrain/best", "--config.load=encoder", "--config.epochs=10"],
         ),
         (
             "Score it on chips that it has not seen",
