@@ -1,7 +1,6 @@
 """Whole runs on small shards: what is written, and that a run that was cut is the same run."""
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +10,10 @@ import numpy as np
 import pytest
 
 from biomass_jax import bundle
-from biomass_jax.training import build, loop, run
+from biomass_jax.training import loop
 from configs import finetune_all_biomes
 from tests.training import world
+from tests.training.runs import assert_same_run, final_state, lines, train
 
 
 @pytest.fixture(scope="module")
@@ -24,28 +24,6 @@ def shards(tmp_path_factory):
 def config_of(shards, **fields):
     fields = {"epochs": 3, "data__path": str(shards), "optimizer__learning_rate": 1e-3} | fields
     return world.configure(finetune_all_biomes.get_config(), **fields)
-
-
-def train(config, workdir, stop=lambda: False):
-    workdir.mkdir(exist_ok=True, parents=True)
-    return run.train_and_evaluate(config, workdir, stop=stop)
-
-
-def lines(workdir):
-    """metrics.jsonl without what depends on time."""
-    found = [json.loads(text) for text in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.startswith("perf/")} for line in found]
-
-
-def final_state(workdir, config):
-    """Every array of the last checkpoint, by path; the folder is copied, since a run that goes on changes it."""
-    copy = workdir.with_name(f"{workdir.name}_copy")
-    shutil.copytree(workdir / "checkpoints", copy / "checkpoints")
-    again = build.build_run(config, copy, command="")
-    again.close()
-    return {
-        jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(again.state)
-    }
 
 
 @pytest.fixture(scope="module")
@@ -121,18 +99,6 @@ def test_a_run_killed_within_an_epochs_end_goes_on_as_if_it_had_not_been(
             train(config_of(shards), tmp_path / "run")
     assert train(config_of(shards), tmp_path / "run")
     assert_same_run(tmp_path / "run", config_of(shards), unbroken)
-
-
-def assert_same_run(workdir, config, unbroken):
-    expected_dir, expected = unbroken
-    assert lines(workdir) == lines(expected_dir)
-    found = final_state(workdir, config)
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        np.testing.assert_array_equal(found[name], value, err_msg=name)
-    best, wanted = (bundle.read_meta(folder / "best") for folder in (workdir, expected_dir))
-    assert best["weights_sha256"] == wanted["weights_sha256"]
-    assert best["training"] == wanted["training"]
 
 
 def test_a_finished_run_does_nothing_more(unbroken, shards):
