@@ -32,7 +32,7 @@ setup: $(STAMP) ## set up .venv (the other targets do so by themselves)
 $(STAMP): setup.py pyproject.toml .ci/setup_venv $(wildcard constraints/*.txt)
 	@bash .ci/setup_venv "$(PYTHON)" "$(VENV)"
 
-demo: $(STAMP) ## a made-up forest to training shards, a small checkpoint, a map: demo_out/
+demo: $(STAMP) ## a made-up forest to training shards, a model, scores, a map: demo_out/
 	@$(BIN)/python -m launch.demo
 
 # Two processes, each with its own share of the tests: most of them wait for one core.
@@ -43,6 +43,9 @@ test: $(STAMP) ## the quick tests
 test-slow: $(STAMP) ## the tests marked slow
 	$(PYTEST) -m slow -n 2 --dist worksteal --ignore tests/end_to_end/test_demo.py
 	$(PYTEST) -m slow tests/end_to_end/test_demo.py
+
+mutate: $(STAMP) ## put faults into a copy of data preparation; a test has to notice each
+	$(BIN)/python -m tests.mutation.mutate_data_prep
 
 check: $(STAMP) ## formatting, lint, types, import rules
 	$(BIN)/python -m ruff format --check .
@@ -55,6 +58,7 @@ bench: $(STAMP) ## speed figures; installs torch and rioxarray to compare with
 	$(BIN)/python -m benchmarks.model
 	$(BIN)/python -m benchmarks.predict
 	$(BIN)/python -m benchmarks.data_prep
+	$(BIN)/python -m benchmarks.train
 
 clean: ## remove .venv, caches and demo_out
 	rm -rf $(VENV) .cache demo_out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
