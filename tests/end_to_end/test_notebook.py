@@ -175,4 +175,4 @@ def test_memory_stays_small(executed):
     own, largest, has_jax = notebook.cells[-1].outputs[0].text.split()
     assert has_jax == "False"  # it would take the accelerator from the commands
     assert int(own) < 600 * MIB
-    assert int(largest) < 3000 * MIB
+    assert int(largest) < 2000 * MIB
