@@ -34,6 +34,7 @@ MADE = (
     "biomass",
     "model",
     "maps",
+    "notebook",
 )
 TIME_LIMIT = 290.0  # seconds for all stages together
 
