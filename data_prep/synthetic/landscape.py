@@ -90,12 +90,13 @@ def _by_parcel(parcels: NDArray[np.int64], rng: np.random.Generator) -> FloatGri
     return rng.uniform(size=len(numbers)).astype(np.float32)[inverse].reshape(parcels.shape)
 
 
-def make_landscape(shape: tuple[int, int], seed: int = 0) -> Landscape:
+def make_landscape(shape: tuple[int, int], seed: int = 0, *, parcel: float = 16.0) -> Landscape:
     """Return a landscape of wooded hills, a river in its farmed valley, a town, lakes and clearings.
 
     Args:
         shape: (H, W) in pixels of 30 m.
         seed: another seed, another land.
+        parcel: typical side of a field in pixels.
     """
     rng = np.random.default_rng([seed, 1])
     to_river, to_axis = _river(shape, rng)
@@ -104,7 +105,7 @@ def make_landscape(shape: tuple[int, int], seed: int = 0) -> Landscape:
     elevation = 600 + 150 * relief * (1 - 0.75 * valley) - 260 * valley
 
     wildness = share_below(relief - 1.9 * valley + 0.35 * fractal(shape, rng, roughness=1.0, largest=40))
-    parcels = _parcels(shape, rng, side=16)
+    parcels = _parcels(shape, rng, side=parcel)
     cover = np.full(shape, Cover.GRASS, np.uint8)
     cover[wildness < 0.38] = Cover.CROP
     cover[wildness > 0.47] = Cover.FOREST
