@@ -4,6 +4,7 @@
 """
 
 from biomass_jax.figures.chips import ChipPanel, chip_panels
+from biomass_jax.figures.comparison import by_training_size
 from biomass_jax.figures.curves import FigureError, training_curves
 from biomass_jax.figures.maps import maps_side_by_side, quicklook
 from biomass_jax.figures.scores import density_scatter, error_by_bin, residual_histogram
@@ -14,6 +15,7 @@ __all__ = [
     "ChipPanel",
     "FigureError",
     "ReconstructionPanel",
+    "by_training_size",
     "chip_panels",
     "density_scatter",
     "error_by_bin",

@@ -1,0 +1,251 @@
+"""Does pretraining help where labels are few? `python -m benchmarks.pretraining_helps`.
+
+The demo's model is pretrained on all chips of a made-up forest without their labels, then fine-tuned on some of the
+chips with labels, and from scratch on the same ones: same steps, statistics and seeds, each chip repeated until an
+epoch is as long as with all of them. The score is the last one, at the cosine's end, so nothing is chosen by
+validation. The linear probe is a ridge regression of a chip's mean biomass on the frozen encoder's pooled stage
+features, pretrained and random. Prints what came out, whichever way it falls; a picture shows every seed.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import common
+from benchmarks.linear_probe import pool_features, ridge_probe
+from biomass_jax import figures
+from biomass_jax.data import bands, records, sources
+
+FOLDER = common.FOLDER / "pretraining_helps"
+WAYS = ("pretrained", "from scratch")
+LABELLED, LABEL_ERROR = 0.01, 4.0  # share of pixels with a footprint, Mg/ha of its noise: as GEDI in the demo
+ALPHAS = tuple(np.logspace(-2, 5, 22))
+
+
+def forest_chip(split: str, index: int, side: int) -> records.Record:
+    """A clear view of a piece of the forest that no other chip shows, with footprints on a few pixels."""
+    from data_prep.synthetic.forest import EPSG, LEFT, TOP
+    from data_prep.synthetic.forest_land import Forest
+    from data_prep.synthetic.forest_view import Day, shadowed_biomass, view
+    from data_prep.synthetic.landscape import PIXEL_M
+
+    rng = np.random.default_rng([index, *split.encode()])
+    forest = Forest()
+    left, top = LEFT + 2 * PIXEL_M * side * index, TOP - (300e3 if split == "val" else 0)
+    biomass = forest.pixel_biomass(left, top, (side + 1, side))
+    greenness = forest.greenness(left, top, (side, side))
+    image, _ = view(shadowed_biomass(biomass), greenness, Day(leaves=0.9, clouds=0.0), rng)
+    measured = np.maximum(biomass[:-1] + LABEL_ERROR * rng.standard_normal((side, side)), 0)
+    label = np.where(rng.random((side, side)) < LABELLED, measured, records.NO_LABEL)
+    return records.Record(
+        image=image,
+        label=label.astype(np.float32),
+        chip_id=f"{split}_{index}",
+        tile="10SFF",
+        row=-1,
+        col=-1,
+        epsg=EPSG,
+        transform=np.array([PIXEL_M, 0, left, 0, -PIXEL_M, top]),
+        biome="unknown",
+        season="",
+        sensors="L30",
+        schema_version=records.SCHEMA_VERSION,
+    )
+
+
+def read_chips(folder: str) -> dict[str, list[records.Record]]:
+    """The chips of shards that have labels, by split."""
+    found = {}
+    for split in ("train", "val"):
+        source = sources.open_source(folder, split)
+        chips = [source[index] for index in range(len(source))]
+        found[split] = [chip for chip in chips if (chip["label"] >= 0).any()]
+    return found
+
+
+def drawn(available: int, count: int, seed: int) -> np.ndarray:
+    """Numbers of so many of the chips, drawn by a seed."""
+    return np.random.default_rng([seed, count]).permutation(available)[:count]
+
+
+def train(config: Any, workdir: Path, fields: dict[str, Any]) -> dict[str, Any]:
+    """Run a config with other fields; the last validation's line."""
+    from biomass_jax.training.run import train_and_evaluate
+
+    config.update_from_flattened_dict(fields | {"epochs": None, "draw_every": 0})
+    workdir.mkdir(parents=True)
+    train_and_evaluate(config, workdir, stop=lambda: False)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "val/loss" in line][-1]
+
+
+def pretrain(folder: str, side: int, steps: int) -> tuple[Path, float]:
+    """The demo's pretraining on all chips; its bundle, and its masked loss."""
+    from configs import demo_pretrain
+
+    workdir = FOLDER / "pretrain"
+    line = train(demo_pretrain.get_config(), workdir, {"data.path": folder, "augment.size": side, "steps": steps})
+    return workdir / "best", line["val/loss"]
+
+
+def finetune(
+    chips: dict[str, list[records.Record]],
+    count: int,
+    seed: int,
+    bundle: Path | None,
+    about: dict[str, Any],
+    steps: int,
+) -> float:
+    """RMSE on the validation chips after fine-tuning on `count` chips, Mg/ha."""
+    from configs import demo_finetune
+    from data_prep import shards
+
+    workdir = FOLDER / f"{'scratch' if bundle is None else 'pretrained'}_{count}_{seed}"
+    total = len(chips["train"])
+    chosen = [chips["train"][i] for i in drawn(total, count, seed)]
+    repeated = [chosen[i % count] | {"chip_id": f"{chosen[i % count]['chip_id']}_{i // count}"} for i in range(total)]
+    data = workdir / "shards"
+    shards.write_shards({"train": repeated, "val": chips["val"]}, data)
+    fields = {"data.path": str(data), "steps": steps, "seed": seed, "log_every": steps}
+    fields |= {"data.means": tuple(about["means"]), "data.stds": tuple(about["stds"])}
+    if bundle is not None:
+        fields |= {"init_from": str(bundle), "load": "encoder"}
+    rmse = train(demo_finetune.get_config(), workdir / "run", fields)["val/rmse"]
+    shutil.rmtree(workdir)
+    return rmse
+
+
+def stage_features(chips: list[records.Record], loaded: Any, variables: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Features of all stages pooled over a chip's labelled pixels, and the mean of its labels: [n, d], [n]."""
+    import jax
+
+    def stages(model: Any, image: jax.Array) -> Any:
+        return model.encoder.encode(model.encoder.embed(image))
+
+    module = loaded.module()
+    apply = jax.jit(lambda image: module.apply(variables, image, method=stages))
+    features, means = [], []
+    for chip in chips:
+        image, label = chip["image"].astype(np.float32), chip["label"]
+        image[bands.no_data(chip["image"])] = 0
+        z = (image - loaded.means) / loaded.stds
+        maps = [np.asarray(stage) for stage in apply(z[None].astype(np.float32))]
+        features.append(pool_features(maps, (label >= 0)[None])[0])
+        means.append(label[label >= 0].mean(dtype=np.float64))
+    return np.array(features), np.array(means)
+
+
+def probes(chips: dict[str, list[records.Record]], bundle: Path, counts: list[int], seeds: int) -> dict[str, Any]:
+    """RMSE of the ridge regression on validation chips, by encoder and number of training chips."""
+    import jax
+
+    from biomass_jax.bundle import load
+    from biomass_jax.models.build import dummy_inputs
+
+    loaded = load(bundle)
+    module = loaded.module()
+    random = jax.jit(module.init)(jax.random.key(0), *dummy_inputs(module))
+    found: dict[str, Any] = {}
+    for way, variables in (("pretrained encoder", loaded.variables), ("random encoder", random)):
+        train_x, train_y = stage_features(chips["train"], loaded, variables)
+        val_x, val_y = stage_features(chips["val"], loaded, variables)
+        found[way] = {count: [] for count in counts}
+        for count in counts:
+            for seed in range(seeds):
+                some = drawn(len(train_y), count, seed)
+                found[way][count].append(ridge_probe(train_x[some], train_y[some], val_x, val_y, ALPHAS))
+    return found
+
+
+def counts_of(asked: list[str], available: int) -> list[int]:
+    """Numbers of chips, `all` among them, in order.
+
+    Raises:
+        SystemExit: more than there are, or fewer than a batch takes.
+    """
+    counts = sorted({available if text == "all" else int(text) for text in asked})
+    if counts[0] < 1 or counts[-1] > available:
+        raise SystemExit(f"--chips {' '.join(asked)}: expected numbers from 1 to {available}, or all")
+    return counts
+
+
+def main() -> None:
+    """Pretrain, fine-tune every way, print the table, write JSON and the picture."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--chips", nargs="+", default=["20", "100", "all"], help="labelled training chips")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--shards", help="with labels; instead of a made-up forest")
+    parser.add_argument("--train", type=int, default=160, help="training chips of the made-up forest")
+    parser.add_argument("--val", type=int, default=24, help="its validation chips")
+    parser.add_argument("--side", type=int, default=112, help="px of its chips, a multiple of 56")
+    parser.add_argument("--pretrain-steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=100, help="of fine-tuning")
+    parser.add_argument("--json", type=Path, default=common.FOLDER / "pretraining_helps.json")
+    options = parser.parse_args()
+    import jax
+
+    from biomass_jax.bundle import read_meta
+    from data_prep import shards
+
+    jax.config.update("jax_compilation_cache_dir", str(common.FOLDER / "jax"))
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    folder = options.shards or str(FOLDER / "shards")
+    if options.shards is None:
+        sizes = {"train": options.train, "val": options.val}
+        made = {split: [forest_chip(split, i, options.side) for i in range(n)] for split, n in sizes.items()}
+        shards.write_shards(made, folder)
+    chips = read_chips(folder)
+    side = chips["train"][0]["image"].shape[0]
+    counts = counts_of(options.chips, len(chips["train"]))
+    bundle, masked_loss = pretrain(folder, side, options.pretrain_steps)
+    about = read_meta(bundle)["input"]
+    tuned: dict[str, dict[int, list[float]]] = {way: {count: [] for count in counts} for way in WAYS}
+    for count in counts:
+        for seed in range(options.seeds):
+            for way, start in zip(WAYS, (bundle, None), strict=True):
+                tuned[way][count].append(finetune(chips, count, seed, start, about, options.steps))
+                print(f"{count} chips, seed {seed}, {way}: {tuned[way][count][-1]:.2f} Mg/ha", flush=True)
+    probed = probes(chips, bundle, counts, options.seeds)
+    report(options, chips, masked_loss, tuned, probed)
+
+
+def report(options: Any, chips: dict[str, Any], masked_loss: float, tuned: Any, probed: Any) -> None:
+    """Print the table, write JSON and the picture."""
+    labels = [chip["label"][chip["label"] >= 0].astype(np.float64) for chip in chips["val"]]
+    panels = {"Fine-tuning, labelled pixels": tuned, "Linear probe, means of chips": probed}
+    constants = (np.concatenate(labels).std(), np.std([label.mean() for label in labels]))
+    levels = {name: {"best constant": float(value)} for name, value in zip(panels, constants, strict=True)}
+    rows = [
+        [name, way, str(count), f"{np.mean(scores):.2f}", f"{min(scores):.2f}-{max(scores):.2f}"]
+        for name, ways in panels.items()
+        for way, by_count in ways.items()
+        for count, scores in by_count.items()
+    ]
+    rows += [[name, "best constant", "", f"{level['best constant']:.2f}", ""] for name, level in levels.items()]
+    print(f"\nMasked loss of the pretraining: {masked_loss:.3f}\n")
+    common.print_table(["validation RMSE", "way", "chips", "mean, Mg/ha", "lowest-highest"], rows)
+    print()
+    for name, (first, second) in ((name, tuple(ways)) for name, ways in panels.items()):
+        for count, scores in panels[name][first].items():
+            gains = np.subtract(panels[name][second][count], scores)
+            print(
+                f"{name}, {count} chips: {first} is better by {gains.mean():+.2f} Mg/ha, "
+                f"in {(gains > 0).sum()} of {len(gains)} seeds"
+            )
+    picture = options.json.with_suffix(".png")
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    figures.save(picture, figures.by_training_size(panels, levels=levels, title="Pretraining and from scratch"))
+    print(f"picture: {picture}")
+    settings = {name: value for name, value in vars(options).items() if name != "json"}
+    common.write_json(
+        options.json,
+        {"machine": common.machine(), "settings": settings, "masked_loss": masked_loss, "levels": levels} | panels,
+    )
+
+
+if __name__ == "__main__":
+    main()
