@@ -21,7 +21,8 @@ from biomass_jax.convert.convert import Options, nested, read
 from biomass_jax.convert.input_meta import InputFlags
 from biomass_jax.data import bands, masking, sources
 from biomass_jax.training import build, loop
-from configs import finetune_all_biomes, pretrain_simmim_swin_b_100ep
+from biomass_jax.training.settings import make_schedule
+from configs import finetune_all_biomes, pretrain_simmim_swin_b_100ep, pretrain_simmim_swin_b_800ep
 from tests.training import world
 from tests.training.runs import assert_same_run, final_state, lines, train
 
@@ -326,3 +327,19 @@ def test_sizes_that_do_not_fit_are_an_error_that_names_the_field(shards, tmp_pat
     ):
         with pytest.raises(build.ConfigError, match=named):
             build.build_run(config_of(shards, **fields), tmp_path / "run", command="")
+
+
+def test_rates_are_those_of_the_official_recipes_times_four():
+    """microsoft/SimMIM: scaled by the batch over 512, here 2048; 625 steps are an epoch of 1,280,000 images."""
+    per_epoch = 625
+    config = pretrain_simmim_swin_b_100ep.get_config()
+    rate = make_schedule(config, 100 * per_epoch, per_epoch)
+    assert (config.batch_size, config.epochs, config.mask_patch_size, config.mask_ratio) == (2048, 100, 32, 0.6)
+    at = [0, 5 * per_epoch, 10 * per_epoch, 50 * per_epoch, 100 * per_epoch]
+    falling = 1e-5 + (2e-4 - 1e-5) * np.cos(np.pi * 0.05) ** 2  # the cosine has run since step 0
+    expected = np.multiply(4, [1e-6, (1e-6 + 2e-4) / 2, falling, (2e-4 + 1e-5) / 2, 1e-5])
+    np.testing.assert_allclose([rate(step) for step in at], expected, rtol=1e-5)
+    config = pretrain_simmim_swin_b_800ep.get_config()
+    rate = make_schedule(config, 800 * per_epoch, per_epoch)
+    at = [0, 10 * per_epoch, 700 * per_epoch - 1, 700 * per_epoch]
+    np.testing.assert_allclose([rate(step) for step in at], np.multiply(4, [5e-7, 1e-4, 1e-4, 1e-5]), rtol=1e-5)
