@@ -185,7 +185,8 @@ def architecture(config: Any, task: str, loaded: Bundle | None) -> dict[str, Any
     fields: dict[str, Any] = dict(VARIANTS[group.variant])
     if loaded is not None:
         whole = config.load == "all" and loaded.task == task
-        encoder = {field.name for field in dataclasses.fields(SwinFields)}
+        # Drop path belongs to the training, not to the weights: a pretrained encoder has none.
+        encoder = {field.name for field in dataclasses.fields(SwinFields)} - {"drop_path_rate"}
         fields |= {name: value for name, value in loaded.meta["architecture"].items() if whole or name in encoder}
     given = {name: value for name, value in group.items() if name not in ("variant", "remat") and value is not None}
     return fields | {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}

@@ -18,6 +18,9 @@ number = int(flags["process_id"])
 print("started", number, "of", flags["process_count"], flush=True)
 """
 
+# The launcher forks this process, which holds JAX where another test has loaded it.
+pytestmark = pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
+
 
 @pytest.fixture
 def launch(root):

@@ -10,6 +10,8 @@ from biomass_jax.models.swin import SwinTransformer
 
 FIELDS = {"embed_dim": 8, "depths": (2, 1), "num_heads": (1, 2), "mlp_ratio": 2, "drop_path_rate": 0.3}
 
+pytestmark = pytest.mark.slow  # compiles two models
+
 
 @pytest.fixture(scope="module")
 def results():

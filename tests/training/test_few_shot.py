@@ -21,6 +21,8 @@ NORM_OR_BIAS = ("scale", "bias", "relative_position_bias_table")
 # Their true gradient is 0: a softmax is blind to what is added to all its keys, the batch's mean takes the rest.
 NO_GRADIENT = ("stages_0/norm/bias", "stages_1/norm/bias", "stages_2/norm/bias")
 
+pytestmark = pytest.mark.slow  # whole runs: each compiles its own step
+
 
 @pytest.fixture(scope="module")
 def model(golden, tmp_path_factory):

@@ -15,6 +15,8 @@ from configs import finetune_all_biomes
 from tests.training import world
 from tests.training.runs import assert_same_run, final_state, lines, train
 
+pytestmark = pytest.mark.slow  # whole runs: each compiles its own step
+
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):

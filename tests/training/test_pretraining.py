@@ -38,6 +38,8 @@ TINY = {name: value for name, value in world.TINY.items() if name != "model.deco
     "schedule.warmup_epochs": 0.4,
 }
 
+pytestmark = pytest.mark.slow  # whole runs: each compiles its own step
+
 
 def with_gaps(record):
     """A chip with a corner and a single pixel that hold no data."""
