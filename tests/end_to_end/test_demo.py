@@ -14,9 +14,14 @@ from launch import demo
 
 
 def test_stages_pass_on_what_the_one_before_wrote(tmp_path):
-    synthetic, prepare, preview, convert, predict = (command for _, command in demo.stages(tmp_path))
+    commands = (command for _, command in demo.stages(tmp_path))
+    synthetic, prepare, preview, pretrain, finetune, evaluate, final, convert, predict = commands
     out = synthetic[synthetic.index("--out") + 1]
     assert prepare[prepare.index("--out") + 1] == preview[preview.index("--out") + 1] == out == str(tmp_path)
+    assert f"--config.data.path={out}/shards" in pretrain and f"--config.data.path={out}/shards" in finetune
+    assert f"--config.init_from={pretrain[pretrain.index('--workdir') + 1]}/best" in finetune
+    for command in (evaluate, final):
+        assert f"--config.bundle={finetune[finetune.index('--workdir') + 1]}/best" in command
     assert f"--config.inputs={out}/granules/hls/{demo.GRANULE}" in predict
     assert f"--config.bundle={convert[convert.index('--output') + 1]}" in predict
     assert (demo.ROOT / convert[convert.index("--input") + 1]).is_file()

@@ -175,6 +175,7 @@ def test_a_sweep_without_a_finished_trial_fails(world):
     assert "No trial has finished" in (world.out / "sweep.html").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_sweep_that_was_killed_or_stopped_goes_on_and_loses_nothing(world, how):
     world.grid({"optimizer.learning_rate": [1e-4, 1e-3, 1e-2], "optimizer.weight_decay": [0.1, 0.2]})
@@ -204,6 +205,7 @@ def test_a_sweep_that_was_killed_or_stopped_goes_on_and_loses_nothing(world, how
     assert not list(world.out.glob(".*.partial"))
 
 
+@pytest.mark.slow
 def test_sweeps_that_share_a_workdir_make_the_total_together(world):
     arguments = ("--sampler", "random", "--trials", "7", "--config.model.pause=0.2")
     both = [world.start(*arguments), world.start(*arguments)]

@@ -33,6 +33,8 @@ FAN_IN = {
     "head/final": 7,
 }
 
+pytestmark = pytest.mark.slow  # compiles the drawing of several models
+
 
 def fresh(module, seed=0):
     variables = jax.jit(lambda key: module.init(key, *dummy_inputs(module)))(jax.random.key(seed))
@@ -98,7 +100,6 @@ def test_norms_and_tables_of_granite_start_still(granite):
     assert all((rest[path] == 1).all() for path in ones) and all((rest[path] == 0).all() for path in zeros)
 
 
-@pytest.mark.slow
 def test_simmim_draws_as_the_official_code_does(simmim):
     kernels = {path: leaf for path, leaf in drawn_with_kernels(simmim).items() if leaf.ndim == 2}
     tables = {path: leaf for path, leaf in simmim.items() if path.endswith("relative_position_bias_table")}
@@ -163,7 +164,6 @@ def small_input():
     return np.zeros((1, 8, 8, 1), np.float32)
 
 
-@pytest.mark.slow
 def test_draws_do_not_depend_on_where_they_lie(tmp_path, root):
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     subprocess.run([sys.executable, "-c", SHARDED, tmp_path], cwd=root, env=env, check=True)

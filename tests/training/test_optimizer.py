@@ -220,6 +220,7 @@ def test_imported_state_does_not_share_memory_with_what_was_imported():
     np.testing.assert_array_equal(flat(mu)["head/final/kernel"], flat(draw(1))["head/final/kernel"])
 
 
+@pytest.mark.slow
 def test_first_update_from_a_real_checkpoint(golden, tmp_path):
     """Weights, moments, count and rate of a Lightning run (three epochs of two steps) through a bundle."""
     options = Options(input=InputFlags(statistics="granite"))
