@@ -1,5 +1,6 @@
 """Checkpoints of a run: the state, and beside it what the host knows (position in the data, counters, the config)."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,12 @@ class Checkpoints:
 
         Args:
             state: see `TrainState`.
-            host: plain numbers, texts, lists and dictionaries.
+            host: plain numbers, texts, lists and dictionaries; may be changed as soon as this returns.
             step: the state's.
             loss: `val/loss` where this is the end of an epoch; a checkpoint without one is never the best.
         """
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host))
+        # Orbax turns the host's part into JSON in its own time, by when the run has gone on.
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(copy.deepcopy(host)))
         self._manager.save(step, args=args, metrics=None if loss is None else {LOSS: loss}, force=True)
 
     def restore(self, state: TrainState, *, step: int) -> tuple[TrainState, dict[str, Any]]:

@@ -1,6 +1,8 @@
 """Checkpoints: what comes back, which are kept, and what doesn't fit."""
 
 import dataclasses
+import json
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +43,24 @@ def test_state_and_host_come_back_to_the_bit(checkpoints, tmp_path):
     again.close()
     jax.tree.map(np.testing.assert_array_equal, found, state)
     assert host == HOST
+
+
+def test_what_the_host_does_after_save_is_not_in_the_checkpoint(checkpoints, monkeypatch):
+    host, changed, dumps = {**HOST, "line": {"epoch": 1}}, threading.Event(), json.dumps
+
+    def late(value, *args, **kwargs):
+        if isinstance(value, dict) and "window" in value:
+            changed.wait(30)  # Orbax's thread is slow to write
+        return dumps(value, *args, **kwargs)
+
+    monkeypatch.setattr(json, "dumps", late)
+    checkpoints.save(state_of(4), host, step=4, loss=2.0)
+    host["line"] = None
+    host["window"] = []
+    changed.set()
+    checkpoints.wait()
+    _, found = checkpoints.restore(state_of(), step=4)
+    assert (found["line"], found["window"]) == ({"epoch": 1}, HOST["window"])
 
 
 def test_the_latest_and_the_best_are_kept(checkpoints):
