@@ -8,10 +8,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from biomass_jax import bundle as bundles
-from biomass_jax.data import bands, pipeline, sources
+from biomass_jax.data import bands, pipeline, processes, sources
 from biomass_jax.evaluation import report, stream
 from biomass_jax.evaluation.biomes import with_biomes
 from biomass_jax.evaluation.errors import EvaluationError
@@ -91,8 +90,8 @@ def score(source: Any, forward: Forward, batch_size: int | None, threads: int, w
         threads: that read.
         wanted: ids, or their beginnings, of chips kept for pictures.
     """
-    processes = jax.process_count()
-    shares = forward.devices * processes
+    count = jax.process_count()
+    shares = forward.devices * count
     given = (4 if forward.platform == "cpu" else 32) * shares if batch_size is None else batch_size
     if given < 1:
         raise EvaluationError(f"config.batch_size is {given}; expected 1 or more")
@@ -100,13 +99,13 @@ def score(source: Any, forward: Forward, batch_size: int | None, threads: int, w
     if size != given:
         log.info("batch_size %d becomes %d: %d devices", given, size, shares)
     batches = pipeline.eval_batches(
-        source, batch_size=size, process_index=jax.process_index(), process_count=processes, threads=threads
+        source, batch_size=size, process_index=jax.process_index(), process_count=count, threads=threads
     )
     return stream.score_batches(
         batches,
         forward,
         wanted=lambda chip_id: any(_matches(chip_id, name) for name in wanted),
-        progress=_Progress(-(-len(source) // processes)),
+        progress=_Progress(-(-len(source) // count)),
     )
 
 
@@ -114,12 +113,7 @@ def gather(part: stream.Part) -> list[stream.Part]:
     """The parts of all processes, in their order, at each of them. They travel as bytes: JAX would round float64."""
     if jax.process_count() == 1:
         return [part]
-    data = np.frombuffer(stream.to_bytes(part), np.uint8)
-    sizes = np.asarray(multihost_utils.process_allgather(np.array([data.size], np.int32))).ravel()
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: data.size] = data
-    rows = np.asarray(multihost_utils.process_allgather(padded))
-    return [stream.from_bytes(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+    return [stream.from_bytes(data) for data in processes.gather(stream.to_bytes(part))]
 
 
 def choose_statistics(config: Any, bundle: Any) -> tuple[np.ndarray, np.ndarray, str]:
