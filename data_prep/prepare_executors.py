@@ -4,8 +4,6 @@ All three are `concurrent.futures.Executor`s, so nothing else knows which of the
 """
 
 import multiprocessing
-import os
-import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +14,7 @@ from typing import Any
 
 from data_prep.commands import KNOWN_ERRORS
 from data_prep.errors import PrepError
+from data_prep.workers import end_with_parent
 
 CONNECT_SECONDS = 30
 
@@ -43,7 +42,7 @@ class ProcessExecutor(Executor):
     def _new(self) -> ProcessPoolExecutor:
         # Not forked: a fork copies the locks of GDAL's threads in whatever state they are.
         context = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(self._workers, context, initializer=_end_with_parent)
+        return ProcessPoolExecutor(self._workers, context, initializer=end_with_parent)
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
         """A future; BrokenExecutor in it if the pool breaks before it is done."""
@@ -138,15 +137,3 @@ def attempt(function: Callable[..., dict[str, Any]], arguments: Mapping[str, Any
             result, error, trace = None, f"{type(unknown).__name__}: {unknown}", traceback.format_exc()
     said = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
     return Outcome(result, error, trace, list(dict.fromkeys(said)))
-
-
-def _end_with_parent() -> None:
-    """End a worker when the process that started it is gone: a killed run must not go on writing beside the next."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
-
-
-def _end_after(parent: Any) -> None:
-    parent.join()
-    os._exit(1)

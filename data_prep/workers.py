@@ -36,7 +36,7 @@ def run_all(
     else:
         # Not forked: a fork copies the locks of GDAL's and TFDS's threads in whatever state they are.
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=_end_with_parent) as pool:
+        with ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=end_with_parent) as pool:
             yield from _results(pool, function, tasks)
 
 
@@ -50,8 +50,8 @@ def _results(executor: Executor, function: Callable[..., Result], tasks: Sequenc
             future.cancel()
 
 
-def _end_with_parent() -> None:
-    """End this worker when the process that started it is gone: a killed run must not go on writing beside the next."""
+def end_with_parent() -> None:
+    """End this worker when its parent is gone: a killed run must not go on writing beside the next."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_after, args=(parent,), daemon=True).start()

@@ -6,29 +6,7 @@ import pytest
 
 from data_prep.download_files import AccessError, Wanted, fetch, fetch_all
 from data_prep.errors import PrepError
-from tests.data_prep.archive import CHUNK, asking, granule_files, names_in, orbit_file, serving
-
-
-@pytest.fixture
-def server():
-    with serving() as server:
-        yield server
-
-
-@pytest.fixture
-def open_url():
-    with asking() as open_url:
-        yield open_url
-
-
-@pytest.fixture(scope="module")
-def granule(tmp_path_factory):
-    return granule_files(tmp_path_factory.mktemp("granule"))
-
-
-@pytest.fixture(scope="module")
-def orbit(tmp_path_factory):
-    return orbit_file(tmp_path_factory.mktemp("orbit"))
+from tests.data_prep.archive import CHUNK, names_in
 
 
 def get(server, open_url, path, **settings):
