@@ -8,6 +8,7 @@ When a process fails, its number and how it ended are printed, the rest is ended
 SIGTERM and Ctrl-C are handed on as SIGTERM, upon which a run saves and ends with 75; a second one kills.
 """
 
+import contextlib
 import ctypes
 import os
 import queue
@@ -87,13 +88,15 @@ class Group:
     """The processes, each with a thread that prints its lines with its number in front."""
 
     def __init__(self, count: int, command: list[str], gpus: list[str]) -> None:
-        """Start them."""
+        """Start them, and take SIGTERM and Ctrl-C from here on."""
         with socket.create_server(("127.0.0.1", 0)) as server:
             address = f"127.0.0.1:{server.getsockname()[1]}"
         self._ended: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._processes: list[subprocess.Popen[bytes]] = []
         self._printers: list[threading.Thread] = []
         self._signals = 0
+        for number in (signal.SIGTERM, signal.SIGINT):  # before there is a process that could be left alone
+            signal.signal(number, self.hand_on)
         for number in range(count):
             flags = [f"--coordinator={address}", f"--process_count={count}", f"--process_id={number}"]
             environment = os.environ | {"PYTHONUNBUFFERED": "1"}
@@ -109,6 +112,8 @@ class Group:
                 preexec_fn=_die_with_launcher if LIBC else None,
             )
             self._processes.append(process)
+        if self._signals:  # came while they were being started
+            self.send(signal.SIGTERM)
         for number in range(count):  # no threads before: they and preexec_fn don't go together
             self._printers.append(threading.Thread(target=self._print, args=(number,), daemon=True))
             self._printers[-1].start()
@@ -118,8 +123,10 @@ class Group:
         pipe = self._processes[number].stdout
         assert pipe is not None
         for line in pipe:
-            sys.stdout.buffer.write(b"[%d] " % number + line.rstrip(b"\r\n") + b"\n")
-            sys.stdout.buffer.flush()
+            # Where nobody listens any more the lines are lost, but the process must not wait with them.
+            with contextlib.suppress(OSError):
+                sys.stdout.buffer.write(b"[%d] " % number + line.rstrip(b"\r\n") + b"\n")
+                sys.stdout.buffer.flush()
 
     def _wait(self, number: int) -> None:
         self._processes[number].wait()
@@ -173,10 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         print(error, file=sys.stderr)
         return 2
-    group = Group(count, command, gpus)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, group.hand_on)
-    return group.wait()
+    return Group(count, command, gpus).wait()
 
 
 if __name__ == "__main__":

@@ -139,3 +139,14 @@ def test_gpus_are_counted_by_nvidia_smi(tmp_path, monkeypatch):
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     assert local.choose_gpus(2, {}) == ["0", "1"]
+
+
+def test_processes_go_on_where_nobody_listens(launch, tmp_path):
+    """As when the terminal is closed: more lines than a pipe holds."""
+    done = tmp_path / "done"
+    process = launch(1, f"time.sleep(0.5)\nfor _ in range(20_000): print('a line')\nopen({str(done)!r}, 'w').close()")
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(timeout=30) == 0
+    assert done.exists()
+    process.stdout = process.stderr = None
