@@ -53,12 +53,9 @@ check: $(STAMP) ## formatting, lint, types, import rules
 	$(BIN)/python -m mypy
 	$(PYTEST) tests/test_imports.py
 
-bench: $(STAMP) ## speed figures; installs torch and rioxarray to compare with
+bench: $(STAMP) ## speed beside the PyTorch original; installs torch and rioxarray
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
-	$(BIN)/python -m benchmarks.model
-	$(BIN)/python -m benchmarks.predict
-	$(BIN)/python -m benchmarks.data_prep
-	$(BIN)/python -m benchmarks.train
+	$(BIN)/python -m benchmarks.run
 
 clean: ## remove .venv, caches and demo_out
 	rm -rf $(VENV) .cache demo_out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -71,8 +71,8 @@ setup(
         "dask": ["distributed>=2024.8"],  # the first that works with NumPy 2; brings dask
         "sweep": SWEEP,
         "hub": ["huggingface_hub>=0.23"],  # resumes broken downloads by itself
-        # torch: the version behind the numeric references in tests/golden. rioxarray, with xarray: what composites are
-        # measured against; older ones were not tried. Only benchmarks/ uses them.
+        # torch: the version behind the numeric references in tests/golden, for the model that ours races. rioxarray,
+        # with xarray: what composites are measured against; older ones were not tried. Only benchmarks/ uses them.
         "bench": ["torch==2.13.0", "rioxarray>=0.19"],
         "docs": DOCS,
         "tools": TOOLS,

@@ -1,14 +1,14 @@
-"""What the benchmarks share: a random model, the machine's peak, worker processes, tables and JSON."""
+"""What the benchmarks share: a random model, the machine's peak, worker processes taking turns, JSON."""
 
 import json
+import math
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,24 @@ FOLDER = ROOT / ".cache" / "benchmarks"
 
 # Multiply-adds of granite's Swin-B forward on one 224 x 224 chip: encoder, UPerNet, head. Two operations each.
 CHIP_GFLOP = 2 * (15.45 + 0.19 + 0.58)
+TRAINING = 3  # the backward pass is twice the forward's work
 
 GRANITE_MEANS = [547.36707, 898.5121, 1020.9082, 2665.5352, 2340.584, 1610.1407]
 GRANITE_STDS = [411.4701, 558.54065, 815.94025, 812.4403, 1113.7145, 1067.641]
 
+# One call of a worker lasts about so long: far above the clock's grain and a GPU's queue.
+SECONDS_A_CALL = 0.3
+# Before a call the others' threads, which spin for a while when they are done, have come to rest.
+REST = 0.05
+
+Job = Callable[..., tuple[dict[str, Any], Callable[[], dict[str, Any]]]]
+
 
 def random_variables(module: Any, seed: int = 0) -> dict[str, Any]:
-    """Variables of a model that has learnt nothing: float32 NumPy arrays, kernels of variance 1 / fan-in."""
+    """Variables of a model that has learnt nothing: float32 NumPy arrays, kernels of variance 1 / fan-in.
+
+    Everything else is random too, so that two implementations agree only where they agree in all of it.
+    """
     import jax
 
     from biomass_jax.models.build import abstract_variables
@@ -35,26 +46,24 @@ def random_variables(module: Any, seed: int = 0) -> dict[str, Any]:
     def draw(path: Any, leaf: Any) -> np.ndarray:
         name = path[-1].key
         if name in ("scale", "var"):
-            return np.ones(leaf.shape, np.float32)
-        if name == "kernel":
-            return rng.standard_normal(leaf.shape, np.float32) / np.float32(np.prod(leaf.shape[:-1])) ** 0.5
-        return np.zeros(leaf.shape, np.float32)
+            return rng.uniform(0.8, 1.25, leaf.shape).astype(np.float32)
+        fan_in = np.prod(leaf.shape[:-1]) if name == "kernel" else 25
+        return rng.standard_normal(leaf.shape, np.float32) / np.float32(fan_in) ** 0.5
 
     return jax.tree_util.tree_map_with_path(draw, abstract_variables(module))
 
 
-def random_bundle() -> Path:
-    """A full Swin-B bundle with random weights, written once."""
+def random_bundle(architecture: Mapping[str, Any] | None = None, path: Path = FOLDER / "swin_b") -> Path:
+    """A bundle with random weights, Swin-B unless told otherwise; written once."""
     from biomass_jax import bundle
     from biomass_jax.models.build import build_module
 
-    path = FOLDER / "random_swin_b"
     if not path.exists():
         bundle.save(
             path,
-            random_variables(build_module("biomass", {})),
+            random_variables(build_module("biomass", dict(architecture or {}))),
             task="biomass",
-            architecture={},
+            architecture=dict(architecture or {}),
             input={
                 "bands": ["BLUE", "GREEN", "RED", "NIR_NARROW", "SWIR_1", "SWIR_2"],
                 "units": "digital numbers (reflectance x 10000)",
@@ -70,12 +79,13 @@ def random_bundle() -> Path:
     return path
 
 
-def matmul_peak() -> Callable[[], float]:
-    """A float32 matrix product whose call returns the rate reached, GFLOP/s: what this machine's cores can do."""
+def matmul_peak(dtype: str = "float32") -> Callable[[], float]:
+    """A matrix product whose call returns the rate reached, GFLOP/s: what this machine's cores can do."""
     import jax
+    import jax.numpy as jnp
 
-    size = 3072
-    a = jax.random.normal(jax.random.key(0), (size, size))
+    size = 3072 if jax.default_backend() == "cpu" else 16384
+    a = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(dtype))
     product = jax.jit(lambda a: a @ a)
     product(a).block_until_ready()
 
@@ -92,9 +102,29 @@ def timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
+def per_call(call: Callable[[], Any], finish: Callable[[], Any]) -> Callable[[], float]:
+    """Seconds a call takes, as the mean of as many as fill `SECONDS_A_CALL`, without waiting between them.
+
+    Args:
+        call: begins the work; called twice at once, to warm up and to see how long it takes.
+        finish: waits until all of it is done.
+    """
+
+    def several(count: int) -> float:
+        return timed(lambda: ([call() for _ in range(count)], finish())) / count
+
+    several(1)
+    count = max(1, min(100, math.ceil(SECONDS_A_CALL / several(1))))
+    return lambda: several(count)
+
+
 def peak_rss_gib() -> float:
-    """Largest resident memory of this process so far, GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    """Largest resident memory of this process so far, GiB (Linux).
+
+    `getrusage` would count what the parent held when it forked.
+    """
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+    return int(line.split()[1]) / 2**20
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -111,6 +141,110 @@ def run_worker(module: str, *arguments: str, env: dict[str, str] | None = None) 
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+class WorkerError(RuntimeError):
+    """A worker ended before it answered; what it said went to stderr."""
+
+
+class Worker:
+    """A process that sets a job up and then waits; each `once` has it done one time.
+
+    Two frameworks in one process fight for threads; in two that take turns each has the machine to itself.
+
+    Attributes:
+        facts: what the job's setting-up told.
+    """
+
+    def __init__(self, module: str, job: str, env: Mapping[str, str] | None = None, **arguments: Any) -> None:
+        self._what = f"python -m {module} {job} '{json.dumps(arguments)}'"
+        command = [sys.executable, "-m", module, job, json.dumps(arguments)]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | dict(env or {}), stdin=pipe, stdout=pipe, text=True
+        )
+        self.facts = self._answer()
+
+    def once(self) -> dict[str, Any]:
+        """What one turn found."""
+        time.sleep(REST)
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        """End the process: without more input it finishes by itself."""
+        self._process.communicate()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self.close()
+            raise WorkerError(f"{self._what} failed")
+        return json.loads(line)
+
+
+def serve(jobs: Mapping[str, Job]) -> None:
+    """The other side of `Worker`: set up the job that the command line names, then do it for each line of input."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    facts, once = jobs[sys.argv[1]](**json.loads(sys.argv[2]))
+    print(json.dumps(facts), file=answers, flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(once()), file=answers, flush=True)
+
+
+class Crew(dict[str, Worker]):
+    """Workers by name, which are ended together."""
+
+    def __enter__(self) -> "Crew":
+        """Nothing to begin."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End them."""
+        for worker in self.values():
+            worker.close()
+
+
+def ask(module: str, job: str, env: Mapping[str, str] | None = None, **arguments: Any) -> dict[str, Any]:
+    """The facts of a job, from a process of its own.
+
+    Raises:
+        WorkerError: it failed.
+    """
+    with Crew() as workers:
+        workers[job] = Worker(module, job, env, **arguments)
+        return workers[job].facts
+
+
+def in_turns(workers: Mapping[str, Worker], rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """What each worker found in each round; one round is a turn of every worker, so that ratios compare neighbours."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
+    for _ in range(rounds):
+        for name, worker in workers.items():
+            found[name].append(worker.once())
+    return found
+
+
+def column(runs: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    """One figure of all rounds."""
+    return [run[name] for run in runs]
+
+
+def installed(*names: str) -> dict[str, str]:
+    """Versions of those packages that are there."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
 def machine() -> dict[str, Any]:
     """Where the figures were taken."""
     from biomass_jax import bundle
@@ -122,7 +256,7 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "load_before": os.getloadavg()[0],
         "system": platform.platform(),
-        "versions": bundle.software_versions(),
+        "versions": bundle.software_versions() | installed("torch", "rasterio", "rioxarray"),
     }
 
 

@@ -1,12 +1,11 @@
 """Data preparation: composites, footprints, shards; each beside the plainest way to read or do the same.
 
-`python -m benchmarks.data_prep` prints tables and writes JSON. Composites: see benchmarks/composite.py. Footprints: one
-made-up orbit of 8 beams in the layout of the real files. Chips are like real ones: digital numbers with texture and
-noise, 250 labels each; GeoTIFFs as the published data set has them (10 bands, float32, LZW, by pixel).
+`python -m benchmarks.run --only prep`. Composites: see benchmarks/composite.py. Footprints: one made-up orbit of 8
+beams in the layout of the real files. Chips are like real ones: digital numbers with texture and noise, 250 labels
+each; GeoTIFFs as the published data set has them (10 bands, float32, LZW, by pixel). Each measurement has a process of
+its own.
 """
 
-import argparse
-import json
 import os
 import shutil
 import time
@@ -19,7 +18,8 @@ import numpy as np
 import rasterio
 from affine import Affine
 
-from benchmarks import common, composite
+from benchmarks import common, composite, suite
+from benchmarks.table import Row
 from biomass_jax.data import records
 from data_prep import geotiff, shards
 from data_prep.gedi import convert_granule
@@ -28,9 +28,12 @@ from data_prep.synthetic.gedi_file import BEAMS, granule_name, seconds_since_epo
 FOLDER = common.FOLDER / "data_prep"
 SIDE = records.CHIP_SIZE
 ROUNDS = 5
+CHIPS = 300
+SCENES, SCENE_SIDE = 8, 1830  # px; 3660 in HLS
 ORBIT, ORBIT_TIME = 8852, datetime(2020, 7, 1, 18, 45, 12)
 BEAM_SHOTS = 60_000  # half of what a quarter of an orbit has, most of it over sea
 BOX = (-122.0, 37.0, -120.8, 38.0)  # about an HLS tile
+Found = tuple[dict[str, Any], Callable[[], dict[str, Any]]]
 
 
 def make_chip(index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -83,87 +86,6 @@ def rate(call: Callable[[], Iterable[Any]], count: int) -> float:
     return count / (time.perf_counter() - began)
 
 
-def measure_writing(workers: int) -> dict[str, Any]:
-    """Chips/s from GeoTIFFs to checked shards: reading, encoding, compressing, statistics, reading back."""
-    count = len(_pairs())
-    folder = FOLDER / "shards"
-    # two shards a worker, so that none waits for long
-    settings = {"records_per_shard": -(-count // (2 * workers)), "workers": workers, "overwrite": True}
-    seconds = common.timed(lambda: geotiff.convert(FOLDER / "geotiffs", folder, **settings))
-    return {"chips_per_s": count / seconds, "peak_rss_gib": common.peak_rss_gib()}
-
-
-def measure_reading() -> dict[str, Any]:
-    """Chips/s of shards and of GeoTIFFs, in turns in one process, in random order, files in the page cache."""
-    pairs = _pairs()
-    source = shards.read(FOLDER / "shards", "train")
-    order = np.random.default_rng(0).permutation(len(pairs)).tolist()
-    ways: dict[str, Callable[[], Iterable[Any]]] = {
-        "geotiff": lambda: (read_geotiff(*pairs[i]) for i in order),
-        "shards": lambda: (source[i] for i in order),
-    }
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    for way in ways.values():
-        rate(way, len(order))
-    for _ in range(ROUNDS):
-        for name, way in ways.items():
-            rates[name].append(rate(way, len(order)))
-    ratios = [a / b for a, b in zip(rates["shards"], rates["geotiff"], strict=True)]
-    return {
-        "chips_per_s": {name: common.spread(values) for name, values in rates.items()},
-        "ratio": common.spread(ratios),
-        "peak_rss_gib": common.peak_rss_gib(),
-    }
-
-
-def _pairs() -> list[tuple[Path, Path]]:
-    return geotiff.find_pairs(FOLDER / "geotiffs")[0]["train"]
-
-
-def benchmark_shards(chips: int) -> dict[str, Any]:
-    """Write and read shards, each in a process of its own; prints its table."""
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    write_geotiffs(FOLDER / "geotiffs", chips)
-    result: dict[str, Any] = {"chips": chips, "writing": {}}
-    for workers in (1, 2):
-        run = common.run_worker("benchmarks.data_prep", "--what", "writing", "--workers", str(workers))
-        result["writing"][str(workers)] = run
-    result["reading"] = common.run_worker("benchmarks.data_prep", "--what", "reading")
-    result["kib_per_chip"] = {
-        name: sum(path.stat().st_size for path in (FOLDER / name).rglob("*") if path.is_file()) / chips / 1024
-        for name in ("geotiffs", "shards")
-    }
-    shutil.rmtree(FOLDER)
-    print(f"\nShards of {chips} chips beside float32 GeoTIFFs; {os.cpu_count()} CPUs, {ROUNDS} rounds\n")
-    reading = result["reading"]["chips_per_s"]
-    rows = [
-        [
-            f"write shards, {workers} worker{'s' * (workers != '1')}",
-            f"{run['chips_per_s']:.0f}",
-            "",
-            f"{run['peak_rss_gib']:.2f}",
-        ]
-        for workers, run in result["writing"].items()
-    ]
-    for name, label in (("geotiff", "read GeoTIFFs"), ("shards", "read shards")):
-        spread = reading[name]
-        rows.append(
-            [
-                label,
-                f"{spread['median']:.0f}",
-                f"{spread['min']:.0f} to {spread['max']:.0f}",
-                f"{result['reading']['peak_rss_gib']:.2f}",
-            ]
-        )
-    common.print_table(["one process reads", "chips/s", "from - to", "peak RSS GiB"], rows)
-    ratio, size = result["reading"]["ratio"], result["kib_per_chip"]
-    print(
-        f"\nshards are read {ratio['median']:.1f} times as fast ({ratio['min']:.1f} to {ratio['max']:.1f}); "
-        f"a chip takes {size['shards']:.0f} KiB, as GeoTIFF {size['geotiffs']:.0f} KiB"
-    )
-    return result
-
-
 def write_orbit(path: Path) -> Path:
     """An orbit that crosses `BOX` from south to north, two thirds of its shots good."""
     beams = {}
@@ -182,67 +104,102 @@ def write_orbit(path: Path) -> Path:
     return write_gedi(path, beams)
 
 
-def measure_footprints() -> dict[str, Any]:
+def measure(settings: suite.Settings) -> suite.Part:
+    """All of it."""
+    found = [measure_composite(settings), measure_footprints(), measure_shards()]
+    rows = [row for part in found for row in part.rows]
+    return suite.Part(rows, {key: value for part in found for key, value in part.raw.items()})
+
+
+def measure_composite(settings: suite.Settings) -> suite.Part:
+    """M scene-pixels/s of a composite; the limit is reading the same files and nothing else."""
+    threads = min(8, len(os.sched_getaffinity(0)))
+    result = composite.benchmark(SCENES, SCENE_SIDE, threads, settings.turns(composite.ROUNDS))
+    pixels = SCENES * SCENE_SIDE**2 / 1e6
+    rates = {way: [pixels / run["seconds"] for run in found["runs"]] for way, found in result["ways"].items()}
+    name = f"composite of {SCENES} scenes, {SCENE_SIDE} px"
+    row = Row("prep", name, "Mpx/s", rates["ours"], rates.get("rival", []), rates["decode"])
+    held = {way: found["peak_rss_gib"] for way, found in result["ways"].items()}
+    memory = suite.memory_row("prep", "memory of a composite", held["ours"], held.get("rival"))
+    return suite.Part([row, memory], {"composite": result})
+
+
+def measure_footprints() -> suite.Part:
+    """M shots of the orbit/s from HDF5 to GeoParquet."""
+    orbit = write_orbit(FOLDER / "gedi" / granule_name(ORBIT_TIME, ORBIT))
+    found = common.ask("benchmarks.data_prep", "footprints", orbit=str(orbit))
+    shutil.rmtree(FOLDER)
+    labels = {"orbit": "footprints of an orbit", "tile": "footprints over a tile"}
+    rows = [
+        Row("prep", label, "Mshots/s", [rate / 1e6 for rate in found["shots_per_s"][name]])
+        for name, label in labels.items()
+    ]
+    return suite.Part(rows, {"footprints": found | {"shots": len(BEAMS) * BEAM_SHOTS}})
+
+
+def measure_shards() -> suite.Part:
+    """Chips/s of writing shards, and of reading them beside reading the GeoTIFFs."""
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    geotiffs, shards = FOLDER / "geotiffs", FOLDER / "shards"
+    write_geotiffs(geotiffs, CHIPS)
+    places = {"geotiffs": str(geotiffs), "shards_folder": str(shards)}
+    writing = {workers: common.ask("benchmarks.data_prep", "writing", workers=workers, **places) for workers in (1, 2)}
+    reading = common.ask("benchmarks.data_prep", "reading", **places)
+    size = {folder.name: _kib_per_chip(folder) for folder in (geotiffs, shards)}
+    shutil.rmtree(FOLDER)
+    rows = [
+        Row("prep", f"write shards, {workers} process{'es' * (workers > 1)}", "chips/s", [found["chips_per_s"]])
+        for workers, found in writing.items()
+    ]
+    rate = reading["chips_per_s"]
+    rows.append(Row("prep", "read shards; rival: GeoTIFFs", "chips/s", rate["shards"], rate["geotiff"]))
+    rows.append(Row("prep", "a chip on disk; rival: GeoTIFF", "KiB", [size["shards"]], [size["geotiffs"]], less=True))
+    return suite.Part(rows, {"writing": writing, "reading": reading, "kib_per_chip": size})
+
+
+def _kib_per_chip(folder: Path) -> float:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / CHIPS / 1024
+
+
+def job_writing(geotiffs: str, shards_folder: str, workers: int) -> Found:
+    """Chips/s from GeoTIFFs to checked shards: reading, encoding, compressing, statistics, reading back."""
+    # two shards a worker, so that none waits for long
+    settings = {"records_per_shard": -(-CHIPS // (2 * workers)), "workers": workers, "overwrite": True}
+    seconds = common.timed(lambda: geotiff.convert(Path(geotiffs), Path(shards_folder), **settings))
+    return {"chips_per_s": CHIPS / seconds, "peak_rss_gib": common.peak_rss_gib()}, dict
+
+
+def job_reading(geotiffs: str, shards_folder: str) -> Found:
+    """Chips/s of shards and of GeoTIFFs, in turns in one process, in random order, files in the page cache."""
+    pairs = geotiff.find_pairs(Path(geotiffs))[0]["train"]
+    source = shards.read(Path(shards_folder), "train")
+    order = np.random.default_rng(0).permutation(len(pairs)).tolist()
+    ways: dict[str, Callable[[], Iterable[Any]]] = {
+        "geotiff": lambda: (read_geotiff(*pairs[i]) for i in order),
+        "shards": lambda: (source[i] for i in order),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(ROUNDS + 1):  # the first brings files into the page cache
+        for name, way in ways.items():
+            found = rate(way, len(order))
+            rates[name] += [found] if number else []
+    return {"chips_per_s": rates, "peak_rss_gib": common.peak_rss_gib()}, dict
+
+
+def job_footprints(orbit: str) -> Found:
     """Shots/s from an orbit to GeoParquet: the whole of it, and the part that lies over a tile."""
-    path = next((FOLDER / "gedi").glob("*.h5"))
     rates: dict[str, list[float]] = {"orbit": [], "tile": []}
     kept = {}
-    for _ in range(ROUNDS + 1):
+    for number in range(ROUNDS + 1):  # the first loads libraries
         for name, box in (("orbit", None), ("tile", BOX)):
             began = time.perf_counter()
-            _, counts = convert_granule(path, FOLDER / "footprints", bbox=box)
-            rates[name].append(counts["shots"] / (time.perf_counter() - began))
+            _, counts = convert_granule(Path(orbit), FOLDER / "footprints", bbox=box)
+            rates[name] += [counts["shots"] / (time.perf_counter() - began)] if number else []
             kept[name] = list(counts.values())[-1]
-    # the first of each loads libraries
-    spreads = {name: common.spread(values[1:]) for name, values in rates.items()}
-    return {"shots_per_s": spreads, "kept": kept, "peak_rss_gib": common.peak_rss_gib()}
+    return {"shots_per_s": rates, "kept": kept, "peak_rss_gib": common.peak_rss_gib()}, dict
 
 
-def benchmark_footprints() -> dict[str, Any]:
-    """Convert an orbit in a process of its own; prints its table."""
-    write_orbit(FOLDER / "gedi" / granule_name(ORBIT_TIME, ORBIT))
-    run = common.run_worker("benchmarks.data_prep", "--what", "footprints")
-    shutil.rmtree(FOLDER)
-    print(f"\nGEDI shots to GeoParquet, an orbit of {len(BEAMS) * BEAM_SHOTS:,}; {ROUNDS} rounds\n")
-    rows = []
-    for name, label in (("orbit", "the whole orbit"), ("tile", "its part over a tile")):
-        rate = run["shots_per_s"][name]
-        span = f"{rate['min'] / 1e6:.2f} to {rate['max'] / 1e6:.2f}"
-        rows.append(
-            [label, f"{run['kept'][name]:,}", f"{rate['median'] / 1e6:.2f}", span, f"{run['peak_rss_gib']:.2f}"]
-        )
-    common.print_table(["", "shots kept", "M shots of the orbit/s", "from - to", "peak RSS GiB"], rows)
-    return run
-
-
-MEASURES: dict[str, Callable[[int], dict[str, Any]]] = {
-    "writing": measure_writing,
-    "reading": lambda workers: measure_reading(),
-    "footprints": lambda workers: measure_footprints(),
-}
-
-
-def main() -> None:
-    """Print the tables and write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--chips", type=int, default=300, help="chips of the data set to write and read")
-    composite.add_options(parser)
-    parser.add_argument("--json", type=Path, default=common.FOLDER / "data_prep.json")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--what", choices=tuple(MEASURES), help=argparse.SUPPRESS)
-    parser.add_argument("--workers", type=int, default=1, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.worker:
-        print(json.dumps(MEASURES[options.what](options.workers)))
-        return
-    result = {
-        "machine": common.machine(),
-        "composite": composite.benchmark(options.scenes, options.side, options.threads, options.rounds),
-        "footprints": benchmark_footprints(),
-        "shards": benchmark_shards(options.chips),
-    }
-    common.write_json(options.json, result)
-
+JOBS: dict[str, common.Job] = {"writing": job_writing, "reading": job_reading, "footprints": job_footprints}
 
 if __name__ == "__main__":
-    main()
+    common.serve(JOBS)

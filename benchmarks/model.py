@@ -1,90 +1,106 @@
-"""Forward pass of Swin-B + UPerNet on 224 x 224 chips: `python -m benchmarks.model`.
+"""Forward pass and training step of Swin-B + UPerNet on 224 x 224 chips, over batch sizes, beside the rival's.
 
-Each batch size runs in a process of its own, forward passes and matrix products in turn, so that the share of the
-matmul peak compares like with like on a machine whose speed drifts.
+`python -m benchmarks.model` is `python -m benchmarks.run --only model --rival none`.
 """
 
-import argparse
-import json
-import os
-from pathlib import Path
+import sys
 from typing import Any
 
-from benchmarks import common
+from benchmarks import common, suite
+from benchmarks.table import Row, Target
+
+FORWARD_ROUNDS, STEP_ROUNDS = 9, 5
+# Times the rival's speed, float32 on two cores, by batch size.
+FORWARD_TARGETS = {1: Target("ratio", ">=", 1.4), 8: Target("ratio", ">=", 1.25)}
+STEP_TARGET = Target("ratio", ">=", 1.1)
+STEP_MEMORY = Target("ours", "<", 4.0)  # GB
+AHEAD = Target("ratio", ">=", 1.0)
+GPU_FORWARD, GPU_STEP = Target("ours", ">=", 9000), Target("ours", ">=", 3000)  # chips/s
 
 
-def measure(batch_size: int, rounds: int, dtype: str) -> dict[str, Any]:
-    """Compile and time one batch size in this process."""
-    import jax
-    import jax.numpy as jnp
-
-    from biomass_jax.models.build import build_module
-
-    module = build_module("biomass", {}, dtype)
-    variables = jax.device_put(common.random_variables(module))
-    images = jax.random.normal(jax.random.key(0), (batch_size, 224, 224, 6), jnp.float32)
-    with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
-        lowered = jax.jit(module.apply).lower(variables, images)
-        compiled: list[Any] = []
-        seconds_compile = common.timed(lambda: compiled.append(lowered.compile()))
-    forward = compiled[0]
-    forward(variables, images).block_until_ready()
-    rss = common.peak_rss_gib()
-    peak = common.matmul_peak()
-    peaks, seconds = [], []
-    for _ in range(rounds):
-        peaks.append(peak())
-        seconds.append(common.timed(lambda: forward(variables, images).block_until_ready()))
-    return {
-        "batch_size": batch_size,
-        "dtype": dtype,
-        "seconds_compile": seconds_compile,
-        "seconds": common.spread(seconds),
-        "gflops_peak": common.spread(peaks),
-        "peak_rss_gib": rss,
-    }
+def measure(settings: suite.Settings) -> suite.Part:
+    """The forward pass."""
+    arguments = {"bundle": str(common.random_bundle())}
+    targets = FORWARD_TARGETS if settings.device == "cpu" else {}
+    return over_sizes(settings, "model", "forward", settings.forward_sizes, arguments, targets)
 
 
-def main() -> None:
-    """Print the table and write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--json", type=Path, default=common.FOLDER / "model.json")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.worker:
-        print(json.dumps(measure(options.batch_sizes[0], options.rounds, options.dtype)))
-        return
-    result: dict[str, Any] = {"machine": common.machine(), "runs": []}
-    rows = []
-    for batch_size in options.batch_sizes:
-        arguments = ["--batch-sizes", str(batch_size), "--rounds", str(options.rounds), "--dtype", options.dtype]
-        # No compilation cache: the time to compile is one of the figures.
-        run = common.run_worker("benchmarks.model", *arguments, env={"JAX_ENABLE_COMPILATION_CACHE": "false"})
-        seconds, peak = run["seconds"]["median"], run["gflops_peak"]["median"]
-        rate = common.CHIP_GFLOP * batch_size / seconds
-        run |= {"chips_per_second": batch_size / seconds, "gflops": rate, "share_of_peak": rate / peak}
-        result["runs"].append(run)
+def measure_steps(settings: suite.Settings, shards: str) -> suite.Part:
+    """The training step."""
+    targets = dict.fromkeys(settings.step_sizes, STEP_TARGET) if settings.device == "cpu" else {}
+    return over_sizes(settings, "train", "step", settings.step_sizes, {"shards": shards}, targets)
+
+
+def over_sizes(
+    settings: suite.Settings,
+    part: str,
+    job: str,
+    sizes: tuple[int, ...],
+    arguments: dict[str, Any],
+    targets: dict[int, Target],
+) -> suite.Part:
+    """One job at each batch size, ours and every rival in turns; a size that doesn't fit is noted and left out."""
+    work = common.CHIP_GFLOP * (common.TRAINING if job == "step" else 1)
+    rounds = settings.turns(STEP_ROUNDS if job == "step" else FORWARD_ROUNDS)
+    found = suite.Part(raw={"runs": {}, "failed": {}})
+    best: list[Row] = []
+    for size in sizes:
+        try:
+            facts, runs = one_size(settings, job, size, rounds, arguments)
+        except common.WorkerError as error:
+            if settings.device == "cpu":
+                raise
+            found.raw["failed"][size] = str(error)
+            continue
+        found.raw["runs"][size] = {"facts": facts, "rounds": runs}
+        target = targets.get(size) if settings.dtype == "float32" else None
+        for rival in settings.rivals or (None,):
+            name = suite.named(f"{job}, batch {size}", rival)
+            mine = (AHEAD if settings.device == "gpu" else None) if rival == "compiled" else target
+            row = suite.timing_row(settings, part, name, runs, rival, chips=size, work=work, target=mine)
+            found.rows.append(row)
+        best.append(row)
+        found.rows += extra_rows(settings, part, job, size, facts, runs)
+    if settings.device == "gpu" and best:
+        top = max(best, key=lambda row: common.spread(row.ours)["median"])
+        goal = GPU_STEP if job == "step" else GPU_FORWARD
+        found.rows.append(Row(part, f"best of {job}", "chips/s", top.ours, limit=top.limit, target=goal))
+    return found
+
+
+def one_size(
+    settings: suite.Settings, job: str, size: int, rounds: int, arguments: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """Facts and rounds of ours and of the rivals at one batch size."""
+    env = settings.env()
+    shared = {"batch_size": size, "dtype": settings.dtype}
+    with common.Crew() as workers:
+        workers["ours"] = common.Worker(suite.OURS, job, env, **shared, **arguments)
+        for rival in settings.rivals:
+            shared |= {"weights": suite.weights(), "device": settings.torch_device, "compiled": rival == "compiled"}
+            workers[rival] = common.Worker(suite.RIVAL, job, env, **shared)
+        facts = {name: worker.facts for name, worker in workers.items()}
+        return facts, common.in_turns(workers, rounds)
+
+
+def extra_rows(
+    settings: suite.Settings, part: str, job: str, size: int, facts: dict[str, Any], runs: suite.Runs
+) -> list[Row]:
+    """Compiling, and the memory of a step or on a GPU."""
+    compiled = [facts["compiled"]["seconds_first"]] if "compiled" in facts else []
+    compiling = [facts["ours"]["seconds_compile"]]
+    rows = [Row(part, f"compile {job}, batch {size}", "s", compiling, compiled, less=True)]
+    if job == "step" or settings.device == "gpu":
+        rival = settings.rivals[0] if settings.rivals else None
+        theirs = max(common.column(runs[rival], "memory_gib")) if rival else None
+        target = STEP_MEMORY if settings.device == "cpu" and size == 4 else None
         rows.append(
-            [
-                str(batch_size),
-                f"{seconds:.3f} ({run['seconds']['min']:.3f}-{run['seconds']['max']:.3f})",
-                f"{batch_size / seconds:.2f}",
-                f"{rate:.0f}",
-                f"{peak:.0f}",
-                f"{rate / peak:.0%}",
-                f"{run['peak_rss_gib']:.2f}",
-                f"{run['seconds_compile']:.1f}",
-            ]
+            suite.memory_row(part, f"memory of {job}, batch {size}", facts["ours"]["memory_gib"], theirs, target)
         )
-    print(f"Swin-B + UPerNet, 224 x 224, {options.dtype}, {os.cpu_count()} CPUs, medians of {options.rounds} rounds\n")
-    common.print_table(
-        ["batch", "seconds (min-max)", "chips/s", "GFLOP/s", "matmul peak", "share", "peak RSS GiB", "compile s"], rows
-    )
-    common.write_json(options.json, result)
+    return rows
 
 
 if __name__ == "__main__":
-    main()
+    from benchmarks import run
+
+    run.main(["--only", "model", "--rival", "none", *sys.argv[1:]])

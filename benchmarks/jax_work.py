@@ -1,0 +1,256 @@
+"""Our jobs, each in a process of its own: `python -m benchmarks.jax_work JOB ARGUMENTS` (see `common.Worker`)."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import common, trace
+
+Once = Callable[[], dict[str, Any]]
+
+
+def describe() -> tuple[dict[str, Any], Once]:
+    """What computes."""
+    device = jax.devices()[0]
+    return {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()}, dict
+
+
+def peak(dtype: str = "float32") -> tuple[dict[str, Any], Once]:
+    """The matmul peak alone, the median of three."""
+    rate = common.matmul_peak(dtype)
+    return {"gflops_peak": common.spread([rate() for _ in range(3)])["median"]}, dict
+
+
+def memory() -> float:
+    """Peak, GiB: of the process on CPU, of JAX's buffers on a GPU."""
+    stats = jax.devices()[0].memory_stats() or {}
+    return stats["peak_bytes_in_use"] / 2**30 if "peak_bytes_in_use" in stats else common.peak_rss_gib()
+
+
+def precision(dtype: str) -> Any:
+    """The context in which a forward pass is compiled, as `Predictor` has it."""
+    return jax.default_matmul_precision("highest" if dtype == "float32" else "default")
+
+
+def compile_timed(lowered: Any) -> tuple[Any, float]:
+    """The program, and how long it took."""
+    found: list[Any] = []
+    seconds = common.timed(lambda: found.append(lowered.compile()))
+    return found[0], seconds
+
+
+def reference(bundle: str, shared: str, count: int = 2) -> tuple[dict[str, Any], Once]:
+    """Images, our output and the architecture, for `torch_rival.check`."""
+    from biomass_jax import bundle as bundles
+
+    opened = bundles.load(bundle)
+    images = np.random.default_rng(0).standard_normal((count, 224, 224, 6), np.float32)
+    with precision("float32"):
+        ours = jax.jit(opened.module().apply)(opened.variables, images)
+    fields = json.dumps(opened.meta["architecture"])
+    np.savez(shared, images=images, ours=np.asarray(ours), fields=fields)
+    return {"fields": fields}, dict
+
+
+def forward(bundle: str, batch_size: int, dtype: str = "float32") -> tuple[dict[str, Any], Once]:
+    """Seconds of a forward pass on images that are there, and the matmul peak beside it."""
+    from biomass_jax import bundle as bundles
+
+    opened = bundles.load(bundle)
+    module, variables = opened.module(dtype), jax.device_put(opened.variables)
+    images = jax.random.normal(jax.random.key(0), (batch_size, 224, 224, 6), jnp.float32)
+    with precision(dtype):
+        program, seconds_compile = compile_timed(jax.jit(module.apply).lower(variables, images))
+    results: list[Any] = []
+
+    def call() -> None:
+        results[:] = [program(variables, images)]
+
+    once = common.per_call(call, lambda: jax.block_until_ready(results))
+    facts = {"seconds_compile": seconds_compile, "memory_gib": memory()}
+    rate = common.matmul_peak(dtype)
+    return facts, lambda: {"gflops_peak": rate(), "seconds": once()}
+
+
+def training(shards: str, batch_size: int, dtype: str, steps: int = 1) -> Any:
+    """The config of the released model's training, on the benchmark's shards."""
+    from configs import finetune_all_biomes
+
+    config = finetune_all_biomes.get_config()
+    config.data.path = shards
+    config.data.threads = min(8, 2 * (os.cpu_count() or 1))
+    config.batch_size, config.dtype, config.epochs, config.steps = batch_size, dtype, None, steps
+    config.log_every = 1
+    return config
+
+
+def built(config: Any) -> tuple[Any, dict[str, jax.Array]]:
+    """A run as `biomass_jax.main` builds it, closed, and its first batch."""
+    from biomass_jax.training.build import build_run
+
+    with tempfile.TemporaryDirectory() as folder:
+        run = build_run(config, Path(folder), command="")
+        batch = next(run.feed.batches(start=0)).arrays
+        run.close()
+    return run, batch
+
+
+def stepping(program: Any, state: Any, batch: Any) -> Callable[[], float]:
+    """Seconds of the step, whose state goes from one call to the next."""
+    held, metrics = [state], []
+
+    def call() -> None:
+        held[0], found = program(held[0], batch)
+        metrics[:] = [found]
+
+    return common.per_call(call, lambda: jax.block_until_ready(metrics))
+
+
+def step(shards: str, batch_size: int, dtype: str = "float32") -> tuple[dict[str, Any], Once]:
+    """Seconds of the step that `biomass_jax.main` compiles: int16 chips in; everything up to AdamW inside."""
+    run, batch = built(training(shards, batch_size, dtype))
+    program, seconds_compile = compile_timed(run.steps.train.lower(run.state, batch))
+    state = run.state
+    del run  # holds the first state, which the step is given
+    once = stepping(program, state, batch)
+    del state
+    facts = {"seconds_compile": seconds_compile, "memory_gib": memory()}
+    rate = common.matmul_peak(dtype)
+    return facts, lambda: {"gflops_peak": rate(), "seconds": once()}
+
+
+def breakdown(shards: str, batch_size: int, dtype: str = "float32") -> tuple[dict[str, Any], Once]:
+    """Seconds of growing parts of a training step: inputs, with forward, with backward, all of it.
+
+    `kinds` among the facts: share of the step by kind of operation, of one traced step.
+    """
+    from biomass_jax.training.steps import StepSettings, accumulated_sums
+
+    run, batch = built(training(shards, batch_size, dtype))
+    task, state, key = run.choice.task, run.state, jax.random.key(0)
+    settings = StepSettings(seed=0, trainable=jax.tree.map(lambda _: True, state.params))
+
+    def inputs(state: Any, batch: Any) -> Any:
+        return task.inputs(batch, key)
+
+    def loss(state: Any, batch: Any) -> Any:
+        return task.loss_sums(state.evaluated(), inputs(state, batch), key)
+
+    def gradient(state: Any, batch: Any) -> Any:
+        return accumulated_sums(state, inputs(state, batch), key, task=task, settings=settings)
+
+    parts: dict[str, Callable[[], float]] = {}
+    for name, function in (("inputs", inputs), ("forward", loss), ("backward", gradient)):
+        parts[name] = evaluating(jax.jit(function).lower(state, batch).compile(), state, batch)
+    held = {name: timing() for name, timing in parts.items()}  # warm, and before the step takes the state away
+    program = run.steps.train.lower(state, batch).compile()
+    copy = jax.tree.map(jnp.copy, state)
+    parts["step"] = stepping(program, copy, batch)
+    held["step"] = parts["step"]()
+    kinds = trace.by_kind(program.as_text(), parts["step"])
+    return {"kinds": kinds, "first": held}, lambda: {name: timing() for name, timing in parts.items()}
+
+
+def evaluating(program: Any, state: Any, batch: Any) -> Callable[[], float]:
+    """Seconds of a function of state and batch."""
+    results: list[Any] = []
+
+    def call() -> None:
+        results[:] = [program(state, batch)]
+
+    return common.per_call(call, lambda: jax.block_until_ready(results))
+
+
+def load_chips(shards: str, batch_size: int, chips: int) -> tuple[dict[str, Any], Once]:
+    """Chips/s of the pipeline alone, shards in the page cache: `chips` of them a round."""
+    from biomass_jax.data import pipeline, sources
+
+    threads = training(shards, batch_size, "float32").data.threads
+    batches = pipeline.train_batches(
+        sources.open_source(shards, "train"), batch_size=batch_size, seed=0, threads=threads
+    )
+    count = -(-chips // batch_size)
+
+    def several() -> None:
+        for _ in range(count):
+            next(batches)
+
+    several()
+    return {"threads": threads}, lambda: {"chips_per_s": count * batch_size / common.timed(several)}
+
+
+def waiting(shards: str, batch_size: int, dtype: str, steps: int) -> tuple[dict[str, Any], Once]:
+    """What a run of the loop says of itself, without its first lines: share of the time waited for data."""
+    from biomass_jax.training.run import train_and_evaluate
+
+    with tempfile.TemporaryDirectory(dir=common.FOLDER) as folder:
+        train_and_evaluate(training(shards, batch_size, dtype, steps), Path(folder), stop=lambda: False)
+        lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    found = [line for line in lines if "perf/waiting" in line][3:]
+    facts = {name: common.column(found, f"perf/{name}") for name in ("waiting", "chips_per_s")}
+    return facts | {"memory_gib": memory()}, dict
+
+
+def map_scene(bundle: str, scene: str, out: str) -> tuple[dict[str, Any], Once]:
+    """Seconds of a map in a running process, and where they go; stages overlap."""
+    from biomass_jax.main import local_shardings
+    from biomass_jax.prediction.predictor import Predictor
+
+    predictor = Predictor.open(bundle, **local_shardings())
+    predictor.warm_up()
+
+    def once() -> dict[str, Any]:
+        result = predictor.predict_file(scene, out, overwrite=True)
+        facts = {"seconds": result.seconds, "chips": result.chips, "stages": result.timings}
+        return facts | {"memory_gib": common.peak_rss_gib()}
+
+    return {"batch_size": predictor.batch_size}, once
+
+
+def costs(shards: str, forward_sizes: list[int], step_sizes: list[int], dtype: str) -> tuple[dict[str, Any], Once]:
+    """FLOPs and bytes that the compiler counts in our programs, by batch size; nothing is run."""
+    from biomass_jax.models.build import abstract_variables, build_module
+
+    module = build_module("biomass", {}, dtype)
+    variables = abstract_variables(module)
+    found: dict[str, dict[int, Any]] = {"forward": {}, "step": {}}
+    for size in forward_sizes:
+        images = jax.ShapeDtypeStruct((size, 224, 224, 6), jnp.float32)
+        found["forward"][size] = counted(jax.jit(module.apply).lower(variables, images))
+    if step_sizes:
+        run, batch = built(training(shards, 1, dtype))
+        for size in step_sizes:
+            rows = {name: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for name, x in batch.items()}
+            found["step"][size] = counted(run.steps.train.lower(run.state, rows))
+    return found, dict
+
+
+def counted(lowered: Any) -> dict[str, float]:
+    """The compiler's own count for a compiled program, and its temporary memory."""
+    program = lowered.compile()
+    cost, sizes = program.cost_analysis(), program.memory_analysis()
+    return {"flops": cost["flops"], "bytes": cost["bytes accessed"], "temporary_bytes": sizes.temp_size_in_bytes}
+
+
+JOBS: dict[str, common.Job] = {
+    "describe": describe,
+    "peak": peak,
+    "reference": reference,
+    "forward": forward,
+    "step": step,
+    "breakdown": breakdown,
+    "load": load_chips,
+    "waiting": waiting,
+    "map": map_scene,
+    "costs": costs,
+}
+
+if __name__ == "__main__":
+    common.serve(JOBS)
