@@ -123,9 +123,10 @@ class SwinBlock(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """x [B, H, W, C] -> [B, H, W, C]."""
         c = x.shape[-1]
+        x = swin_ops.computed_once(x)
         # Both branches share the rate but draw independently, as in the reference.
         y = self._attend(LayerNorm(self.dtype, name="norm1")(x))
-        x = x + swin_ops.DropPath(self.drop_path_rate)(y, train=train)
+        x = swin_ops.computed_once(x + swin_ops.DropPath(self.drop_path_rate)(y, train=train))
         y = Mlp(int(c * self.mlp_ratio), self.initializer, self.dtype, name="mlp")(
             LayerNorm(self.dtype, name="norm2")(x)
         )

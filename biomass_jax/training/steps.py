@@ -94,6 +94,10 @@ def accumulated_sums(
     return jax.lax.scan(add, start, (jnp.arange(parts), split))[0]
 
 
+# XLA takes optimization barriers out on CPU before it fuses; by them `models.swin_ops.computed_once` and `remat` work.
+KEEP_BARRIERS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+
+
 @dataclasses.dataclass(frozen=True)
 class Steps:
     """The compiled functions: `train(state, batch)` (the state is given away) and `evaluate(variables, batch, n)`."""
@@ -122,7 +126,13 @@ def compile_steps(
     """
     rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     step = functools.partial(train_step, task=task, optimizer=optimizer, schedule=schedule, settings=settings)
-    train = jax.jit(step, in_shardings=(shardings, rows), out_shardings=(shardings, whole), donate_argnums=0)
+    train = jax.jit(
+        step,
+        in_shardings=(shardings, rows),
+        out_shardings=(shardings, whole),
+        donate_argnums=0,
+        compiler_options=KEEP_BARRIERS if mesh.devices.flat[0].platform == "cpu" else None,
+    )
     variables = shardings.evaluated()
     evaluate = jax.jit(task.evaluate, in_shardings=(variables, rows, whole), out_shardings=(rows, whole))
     return Steps(train, evaluate)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from biomass_jax.data import sources
+from biomass_jax.models import swin_ops
 from biomass_jax.training import losses, plateau, settings, sharding, tasks
 from biomass_jax.training.choose import choose
 from biomass_jax.training.optimizer import create_optimizer, trainable_mask
@@ -167,6 +168,19 @@ def test_a_frozen_encoder_keeps_every_bit_while_it_draws():
     jax.tree.map(np.testing.assert_array_equal, before["encoder"], host(state.params["encoder"]))
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before["head"], host(state.params["head"]))
     assert min(jax.tree.leaves(moved)) > 0.01
+
+
+class Kept(Model):
+    """The gradient of what is added up reaches it through `computed_once`."""
+
+    def __call__(self, x, *, train=False):
+        return super().__call__(swin_ops.computed_once(x + jnp.tanh(x)), train=train)
+
+
+def test_the_step_keeps_what_is_to_be_computed_once():
+    state, steps = begin(Stub(module=Kept()))
+    text = steps.train.lower(state, batch_of()).compile().as_text()
+    assert "opt-barrier" in text  # without KEEP_BARRIERS, XLA takes it out on CPU
 
 
 def test_the_rate_of_each_step_is_the_schedules_or_the_states():
