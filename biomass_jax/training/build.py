@@ -27,7 +27,7 @@ from biomass_jax.training.settings import (
     resume_host,
     start_from,
 )
-from biomass_jax.training.state import TrainState, create_train_state, plan_train_state
+from biomass_jax.training.state import TrainState, create_train_state, plan_train_state, planned_state
 from biomass_jax.training.steps import Steps, StepSettings, compile_steps
 from biomass_jax.training.writer import METRICS, Writer
 
@@ -119,14 +119,17 @@ def build_run(config: Any, workdir: Path, *, command: str) -> Run:
     if config.overwrite:  # as late as this: a config that can't run must not cost an earlier run
         clear(workdir)
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
-    resumed = checkpoints.latest
-    state, host = create_train_state(plan.init, plan.shardings), plan.host
-    if resumed is None and loaded is not None:
-        state, host = start_from(state, host, loaded, config)
-    elif resumed is not None:
-        state, saved = checkpoints.restore(state, step=resumed)
-        tell_changes(saved["config"], host["config"], workdir)
-        host = resume_host(saved, host)
+    resumed, planned = checkpoints.latest, planned_state(plan.init, plan.shardings)
+    if mesh.size > 1:
+        log.info("what lies where on %d devices (%s):\n%s", mesh.size, mesh.shape, sharding.state_table(planned))
+    if resumed is None:
+        state, host = create_train_state(plan.init, plan.shardings), plan.host
+        if loaded is not None:
+            state, host = start_from(state, host, loaded, config)
+    else:
+        state, saved = checkpoints.restore(planned, step=resumed)
+        tell_changes(saved["config"], plan.host["config"], workdir)
+        host = resume_host(saved, plan.host)
         log.info("%s: going on from step %d of %d", workdir, resumed, total_steps)
     data = {name: config.data[name] for name in ("threads", "cache")}
     return Run(

@@ -77,7 +77,8 @@ class Loop:
     def _train(self, batch: pipeline.Batch) -> None:
         """One step and whatever is due after it, in this order."""
         run = self.run
-        self.state, metrics = run.steps.train(self.state, batch.arrays)
+        with jax.transfer_guard("disallow"):  # everything is where the step wants it, or was put there on purpose
+            self.state, metrics = run.steps.train(self.state, batch.arrays)
         self.host["step"] += 1
         self.metrics.add(self.step, metrics, batch.chips)
         self.clock.step(run.batch_size)

@@ -8,6 +8,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from biomass_jax.bundle import Bundle, BundleError, flatten
@@ -85,6 +86,13 @@ def create_train_state(init: Callable[[], TrainState], shardings: TrainState) ->
     return jax.jit(init, out_shardings=shardings)()
 
 
+def planned_state(init: Callable[[], TrainState], shardings: TrainState) -> TrainState:
+    """Shapes, dtypes and shardings of a state as planned; nothing is drawn."""
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), jax.eval_shape(init), shardings
+    )
+
+
 def abstract_state(state: TrainState) -> TrainState:
     """Shapes, dtypes and shardings of a state, by which a checkpoint is restored."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
@@ -122,7 +130,7 @@ def load_weights(state: TrainState, loaded: Bundle, *, load: str) -> TrainState:
         if name not in wanted or name not in found:
             fresh.append(name)
             return leaf
-        return jax.device_put(jnp.asarray(found[name], leaf.dtype), leaf.sharding)
+        return jax.device_put(np.asarray(found[name], leaf.dtype), leaf.sharding)
 
     fresh: list[str] = []
     variables = jax.tree_util.tree_map_with_path(take, variables)
