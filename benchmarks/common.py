@@ -53,17 +53,17 @@ def random_variables(module: Any, seed: int = 0) -> dict[str, Any]:
     return jax.tree_util.tree_map_with_path(draw, abstract_variables(module))
 
 
-def random_bundle(architecture: Mapping[str, Any] | None = None, path: Path = FOLDER / "swin_b") -> Path:
-    """A bundle with random weights, Swin-B unless told otherwise; written once."""
+def random_bundle(architecture: Mapping[str, Any], path: Path) -> Path:
+    """A bundle with random weights, Swin-B where the architecture says nothing; written once."""
     from biomass_jax import bundle
     from biomass_jax.models.build import build_module
 
     if not path.exists():
         bundle.save(
             path,
-            random_variables(build_module("biomass", dict(architecture or {}))),
+            random_variables(build_module("biomass", dict(architecture))),
             task="biomass",
-            architecture=dict(architecture or {}),
+            architecture=dict(architecture),
             input={
                 "bands": ["BLUE", "GREEN", "RED", "NIR_NARROW", "SWIR_1", "SWIR_2"],
                 "units": "digital numbers (reflectance x 10000)",

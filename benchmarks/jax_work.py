@@ -34,11 +34,6 @@ def memory() -> float:
     return stats["peak_bytes_in_use"] / 2**30 if "peak_bytes_in_use" in stats else common.peak_rss_gib()
 
 
-def precision(dtype: str) -> Any:
-    """The context in which a forward pass is compiled, as `Predictor` has it."""
-    return jax.default_matmul_precision("highest" if dtype == "float32" else "default")
-
-
 def compile_timed(lowered: Any) -> tuple[Any, float]:
     """The program, and how long it took."""
     found: list[Any] = []
@@ -52,26 +47,28 @@ def reference(bundle: str, shared: str, count: int = 2) -> tuple[dict[str, Any],
 
     opened = bundles.load(bundle)
     images = np.random.default_rng(0).standard_normal((count, 224, 224, 6), np.float32)
-    with precision("float32"):
+    with jax.default_matmul_precision("highest"):
         ours = jax.jit(opened.module().apply)(opened.variables, images)
     fields = json.dumps(opened.meta["architecture"])
     np.savez(shared, images=images, ours=np.asarray(ours), fields=fields)
     return {"fields": fields}, dict
 
 
-def forward(bundle: str, batch_size: int, dtype: str = "float32") -> tuple[dict[str, Any], Once]:
-    """Seconds of a forward pass on images that are there, and the matmul peak beside it."""
+def forward(bundle: str, batch_size: int, dtype: str) -> tuple[dict[str, Any], Once]:
+    """Seconds of the program that predictions run, on int16 chips that are there, and the matmul peak beside it."""
     from biomass_jax import bundle as bundles
+    from biomass_jax.prediction.forward import Forward
 
     opened = bundles.load(bundle)
-    module, variables = opened.module(dtype), jax.device_put(opened.variables)
-    images = jax.random.normal(jax.random.key(0), (batch_size, 224, 224, 6), jnp.float32)
-    with precision(dtype):
-        program, seconds_compile = compile_timed(jax.jit(module.apply).lower(variables, images))
+    places = {"batch_sharding": None, "replicated": None}
+    predict = Forward(opened, dtype=dtype, matmul_precision="highest", model_fn=None, **places)
+    chips = np.random.default_rng(0).integers(1, 5000, (batch_size, 224, 224, 6)).astype(np.int16)
+    images = jax.device_put(chips)
+    seconds_compile = common.timed(lambda: predict.wait(images.shape, images.dtype))
     results: list[Any] = []
 
     def call() -> None:
-        results[:] = [program(variables, images)]
+        results[:] = [predict(images, opened.fill)]
 
     once = common.per_call(call, lambda: jax.block_until_ready(results))
     facts = {"seconds_compile": seconds_compile, "memory_gib": memory()}
@@ -79,8 +76,8 @@ def forward(bundle: str, batch_size: int, dtype: str = "float32") -> tuple[dict[
     return facts, lambda: {"gflops_peak": rate(), "seconds": once()}
 
 
-def training(shards: str, batch_size: int, dtype: str, steps: int = 1) -> Any:
-    """The config of the released model's training, on the benchmark's shards."""
+def training(shards: str, batch_size: int, dtype: str, fields: dict[str, Any], steps: int = 1) -> Any:
+    """The config of the released model's training, on the benchmark's shards; `fields` of another model than Swin-B."""
     from configs import finetune_all_biomes
 
     config = finetune_all_biomes.get_config()
@@ -88,6 +85,8 @@ def training(shards: str, batch_size: int, dtype: str, steps: int = 1) -> Any:
     config.data.threads = min(8, 2 * (os.cpu_count() or 1))
     config.batch_size, config.dtype, config.epochs, config.steps = batch_size, dtype, None, steps
     config.log_every = 1
+    for name, value in fields.items():
+        config.model[name] = tuple(value) if isinstance(value, list) else value
     return config
 
 
@@ -113,9 +112,9 @@ def stepping(program: Any, state: Any, batch: Any) -> Callable[[], float]:
     return common.per_call(call, lambda: jax.block_until_ready(metrics))
 
 
-def step(shards: str, batch_size: int, dtype: str = "float32") -> tuple[dict[str, Any], Once]:
+def step(shards: str, batch_size: int, dtype: str, fields: dict[str, Any]) -> tuple[dict[str, Any], Once]:
     """Seconds of the step that `biomass_jax.main` compiles: int16 chips in; everything up to AdamW inside."""
-    run, batch = built(training(shards, batch_size, dtype))
+    run, batch = built(training(shards, batch_size, dtype, fields))
     program, seconds_compile = compile_timed(run.steps.train.lower(run.state, batch))
     state = run.state
     del run  # holds the first state, which the step is given
@@ -126,14 +125,15 @@ def step(shards: str, batch_size: int, dtype: str = "float32") -> tuple[dict[str
     return facts, lambda: {"gflops_peak": rate(), "seconds": once()}
 
 
-def breakdown(shards: str, batch_size: int, dtype: str = "float32") -> tuple[dict[str, Any], Once]:
+def breakdown(shards: str, batch_size: int, dtype: str, fields: dict[str, Any]) -> tuple[dict[str, Any], Once]:
     """Seconds of growing parts of a training step: inputs, with forward, with backward, all of it.
 
     `kinds` among the facts: share of the step by kind of operation, of one traced step.
     """
-    from biomass_jax.training.steps import StepSettings, accumulated_sums
+    from biomass_jax.training.steps import KEEP_BARRIERS, StepSettings, accumulated_sums
 
-    run, batch = built(training(shards, batch_size, dtype))
+    options = KEEP_BARRIERS if jax.default_backend() == "cpu" else None  # as the step has it
+    run, batch = built(training(shards, batch_size, dtype, fields))
     task, state, key = run.choice.task, run.state, jax.random.key(0)
     settings = StepSettings(seed=0, trainable=jax.tree.map(lambda _: True, state.params))
 
@@ -148,7 +148,9 @@ def breakdown(shards: str, batch_size: int, dtype: str = "float32") -> tuple[dic
 
     parts: dict[str, Callable[[], float]] = {}
     for name, function in (("inputs", inputs), ("forward", loss), ("backward", gradient)):
-        parts[name] = evaluating(jax.jit(function).lower(state, batch).compile(), state, batch)
+        parts[name] = evaluating(
+            jax.jit(function, compiler_options=options).lower(state, batch).compile(), state, batch
+        )
     held = {name: timing() for name, timing in parts.items()}  # warm, and before the step takes the state away
     program = run.steps.train.lower(state, batch).compile()
     copy = jax.tree.map(jnp.copy, state)
@@ -172,7 +174,7 @@ def load_chips(shards: str, batch_size: int, chips: int) -> tuple[dict[str, Any]
     """Chips/s of the pipeline alone, shards in the page cache: `chips` of them a round."""
     from biomass_jax.data import pipeline, sources
 
-    threads = training(shards, batch_size, "float32").data.threads
+    threads = training(shards, batch_size, "float32", {}).data.threads
     batches = pipeline.train_batches(
         sources.open_source(shards, "train"), batch_size=batch_size, seed=0, threads=threads
     )
@@ -186,12 +188,14 @@ def load_chips(shards: str, batch_size: int, chips: int) -> tuple[dict[str, Any]
     return {"threads": threads}, lambda: {"chips_per_s": count * batch_size / common.timed(several)}
 
 
-def waiting(shards: str, batch_size: int, dtype: str, steps: int) -> tuple[dict[str, Any], Once]:
+def waiting(
+    shards: str, batch_size: int, dtype: str, fields: dict[str, Any], steps: int
+) -> tuple[dict[str, Any], Once]:
     """What a run of the loop says of itself, without its first lines: share of the time waited for data."""
     from biomass_jax.training.run import train_and_evaluate
 
     with tempfile.TemporaryDirectory(dir=common.FOLDER) as folder:
-        train_and_evaluate(training(shards, batch_size, dtype, steps), Path(folder), stop=lambda: False)
+        train_and_evaluate(training(shards, batch_size, dtype, fields, steps), Path(folder), stop=lambda: False)
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     found = [line for line in lines if "perf/waiting" in line][3:]
     facts = {name: common.column(found, f"perf/{name}") for name in ("waiting", "chips_per_s")}
@@ -214,18 +218,20 @@ def map_scene(bundle: str, scene: str, out: str) -> tuple[dict[str, Any], Once]:
     return {"batch_size": predictor.batch_size}, once
 
 
-def costs(shards: str, forward_sizes: list[int], step_sizes: list[int], dtype: str) -> tuple[dict[str, Any], Once]:
+def costs(
+    shards: str, forward_sizes: list[int], step_sizes: list[int], dtype: str, fields: dict[str, Any]
+) -> tuple[dict[str, Any], Once]:
     """FLOPs and bytes that the compiler counts in our programs, by batch size; nothing is run."""
     from biomass_jax.models.build import abstract_variables, build_module
 
-    module = build_module("biomass", {}, dtype)
+    module = build_module("biomass", fields, dtype)
     variables = abstract_variables(module)
     found: dict[str, dict[int, Any]] = {"forward": {}, "step": {}}
     for size in forward_sizes:
         images = jax.ShapeDtypeStruct((size, 224, 224, 6), jnp.float32)
         found["forward"][size] = counted(jax.jit(module.apply).lower(variables, images))
     if step_sizes:
-        run, batch = built(training(shards, 1, dtype))
+        run, batch = built(training(shards, 1, dtype, fields))
         for size in step_sizes:
             rows = {name: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for name, x in batch.items()}
             found["step"][size] = counted(run.steps.train.lower(run.state, rows))

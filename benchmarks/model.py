@@ -20,15 +20,15 @@ GPU_FORWARD, GPU_STEP = Target("ours", ">=", 9000), Target("ours", ">=", 3000)  
 
 def measure(settings: suite.Settings) -> suite.Part:
     """The forward pass."""
-    arguments = {"bundle": str(common.random_bundle())}
+    arguments = {"bundle": settings.bundle, "dtype": settings.dtype}
     targets = FORWARD_TARGETS if settings.device == "cpu" else {}
     return over_sizes(settings, "model", "forward", settings.forward_sizes, arguments, targets)
 
 
-def measure_steps(settings: suite.Settings, shards: str) -> suite.Part:
+def measure_steps(settings: suite.Settings) -> suite.Part:
     """The training step."""
     targets = dict.fromkeys(settings.step_sizes, STEP_TARGET) if settings.device == "cpu" else {}
-    return over_sizes(settings, "train", "step", settings.step_sizes, {"shards": shards}, targets)
+    return over_sizes(settings, "train", "step", settings.step_sizes, settings.training, targets)
 
 
 def over_sizes(
@@ -73,11 +73,11 @@ def one_size(
 ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """Facts and rounds of ours and of the rivals at one batch size."""
     env = settings.env()
-    shared = {"batch_size": size, "dtype": settings.dtype}
     with common.Crew() as workers:
-        workers["ours"] = common.Worker(suite.OURS, job, env, **shared, **arguments)
+        workers["ours"] = common.Worker(suite.OURS, job, env, batch_size=size, **arguments)
         for rival in settings.rivals:
-            shared |= {"weights": suite.weights(), "device": settings.torch_device, "compiled": rival == "compiled"}
+            shared = {"weights": suite.weights(settings.bundle), "batch_size": size, "dtype": settings.dtype}
+            shared |= {"device": settings.torch_device, "compiled": rival == "compiled"}
             workers[rival] = common.Worker(suite.RIVAL, job, env, **shared)
         facts = {name: worker.facts for name, worker in workers.items()}
         return facts, common.in_turns(workers, rounds)

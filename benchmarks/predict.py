@@ -55,10 +55,12 @@ def measure_map(settings: suite.Settings) -> suite.Part:
     places = {"scene": str(scene(SIDE)), "out": str(common.FOLDER / "ours.tif")}
     rival = "eager" if "eager" in settings.rivals else None
     with common.Crew() as workers:
-        workers["ours"] = common.Worker(suite.OURS, "map", settings.env(), bundle=str(common.random_bundle()), **places)
+        workers["ours"] = common.Worker(suite.OURS, "map", settings.env(), bundle=settings.bundle, **places)
         if rival:
             places |= {"out": str(common.FOLDER / "rival.tif"), "device": settings.torch_device}
-            workers[rival] = common.Worker(suite.RIVAL, "map", settings.env(), weights=suite.weights(), **places)
+            workers[rival] = common.Worker(
+                suite.RIVAL, "map", settings.env(), weights=suite.weights(settings.bundle), **places
+            )
         runs = common.in_turns(workers, settings.turns(MAP_ROUNDS))
     chips = runs["ours"][0]["chips"]
     peak = settings.known_peak or common.ask(suite.OURS, "peak", settings.env())["gflops_peak"]
@@ -84,13 +86,13 @@ def measure_start(settings: suite.Settings) -> suite.Part:
     for seed in range(CHIPS):
         scene(224, images, seed)
     cache = common.FOLDER / "start_up_cache"
-    bundle = str(common.random_bundle())
+    bundle = settings.bundle
     config = ["--config", "configs/predict.py", "--workdir", str(out), f"--config.bundle={bundle}"]
     ours = [sys.executable, "-m", "biomass_jax.main", *config, f"--config.inputs={images}"]
     seconds: dict[str, list[float]] = {"cold": [], "warm": []}
     if rival := "eager" in settings.rivals:
         seconds["rival"] = []
-        arguments = {"weights": suite.weights(), "folder": str(images), "out": str(out)}
+        arguments = {"weights": suite.weights(settings.bundle), "folder": str(images), "out": str(out)}
         arguments["device"] = settings.torch_device
     for _ in range(settings.turns(START_ROUNDS)):
         shutil.rmtree(cache, ignore_errors=True)

@@ -7,7 +7,7 @@ of the CPU's compiler. What the products alone need, and what granite's arithmet
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks import common, suite, train
+from benchmarks import common, suite
 
 FORWARD_SIZES, STEP_SIZES = (1, 8, 32, 128), (16, 64)
 HEADER = ("program", "batch", "GFLOP a chip", "GB a chip", "compute ms", "memory ms", "bound by", "chips/s at most")
@@ -52,9 +52,8 @@ class Roofline:
 
 def measure(settings: suite.Settings) -> suite.Part:
     """Compile and count; nothing is run, and the type is bfloat16 whatever the rest of the suite has."""
-    train.make_shards()
     sizes = {"forward_sizes": FORWARD_SIZES, "step_sizes": STEP_SIZES}
-    counts = common.ask(suite.OURS, "costs", settings.env(), shards=str(train.SHARDS), dtype="bfloat16", **sizes)
+    counts = common.ask(suite.OURS, "costs", settings.env(), **settings.training | {"dtype": "bfloat16"}, **sizes)
     programs = []
     for program, by_size in counts.items():
         for size, count in by_size.items():

@@ -11,6 +11,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ SIZES = {
     "cpu": {"forward": (1, 2, 4, 8), "step": (4,)},
     "gpu": {"forward": (1, 8, 32, 64, 128, 256), "step": (16, 32, 64, 128)},
 }
+TINY = {"embed_dim": 8, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 4, 8], "decoder_channels": 8}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -51,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             with contextlib.redirect_stdout(sys.stderr):  # details; the table comes alone
                 found = PARTS[part](settings)
             say(f"{part}: {time.perf_counter() - began:.0f} s")
-            rows += found.rows
+            rows += [replace(row, target=None, limit=()) for row in found.rows] if options.tiny else found.rows
             result["parts"][part] = found.raw
     except common.WorkerError as error:
         raise SystemExit(str(error)) from error
@@ -83,6 +85,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--rounds", type=int, help="of every part; each has its own number otherwise")
     found.add_argument("--batch-sizes", type=int, nargs="+", help="of the forward pass")
     found.add_argument("--train-batch-sizes", type=int, nargs="+", help="of the training step")
+    found.add_argument(
+        "--tiny", action="store_true", help="a tiny model, to see the suite work; its figures say nothing"
+    )
     found.add_argument("--json", type=Path, help="where the result goes; below .cache/benchmarks otherwise")
     return found
 
@@ -115,6 +120,7 @@ def settings_of(options: argparse.Namespace) -> suite.Settings:
         rounds=options.rounds,
         forward_sizes=tuple(options.batch_sizes or SIZES[kind]["forward"]),
         step_sizes=tuple(options.train_batch_sizes or SIZES[kind]["step"]),
+        fields=TINY if options.tiny else {},
     )
 
 

@@ -3,10 +3,13 @@
 import functools
 import importlib.util
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from benchmarks import common
 from benchmarks.table import Row, Target
@@ -17,6 +20,8 @@ RIVALS = ("eager", "compiled")
 HOPPER_TFLOPS = 790.0
 HOPPER_TBYTES = 4.8  # an H200's memory, TB/s
 GB = 2**30 / 1e9
+
+CHIPS = 256  # in the shards
 
 Runs = Mapping[str, Sequence[Mapping[str, Any]]]
 
@@ -33,6 +38,7 @@ class Settings:
         rounds: of every part; None for each part's own number.
         forward_sizes: batch sizes of the forward pass.
         step_sizes: batch sizes of the training step.
+        fields: of the model where it is not Swin-B.
     """
 
     device: str
@@ -42,6 +48,18 @@ class Settings:
     rounds: int | None
     forward_sizes: tuple[int, ...]
     step_sizes: tuple[int, ...]
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def bundle(self) -> str:
+        """The folder of random weights, written once."""
+        name = "_".join(str(value) for value in self.fields.values()) if self.fields else "swin_b"
+        return str(common.random_bundle(self.fields, common.FOLDER / re.sub(r"\W+", "_", name)))
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """What every training job takes."""
+        return {"shards": str(shards()), "dtype": self.dtype, "fields": dict(self.fields)}
 
     def turns(self, usual: int) -> int:
         """Rounds of a part that usually takes so many."""
@@ -85,15 +103,47 @@ def has_torch() -> bool:
 
 
 @functools.cache
-def weights() -> str:
-    """The random bundle as a checkpoint, its architecture in `fields.json` beside it."""
+def weights(source: str) -> str:
+    """A bundle as a checkpoint, its architecture in `fields.json` beside it."""
     from biomass_jax import bundle
     from biomass_jax.convert.export import export
 
-    source, path = common.random_bundle(), common.FOLDER / "rival" / "weights.ckpt"
+    path = common.FOLDER / "rival" / "weights.ckpt"
     export(source, path, overwrite=True)
     path.with_name("fields.json").write_text(json.dumps(bundle.read_meta(source)["architecture"]))
     return str(path)
+
+
+def shards() -> Path:
+    """Shards of chips with texture, which zstd can't do away with; written once. Returns their folder."""
+    from benchmarks.data_prep import make_chip
+    from biomass_jax.data import records
+    from data_prep import shards as writer
+
+    path = common.FOLDER / "train_shards"
+    if (path / "dataset_info.json").exists() and writer.read_metadata(path)["chips"]["counts"]["train"] == CHIPS:
+        return path
+
+    def record(split: str, index: int) -> records.Record:
+        image, label = make_chip(index)
+        return records.Record(
+            image=np.ascontiguousarray(image[:6].transpose(1, 2, 0)).astype(np.int16),
+            label=label,
+            chip_id=f"{split}_{index}",
+            tile="10SFF",
+            row=0,
+            col=0,
+            epsg=0,
+            transform=np.zeros(6),
+            biome="unknown",
+            season="",
+            sensors="L30",
+            schema_version=1,
+        )
+
+    splits = {"train": [record("train", i) for i in range(CHIPS)], "val": [record("val", i) for i in range(4)]}
+    writer.write_shards(splits, path, overwrite=True)
+    return path
 
 
 def check_rival(settings: Settings) -> dict[str, float]:
@@ -104,8 +154,8 @@ def check_rival(settings: Settings) -> dict[str, float]:
     """
     shared = common.FOLDER / "rival" / "shared.npz"
     env = settings.env() | {"JAX_PLATFORMS": "cpu"}
-    checkpoint = weights()
-    common.ask(OURS, "reference", env, bundle=str(common.random_bundle()), shared=str(shared))
+    checkpoint = weights(settings.bundle)
+    common.ask(OURS, "reference", env, bundle=settings.bundle, shared=str(shared))
     return common.ask(RIVAL, "check", env, weights=checkpoint, shared=str(shared))
 
 

@@ -4,14 +4,11 @@ import os
 import shutil
 from pathlib import Path
 
-import numpy as np
-
 from benchmarks import common, model, suite
 from benchmarks.table import Row, Target
 
-SHARDS = common.FOLDER / "train_shards"
 GEOTIFFS = common.FOLDER / "train_geotiffs"
-CHIPS, FILES = 256, 128  # in the shards; of them as GeoTIFFs
+FILES = 128  # chips as GeoTIFFs
 INPUT_ROUNDS, BREAKDOWN_ROUNDS = 5, 5
 PASSED = 1024  # chips that our pipeline reads a round
 WAITING_STEPS = 8
@@ -21,38 +18,7 @@ WAITING_TARGET = Target("ours", "<", 2.0)  # % of the time
 
 def measure(settings: suite.Settings) -> suite.Part:
     """The training step."""
-    make_shards()
-    return model.measure_steps(settings, str(SHARDS))
-
-
-def make_shards() -> None:
-    """Shards of chips with texture, which zstd can't do away with; written once."""
-    from benchmarks.data_prep import make_chip
-    from biomass_jax.data import records
-    from data_prep import shards
-
-    if (SHARDS / "dataset_info.json").exists() and shards.read_metadata(SHARDS)["chips"]["counts"]["train"] == CHIPS:
-        return
-
-    def record(split: str, index: int) -> records.Record:
-        image, label = make_chip(index)
-        return records.Record(
-            image=np.ascontiguousarray(image[:6].transpose(1, 2, 0)).astype(np.int16),
-            label=label,
-            chip_id=f"{split}_{index}",
-            tile="10SFF",
-            row=0,
-            col=0,
-            epsg=0,
-            transform=np.zeros(6),
-            biome="unknown",
-            season="",
-            sensors="L30",
-            schema_version=1,
-        )
-
-    splits = {"train": [record("train", i) for i in range(CHIPS)], "val": [record("val", i) for i in range(4)]}
-    shards.write_shards(splits, SHARDS, overwrite=True)
+    return model.measure_steps(settings)
 
 
 def make_geotiffs() -> Path:
@@ -69,17 +35,16 @@ def make_geotiffs() -> Path:
 
 def measure_input(settings: suite.Settings) -> suite.Part:
     """Chips/s of the pipelines alone, and the share of a run's time that it waits for chips."""
-    make_shards()
     rival, env = bool(settings.rivals), settings.env()
     with common.Crew() as workers:
         shared = {"batch_size": BATCH}
-        workers["ours"] = common.Worker(suite.OURS, "load", env, shards=str(SHARDS), chips=PASSED, **shared)
+        workers["ours"] = common.Worker(suite.OURS, "load", env, shards=str(suite.shards()), chips=PASSED, **shared)
         if rival:
             files = {"folder": str(make_geotiffs()), "workers": len(os.sched_getaffinity(0))}
             workers["rival"] = common.Worker(suite.RIVAL, "load", env, **files, **shared)
         runs = common.in_turns(workers, settings.turns(INPUT_ROUNDS))
     rates = {name: common.column(found, "chips_per_s") for name, found in runs.items()}
-    arguments = {"shards": str(SHARDS), "batch_size": settings.step_sizes[0], "dtype": settings.dtype}
+    arguments = settings.training | {"batch_size": settings.step_sizes[0]}
     waiting = common.ask(suite.OURS, "waiting", env, steps=WAITING_STEPS, **arguments)
     shares = [100 * share for share in waiting["waiting"]]
     rows = [
@@ -92,8 +57,7 @@ def measure_input(settings: suite.Settings) -> suite.Part:
 
 def measure_breakdown(settings: suite.Settings) -> suite.Part:
     """Where a step's time goes: by growing parts, and by kind of operation in a profile."""
-    make_shards()
-    arguments = {"shards": str(SHARDS), "batch_size": settings.step_sizes[0], "dtype": settings.dtype}
+    arguments = settings.training | {"batch_size": settings.step_sizes[0]}
     with common.Crew() as workers:
         workers["ours"] = common.Worker(suite.OURS, "breakdown", settings.env(), **arguments)
         facts = workers["ours"].facts
