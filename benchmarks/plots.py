@@ -67,10 +67,10 @@ def throughput(result: dict[str, Any]) -> Any:
             sizes, rates = points(result["rows"], job, compiled, column)
             if not sizes and column in ("ours", "limit"):
                 sizes, rates = points(result["rows"], job, True, column)
-            if sizes:
-                dashes = "--" if column == "limit" else "-"
-                axes.plot(sizes, rates, dashes, color=colour, label=label, marker="" if column == "limit" else "o")
-                axes.set_xticks(sizes, [str(size) for size in sizes])
+            if sizes and column == "limit":
+                axes.axhline(common.spread(rates)["median"], linestyle="--", color=colour, label=label)
+            elif sizes:
+                axes.plot(sizes, rates, color=colour, label=label, marker="o")
         axes.set_xscale("log", base=2)
         axes.set_xticks(sizes, [str(size) for size in sizes], minor=False)
         axes.set_ylim(bottom=0)
