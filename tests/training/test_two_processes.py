@@ -1,4 +1,4 @@
-"""A run of two real processes against one process with as many devices."""
+"""A run of two real processes against one process, with as many devices or with one."""
 
 import json
 import os
@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from biomass_jax import bundle
-from tests.training import world
+from tests.training import meshes, world
+from tests.training.test_distributed import free_port
+from tests.training.test_meshes import assert_same_training, observe, write
 
 pytestmark = pytest.mark.slow
 
@@ -43,3 +45,22 @@ def test_two_processes_train_as_two_devices_do(root, tmp_path):
         np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=name)
     best = [bundle.load(tmp_path / name / "best") for name in ("two", "one")]
     assert best[0].meta["training"]["step"] == best[1].meta["training"]["step"]
+
+
+@pytest.mark.parametrize(("kind", "mesh"), [("finetune", "1x4"), ("pretrain", "2x2")])
+def test_two_processes_with_two_devices_each_train_as_one_device_does(root, tmp_path, kind, mesh):
+    folder = write(tmp_path)
+    one = observe(root, folder, kind, ("1x1",), devices=1)["1x1"]
+    command = [sys.executable, "-m", "tests.training.meshes", str(folder), kind, mesh, f"127.0.0.1:{free_port()}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    environment = os.environ | meshes.environment(2)
+    pair = [subprocess.Popen([*command, str(n)], cwd=root, env=environment, **pipes) for n in range(2)]
+    said = [process.communicate(timeout=400)[0] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], said[0][-3000:] + said[1][-3000:]
+    two = dict(np.load(folder / f"{mesh}.npz"))
+    assert_same_training(one, two)
+    assert two["split"] > 5
+    # A checkpoint of one process goes on in two, and the other way round.
+    np.testing.assert_allclose(two["next/1x1"], one["loss/0"][meshes.SAVED], rtol=1e-5)
+    here = meshes.World(meshes.config_of(kind, folder / "shards"), 1, 1)
+    np.testing.assert_allclose(here.next_loss(folder / mesh)[0], two["loss/0"][meshes.SAVED], rtol=1e-5)
