@@ -17,6 +17,7 @@ from biomass_jax.training.errors import TrainingError
 from biomass_jax.training.export import export_best
 from biomass_jax.training.hosts import exchange, local_rows
 from biomass_jax.training.metrics import Clock, NotFinite, TrainMetrics
+from biomass_jax.training.steps import compiled
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class Loop:
         """
         self.run, self.stop = run, stop
         self.state, self.host = run.state, run.host
+        self._compiled: Any = None
         self.metrics, self.clock = TrainMetrics(self.host["window"]), Clock()
 
     @property
@@ -77,8 +79,10 @@ class Loop:
     def _train(self, batch: pipeline.Batch) -> None:
         """One step and whatever is due after it, in this order."""
         run = self.run
+        if self._compiled is None:
+            self._compiled = compiled(run.steps.train, self.state, batch.arrays)
         with jax.transfer_guard("disallow"):  # everything is where the step wants it, or was put there on purpose
-            self.state, metrics = run.steps.train(self.state, batch.arrays)
+            self.state, metrics = self._compiled(self.state, batch.arrays)
         self.host["step"] += 1
         self.metrics.add(self.step, metrics, batch.chips)
         self.clock.step(run.batch_size)
