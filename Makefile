@@ -1,6 +1,6 @@
 # Everything runs in .venv, which the first target that needs it sets up. Another interpreter: make test PYTHON=python3.12
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow mutate check bench clean
+.PHONY: help setup demo test test-slow test-long mutate check bench clean
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules
 
@@ -37,12 +37,15 @@ demo: $(STAMP) ## a made-up forest to training shards, a model, scores, a map: d
 
 # Two processes, each with its own share of the tests: most of them wait for one core.
 test: $(STAMP) ## the quick tests
-	$(PYTEST) -m "not slow" -n 2 --dist worksteal
+	$(PYTEST) -m "not slow and not long" -n 2 --dist worksteal
 
 # The demo has a limit of its own, so that it runs alone.
 test-slow: $(STAMP) ## the tests marked slow
 	$(PYTEST) -m slow -n 2 --dist worksteal --ignore tests/end_to_end/test_demo.py
 	$(PYTEST) -m slow tests/end_to_end/test_demo.py
+
+test-long: $(STAMP) ## the tests marked long: meshes, processes, sweeps, what a pretraining learns
+	$(PYTEST) -m long
 
 mutate: $(STAMP) ## put faults into a copy of data preparation; a test has to notice each
 	$(BIN)/python -m tests.mutation.mutate_data_prep

@@ -205,7 +205,7 @@ def _summary(runs: list[dict[str, float]], decoding: list[dict[str, float]], pix
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options that `benchmarks.data_prep` shares."""
+    """The options that `benchmarks.run --only prep` shares."""
     parser.add_argument("--scenes", type=int, default=8, help="scenes of the composite")
     parser.add_argument("--side", type=int, default=1830, help="pixels of their edge; 3660 in HLS")
     parser.add_argument("--threads", type=int, default=min(8, len(os.sched_getaffinity(0))), help="for decoding")

@@ -237,7 +237,10 @@ def cli() -> NoReturn:
         from biomass_jax.training import distributed
 
         log.error("%s", error, exc_info=not isinstance(error, known_errors()))
-        distributed.abandon(1)  # the other processes of a run would wait for this one
+        if getattr(error, "failures", None):  # of a prediction, which all processes raise together
+            distributed.finish()
+        else:
+            distributed.abandon(1)  # the other processes of a run would wait for this one
         sys.exit(1)
     sys.exit(0)
 

@@ -139,12 +139,13 @@ def sum_up(shares: Sequence[Share], items: Sequence[raster.InputItem]) -> None:
     for share in shares:
         whole.add(share)
     if whole.failures:
-        if jax.process_index() > 0:  # one table is enough
-            raise PredictionError(f"{len(whole.failures)} of {len(items)} inputs failed; process 0 says which")
         places = {item.name: place for place, item in enumerate(items)}
         failures = sorted(whole.failures, key=lambda failure: places.get(failure[0], len(items)))
         errors: list[tuple[str, Exception]] = [(name, PredictionError(why)) for name, why in failures]
-        raise PredictionError(maps.failure_table(errors, len(items)), failures=errors)
+        message = maps.failure_table(errors, len(items))
+        if jax.process_index() > 0:  # one table is enough
+            message = f"{len(errors)} of {len(items)} inputs failed; process 0 says which"
+        raise PredictionError(message, failures=errors)
     log.info(
         "%d maps written in %s, %d finished before",
         len(whole.seconds),

@@ -288,7 +288,7 @@ def test_the_container_file(launch, root):
     assert all(f'"{extra}": ' in extras for extra in ("cuda", "tpu", "prep"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_smoke_on_this_machine(launch, tmp_path):
     began = time.monotonic()
     command = ["bash", str(launch / "smoke.sh"), "--small", "--out", str(tmp_path)]

@@ -24,7 +24,7 @@ def get_space():
 TINY = [f"--config.{name}={value}" for name, value in world.TINY.items()]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1200)  # five trainings, each with JAX's start and compilation
 def test_a_sweep_of_trainings_killed_half_way_ends_and_its_best_config_runs(tmp_path):
     shards = world.write(tmp_path / "shards", train=8, val=4, test=0)

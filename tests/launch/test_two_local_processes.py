@@ -17,7 +17,7 @@ from tests.prediction.stubs import coded_image, write_raster
 from tests.training import world
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.skipif(sys.platform != "linux", reason="finds the launcher's processes in /proc"),
 ]
 

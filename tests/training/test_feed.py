@@ -123,7 +123,7 @@ trained(sys.argv[1], Path(sys.argv[2]), batch_size=8, log_every=1, **eval(sys.ar
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_eight_devices_give_the_losses_of_one(shards, tmp_path, root):
     found = []
     for count, fields in ((1, {}), (8, {"mesh__fsdp": 2})):

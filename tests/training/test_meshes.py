@@ -10,7 +10,7 @@ import pytest
 
 from tests.training import meshes, world
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 MESHES = ("1x1", "8x1", "4x2", "2x4", "1x8")
 FSDP = {mesh: int(mesh.split("x")[1]) for mesh in MESHES}
 # A constant added to a map before a batch norm is taken away by it: the true gradient is 0, what is found is noise.

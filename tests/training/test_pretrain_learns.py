@@ -52,7 +52,7 @@ def test_scenes_have_clouds_and_fields_and_splits_share_no_ground():
     assert (chip["row"], chip["col"]) == (SIDE, 2 * SIDE)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_300_steps_come_below_half_of_predicting_the_mean(tmp_path):
     shards.write_shards({"train": records(16, 0), "val": records(2, 1000)}, tmp_path / "shards")
     config = demo_pretrain.get_config()

@@ -13,7 +13,7 @@ from tests.training import meshes, world
 from tests.training.test_distributed import free_port
 from tests.training.test_meshes import assert_same_training, observe, write
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 def lines(workdir):
