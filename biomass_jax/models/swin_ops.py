@@ -90,7 +90,7 @@ def patch_product(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, *
 
 
 def computed_once(x: jax.Array) -> jax.Array:
-    """The same array, which XLA on CPU then keeps in memory.
+    """The same array, of any shape, which XLA on CPU then keeps in memory.
 
     It would rather compute a sum of two arrays again wherever it is read. Of the gradient of the residual stream, a sum
     with two more arrays at each block, it makes one longer and longer sum a block, a fifth of a training step. Takes

@@ -6,6 +6,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from biomass_jax.data import processes
+
 
 def local_rows(array: Any) -> np.ndarray:
     """This process's rows of an array that is split by rows over the devices, in order."""
@@ -20,11 +22,7 @@ def exchange(vector: np.ndarray) -> list[np.ndarray]:
 
     They travel as bytes: as float64 JAX would round them to float32.
     """
-    vector = np.ascontiguousarray(vector, np.float64)
-    if jax.process_count() == 1:
-        return [vector]
-    gathered = multihost_utils.process_allgather(vector.view(np.uint8))
-    return [np.ascontiguousarray(row).view(np.float64) for row in np.asarray(gathered)]
+    return [np.frombuffer(data, np.float64) for data in processes.gather(np.asarray(vector, np.float64).tobytes())]
 
 
 def to_host(tree: Any) -> Any:

@@ -69,7 +69,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def state_shardings(mesh: DeviceMesh, abstract: Any) -> Any:
+def state_shardings(mesh: Mesh, abstract: Any) -> Any:
     """Where each array of a state lies: by the first of `RULES` that fits its path, else by its size.
 
     Without a rule an array of `SMALLEST_SPLIT` numbers or more is split over `fsdp` along its largest divisible

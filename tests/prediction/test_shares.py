@@ -79,7 +79,7 @@ def test_an_input_that_is_gone_is_a_failure_and_wrong_options_are_not(stub, scen
         map_share(stub(), str(scenes), items, tmp_path / "out", {"mask": "x.tif"}, 0, 1)
 
 
-def test_the_first_process_tells_and_all_fail(monkeypatch, caplog):
+def test_the_first_process_tells_and_all_fail(monkeypatch):
     items = [SimpleNamespace(name=name) for name in "abcd"]
     shares = [Share([2.0], 0, [("c", "is bad")]), Share([], 1, [["b", "is worse"]])]
     with pytest.raises(PredictionError, match=r"2 of 4 inputs failed:\n  b  is worse\n  c  is bad"):
