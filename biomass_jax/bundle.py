@@ -341,12 +341,15 @@ def _restore(folder: Path, abstract: Any, sharding: Any) -> Any:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     if isinstance(sharding, jax.sharding.Sharding):
         sharding = jax.tree.map(lambda _: sharding, abstract)
-    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, sharding)
+    # By way of NumPy: Orbax takes twice as long to put hundreds of arrays on their devices one by one.
+    plain = jax.tree.map(lambda x: ocp.RestoreArgs(restore_type=np.ndarray, dtype=x.dtype), abstract)
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(folder.absolute(), target)
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            found = checkpointer.restore(folder.absolute(), args=ocp.args.PyTreeRestore(abstract, restore_args=plain))
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise BundleError(f"{folder}: the weights are damaged: {_first_line(error)}") from error
+    _compare_trees(str(folder), abstract, found)
+    return jax.device_put(found, sharding)
 
 
 def _first_line(error: Exception) -> str:

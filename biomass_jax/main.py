@@ -4,6 +4,7 @@ Exit codes: 0 finished, 75 stopped by SIGTERM (give the same command again to go
 """
 
 import difflib
+import gc
 import json
 import logging
 import os
@@ -220,6 +221,7 @@ def _stop(*_: object) -> NoReturn:
 def cli() -> NoReturn:
     """Parse, run, and turn what happens into an exit code."""
     set_up_logging()
+    gc.set_threshold(100_000, 50, 100)  # imports and tracing make objects that stay, and that it would walk each time
     sys.path.append(str(ROOT))  # configs import each other from a checkout, wherever the command is given
     signal.signal(signal.SIGTERM, _stop)
     began = time.monotonic()

@@ -96,9 +96,9 @@ def run(monkeypatch, tmp_path, **fields):
     given = {}
 
     class Noting:
-        def predict_dir(self, src, dst, **options):
-            given["files"] = {"src": src, "dst": dst, **options}
-            return []
+        def predict_items(self, items, dst, **options):
+            given["files"] = {"src": [item.name for item in items], "dst": dst, **options}
+            return [], []
 
     def open_(path, **settings):
         given["open"] = {"path": path, **settings}
@@ -126,7 +126,7 @@ def test_every_field_reaches_its_place(monkeypatch, tmp_path):
     given, _ = run(monkeypatch, tmp_path, bands="None,BLUE", **settings, **options)
     assert given["open"] == {"path": "b", "replicated": "r", "batch_sharding": "s", **settings}
     assert given["files"] == {
-        "src": str(tmp_path / "scene.tif"), "dst": tmp_path, "bands": (None, "BLUE"), "progress": True, **options,
+        "src": [str(tmp_path / "scene.tif")], "dst": tmp_path, "bands": (None, "BLUE"), "progress": True, **options,
     }  # fmt: skip
 
 

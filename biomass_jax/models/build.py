@@ -86,5 +86,10 @@ def abstract_variables(module: Any) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=8)
 def _traced_shapes(module: Any) -> dict[str, Any]:
-    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *dummy_inputs(module)))
+    """Traces one block a stage, a quarter of the time for Swin-B: all blocks of a stage have the same shapes."""
+    shallow = module.clone(depths=tuple(min(depth, 1) for depth in module.depths))
+    shapes = jax.eval_shape(lambda: shallow.init(jax.random.key(0), *dummy_inputs(module)))
+    for stage, depth in enumerate(module.depths):
+        blocks = shapes["params"]["encoder"][f"stages_{stage}"]
+        blocks |= {f"blocks_{j}": blocks["blocks_0"] for j in range(1, depth)}
     return {"params": shapes["params"], "batch_stats": shapes.get("batch_stats", {})}

@@ -123,10 +123,11 @@ class SwinBlock(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """x [B, H, W, C] -> [B, H, W, C]."""
         c = x.shape[-1]
-        x = swin_ops.computed_once(x)
+        x = swin_ops.computed_once(x) if train else x
         # Both branches share the rate but draw independently, as in the reference.
         y = self._attend(LayerNorm(self.dtype, name="norm1")(x))
-        x = swin_ops.computed_once(x + swin_ops.DropPath(self.drop_path_rate)(y, train=train))
+        x = x + swin_ops.DropPath(self.drop_path_rate)(y, train=train)
+        x = swin_ops.computed_once(x) if train else x
         y = Mlp(int(c * self.mlp_ratio), self.initializer, self.dtype, name="mlp")(
             LayerNorm(self.dtype, name="norm2")(x)
         )
@@ -187,14 +188,17 @@ class SwinStage(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
         """x [B, H, W, C] -> (features [B, H, W, C], normed where `out_norm`; next map, halved where `downsample`)."""
-        # Where memory matters more than time, the backward pass computes a block again from its input.
-        block = nn.remat(SwinBlock, static_argnums=(2,)) if self.remat else SwinBlock
+        block: Any = SwinBlock
+        if train and self.remat:  # where memory matters more than time, the backward pass computes a block again
+            block = nn.remat(SwinBlock, static_argnums=(2,))
+        elif not train and not self.is_initializing():  # blocks alike are traced once: a prediction starts sooner
+            block = nn.jit(SwinBlock, static_argnums=(2,))
         for j in range(self.depth):
             x = block(
                 num_heads=self.num_heads,
                 window_size=self.window_size,
                 mlp_ratio=self.mlp_ratio,
-                drop_path_rate=self.drop_path_rates[j],
+                drop_path_rate=self.drop_path_rates[j] if train else 0.0,
                 shifted=j % 2 == 1,
                 shift_single_window=self.shift_single_window,
                 initializer=self.initializer,

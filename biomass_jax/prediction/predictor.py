@@ -1,15 +1,16 @@
 """Biomass from images: arrays, raster files, folders of them."""
 
+import functools
 import logging
 import os
 import time
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from biomass_jax.bundle import BundleError
 from biomass_jax.data import bands as band_table
 from biomass_jax.data import raster
 from biomass_jax.prediction import maps
@@ -18,6 +19,7 @@ from biomass_jax.prediction.maps import MapOptions, MapResult
 from biomass_jax.prediction.opening import OpeningBundle
 from biomass_jax.prediction.progress import Progress, duration
 from biomass_jax.prediction.reference_tiling import reference_0_99_plan, reference_1_2_plan
+from biomass_jax.prediction.several import Failure, Finish, make_maps
 from biomass_jax.prediction.stream import PredictionError, Timings, check_finite, stream_map
 from biomass_jax.prediction.tiling import Plan, check_settings, default_plan
 
@@ -150,7 +152,7 @@ class Predictor:
         items = raster.find_inputs(src)
         if len(items) != 1:
             raise PredictionError(f"{os.fspath(src)}: {len(items)} images; predict_file maps one, predict_dir many")
-        return self._map_item(items[0], maps.map_path(dst, items[0].relative, self._layer), MapOptions(**options))
+        return self._begin(items[0], maps.map_path(dst, items[0].relative, self._layer), MapOptions(**options))()
 
     def predict_dir(
         self, src: str | os.PathLike[str], dst: str | os.PathLike[str] = ".", **options: Any
@@ -164,24 +166,24 @@ class Predictor:
             BundleError: damaged weights.
             PredictionError: some failed; the message is a table of which and why, `failures` lists them.
         """
-        chosen = MapOptions(**options)
         items = raster.find_inputs(src)
-        if len(items) > 1 and maps.is_tiff_path(dst):
-            raise PredictionError(f"{os.fspath(dst)}: one file for {len(items)} maps; give a folder")
-        results: list[MapResult] = []
-        failures: list[tuple[str, Exception]] = []
-        for item in items:
-            try:
-                results.append(self._map_item(item, maps.map_path(dst, item.relative, self._layer), chosen))
-            except BundleError:
-                raise  # no other image would fare better
-            except Exception as error:
-                why = maps.reason(item.name, error)
-                log.error("%s: failed: %s", item.name, why, exc_info=not maps.is_readable(error))
-                failures.append((item.name, error))
+        results, failures = self.predict_items(items, dst, **options)
         if failures:
             raise PredictionError(maps.failure_table(failures, len(items)), failures=failures)
         return results
+
+    def predict_items(
+        self, items: Sequence[raster.InputItem], dst: str | os.PathLike[str], **options: Any
+    ) -> tuple[list[MapResult], list[Failure]]:
+        """Map some of the images that `raster.find_inputs` has found; otherwise as `predict_dir`.
+
+        Returns:
+            The maps, and (input's name, error) of those that failed.
+        """
+        chosen = MapOptions(**options)
+        if len(items) > 1 and maps.is_tiff_path(dst):
+            raise PredictionError(f"{os.fspath(dst)}: one file for {len(items)} maps; give a folder")
+        return make_maps(items, lambda item: self._begin(item, maps.map_path(dst, item.relative, self._layer), chosen))
 
     @property
     def _layer(self) -> str:
@@ -194,91 +196,112 @@ class Predictor:
     def _is_small(self, height: int, width: int) -> bool:
         return height <= self.tile and width <= self.tile
 
-    def _map_item(self, item: raster.InputItem, path: Path, options: MapOptions) -> MapResult:
-        """Make one map, or find that it is finished."""
+    def _begin(self, item: raster.InputItem, path: Path, options: MapOptions) -> Finish:
+        """Start one map, or find that it is finished; what is left to do is in what is returned."""
         began = time.perf_counter()
         sensors = tuple(self.bundle.meta["input"].get("sensors", ()))
-        with raster.open_image(
-            item, band_list=options.bands, wanted=self.bundle.bands, model_sensors=sensors
-        ) as source:
-            settings = {**self.settings, **options.settings()}
-            tags = maps.map_tags(source, self.bundle.weights_sha256, settings)
-            finished = not options.overwrite and maps.is_finished(path, tags)
-            if finished:
+        with ExitStack() as stack:
+            source = stack.enter_context(
+                raster.open_image(item, band_list=options.bands, wanted=self.bundle.bands, model_sensors=sensors)
+            )
+            tags = maps.map_tags(source, self.bundle.weights_sha256, {**self.settings, **options.settings()})
+            kept = not options.overwrite and maps.is_finished(path, tags)
+            if kept:
                 log.info("%s: finished before, %s is kept", item.name, path)
-                result = MapResult(item.name, path, "skipped")
+                make: Finish = functools.partial(MapResult, item.name, path, "skipped")
             else:
                 source.check_units()
                 for warning in source.warnings:
                     log.warning("%s", warning)
-                result = self._write_map(source, path, tags, options, began)
-            picture = maps.quicklook_path(path)
-            if options.quicklook and not (finished and picture.is_file()):
-                maps.write_quicklook(source, path, picture, self._layer, self._unit)
-        return result
+                make = self._begin_rows(source, path, tags, options, began, stack)
+            held = stack.pop_all()
 
-    def _write_map(
-        self, source: raster.ImageSource, path: Path, tags: dict[str, str], options: MapOptions, began: float
-    ) -> MapResult:
-        """Predict an open image into a file."""
+        def finish() -> MapResult:
+            with held:
+                result = make()
+                picture = maps.quicklook_path(path)
+                if options.quicklook and not (kept and picture.is_file()):
+                    maps.write_quicklook(source, path, picture, self._layer, self._unit)
+            return result
+
+        return finish
+
+    def _begin_rows(
+        self,
+        source: raster.ImageSource,
+        path: Path,
+        tags: dict[str, str],
+        options: MapOptions,
+        began: float,
+        stack: ExitStack,
+    ) -> Finish:
+        """Start to predict an open image into a file; the stack closes what is opened."""
         grid = source.grid
         plan = None if self._is_small(grid.height, grid.width) else self._plan(grid.height, grid.width)
         chips = 1 if plan is None else plan.count
         batch = (1, grid.height, grid.width) if plan is None else (self.batch_size, self.tile, self.tile)
         self._forward.prepare((*batch, len(self.bundle.bands)), source.dtype)  # while the first rows are read
-        with ExitStack() as stack:
-            reader = stack.enter_context(maps.MapReader(source, options))
-            writer = stack.enter_context(
-                raster.MapWriter(
-                    path,
-                    grid,
-                    nodata=self.bundle.nodata,
-                    description=self._layer,
-                    unit=self._unit,
-                    tags=tags,
-                )
-            )
-            # A single chip is done before a bar could be read, and folders hold thousands of them.
-            progress = (
-                stack.enter_context(Progress(path.name, chips)) if options.progress and plan is not None else None
-            )
-            timings = self._predict_rows(source, plan, reader, writer, progress)
-        parts = {**vars(timings), **{key: writer.seconds[key] for key in ("verify", "copy")}}
-        result = MapResult(source.name, path, "written", chips, time.perf_counter() - began, parts, reader.share)
-        share = "" if result.mask_share is None else f", the mask keeps {result.mask_share:.1%} of its data pixels"
-        log.info("%s: %d chip%s in %s%s", path, chips, "" if chips == 1 else "s", duration(result.seconds), share)
-        return result
+        reader = stack.enter_context(maps.MapReader(source, options))
+        layer, unit = self._layer, self._unit
+        writer = stack.enter_context(
+            raster.MapWriter(path, grid, nodata=self.bundle.nodata, description=layer, unit=unit, tags=tags)
+        )
+        if plan is None:
+            rows = self._predict_whole(source, reader, writer)
+        else:
+            rows = self._predict_tiles(source, plan, reader, writer, options.progress)
 
-    def _predict_rows(
-        self,
-        source: raster.ImageSource,
-        plan: Plan | None,
-        reader: maps.MapReader,
-        writer: raster.MapWriter,
-        progress: Progress | None,
-    ) -> Timings:
-        if plan is not None:
-            return stream_map(
+        def finish() -> MapResult:
+            timings = rows()
+            writer.close()
+            parts = {**vars(timings), **{key: writer.seconds[key] for key in ("verify", "copy")}}
+            result = MapResult(source.name, path, "written", chips, time.perf_counter() - began, parts, reader.share)
+            share = "" if result.mask_share is None else f", the mask keeps {result.mask_share:.1%} of its data pixels"
+            log.info("%s: %d chip%s in %s%s", path, chips, "" if chips == 1 else "s", duration(result.seconds), share)
+            return result
+
+        return finish
+
+    def _predict_tiles(
+        self, source: raster.ImageSource, plan: Plan, reader: maps.MapReader, writer: raster.MapWriter, progress: bool
+    ) -> Callable[[], Timings]:
+        """Predict all tiles and write their rows, here and now."""
+        with Progress(writer.path.name, plan.count) if progress else nullcontext() as shown:
+            timings = stream_map(
                 plan,
                 reader.read,
                 lambda images: self._forward(images, source.fill),
                 writer.write_rows,
                 batch_size=self.batch_size,
                 nodata=self.bundle.nodata,
-                advance=progress.advance if progress else lambda chips: None,
+                advance=shown.advance if shown else lambda chips: None,
             )
+        return lambda: timings
+
+    def _predict_whole(
+        self, source: raster.ImageSource, reader: maps.MapReader, writer: raster.MapWriter
+    ) -> Callable[[], Timings]:
+        """Start to predict a small image; what is returned waits for the device and writes the rows.
+
+        It shows no progress: it is done before a bar could be read, and folders hold thousands of them.
+        """
         timings = Timings()
         marks = [time.perf_counter()]
         pixels, wanted = reader.read(0, source.grid.height)
         marks.append(time.perf_counter())
-        values = np.array(self._forward(pixels[None], source.fill))[0]
-        marks.append(time.perf_counter())
-        check_finite(values, wanted)
-        values[~wanted] = self.bundle.nodata
-        writer.write_rows(0, values)
-        marks.append(time.perf_counter())
-        timings.read, timings.compute, timings.write = (float(s) for s in np.diff(marks))
-        return timings
+        future = self._forward(pixels[None], source.fill)
+
+        def rows() -> Timings:
+            values = np.array(future)[0]
+            marks.append(time.perf_counter())
+            check_finite(values, wanted)
+            values[~wanted] = self.bundle.nodata
+            writer.write_rows(0, values)
+            marks.append(time.perf_counter())
+            timings.read, timings.compute, timings.write = (float(s) for s in np.diff(marks))
+            return timings
+
+        return rows
 
     def _plan(self, height: int, width: int) -> Plan:
         if self.tiling == "default":

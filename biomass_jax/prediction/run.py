@@ -1,9 +1,9 @@
 """`config.mode = 'predict'`: maps of every input, in the workdir; several processes share the inputs."""
 
 import dataclasses
-import glob
 import json
 import logging
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,79 +54,36 @@ def run(config: Any, workdir: Path, *, shardings: Callable[[], dict[str, Any]]) 
         **shardings(),
         **{field: config[field] for field in PREDICTOR_FIELDS},
     )
-    if jax.process_count() == 1:
-        mine = Share.of(predictor.predict_dir(config.inputs, workdir, progress=True, **options))
-    else:
-        mine = map_share(predictor, config.inputs, items, workdir, options, jax.process_index(), jax.process_count())
+    mine = map_share(predictor, items[jax.process_index() :: jax.process_count()], workdir, options)
     shares = [Share(**json.loads(data)) for data in processes.gather(json.dumps(dataclasses.asdict(mine)).encode())]
     sum_up(shares, items)
 
 
 @dataclasses.dataclass
 class Share:
-    """What one process has done: seconds of each map written, maps finished before, (input, reason) of each failure."""
+    """What one process has done: maps written and its time, maps finished before, (input, reason) of each failure."""
 
-    seconds: list[float] = dataclasses.field(default_factory=list)
+    written: int = 0
+    seconds: float = 0.0
     finished: int = 0
     failures: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
-    @classmethod
-    def of(cls, results: Sequence[maps.MapResult]) -> "Share":
-        """Of maps without a failure."""
-        written = [result.seconds for result in results if result.status == "written"]
-        return cls(written, len(results) - len(written))
 
-    def add(self, other: "Share") -> None:
-        """Take another one's maps."""
-        self.seconds += other.seconds
-        self.finished += other.finished
-        self.failures += other.failures
-
-
-def map_share(
-    predictor: Predictor,
-    inputs: str,
-    items: Sequence[raster.InputItem],
-    workdir: Path,
-    options: dict[str, Any],
-    process_index: int,
-    process_count: int,
-) -> Share:
-    """Map one process's share of the inputs; an input that fails doesn't stop the others.
-
-    Args:
-        predictor: with the settings of the run.
-        inputs: what was asked for.
-        items: what stands behind it.
-        workdir: where the maps of all processes go.
-        options: of `Predictor.predict_dir`.
-        process_index: i.
-        process_count: n.
+def map_share(predictor: Predictor, items: Sequence[raster.InputItem], workdir: Path, options: dict[str, Any]) -> Share:
+    """Map one process's share of the inputs; `options` are those of `Predictor.predict_dir`.
 
     Raises:
         BundleError, PredictionError: no input would fare better.
     """
-    done = Share()
-    layer = predictor.bundle.meta["output"]["bands"][0]
-    for item in items[process_index::process_count]:
-        try:
-            source = inputs if len(items) == 1 else address(item)
-            path = maps.map_path(workdir, item.relative, layer)
-            done.add(Share.of(predictor.predict_dir(source, path, progress=True, **options)))
-        except raster.RasterError as error:  # gone since the inputs were found
-            done.failures.append((item.name, maps.reason(item.name, error)))
-        except PredictionError as error:
-            if not error.failures:
-                raise
-            done.failures += [(name, maps.reason(name, why)) for name, why in error.failures]
-    return done
-
-
-def address(item: raster.InputItem) -> str:
-    """The path or pattern that stands for just this one of several inputs."""
-    if item.paths == (item.name,):
-        return item.name
-    return f"{glob.escape(item.name)}.B*{Path(item.paths[0]).suffix}"  # band files of a granule, perhaps among others
+    began = time.monotonic()
+    results, failures = predictor.predict_items(items, workdir, progress=True, **options)
+    written = sum(result.status == "written" for result in results)
+    return Share(
+        written,
+        time.monotonic() - began if written else 0.0,
+        len(results) - written,
+        [(name, maps.reason(name, why)) for name, why in failures],
+    )
 
 
 def sum_up(shares: Sequence[Share], items: Sequence[raster.InputItem]) -> None:
@@ -135,12 +92,10 @@ def sum_up(shares: Sequence[Share], items: Sequence[raster.InputItem]) -> None:
     Raises:
         PredictionError: some inputs failed; the first process's message is the table of which and why.
     """
-    whole = Share()
-    for share in shares:
-        whole.add(share)
-    if whole.failures:
+    failures = [failure for share in shares for failure in share.failures]
+    if failures:
         places = {item.name: place for place, item in enumerate(items)}
-        failures = sorted(whole.failures, key=lambda failure: places.get(failure[0], len(items)))
+        failures = sorted(failures, key=lambda failure: places.get(failure[0], len(items)))
         errors: list[tuple[str, Exception]] = [(name, PredictionError(why)) for name, why in failures]
         message = maps.failure_table(errors, len(items))
         if jax.process_index() > 0:  # one table is enough
@@ -148,9 +103,9 @@ def sum_up(shares: Sequence[Share], items: Sequence[raster.InputItem]) -> None:
         raise PredictionError(message, failures=errors)
     log.info(
         "%d maps written in %s, %d finished before",
-        len(whole.seconds),
-        duration(max(sum(share.seconds) for share in shares)),
-        whole.finished,
+        sum(share.written for share in shares),
+        duration(max(share.seconds for share in shares)),
+        sum(share.finished for share in shares),
     )
 
 

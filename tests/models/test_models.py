@@ -11,9 +11,9 @@ from flax import traverse_util
 
 from biomass_jax import bundle
 from biomass_jax.models.biomass import BiomassModel
-from biomass_jax.models.build import abstract_variables
+from biomass_jax.models.build import abstract_variables, dummy_inputs
 from biomass_jax.models.simmim import SimMIM
-from biomass_jax.models.swin import VARIANTS, SwinTransformer
+from biomass_jax.models.swin import VARIANTS, SwinEncoder, SwinTransformer
 
 TINY = {"embed_dim": 4, "depths": (1, 1, 2, 1), "num_heads": (1, 1, 2, 2), "decoder_channels": 4}
 
@@ -48,6 +48,13 @@ def test_parameter_count_of_every_variant(name):
     assert count(params["encoder"]) == expected_encoder(**VARIANTS[name])
     assert count(params["decoder"]) == expected_decoder(VARIANTS[name]["embed_dim"], 32)
     assert count(params["head"]) == 74145
+
+
+@pytest.mark.parametrize("module", [BiomassModel(**TINY | {"depths": (1, 3, 2, 1)}), SimMIM(), SwinEncoder()])
+def test_abstract_variables_are_those_of_the_initialisation(module):
+    whole = jax.eval_shape(lambda: module.init(jax.random.key(0), *dummy_inputs(module)))
+    found = abstract_variables(module)
+    assert bundle.flatten(found) == bundle.flatten({"batch_stats": {}, **whole})
 
 
 def test_granite_has_exactly_the_released_parameters(golden):
