@@ -5,7 +5,7 @@ torch's own index formulas (aten/src/ATen/native/UpSample.h, AdaptiveAveragePool
 whatever the model's dtype.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from biomass_jax.models import initialisation
+from biomass_jax.models import initialisation, products
+
+Dense = partial(nn.Dense, dot_general=products.dense)
 
 
 def gelu(x: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from biomass_jax.models import initialisation
+from biomass_jax.models import initialisation, products
 from biomass_jax.models.layers import BatchNorm
 
 
@@ -36,7 +36,15 @@ class Upscale(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """x [B, H, W, C] -> [B, 2H, 2W, features]."""
         draws = initialisation.conv(x.shape[-1] * 9)
-        x = nn.Conv(self.features * 4, (3, 3), padding="SAME", dtype=self.dtype, name="conv", **draws)(x)
+        convolution = nn.Conv(
+            self.features * 4,
+            (3, 3),
+            dtype=self.dtype,
+            conv_general_dilated=products.convolution,
+            name="conv",
+            **draws,
+        )
+        x = convolution(x)
         return nn.relu(BatchNorm(self.dtype, name="norm")(pixel_shuffle(x, 2), train=train))
 
 

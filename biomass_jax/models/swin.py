@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from biomass_jax.models import initialisation, swin_ops
-from biomass_jax.models.layers import LayerNorm, gelu
+from biomass_jax.models.layers import Dense, LayerNorm, gelu
 
 Dtype = Any
 
@@ -74,10 +74,11 @@ class WindowAttention(nn.Module):
             jnp.float32,
         )
         draws = initialisation.dense(self.initializer, c)
-        qkv = nn.Dense(3 * c, dtype=self.dtype, name="qkv", **draws)(x)
-        # Batch-heads-tokens-dim: both products then are plain batched matmuls, without a transpose inside.
-        q, k, v = qkv.reshape(n, tokens, 3, heads, dim).transpose(2, 0, 3, 1, 4)
-        scores = jnp.einsum("bhqd,bhkd->bhqk", q * dim**-0.5, k, preferred_element_type=jnp.float32)
+        qkv = Dense(3 * c, dtype=self.dtype, name="qkv", **draws)(x)
+        # Batch-heads-tokens-dim: both products then are plain batched matmuls, without a transpose inside. And in three
+        # from the start, so that the gradients of q, k and v are put together where they are wanted in one go.
+        q, k, v = (part.reshape(n, tokens, heads, dim).transpose(0, 2, 1, 3) for part in jnp.split(qkv, 3, axis=-1))
+        scores = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32) * dim**-0.5
         bias = table[swin_ops.relative_position_index(self.window_size)].transpose(2, 0, 1)
         if mask is None:
             scores = scores + bias
@@ -88,7 +89,7 @@ class WindowAttention(nn.Module):
         weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
         x = jnp.einsum("bhqk,bhkd->bhqd", weights, v)
         x = x.transpose(0, 2, 1, 3).reshape(n, tokens, c)
-        return nn.Dense(c, dtype=self.dtype, name="proj", **draws)(x)
+        return Dense(c, dtype=self.dtype, name="proj", **draws)(x)
 
 
 class Mlp(nn.Module):
@@ -102,9 +103,9 @@ class Mlp(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., C] -> [..., C]."""
         c, kind = x.shape[-1], self.initializer
-        x = nn.Dense(self.hidden_dim, dtype=self.dtype, name="fc1", **initialisation.dense(kind, c))(x)
+        x = Dense(self.hidden_dim, dtype=self.dtype, name="fc1", **initialisation.dense(kind, c))(x)
         x = gelu(x)
-        return nn.Dense(c, dtype=self.dtype, name="fc2", **initialisation.dense(kind, self.hidden_dim))(x)
+        return Dense(c, dtype=self.dtype, name="fc2", **initialisation.dense(kind, self.hidden_dim))(x)
 
 
 class SwinBlock(nn.Module):
@@ -167,7 +168,7 @@ class PatchMerging(nn.Module):
         c = x.shape[-1]
         x = LayerNorm(self.dtype, name="norm")(swin_ops.merge_patches(x))
         draws = initialisation.dense(self.initializer, 4 * c)
-        return nn.Dense(2 * c, use_bias=False, dtype=self.dtype, name="reduction", **draws)(x)
+        return Dense(2 * c, use_bias=False, dtype=self.dtype, name="reduction", **draws)(x)
 
 
 class SwinStage(nn.Module):
