@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import common, trace
-from biomass_jax import memory
 
 Once = Callable[[], dict[str, Any]]
 
@@ -30,7 +29,7 @@ def peak(dtype: str = "float32") -> tuple[dict[str, Any], Once]:
     return {"gflops_peak": common.spread([rate() for _ in range(3)])["median"]}, dict
 
 
-def peak_memory() -> float:
+def memory() -> float:
     """Peak, GiB: of the process on CPU, of JAX's buffers on a GPU."""
     stats = jax.devices()[0].memory_stats() or {}
     return stats["peak_bytes_in_use"] / 2**30 if "peak_bytes_in_use" in stats else common.peak_rss_gib()
@@ -73,7 +72,7 @@ def forward(bundle: str, batch_size: int, dtype: str) -> tuple[dict[str, Any], O
         results[:] = [predict(images, opened.fill)]
 
     once = common.per_call(call, lambda: jax.block_until_ready(results))
-    facts = {"seconds_compile": seconds_compile, "memory_gib": peak_memory()}
+    facts = {"seconds_compile": seconds_compile, "memory_gib": memory()}
     rate = common.matmul_peak(dtype)
     return facts, lambda: {"gflops_peak": rate(), "seconds": once()}
 
@@ -125,7 +124,7 @@ def step(shards: str, batch_size: int, dtype: str, fields: dict[str, Any]) -> tu
     del run  # holds the first state, which the step is given
     once = stepping(program, state, batch)
     del state
-    facts = {"seconds_compile": seconds_compile, "memory_gib": peak_memory()}
+    facts = {"seconds_compile": seconds_compile, "memory_gib": memory()}
     rate = common.matmul_peak(dtype)
     return facts, lambda: {"gflops_peak": rate(), "seconds": once()}
 
@@ -204,7 +203,7 @@ def waiting(
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     found = [line for line in lines if "perf/waiting" in line][3:]
     facts = {name: common.column(found, f"perf/{name}") for name in ("waiting", "chips_per_s")}
-    return facts | {"memory_gib": peak_memory()}, dict
+    return facts | {"memory_gib": memory()}, dict
 
 
 def map_scene(bundle: str, scene: str, out: str) -> tuple[dict[str, Any], Once]:
@@ -264,5 +263,4 @@ JOBS: dict[str, common.Job] = {
 }
 
 if __name__ == "__main__":
-    memory.keep_freed()  # as biomass_jax.main does
     common.serve(JOBS)

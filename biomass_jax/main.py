@@ -21,8 +21,6 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from biomass_jax import memory
-
 STOPPED = 75
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -223,7 +221,6 @@ def _stop(*_: object) -> NoReturn:
 def cli() -> NoReturn:
     """Parse, run, and turn what happens into an exit code."""
     set_up_logging()
-    memory.keep_freed()
     gc.set_threshold(100_000, 50, 100)  # imports and tracing make objects that stay, and that it would walk each time
     sys.path.append(str(ROOT))  # configs import each other from a checkout, wherever the command is given
     signal.signal(signal.SIGTERM, _stop)

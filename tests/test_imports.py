@@ -18,13 +18,12 @@ LAYERS: dict[str, set[str]] = {
     "models": set(),
     "data": set(),
     "figures": set(),
-    "memory": set(),
     "bundle": {"models"},
     "convert": {"bundle", "models", "data", "figures"},
-    "training": {"bundle", "models", "data", "figures", "memory"},
+    "training": {"bundle", "models", "data", "figures"},
     "prediction": {"bundle", "models", "data", "figures"},
     "evaluation": {"bundle", "models", "data", "figures"},
-    "main": {"bundle", "models", "data", "figures", "memory", "convert", "training", "prediction", "evaluation"},
+    "main": {"bundle", "models", "data", "figures", "convert", "training", "prediction", "evaluation"},
     "__init__": {"bundle", "prediction", "training"},  # inside `biomass_jax.load` only, see the test of a light import
 }
 EXCEPTIONS = {("biomass_jax/training/tasks.py", "evaluation")}
