@@ -105,6 +105,9 @@ def timed(call: Callable[[], Any]) -> float:
 def per_call(call: Callable[[], Any], finish: Callable[[], Any]) -> Callable[[], float]:
     """Seconds a call takes, as the mean of as many as fill `SECONDS_A_CALL`, without waiting between them.
 
+    Each time one more goes before, which doesn't count: while others had their turn, a virtual machine may have handed
+    freed memory back to its host, and the first call waits until it is there again.
+
     Args:
         call: begins the work; called twice at once, to warm up and to see how long it takes.
         finish: waits until all of it is done.
@@ -113,9 +116,13 @@ def per_call(call: Callable[[], Any], finish: Callable[[], Any]) -> Callable[[],
     def several(count: int) -> float:
         return timed(lambda: ([call() for _ in range(count)], finish())) / count
 
+    def turn() -> float:
+        several(1)
+        return several(count)
+
     several(1)
     count = max(1, min(100, math.ceil(SECONDS_A_CALL / several(1))))
-    return lambda: several(count)
+    return turn
 
 
 def peak_rss_gib() -> float:

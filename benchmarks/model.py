@@ -74,7 +74,8 @@ def one_size(
     """Facts and rounds of ours and of the rivals at one batch size."""
     env = settings.env()
     with common.Crew() as workers:
-        workers["ours"] = common.Worker(suite.OURS, job, env, batch_size=size, **arguments)
+        own = settings.training_env() if job == "step" else env
+        workers["ours"] = common.Worker(suite.OURS, job, own, batch_size=size, **arguments)
         for rival in settings.rivals:
             shared = {"weights": suite.weights(settings.bundle), "batch_size": size, "dtype": settings.dtype}
             shared |= {"device": settings.torch_device, "compiled": rival == "compiled"}

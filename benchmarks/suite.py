@@ -13,6 +13,7 @@ import numpy as np
 
 from benchmarks import common
 from benchmarks.table import Row, Target
+from biomass_jax.training import huge_pages
 
 OURS, RIVAL = "benchmarks.jax_work", "benchmarks.torch_work"
 RIVALS = ("eager", "compiled")
@@ -72,6 +73,10 @@ class Settings:
         if self.device == "cpu":
             found |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         return found
+
+    def training_env(self) -> dict[str, str]:
+        """Environment of a worker that trains: as `biomass_jax.main` starts a run."""
+        return self.env() | huge_pages.environment()
 
     @property
     def torch_device(self) -> str:

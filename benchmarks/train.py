@@ -45,7 +45,7 @@ def measure_input(settings: suite.Settings) -> suite.Part:
         runs = common.in_turns(workers, settings.turns(INPUT_ROUNDS))
     rates = {name: common.column(found, "chips_per_s") for name, found in runs.items()}
     arguments = settings.training | {"batch_size": settings.step_sizes[0]}
-    waiting = common.ask(suite.OURS, "waiting", env, steps=WAITING_STEPS, **arguments)
+    waiting = common.ask(suite.OURS, "waiting", settings.training_env(), steps=WAITING_STEPS, **arguments)
     shares = [100 * share for share in waiting["waiting"]]
     rows = [
         Row("input", "pipeline alone", "chips/s", rates["ours"], rates.get("rival", [])),
@@ -59,7 +59,7 @@ def measure_breakdown(settings: suite.Settings) -> suite.Part:
     """Where a step's time goes: by growing parts, and by kind of operation in a profile."""
     arguments = settings.training | {"batch_size": settings.step_sizes[0]}
     with common.Crew() as workers:
-        workers["ours"] = common.Worker(suite.OURS, "breakdown", settings.env(), **arguments)
+        workers["ours"] = common.Worker(suite.OURS, "breakdown", settings.training_env(), **arguments)
         facts = workers["ours"].facts
         runs = common.in_turns(workers, settings.turns(BREAKDOWN_ROUNDS))["ours"]
     parts = differences(runs)

@@ -21,6 +21,8 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from biomass_jax.training import huge_pages
+
 STOPPED = 75
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -55,6 +57,8 @@ def main(argv: list[str]) -> None:
     workdir = Path(WORKDIR.value or "")
     forget_none(config)
     check_paths(config)
+    if MODES[config.mode] is train:
+        huge_pages.start_anew()
     # Read by JAX when it is imported, which happens below: a second run compiles next to nothing.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(workdir.absolute().parent / ".jax_cache"))
     if config.get("deterministic"):

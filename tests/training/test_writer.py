@@ -1,6 +1,9 @@
 """`metrics.jsonl` and TensorBoard events: what is written, and what a run that goes on cuts back."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -88,3 +91,16 @@ def test_other_processes_write_nothing(tmp_path):
     writer.figure(1, "a", np.zeros((2, 2, 3), np.uint8))
     writer.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorboard_does_not_bring_torch(tmp_path):
+    """tensorboardX imports what it finds: seconds and hundreds of megabytes for nothing."""
+    (tmp_path / "torch.py").write_text("Tensor = None\n")
+    code = (
+        "import sys; from biomass_jax.training.writer import summary_writer; summary_writer();"
+        "print('torch' in sys.modules);"
+        "import torch; summary_writer(); print(sys.modules['torch'] is torch)"
+    )
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
