@@ -15,6 +15,7 @@ from flax import linen as nn
 
 from biomass_jax.models import initialisation, products
 
+# `flax.linen.Dense`, x [..., K] -> [..., features], whose weights' gradients are faster on CPU.
 Dense = partial(nn.Dense, dot_general=products.dense)
 
 

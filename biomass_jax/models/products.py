@@ -50,15 +50,32 @@ def _gradient_of_kernel(x: jax.Array, g: jax.Array, precision: Any) -> jax.Array
     return jnp.dot(computed_once(x.T), g, precision=precision)
 
 
-def convolution(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **options: Any) -> jax.Array:
+def convolution(
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: Any,
+    padding: Any,
+    *,
+    lhs_dilation: Any,
+    rhs_dilation: Any,
+    dimension_numbers: Any,
+    feature_group_count: int,
+    precision: Any = None,
+) -> jax.Array:
     """For `nn.Conv(conv_general_dilated=...)`: x [B, H, W, C], kernel [k, k, C, N] -> [B, H, W, N].
 
     Raises:
-        ValueError: a stride, an even kernel or a padding with which the map wouldn't keep its size.
+        ValueError: a stride, dilation, groups, or a kernel or padding with which the map wouldn't keep its size.
     """
-    if tuple(strides) != (1, 1) or padding != "SAME" or kernel.shape[0] % 2 == 0:
-        raise ValueError(f"kernel {kernel.shape}, strides {strides}, padding {padding}; expected odd, 1 and SAME")
-    return _convolution(x, kernel, _precision(options["precision"]))
+    del dimension_numbers  # a convolution's over two axes are always these
+    plain = {*strides, *lhs_dilation, *rhs_dilation, feature_group_count} == {1} and padding == "SAME"
+    if not plain or kernel.shape[0] % 2 == 0 or kernel.shape[0] != kernel.shape[1]:
+        raise ValueError(
+            f"a convolution with kernel {kernel.shape}, strides {strides}, padding {padding!r}, {feature_group_count} "
+            f"groups and dilations {lhs_dilation}, {rhs_dilation}; expected a square kernel of odd size and 'SAME', "
+            "all else 1"
+        )
+    return _convolution(x, kernel, _precision(precision))
 
 
 def _plain_convolution(x: jax.Array, kernel: jax.Array, precision: Any) -> jax.Array:

@@ -93,8 +93,9 @@ def computed_once(x: jax.Array) -> jax.Array:
     """The same array, of any shape, which XLA on CPU then keeps in memory.
 
     It would rather compute a sum of two arrays again wherever it is read. Of the gradient of the residual stream, a sum
-    with two more arrays at each block, it makes one longer and longer sum a block, a fifth of a training step. Takes
-    effect in a program compiled with barriers (see `training.steps.compile_steps`); other backends need none.
+    with two more arrays at each block, it makes one longer and longer sum a block, a fifth of a training step; and of a
+    transposed array that a product reads, the product of transposed gradients (see `products`). Takes effect in a
+    program compiled with barriers (see `training.steps.compile_steps`); other backends need none.
     """
     return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda same: same)
 

@@ -175,10 +175,19 @@ class Predictor:
     def predict_items(
         self, items: Sequence[raster.InputItem], dst: str | os.PathLike[str], **options: Any
     ) -> tuple[list[MapResult], list[Failure]]:
-        """Map some of the images that `raster.find_inputs` has found; otherwise as `predict_dir`.
+        """Map some of the images that `raster.find_inputs` has found; an image that fails doesn't stop the others.
+
+        Args:
+            items: the images.
+            dst: the folder for the maps, in which each has its item's relative path; a file's path for one image.
+            **options: fields of `MapOptions`.
 
         Returns:
             The maps, and (input's name, error) of those that failed.
+
+        Raises:
+            BundleError: damaged weights.
+            PredictionError: contradicting options, or one file for several maps.
         """
         chosen = MapOptions(**options)
         if len(items) > 1 and maps.is_tiff_path(dst):

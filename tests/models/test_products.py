@@ -88,10 +88,21 @@ def test_the_way_for_other_devices_gives_the_same(monkeypatch):
         close(ours, np.asarray(theirs))
 
 
-@pytest.mark.parametrize("options", [{"strides": 2}, {"padding": "VALID"}, {"kernel_size": (2, 2)}])
-def test_convolutions_that_change_the_size_are_refused(options):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"strides": 2},
+        {"padding": "VALID"},
+        {"kernel_size": (2, 2)},
+        {"kernel_size": (3, 5)},
+        {"kernel_dilation": 2},
+        {"input_dilation": 2},
+        {"feature_group_count": 2},
+    ],
+)
+def test_convolutions_of_another_kind_are_refused(options):
     fields = {"features": 4, "kernel_size": (3, 3), "conv_general_dilated": products.convolution, **options}
-    with pytest.raises(ValueError, match="expected odd, 1 and SAME"):
+    with pytest.raises(ValueError, match="expected a square kernel of odd size and 'SAME', all else 1"):
         nn.Conv(**fields).init(jax.random.key(0), jnp.zeros((1, 4, 4, 2)))
 
 

@@ -53,6 +53,22 @@ def test_shares_are_the_maps_of_one_process(stub, scenes, tmp_path, count):
     assert [(share.written, share.seconds) for share in again] == [(0, 0.0)] * 2
 
 
+def test_a_signed_address_is_opened_whole_and_never_told(stub, tmp_path, monkeypatch, caplog):
+    """What follows the question mark is a password: a reader needs it, nobody else."""
+    opened = []
+
+    def refuse(item, **_):
+        opened.append(item.paths)
+        raise raster.RasterError(f"{item.name}: not there")
+
+    monkeypatch.setattr(raster, "open_image", refuse)
+    items = raster.find_inputs("https://host/a/scene.tif?token=secret")
+    share = map_share(stub(), items, tmp_path, {})
+    assert opened == [("/vsicurl/https://host/a/scene.tif?token=secret",)]
+    assert [name for name, _ in share.failures] == ["https://host/a/scene.tif"]
+    assert "secret" not in caplog.text + str(share.failures)
+
+
 def test_an_input_that_is_gone_is_a_failure_and_wrong_options_are_not(stub, scenes, tmp_path):
     items = raster.find_inputs(scenes)
     (scenes / "a.tif").unlink()
