@@ -58,7 +58,7 @@ def test_small_rasters_are_one_plain_forward_at_their_own_size(stub, tmp_path):
     for height, width in [(224, 224), (30, 200), (1, 1)]:
         predictor.predict_file(write_raster(tmp_path / f"{height}.tif", coded_image(height, width)), tmp_path)
     predictor.predict_file(write_raster(tmp_path / "big.tif", coded_image(225, 30)), tmp_path)
-    assert shapes == [(1, 224, 224, 6), (1, 30, 200, 6), (1, 1, 1, 6), (8, 224, 224, 6)]
+    assert shapes == [(1, 224, 224, 6), (1, 30, 200, 6), (1, 1, 1, 6), (4, 224, 224, 6)]
 
 
 def test_warm_up_compiles_what_the_first_map_needs(stub, tmp_path):
@@ -90,6 +90,19 @@ def test_array_is_one_plain_forward_however_large(stub):
     result = stub(model).predict_array(batch)
     assert result.dtype == np.float32
     np.testing.assert_array_equal(result, batch[..., NIR])
+
+
+@pytest.mark.parametrize(("count", "seen"), [(3, 3), (4, 4), (6, 6), (8, 4), (12, 4)])
+def test_a_cpu_computes_four_images_at_a_time_where_they_come_out_even(stub, count, seen):
+    shapes = []
+
+    def model(variables, x):
+        shapes.append(x.shape)
+        return nir(variables, x)
+
+    images = np.stack([coded_image(20, 30) + np.int16(number) for number in range(count)])
+    np.testing.assert_array_equal(stub(model).predict_array(images), images[..., NIR])
+    assert shapes == [(seen, 20, 30, 6)]
 
 
 def place_dependent(variables, x):
