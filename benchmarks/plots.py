@@ -76,7 +76,7 @@ def throughput(result: dict[str, Any]) -> Any:
         axes.set_ylim(bottom=0)
         axes.set_title(JOBS[job])
         style.plot_axes(axes, "batch size", "chips/s")
-        axes.legend(frameon=False)
+        axes.legend(loc="lower left", frameon=False)
     figure.suptitle(result["title"])
     return figure
 
