@@ -1,6 +1,7 @@
 """The part of a prediction that runs on the device: no-data, z-scoring, the model, all in one compiled function."""
 
 import logging
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -19,7 +20,8 @@ log = logging.getLogger(__name__)
 ModelFunction = Callable[[Any, jax.Array], jax.Array]
 PRECISIONS = ("default", "high", "highest")
 DTYPES = ("float32", "bfloat16")
-CPU_PART = 4  # images that a CPU computes at a time: with more of them what lies between two layers leaves its caches
+# Images a core that a CPU computes at a time: with more of them what lies between two layers leaves its caches.
+IMAGES_A_CORE = 2
 
 
 def no_data(images: jax.Array, fill: jax.Array) -> jax.Array:
@@ -35,6 +37,11 @@ def no_data(images: jax.Array, fill: jax.Array) -> jax.Array:
     values = images.astype(jnp.float32)
     missing = (values == fill) | (values == FILL) | jnp.isnan(values)
     return jnp.any(missing, axis=-1) | jnp.all(values == 0, axis=-1)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Forward:
@@ -131,10 +138,11 @@ class Forward:
 
     def _run(self, variables: Any, images: jax.Array, fill: jax.Array) -> jax.Array:
         """(B, H, W, bands) digital numbers -> (B, H, W) float32, on one CPU part by part where they come out even."""
-        if self.platform != "cpu" or self.devices > 1 or len(images) <= CPU_PART or len(images) % CPU_PART:
+        part = IMAGES_A_CORE * cores()
+        if self.platform != "cpu" or self.devices > 1 or len(images) <= part or len(images) % part:
             return self._run_part(variables, images, fill)
-        parts = images.reshape(-1, CPU_PART, *images.shape[1:])
-        return jax.lax.map(lambda part: self._run_part(variables, part, fill), parts).reshape(images.shape[:-1])
+        parts = images.reshape(-1, part, *images.shape[1:])
+        return jax.lax.map(lambda some: self._run_part(variables, some, fill), parts).reshape(images.shape[:-1])
 
     def _run_part(self, variables: Any, images: jax.Array, fill: jax.Array) -> jax.Array:
         """(B, H, W, bands) digital numbers -> (B, H, W) float32; no-data pixels are 0 before z-scoring."""

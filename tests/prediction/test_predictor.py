@@ -47,7 +47,8 @@ def test_a_coordinate_coded_raster_comes_back_at_every_pixel(stub, tmp_path, siz
     np.testing.assert_allclose(result, expected, rtol=1e-6)
 
 
-def test_small_rasters_are_one_plain_forward_at_their_own_size(stub, tmp_path):
+def test_small_rasters_are_one_plain_forward_at_their_own_size(stub, tmp_path, monkeypatch):
+    monkeypatch.setattr(forward, "cores", lambda: 4)
     shapes = []
 
     def model(variables, x):
@@ -58,7 +59,7 @@ def test_small_rasters_are_one_plain_forward_at_their_own_size(stub, tmp_path):
     for height, width in [(224, 224), (30, 200), (1, 1)]:
         predictor.predict_file(write_raster(tmp_path / f"{height}.tif", coded_image(height, width)), tmp_path)
     predictor.predict_file(write_raster(tmp_path / "big.tif", coded_image(225, 30)), tmp_path)
-    assert shapes == [(1, 224, 224, 6), (1, 30, 200, 6), (1, 1, 1, 6), (4, 224, 224, 6)]
+    assert shapes == [(1, 224, 224, 6), (1, 30, 200, 6), (1, 1, 1, 6), (8, 224, 224, 6)]
 
 
 def test_warm_up_compiles_what_the_first_map_needs(stub, tmp_path):
@@ -93,7 +94,8 @@ def test_array_is_one_plain_forward_however_large(stub):
 
 
 @pytest.mark.parametrize(("count", "seen"), [(3, 3), (4, 4), (6, 6), (8, 4), (12, 4)])
-def test_a_cpu_computes_four_images_at_a_time_where_they_come_out_even(stub, count, seen):
+def test_a_cpu_computes_two_images_a_core_at_a_time_where_they_come_out_even(stub, monkeypatch, count, seen):
+    monkeypatch.setattr(forward, "cores", lambda: 2)
     shapes = []
 
     def model(variables, x):
