@@ -24,7 +24,7 @@ TRAINING = 3  # the backward pass is twice the forward's work
 GRANITE_MEANS = [547.36707, 898.5121, 1020.9082, 2665.5352, 2340.584, 1610.1407]
 GRANITE_STDS = [411.4701, 558.54065, 815.94025, 812.4403, 1113.7145, 1067.641]
 
-# One call of a worker lasts about so long: far above the clock's grain and a GPU's queue.
+# What counts of a worker's turn lasts about so long: far above the clock's grain and a GPU's queue.
 SECONDS_A_CALL = 0.3
 # Before a call the others' threads, which spin for a while when they are done, have come to rest.
 REST = 0.05

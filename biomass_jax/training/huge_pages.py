@@ -1,7 +1,7 @@
 """Huge pages under the arrays of a training step.
 
 On CPU every call of a compiled program takes its intermediate arrays from the system and gives them back when it is
-done: 1.8 GB for Swin-B at batch 4, 450,000 pages of 4 KiB. In pages of 2 MiB a step takes an eighth less time
+done: 1.8 GB for Swin-B at batch 4, 460,000 pages of 4 KiB. In pages of 2 MiB a step takes an eighth less time
 (docs/performance.md). glibc asks for them only where the environment says so when a process starts.
 """
 

@@ -71,7 +71,10 @@ def test_only_the_program_itself_is_started_anew(monkeypatch, command, again):
 
 
 def test_a_run_goes_on_where_it_cannot_be_started_anew(monkeypatch):
-    def refuse(*_):
+    refused = []
+
+    def refuse(program, *_):
+        refused.append(program)
         raise OSError("no")
 
     monkeypatch.setattr(huge_pages, "environment", lambda: ASKED)
@@ -79,6 +82,7 @@ def test_a_run_goes_on_where_it_cannot_be_started_anew(monkeypatch):
     monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "biomass_jax.main"])
     monkeypatch.setattr(sys, "argv", ["main.py"])
     huge_pages.start_anew()
+    assert refused == [sys.executable]
 
 
 @pytest.mark.parametrize(
@@ -102,6 +106,7 @@ def test_the_command_trains_with_huge_pages(tmp_path, monkeypatch, config, field
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
+        timeout=120,
     )
     assert done.returncode == 1
     assert "missing" in done.stderr
