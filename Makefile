@@ -39,7 +39,7 @@ demo: $(STAMP) ## a made-up forest to training shards, a model, scores, a map: d
 test: $(STAMP) ## the quick tests
 	$(PYTEST) -m "not slow and not long" -n 2 --dist worksteal
 
-# The demo has a limit of its own, so that it runs alone.
+# The demo runs alone, so that its time can be compared.
 test-slow: $(STAMP) ## the tests marked slow
 	$(PYTEST) -m slow -n 2 --dist worksteal --ignore tests/end_to_end/test_demo.py
 	$(PYTEST) -m slow tests/end_to_end/test_demo.py

@@ -27,11 +27,9 @@ def test_stages_pass_on_what_the_one_before_wrote(tmp_path):
     assert (demo.ROOT / convert[convert.index("--input") + 1]).is_file()
 
 
-def test_a_stage_that_fails_or_hangs_stops_the_demo(tmp_path, monkeypatch, capfd):
+def test_a_stage_that_fails_stops_the_demo(tmp_path, monkeypatch, capfd):
     with pytest.raises(demo.DemoError, match="'Fail' failed with exit code 3"):
-        demo.run("Fail", ["-c", "raise SystemExit(3)"], seconds_left=60)
-    with pytest.raises(demo.DemoError, match="'Hang' was stopped"):
-        demo.run("Hang", ["-c", "import time; time.sleep(60)"], seconds_left=0.5)
+        demo.run("Fail", ["-c", "raise SystemExit(3)"])
 
     marker = tmp_path / "ran"
     monkeypatch.setattr(
