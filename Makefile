@@ -54,7 +54,7 @@ check: $(STAMP) ## formatting, lint, types, import rules
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
-	$(PYTEST) tests/test_imports.py
+	$(PYTEST) tests/test_structure.py
 
 bench: $(STAMP) ## speed beside the PyTorch original; installs torch and rioxarray
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'

@@ -23,8 +23,8 @@ from rasterio.windows import Window
 
 from benchmarks import common
 from biomass_jax.data.bands import FILL
-from data_prep.composite import composite
-from data_prep.hls import CLOUD, SHADOW, find_scenes, needed_layers
+from data_prep.hls.composite import composite
+from data_prep.hls.granules import CLOUD, SHADOW, find_scenes, needed_layers
 from data_prep.season import Season
 from data_prep.synthetic.granule import Overpass, write_granule
 from data_prep.synthetic.landscape import fractal, make_landscape

@@ -21,8 +21,9 @@ from affine import Affine
 from benchmarks import common, composite, suite
 from benchmarks.table import Row
 from biomass_jax.data import records
-from data_prep import geotiff, shards
-from data_prep.gedi import convert_granule
+from data_prep.gedi.orbits import convert_granule
+from data_prep.shards import geotiff
+from data_prep.shards import write as shards
 from data_prep.synthetic.gedi_file import BEAMS, granule_name, seconds_since_epoch, shot_numbers, write_gedi
 
 FOLDER = common.FOLDER / "data_prep"

@@ -176,7 +176,8 @@ def evaluating(program: Any, state: Any, batch: Any) -> Callable[[], float]:
 
 def load_chips(shards: str, batch_size: int, chips: int) -> tuple[dict[str, Any], Once]:
     """Chips/s of the pipeline alone, shards in the page cache: `chips` of them a round."""
-    from biomass_jax.data import pipeline, sources
+    from biomass_jax.data import sources
+    from biomass_jax.pipeline import batches as pipeline
 
     threads = training(shards, batch_size, "float32", {}).data.threads
     batches = pipeline.train_batches(

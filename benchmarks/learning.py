@@ -39,7 +39,7 @@ def changed(records: list[Any], variant: str) -> list[Any]:
 
 def write_variant(shards_folder: str, variant: str) -> Path:
     """Shards whose training *and* validation labels are changed alike."""
-    from data_prep import shards
+    from data_prep.shards import write as shards
 
     folder = FOLDER / variant.replace(" ", "_") / "shards"
     if variant == VARIANTS[0]:

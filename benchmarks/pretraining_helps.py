@@ -28,9 +28,9 @@ ALPHAS = tuple(np.logspace(-2, 5, 22))
 
 def forest_chip(split: str, index: int, side: int) -> records.Record:
     """A clear view of a piece of the forest that no other chip shows, with footprints on a few pixels."""
-    from data_prep.synthetic.forest import EPSG, LEFT, TOP
-    from data_prep.synthetic.forest_land import Forest
-    from data_prep.synthetic.forest_view import Day, shadowed_biomass, view
+    from data_prep.synthetic.forest.land import Forest
+    from data_prep.synthetic.forest.view import Day, shadowed_biomass, view
+    from data_prep.synthetic.forest.world import EPSG, LEFT, TOP
     from data_prep.synthetic.landscape import PIXEL_M
 
     rng = np.random.default_rng([index, *split.encode()])
@@ -102,7 +102,7 @@ def finetune(
 ) -> float:
     """RMSE on the validation chips after fine-tuning on `count` chips, Mg/ha."""
     from configs import demo_finetune
-    from data_prep import shards
+    from data_prep.shards import write as shards
 
     workdir = FOLDER / f"{'scratch' if bundle is None else 'pretrained'}_{count}_{seed}"
     total = len(chips["train"])
@@ -189,7 +189,7 @@ def main() -> None:
     import jax
 
     from biomass_jax.bundle import read_meta
-    from data_prep import shards
+    from data_prep.shards import write as shards
 
     jax.config.update("jax_compilation_cache_dir", str(common.FOLDER / "jax"))
     shutil.rmtree(FOLDER, ignore_errors=True)

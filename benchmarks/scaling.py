@@ -64,9 +64,9 @@ def compile_step(case: Case) -> tuple[Any, Any]:
     import numpy as np
 
     from biomass_jax.data.sources import DatasetInfo
-    from biomass_jax.training import sharding
+    from biomass_jax.runtime import mesh as sharding
+    from biomass_jax.tasks.create import choose
     from biomass_jax.training.build import plan_steps
-    from biomass_jax.training.choose import choose
     from biomass_jax.training.state import planned_state
 
     config = run_config(case)
@@ -94,7 +94,7 @@ def measure(case: Case) -> dict[str, Any]:
     """Compile one case in this process, which has its devices, and read the program."""
     import jax
 
-    from biomass_jax.training.sharding import bytes_a_device
+    from biomass_jax.runtime.mesh import bytes_a_device
 
     began = time.perf_counter()
     compiled, state = compile_step(case)

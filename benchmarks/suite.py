@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks import common
 from benchmarks.table import Row, Target
-from biomass_jax.training import huge_pages
+from biomass_jax.runtime import huge_pages
 
 OURS, RIVAL = "benchmarks.jax_work", "benchmarks.torch_work"
 RIVALS = ("eager", "compiled")
@@ -123,7 +123,7 @@ def shards() -> Path:
     """Shards of chips with texture, which zstd can't do away with; written once. Returns their folder."""
     from benchmarks.data_prep import make_chip
     from biomass_jax.data import records
-    from data_prep import shards as writer
+    from data_prep.shards import write as writer
 
     path = common.FOLDER / "train_shards"
     if (path / "dataset_info.json").exists() and writer.read_metadata(path)["chips"]["counts"]["train"] == CHIPS:

@@ -20,12 +20,12 @@ def load(path: str | os.PathLike[str], **settings: Any) -> "Predictor":
         A predictor with `predict_array`, `predict_file` and `predict_dir`.
 
     Raises:
-        biomass_jax.bundle.BundleError: no bundle there, or one of another schema version.
+        BundleError: no bundle there, or one of another schema version.
     """
     # Here and not above: importing the package must not start JAX.
     from biomass_jax import bundle
     from biomass_jax.prediction.predictor import Predictor
-    from biomass_jax.training import sharding
+    from biomass_jax.runtime import mesh as sharding
 
     mesh = sharding.create_mesh()
     return Predictor(

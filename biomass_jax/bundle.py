@@ -15,15 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from biomass_jax.errors import BundleError
+
 SCHEMA_VERSION = 1
 CHECK_TOLERANCE = 1e-4
 _REQUIRED = {"task": str, "weights_sha256": str} | dict.fromkeys(
     ("architecture", "input", "output", "training", "provenance", "check"), dict
 )
-
-
-class BundleError(ValueError):
-    """A bundle that is missing, incomplete, of another schema version, or not what its description says."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,7 +310,8 @@ def verify(path: str | os.PathLike[str]) -> dict[str, float]:
 
 
 def _build(path: str | os.PathLike[str], task: str, architecture: dict[str, Any], dtype: str = "float32") -> Any:
-    from biomass_jax.models.build import ArchitectureError, build_module
+    from biomass_jax.errors import ArchitectureError
+    from biomass_jax.models.build import build_module
 
     try:
         return build_module(task, architecture, dtype)

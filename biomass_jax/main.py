@@ -21,9 +21,9 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from biomass_jax.training import huge_pages
+from biomass_jax.errors import STOPPED, BiomassError, Stopped, UsageError
+from biomass_jax.runtime import huge_pages
 
-STOPPED = 75
 ROOT = Path(__file__).resolve().parent.parent
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -36,14 +36,6 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, f
 flags.mark_flags_as_required(["config", "workdir"])
 
 log = logging.getLogger("biomass_jax")
-
-
-class UsageError(ValueError):
-    """The command line or the config can't be run."""
-
-
-class Stopped(BaseException):
-    """SIGTERM came; a BaseException so that nothing takes it for a failure."""
 
 
 def main(argv: list[str]) -> None:
@@ -63,7 +55,7 @@ def main(argv: list[str]) -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(workdir.absolute().parent / ".jax_cache"))
     if config.get("deterministic"):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
-    from biomass_jax.training import distributed
+    from biomass_jax.runtime import distributed
 
     distributed.start(COORDINATOR.value, PROCESS_COUNT.value, PROCESS_ID.value)
     if distributed.place()[0] == 0:
@@ -82,7 +74,7 @@ def predict(config: Any, workdir: Path) -> None:
 
 def train(config: Any, workdir: Path) -> None:
     """Train on all devices, or go on with what the workdir holds."""
-    from biomass_jax.training.distributed import Together
+    from biomass_jax.runtime.distributed import Together
     from biomass_jax.training.run import train_and_evaluate
 
     if not train_and_evaluate(config, workdir, stop=Together(DeferredStop())):
@@ -115,7 +107,7 @@ class DeferredStop:
 
 def local_shardings() -> dict[str, Any]:
     """`Predictor`'s placement arguments for all local devices; starts JAX."""
-    from biomass_jax.training import sharding
+    from biomass_jax.runtime import mesh as sharding
 
     mesh = sharding.create_mesh()
     return {"batch_sharding": sharding.batch_sharding(mesh), "replicated": sharding.replicated(mesh)}
@@ -131,7 +123,7 @@ MODES: dict[str, Callable[[Any, Path], None]] = {
 
 def check_paths(config: Any) -> None:
     """Refuse a bucket's address where a folder is meant; inputs of `predict` may be addresses."""
-    from biomass_jax.data.storage import check_local
+    from biomass_jax.runtime.files import check_local
 
     check_local(WORKDIR.value, "--workdir")
     for name in ("bundle", "init_from"):
@@ -185,29 +177,6 @@ def _config_path(argv: list[str]) -> Path | None:
     return None
 
 
-def known_errors() -> tuple[type[Exception], ...]:
-    """Errors whose message says all; anything else is a fault of the program and shows its traceback."""
-    from biomass_jax.bundle import BundleError
-    from biomass_jax.data.bands import BandError
-    from biomass_jax.data.biomes import BiomeError
-    from biomass_jax.data.raster import RasterError
-    from biomass_jax.data.sources import DataError
-    from biomass_jax.data.storage import StorageError
-    from biomass_jax.evaluation.errors import EvaluationError
-    from biomass_jax.models.build import ArchitectureError
-    from biomass_jax.prediction.stream import PredictionError
-    from biomass_jax.prediction.tiling import TilingError
-    from biomass_jax.training.checkpoint import CheckpointError
-    from biomass_jax.training.distributed import DistributedError
-    from biomass_jax.training.errors import ConfigError, TrainingError
-    from biomass_jax.training.profiler import ProfileError
-    from biomass_jax.training.sharding import MeshError
-
-    reading = (UsageError, BundleError, BandError, BiomeError, RasterError, DataError, ArchitectureError, StorageError)
-    training = (ConfigError, TrainingError, CheckpointError, DistributedError, MeshError, ProfileError)
-    return *reading, *training, EvaluationError, PredictionError, TilingError
-
-
 def set_up_logging() -> None:
     """Our own lines from INFO on; libraries from WARNING on, as they are."""
     handler = logging.StreamHandler()
@@ -233,16 +202,16 @@ def cli() -> NoReturn:
         app.run(main, flags_parser=parse_flags)
     except Stopped:
         log.warning("stopped by SIGTERM after %.0f s; give the same command again to go on", time.monotonic() - began)
-        from biomass_jax.training import distributed
+        from biomass_jax.runtime import distributed
 
         distributed.finish()
         logging.shutdown()
         # Threads may be compiling or reading: leaving at once is what was asked for, and nothing half-written is there.
         os._exit(STOPPED)
     except Exception as error:
-        from biomass_jax.training import distributed
+        from biomass_jax.runtime import distributed
 
-        log.error("%s", error, exc_info=not isinstance(error, known_errors()))
+        log.error("%s", error, exc_info=not isinstance(error, BiomassError))
         if getattr(error, "failures", None):  # of a prediction, which all processes raise together
             distributed.finish()
         else:

@@ -4,7 +4,7 @@ import os
 
 from biomass_jax.data import biomes
 from biomass_jax.data.biomes import slug
-from data_prep.errors import PrepError
+from biomass_jax.errors import BiomeError, PrepError
 
 __all__ = ["Biomes", "slug"]
 
@@ -20,5 +20,5 @@ class Biomes(biomes.Biomes):
         """
         try:
             super().__init__(path, field)
-        except biomes.BiomeError as error:
+        except BiomeError as error:
             raise PrepError(str(error)) from error

@@ -6,12 +6,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from biomass_jax.data.bands import BandError
-from biomass_jax.data.raster import RasterError
-from biomass_jax.data.records import RecordError
-from data_prep.errors import PrepError
+from biomass_jax.errors import BiomassError
 
-KNOWN_ERRORS = (PrepError, RasterError, BandError, RecordError)
 Main = Callable[[Sequence[str] | None], int]
 
 
@@ -28,7 +24,7 @@ def command(main: Main) -> Callable[..., int]:
             warnings.showwarning = show
             try:
                 return main(argv)
-            except KNOWN_ERRORS as error:
+            except BiomassError as error:
                 print(f"error: {error}", file=sys.stderr)
                 return 1
 

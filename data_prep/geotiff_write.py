@@ -16,8 +16,8 @@ from numpy.typing import DTypeLike
 from rasterio.enums import Resampling
 from rasterio.windows import Window
 
-from biomass_jax.data.raster import Grid, RasterError, check_space, open_quietly, raster_errors, verify_blocks
-from data_prep.errors import PrepError
+from biomass_jax.data.raster import Grid, check_space, open_quietly, raster_errors, verify_blocks
+from biomass_jax.errors import PrepError, RasterError
 
 BLOCK = 256  # edge of a tile in pixels, as in HLS: a chip of 224 touches at most four
 # On digital numbers a third of deflate's time to write, half of it to read, and no larger; GDAL has it since 2.3.

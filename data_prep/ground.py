@@ -14,7 +14,7 @@ from pyproj import Transformer
 from shapely.geometry.polygon import orient
 
 from biomass_jax.data import raster
-from data_prep.errors import PrepError
+from biomass_jax.errors import PrepError, RasterError
 
 TOLERANCE_M = 0.5  # chips that share an edge touch but share no ground; projections agree to about 1 cm
 EDGE_POINTS = 4  # along each side of an outline: straight lines in degrees leave a 7 km side by up to a few metres
@@ -36,7 +36,7 @@ def epsg_code(crs: Any, path: str) -> int:
     """
     try:
         return raster.epsg_code(crs, path)
-    except raster.RasterError as error:
+    except RasterError as error:
         raise PrepError(str(error)) from error
 
 

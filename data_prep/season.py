@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from typing import NamedTuple
 
-from data_prep.errors import PrepError
+from biomass_jax.errors import PrepError
 
 _MONTH_DAY = re.compile(r"(\d{2})-(\d{2})")
 

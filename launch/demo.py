@@ -116,7 +116,7 @@ def beside_truth(out: Path) -> tuple[Path, float]:
 
     from biomass_jax import figures
     from biomass_jax.data import raster
-    from data_prep.synthetic.forest_land import Forest
+    from data_prep.synthetic.forest.land import Forest
 
     (path,) = (ROOT / out / "biomass").glob("*_agbd.tif")
     found = raster.read_preview(path, max_size=10_000)  # its full size; no-data is NaN

@@ -20,7 +20,8 @@ import sys
 import threading
 import time
 
-STOPPED = 75
+from biomass_jax.errors import STOPPED, UsageError
+
 GRACE = 10.0  # seconds that the others have from SIGTERM to SIGKILL once a process has failed
 GRACE_STOPPED = 60.0  # and once one has stopped as it was told: they may still be saving
 USAGE = """usage: launch/local.sh N --config configs/X.py --workdir DIR [--config.field=value]
@@ -28,10 +29,6 @@ USAGE = """usage: launch/local.sh N --config configs/X.py --workdir DIR [--confi
 
 
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-
-class UsageError(ValueError):
-    """The command line can't be run on this machine."""
 
 
 def parse(argv: list[str]) -> tuple[int, list[str]]:

@@ -24,11 +24,11 @@ from pathlib import Path
 import optuna
 from optuna.trial import TrialState
 
+from biomass_jax.errors import STOPPED, SweepError
 from launch.sweep_report import as_text, ordered, page, rows, short
 from launch.sweep_space import (
     ROOT,
     SAMPLERS,
-    SweepError,
     as_overrides,
     best_config,
     check_space,
@@ -38,7 +38,6 @@ from launch.sweep_space import (
 from launch.sweep_study import Plan, SharedStudy, write
 from launch.sweep_trial import Job
 
-STOPPED = 75  # exit code of a run, and of a sweep, that saved and can go on
 TRIES = 2  # of a trial that crashes
 POLL = 0.5  # seconds between two looks at the trials
 PROGRAM = (sys.executable, "-m", "biomass_jax.main")

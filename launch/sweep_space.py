@@ -13,16 +13,14 @@ from absl import flags
 from ml_collections import config_flags
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
+from biomass_jax.errors import SweepError
+
 ROOT = Path(__file__).resolve().parent.parent
 PREFIX = "--config."
 SAMPLERS = ("tpe", "random", "grid")
 
 Value = str | int | float | bool | None
 Space = dict[str, BaseDistribution]
-
-
-class SweepError(Exception):
-    """The sweep can't be run as asked; the message says all."""
 
 
 def parse_config(path: Path, overrides: Sequence[str]) -> Any:

@@ -25,7 +25,8 @@ from optuna.pruners import BasePruner, MedianPruner, NopPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from launch.sweep_space import Space, SweepError, grid
+from biomass_jax.errors import SweepError
+from launch.sweep_space import Space, grid
 
 EMBEDDED = "study.db"  # SQLite in the workdir, where no other storage is named
 SETTINGS = "sweep.json"

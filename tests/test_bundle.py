@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from biomass_jax import bundle
+from biomass_jax.errors import BundleError
 from biomass_jax.models.build import abstract_variables, build_module
 
 # Every dimension different, so that no transposed or swapped array can pass.
@@ -105,10 +106,10 @@ def test_verify_accepts_what_was_saved(saved):
 
 def test_verify_finds_changed_weights(saved, tmp_path):
     meta = json.loads((saved / "bundle.json").read_text())
-    with pytest.raises(bundle.BundleError, match="SHA-256"):
+    with pytest.raises(BundleError, match="SHA-256"):
         bundle.verify(edit(saved, tmp_path / "digest", weights_sha256="0" * 64))
     check = meta["check"] | {"mean": meta["check"]["mean"] * 1.01}
-    with pytest.raises(bundle.BundleError, match=r"check.*mean"):
+    with pytest.raises(BundleError, match=r"check.*mean"):
         bundle.verify(edit(saved, tmp_path / "check", check=check))
 
 
@@ -136,7 +137,7 @@ def test_check_is_not_blind_where_every_biomass_is_zero(variables):
 # Orbax leaves reads that it never started to the garbage collector, which warns of them.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_refuses_another_description(saved, tmp_path, changes, message):
-    with pytest.raises(bundle.BundleError, match=message):
+    with pytest.raises(BundleError, match=message):
         bundle.load(edit(saved, tmp_path / "edited", **changes))
     gc.collect()
 
@@ -144,16 +145,16 @@ def test_refuses_another_description(saved, tmp_path, changes, message):
 def test_refuses_damaged_or_absent_weights(saved, tmp_path):
     absent = edit(saved, tmp_path / "absent")
     subprocess.run(["rm", "-r", absent / "variables"], check=True)
-    with pytest.raises(bundle.BundleError, match=r"variables: no readable weights"):
+    with pytest.raises(BundleError, match=r"variables: no readable weights"):
         bundle.load(absent)
 
 
 def test_refuses_what_is_no_bundle(tmp_path):
     (tmp_path / "weights.ckpt").write_bytes(b"x")
-    with pytest.raises(bundle.BundleError, match=r"weights\.ckpt.*biomass_jax\.convert"):
+    with pytest.raises(BundleError, match=r"weights\.ckpt.*biomass_jax\.convert"):
         bundle.load(tmp_path / "weights.ckpt")
     (tmp_path / "bundle.json").write_text("{")
-    with pytest.raises(bundle.BundleError, match=r"bundle\.json: not readable as JSON"):
+    with pytest.raises(BundleError, match=r"bundle\.json: not readable as JSON"):
         bundle.load(tmp_path)
 
 
@@ -162,7 +163,7 @@ def test_save_names_every_array_that_does_not_fit(variables, tmp_path):
     del wrong["params"]["head"]["final"]["bias"]
     wrong["params"]["extra"] = np.zeros(3, np.float32)
     wrong["batch_stats"]["head"]["upscale_0"]["norm"]["mean"] = np.zeros(8, np.float32)
-    with pytest.raises(bundle.BundleError) as error:
+    with pytest.raises(BundleError) as error:
         bundle.save(tmp_path / "wrong", wrong, **FIELDS)
     for part in ("missing params/head/final/bias (1,)", "unknown params/extra (3,)", "(8,), expected (7,)"):
         assert part in str(error.value)
@@ -172,12 +173,12 @@ def test_save_names_every_array_that_does_not_fit(variables, tmp_path):
 def test_save_refuses_weights_that_give_no_number(variables, tmp_path):
     broken = jax.tree.map(np.copy, variables)
     broken["params"]["head"]["final"]["bias"][:] = np.nan
-    with pytest.raises(bundle.BundleError, match="NaN or infinite"):
+    with pytest.raises(BundleError, match="NaN or infinite"):
         bundle.save(tmp_path / "b", broken, **FIELDS)
 
 
 def test_save_replaces_only_when_told_and_leaves_nothing_when_it_fails(saved, tmp_path, monkeypatch):
-    with pytest.raises(bundle.BundleError, match="already exists"):
+    with pytest.raises(BundleError, match="already exists"):
         bundle.save(saved, random_variables(ARCHITECTURE, 1), **FIELDS)
     target = bundle.save(tmp_path / "b", random_variables(ARCHITECTURE, 1), **FIELDS)
     first = bundle.read_meta(target)["weights_sha256"]
@@ -221,7 +222,8 @@ def test_other_tasks(task, architecture, tmp_path):
 
 def test_bundle_of_one_device_opens_on_eight(saved, variables):
     code = (
-        "import sys, numpy as np, jax; from biomass_jax import bundle; from biomass_jax.training import sharding\n"
+        "import sys, numpy as np, jax; from biomass_jax import bundle\n"
+        "from biomass_jax.runtime import mesh as sharding\n"
         "mesh = sharding.create_mesh(); assert mesh.size == 8\n"
         "opened = bundle.load(sys.argv[1], sharding.replicated(mesh))\n"
         "leaf = opened.variables['params']['head']['final']['kernel']\n"

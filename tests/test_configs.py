@@ -12,8 +12,9 @@ from biomass_jax import main
 from biomass_jax.data import bands, sources
 from biomass_jax.evaluation import report
 from biomass_jax.models.build import MODULES
-from biomass_jax.training import build, sharding
-from biomass_jax.training.choose import choose
+from biomass_jax.runtime import mesh as sharding
+from biomass_jax.tasks.create import choose
+from biomass_jax.training import build
 from tests.training import world
 
 SWIN_B = {

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from biomass_jax import figures
+from biomass_jax.errors import FigureError
 from biomass_jax.figures.__main__ import main
 
 SCORES = {"n": 3000, "rmse": 41.26, "bias": -3.04, "r2": 0.614}
@@ -189,5 +190,5 @@ def test_curves_from_the_command_line(tmp_path, capsys):
 def test_files_that_hold_no_curve(tmp_path, text, fault):
     path = tmp_path / "metrics.jsonl"
     path.write_text(text)
-    with pytest.raises(figures.FigureError, match=fault):
+    with pytest.raises(FigureError, match=fault):
         figures.training_curves([path])

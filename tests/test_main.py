@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from biomass_jax import main
+from biomass_jax.errors import PredictionError
 from biomass_jax.prediction import run as prediction_run
-from biomass_jax.prediction.stream import PredictionError
 from configs import common, predict
 
 

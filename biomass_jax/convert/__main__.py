@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from biomass_jax.convert.errors import ConvertError
+from biomass_jax.errors import BiomassError, ConvertError
 
 _DESCRIPTION = """\
 Turn a PyTorch checkpoint into a model bundle, a bundle back into a checkpoint, or look at either.
@@ -182,13 +182,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parse = parser()
     options = parse.parse_args(arguments)
     _check_usage(options, parse)
-    # Light modules, imported here so that --help needs none of them.
-    from biomass_jax.bundle import BundleError
-    from biomass_jax.convert.torch_file import TorchFileError
-
     try:
         _run(options, f"python -m biomass_jax.convert {shlex.join(arguments)}")
-    except (ConvertError, TorchFileError, BundleError, OSError) as error:
+    except (BiomassError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from biomass_jax.convert.declared import Declared
-from biomass_jax.convert.errors import ConvertError
-from biomass_jax.convert.layouts_rows import Layout, Shape
 from biomass_jax.convert.resize import window_of
+from biomass_jax.convert.rows import Layout, Shape
+from biomass_jax.errors import ConvertError
 
 # The pooling scales of UPerNet's four modules (arXiv 1807.10221; terratorch's UperNetDecoder has no other default).
 UPERNET_POOL_SCALES = (1, 2, 3, 6)

@@ -14,10 +14,10 @@ import numpy as np
 
 from biomass_jax import bundle
 from biomass_jax.convert import architecture, declared, hub, input_meta, layouts, optimizer_state, tensors, torch_file
-from biomass_jax.convert.errors import ConvertError, name_list
-from biomass_jax.convert.layouts_rows import Layout, Match, match
 from biomass_jax.convert.resize import resize_bias_table
+from biomass_jax.convert.rows import Layout, Match, match, name_list
 from biomass_jax.convert.torch_file import TorchTensor
+from biomass_jax.errors import ConvertError
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from biomass_jax.convert.errors import ConvertError
 from biomass_jax.convert.torch_file import Placeholder
+from biomass_jax.errors import ConvertError
 
 _SCALARS = (str, int, bool, type(None))
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from biomass_jax import bundle
-from biomass_jax.convert import torch_write
 from biomass_jax.convert.convert import Report
-from biomass_jax.convert.errors import ConvertError, name_list
 from biomass_jax.convert.layouts import GRANITE, SIMMIM, SIMMIM_ENCODER
-from biomass_jax.convert.layouts_rows import COUNTER, TENSOR, Layout, expand
+from biomass_jax.convert.rows import COUNTER, TENSOR, Layout, expand, name_list
+from biomass_jax.convert.torch_file import write as torch_write
+from biomass_jax.errors import ConvertError
 from biomass_jax.models.swin_ops import relative_position_index, shift_mask
 
 _LAYOUTS = {"biomass": GRANITE, "simmim": SIMMIM, "encoder": SIMMIM_ENCODER}

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from biomass_jax.convert.errors import ConvertError
+from biomass_jax.errors import ConvertError
 
 PREFIX = "hf://"
 _NAME = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/@]+))?/(?P<file>[^/].*)")

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from biomass_jax.convert.declared import Declared
-from biomass_jax.convert.errors import ConvertError
 from biomass_jax.data import bands as band_table
+from biomass_jax.errors import ConvertError
 
 
 @dataclass(frozen=True)

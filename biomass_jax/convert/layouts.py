@@ -7,8 +7,7 @@ timm 1.0 (its `features_only` models write `layers_0` for `layers.0`).
 import re
 from collections.abc import Iterable
 
-from biomass_jax.convert.errors import ConvertError, name_list
-from biomass_jax.convert.layouts_rows import (
+from biomass_jax.convert.rows import (
     BATCH_NORM,
     CLASSIFIER,
     CONV,
@@ -24,7 +23,9 @@ from biomass_jax.convert.layouts_rows import (
     UNFOLD_NORM,
     Layout,
     Modules,
+    name_list,
 )
+from biomass_jax.errors import ConvertError
 
 
 def _block(torch: str, ours: str, *, attention: str, fc1: str, fc2: str) -> Modules:

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from biomass_jax.convert.errors import ConvertError, name_list
-from biomass_jax.convert.layouts_rows import Match
+from biomass_jax.convert.rows import Match, name_list
 from biomass_jax.convert.torch_file import TorchTensor
+from biomass_jax.errors import ConvertError
 
 _HOW_TO_SKIP = "; --no-optimizer converts the weights alone"
 _PLATEAU = ("factor", "patience", "threshold", "cooldown", "cooldown_counter", "best", "num_bad_epochs", "last_epoch")

@@ -8,9 +8,9 @@ import numpy as np
 
 from biomass_jax import bundle
 from biomass_jax.convert import architecture
-from biomass_jax.convert.errors import ConvertError, name_list
-from biomass_jax.convert.layouts_rows import Layout, Match, Shape
+from biomass_jax.convert.rows import Layout, Match, Shape, name_list
 from biomass_jax.convert.torch_file import TorchTensor
+from biomass_jax.errors import ConvertError
 from biomass_jax.models.build import abstract_variables, build_module
 from biomass_jax.models.swin_ops import relative_position_index
 

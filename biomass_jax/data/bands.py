@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from biomass_jax.errors import BandError
+
 
 class Band(NamedTuple):
     """One band: its name here, its number in HLS L30 and S30 files, and HLS's long name for it."""
@@ -47,10 +49,6 @@ NO_DATA_RULE = (
     "a pixel is no-data if any used band equals the file's fill, -9999 or NaN, or if all used bands are 0; "
     "such pixels are set to 0 before z-scoring"
 )
-
-
-class BandError(ValueError):
-    """A band list or a file's bands are not what they have to be."""
 
 
 class BandSelection(NamedTuple):

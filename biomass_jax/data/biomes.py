@@ -11,13 +11,10 @@ from typing import Any
 import numpy as np
 
 from biomass_jax.data import records
+from biomass_jax.errors import BiomeError
 
 _PUBLISHED = re.compile(r"(?P<biome>.+)_datasplit")
 _ALL = "all_ecos"  # the published folder that holds every biome
-
-
-class BiomeError(ValueError):
-    """A biome can't be known, or the file that should tell it can't be used."""
 
 
 class Biomes:

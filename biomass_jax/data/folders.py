@@ -14,7 +14,8 @@ import numpy as np
 from biomass_jax.data import bands as band_names
 from biomass_jax.data import raster
 from biomass_jax.data.records import Record
-from biomass_jax.data.sources import Chip, DataError, DatasetInfo, Source
+from biomass_jax.data.sources import Chip, DatasetInfo, Source
+from biomass_jax.errors import BandError, DataError, RasterError
 
 _SHOWN = 10  # names in a warning
 _SENSORS = "L30"  # of the published chips, whose files don't tell
@@ -45,7 +46,7 @@ class FolderSource(Source):
             warnings.warn(f"{path}: {len(alone)} files without a partner: {shown}{more}", stacklevel=3)
         try:
             self._pairs = raster.describe_pairs(paths, band_list=band_names.parse_band_list(bands))
-        except (band_names.BandError, raster.RasterError) as error:
+        except (BandError, RasterError) as error:
             raise DataError(f"{path}: split {split}: {error}") from error
         self._check_sizes()
         self._checked: set[int] = set()  # chips whose units were looked at: once is enough

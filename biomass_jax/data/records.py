@@ -15,6 +15,7 @@ import numpy as np
 
 import biomass_jax
 from biomass_jax.data import bands
+from biomass_jax.errors import RecordError
 
 SCHEMA_VERSION = 1
 CHIP_SIZE = 224  # pixels along each side, and the step of the grid of cells in a tile
@@ -63,10 +64,6 @@ class Record(TypedDict):
 
 
 FIELDS: tuple[str, ...] = tuple(Record.__annotations__)
-
-
-class RecordError(ValueError):
-    """A record is not what it has to be; the message names chip, field, what was found and what was expected."""
 
 
 def features(image_shape: tuple[int, int, int] = (CHIP_SIZE, CHIP_SIZE, 6), image_dtype: Any = np.int16) -> Any:

@@ -18,13 +18,10 @@ import numpy as np
 
 from biomass_jax.data import bands, records
 from biomass_jax.data.records import Record
+from biomass_jax.errors import DataError
 
 METADATA_KEY = "biomass_jax"  # of `metadata.json`, see DESIGN's "A record"
 _READERS = 8  # threads, where a whole split is read at once
-
-
-class DataError(ValueError):
-    """A data set can't be used; the message names folder and split, what was found and what was expected."""
 
 
 class Chip(NamedTuple):

@@ -8,9 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from biomass_jax.data.biomes import BiomeError, Biomes, centre, folder_biome
+from biomass_jax.data.biomes import Biomes, centre, folder_biome
 from biomass_jax.data.records import UNKNOWN_BIOME, Record
 from biomass_jax.data.sources import Source
+from biomass_jax.errors import BiomeError
 
 log = logging.getLogger(__name__)
 

@@ -10,11 +10,14 @@ import jax
 import numpy as np
 
 from biomass_jax import bundle as bundles
-from biomass_jax.data import bands, pipeline, processes, sources
-from biomass_jax.evaluation import report, stream
+from biomass_jax.data import bands, sources
+from biomass_jax.errors import EvaluationError
+from biomass_jax.evaluation import pixels as stream
+from biomass_jax.evaluation import report
 from biomass_jax.evaluation.biomes import with_biomes
-from biomass_jax.evaluation.errors import EvaluationError
 from biomass_jax.evaluation.forward import Forward
+from biomass_jax.pipeline import batches as pipeline
+from biomass_jax.runtime import processes
 
 log = logging.getLogger(__name__)
 

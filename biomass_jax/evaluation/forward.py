@@ -5,8 +5,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from biomass_jax.data import bands, transforms
-from biomass_jax.evaluation.errors import EvaluationError
+from biomass_jax.data import bands
+from biomass_jax.errors import EvaluationError
+from biomass_jax.pipeline import augment as transforms
 
 PRECISIONS = ("default", "high", "highest")
 DTYPES = ("float32", "bfloat16")

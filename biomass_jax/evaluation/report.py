@@ -8,10 +8,10 @@ from typing import Any
 
 from biomass_jax import figures
 from biomass_jax.bundle import software_versions
-from biomass_jax.evaluation import binwise
-from biomass_jax.evaluation.bootstrap import LEVEL
-from biomass_jax.evaluation.scores import SCORES
-from biomass_jax.evaluation.stream import Picture
+from biomass_jax.evaluation import tables as binwise
+from biomass_jax.evaluation.intervals import LEVEL
+from biomass_jax.evaluation.pixels import Picture
+from biomass_jax.tasks.scores import SCORES
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@
 
 from biomass_jax.figures.chips import ChipPanel, chip_panels
 from biomass_jax.figures.comparison import by_training_size
-from biomass_jax.figures.curves import FigureError, training_curves
+from biomass_jax.figures.curves import training_curves
 from biomass_jax.figures.maps import maps_side_by_side, quicklook
 from biomass_jax.figures.scores import density_scatter, error_by_bin, residual_histogram
 from biomass_jax.figures.simmim import ReconstructionPanel, reconstruction_pictures, reconstructions

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from biomass_jax import figures
+from biomass_jax.errors import FigureError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         figures.save(args.out, figures.training_curves(args.runs, names=args.name, title=args.title), args.title)
-    except (figures.FigureError, OSError) as error:
+    except (FigureError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(args.out)

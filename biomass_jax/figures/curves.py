@@ -6,15 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from biomass_jax.errors import FigureError
 from biomass_jax.figures.style import COLOURS, new_figure, plot_axes
 
 FILE = "metrics.jsonl"
 # Panels from left to right: what the axis is called, and the fields drawn thin and thick.
 PANELS = (("Loss", "train/loss", "val/loss"), ("Validation RMSE (Mg/ha)", "", "val/rmse"))
-
-
-class FigureError(ValueError):
-    """A file that a picture is to be made from is missing or holds something else."""
 
 
 def training_curves(

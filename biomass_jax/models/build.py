@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from biomass_jax.errors import ArchitectureError
 from biomass_jax.models.biomass import BiomassModel
 from biomass_jax.models.simmim import SimMIM
 from biomass_jax.models.swin import SwinEncoder
@@ -18,10 +19,6 @@ MODULES: dict[str, type[nn.Module]] = {"biomass": BiomassModel, "simmim": SimMIM
 CHECK_SEED = 20240712
 _SIDE = 96  # px; a multiple of SimMIM's stride, and small beside the time to compile
 _tracing = threading.Lock()
-
-
-class ArchitectureError(ValueError):
-    """A task that no module has, or a field that the module doesn't have."""
 
 
 def build_module(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from biomass_jax.data.bands import FILL
-from biomass_jax.prediction.stream import PredictionError
+from biomass_jax.errors import PredictionError
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import biomass_jax
 from biomass_jax import figures
 from biomass_jax.data import raster
 from biomass_jax.data.bands import no_data, parse_band_list
-from biomass_jax.prediction.stream import PredictionError
+from biomass_jax.errors import BiomassError, PredictionError, RasterError
 
 # A finished map is kept only where all of these are what a new one would carry.
 IDENTITY = ("MODEL_SHA256", "SETTINGS", "SOURCE_SIZE", "SOURCE_MTIME_NS")
@@ -124,7 +124,7 @@ def is_finished(path: Path, tags: Mapping[str, str]) -> bool:
     try:
         found = raster.read_tags(path)
         raster.verify_blocks(path)
-    except raster.RasterError:
+    except RasterError:
         return False
     return all(found.get(key) == tags[key] for key in IDENTITY)
 
@@ -179,7 +179,7 @@ def write_quicklook(source: raster.ImageSource, path: Path, picture: Path, layer
 
 def is_readable(error: Exception) -> bool:
     """Whether an error's message says all; anything else is a fault of the program or the machine."""
-    return isinstance(error, ValueError | PredictionError)
+    return isinstance(error, BiomassError)
 
 
 def reason(name: str, error: Exception) -> str:

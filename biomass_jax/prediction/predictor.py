@@ -13,15 +13,16 @@ import numpy as np
 
 from biomass_jax.data import bands as band_table
 from biomass_jax.data import raster
+from biomass_jax.errors import PredictionError
 from biomass_jax.prediction import maps
 from biomass_jax.prediction.forward import Forward, ModelFunction
 from biomass_jax.prediction.maps import MapOptions, MapResult
 from biomass_jax.prediction.opening import OpeningBundle
-from biomass_jax.prediction.progress import Progress, duration
 from biomass_jax.prediction.reference_tiling import reference_0_99_plan, reference_1_2_plan
 from biomass_jax.prediction.several import Failure, Finish, make_maps
-from biomass_jax.prediction.stream import PredictionError, Timings, check_finite, stream_map
+from biomass_jax.prediction.stream import Timings, check_finite, stream_map
 from biomass_jax.prediction.tiling import Plan, check_settings, default_plan
+from biomass_jax.runtime.progress import Progress, duration
 
 log = logging.getLogger(__name__)
 

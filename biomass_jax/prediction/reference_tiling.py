@@ -10,7 +10,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from biomass_jax.prediction.tiling import Plan, Tile, TileRow, TilingError, ramp_window
+from biomass_jax.errors import TilingError
+from biomass_jax.prediction.tiling import Plan, Tile, TileRow, ramp_window
 
 Pair = tuple[int, int]  # (along rows, along columns)
 # One tile as the reference lists it: first row and column, and whether it is used whole or cropped by delta.

@@ -10,12 +10,13 @@ from typing import Any
 
 import jax
 
-from biomass_jax.data import processes, raster
+from biomass_jax.data import raster
 from biomass_jax.data.bands import parse_band_list
+from biomass_jax.errors import PredictionError
 from biomass_jax.prediction import maps
 from biomass_jax.prediction.predictor import Predictor
-from biomass_jax.prediction.progress import duration
-from biomass_jax.prediction.stream import PredictionError
+from biomass_jax.runtime import processes
+from biomass_jax.runtime.progress import duration
 
 log = logging.getLogger(__name__)
 

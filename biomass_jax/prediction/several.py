@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
-from biomass_jax.bundle import BundleError
 from biomass_jax.data import raster
+from biomass_jax.errors import BundleError
 from biomass_jax.prediction import maps
 from biomass_jax.prediction.maps import MapResult
 

@@ -8,11 +8,12 @@ in the plan's order whatever the batch size.
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from biomass_jax.errors import PredictionError
 from biomass_jax.prediction.pipe import Feeder, Sink
 from biomass_jax.prediction.tiling import Blender, Plan, SourceRows, Tile
 
@@ -25,14 +26,6 @@ WriteRows = Callable[[int, np.ndarray], None]
 READ_AHEAD = 2  # batches that wait for the device
 IN_FLIGHT = 2  # batches dispatched and not yet fetched: the device is never idle while one is blended
 WRITE_BEHIND = 4  # bands of rows that wait for the disk
-
-
-class PredictionError(RuntimeError):
-    """A prediction that can't be made or can't be right; `failures` lists (input, error) where several were tried."""
-
-    def __init__(self, message: str, failures: Sequence[tuple[str, Exception]] = ()) -> None:
-        super().__init__(message)
-        self.failures = list(failures)
 
 
 @dataclass

@@ -12,14 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from biomass_jax.errors import TilingError
+
 ALGORITHMS = ("default", "reference_0_99", "reference_1_2")
 BLENDS = ("cosine", "none")
 # Smallest weight of a used pixel: far below any ramp's first step, so it only guards against division by zero.
 SMALLEST_WEIGHT = 1e-6
-
-
-class TilingError(ValueError):
-    """Tile settings that contradict each other, or a raster that the chosen algorithm can't cover."""
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from typing import Any
 import jax
 
 from biomass_jax import bundle
-from biomass_jax.data import pipeline
-from biomass_jax.training import sharding
+from biomass_jax.errors import ConfigError
+from biomass_jax.pipeline import batches as pipeline
+from biomass_jax.runtime import mesh as sharding
+from biomass_jax.tasks.create import Choice, choose
 from biomass_jax.training.checkpoint import FIGURES, FOLDER, Checkpoints, changed_fields
-from biomass_jax.training.choose import Choice, choose
-from biomass_jax.training.errors import ConfigError
 from biomass_jax.training.export import BEST
 from biomass_jax.training.feed import Feed
 from biomass_jax.training.optimizer import trainable_mask

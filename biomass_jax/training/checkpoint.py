@@ -9,15 +9,12 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from biomass_jax.errors import CheckpointError
 from biomass_jax.training.state import TrainState, abstract_state
 
 FOLDER = "checkpoints"
 FIGURES = "figures"
 LOSS = "val/loss"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that can't be written, or can't be continued from."""
 
 
 class Checkpoints:

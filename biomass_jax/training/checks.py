@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
-from biomass_jax.training.errors import ConfigError
+from biomass_jax.errors import ConfigError
+from biomass_jax.tasks.losses import KINDS
 from biomass_jax.training.feed import CACHES
-from biomass_jax.training.losses import KINDS
 from biomass_jax.training.optimizer import DECAYS
 from biomass_jax.training.schedules import KINDS as SCHEDULES
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from biomass_jax import bundle
-from biomass_jax.training.hosts import to_host
+from biomass_jax.runtime.hosts import to_host
 from biomass_jax.training.state import TrainState
 
 BEST = "best"

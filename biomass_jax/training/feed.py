@@ -5,9 +5,10 @@ from typing import Any
 
 import jax
 
-from biomass_jax.data import pipeline
-from biomass_jax.data.sources import DataError, Source
-from biomass_jax.training import sharding
+from biomass_jax.data.sources import Source
+from biomass_jax.errors import DataError
+from biomass_jax.pipeline import batches as pipeline
+from biomass_jax.runtime import mesh as sharding
 
 CACHES = ("host", "device")
 

@@ -9,13 +9,13 @@ import jax
 import numpy as np
 
 from biomass_jax import figures
-from biomass_jax.data import pipeline
+from biomass_jax.errors import TrainingError
+from biomass_jax.pipeline import batches as pipeline
+from biomass_jax.runtime.hosts import exchange, local_rows
 from biomass_jax.training import plateau
 from biomass_jax.training.build import Run
 from biomass_jax.training.checkpoint import FIGURES, LOSS
-from biomass_jax.training.errors import TrainingError
 from biomass_jax.training.export import export_best
-from biomass_jax.training.hosts import exchange, local_rows
 from biomass_jax.training.metrics import Clock, NotFinite, TrainMetrics
 from biomass_jax.training.steps import compiled
 

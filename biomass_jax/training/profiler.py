@@ -5,11 +5,9 @@ from pathlib import Path
 
 import jax
 
+from biomass_jax.errors import ProfileError
+
 log = logging.getLogger(__name__)
-
-
-class ProfileError(ValueError):
-    """`config.profile` can't be read."""
 
 
 class Profiler:

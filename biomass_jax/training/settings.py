@@ -9,10 +9,9 @@ import optax
 
 from biomass_jax import bundle
 from biomass_jax.data import bands, sources
+from biomass_jax.errors import CheckpointError, ConfigError
 from biomass_jax.training import plateau, schedules
-from biomass_jax.training.checkpoint import CheckpointError
 from biomass_jax.training.checks import check_values
-from biomass_jax.training.errors import ConfigError
 from biomass_jax.training.optimizer import create_optimizer, import_adam
 from biomass_jax.training.state import TrainState, load_weights
 from biomass_jax.training.steps import Schedule

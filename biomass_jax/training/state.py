@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from biomass_jax.bundle import Bundle, BundleError, flatten
-from biomass_jax.training import sharding
+from biomass_jax.bundle import Bundle, flatten
+from biomass_jax.errors import BundleError
+from biomass_jax.runtime import mesh as sharding
 
 log = logging.getLogger(__name__)
 

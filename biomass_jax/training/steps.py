@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from biomass_jax.training import sharding
+from biomass_jax.runtime import mesh as sharding
 from biomass_jax.training.optimizer import apply_updates
 from biomass_jax.training.state import TrainState
 

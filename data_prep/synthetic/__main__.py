@@ -18,7 +18,7 @@ def parse_size(text: str) -> tuple[int, int]:
 def main(argv: list[str] | None = None) -> None:
     """Write one granule and print its folder, or a world of granules and orbits and print where its plan is."""
     parser = argparse.ArgumentParser(
-        prog="python -m data_prep.synthetic", description="Write made-up HLS granules, and GEDI orbits over them."
+        prog="python -m data_prep synthetic", description="Write made-up HLS granules, and GEDI orbits over them."
     )
     parser.add_argument("--out", type=Path, required=True, help="folder that takes what is written")
     parser.add_argument(
@@ -37,11 +37,11 @@ def main(argv: list[str] | None = None) -> None:
     try:
         # The worlds need the `prep` libraries, which a scene does without.
         if args.world == "ruler":
-            from data_prep.synthetic.ruler import write_ruler_world
+            from data_prep.synthetic.ruler.world import write_ruler_world
 
             print(write_ruler_world(args.out, seed=args.seed, **size))
         elif args.world == "forest":
-            from data_prep.synthetic.forest import write_forest_world
+            from data_prep.synthetic.forest.world import write_forest_world
 
             floor = write_forest_world(args.out, seed=args.seed, **size)["noise_floor"]
             print(args.out / "plan.json")

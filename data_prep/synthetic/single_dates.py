@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biomass_jax.data.records import NO_LABEL, SCHEMA_VERSION, Record
-from data_prep.synthetic.forest_view import CLOUD, fine_field
+from data_prep.synthetic.forest.view import CLOUD, fine_field
 from data_prep.synthetic.landscape import PIXEL_M, make_landscape, share_below
 from data_prep.synthetic.scene import digital_numbers, off_swath
 
@@ -42,7 +42,7 @@ def cloudy_scene(size: int, seed: int) -> NDArray[np.int16]:
 
 
 def unlabelled_chips(scenes: int, *, side: int, per_side: int, seed: int = 0) -> list[Callable[[], Record]]:
-    """Return calls that make the chips of scenes of different lands, for `data_prep.shards.write_shards`.
+    """Return calls that make the chips of scenes of different lands, for `data_prep.shards.write.write_shards`.
 
     Args:
         scenes: number of scenes; each has `per_side` ** 2 chips.

@@ -53,7 +53,7 @@ def test_outputs(shared, tmp_path, side):
 def test_a_training_step_has_our_loss_and_gradient(shared):
     import jax
 
-    from biomass_jax.training.losses import finish, loss_sums
+    from biomass_jax.tasks.losses import finish, loss_sums
 
     opened, checkpoint, fields = shared
     rng = np.random.default_rng(1)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from biomass_jax.convert import torch_write
+from biomass_jax.convert.torch_file import write as torch_write
 
 Shapes = dict[str, tuple[tuple[int, ...], str]]
 

@@ -9,11 +9,11 @@ from biomass_jax import bundle
 from biomass_jax.convert import torch_file
 from biomass_jax.convert.architecture import ModelFlags
 from biomass_jax.convert.convert import Options, nested, read
-from biomass_jax.convert.errors import ConvertError
 from biomass_jax.convert.input_meta import InputFlags
 from biomass_jax.convert.layouts import GRANITE
-from biomass_jax.convert.layouts_rows import match
+from biomass_jax.convert.rows import match
 from biomass_jax.data.bands import BAND_NAMES
+from biomass_jax.errors import ConvertError
 from biomass_jax.models.build import build_module
 from biomass_jax.models.swin import SwinTransformer
 

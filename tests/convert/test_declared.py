@@ -5,9 +5,9 @@ import pytest
 from biomass_jax import bundle
 from biomass_jax.convert.architecture import ModelFlags
 from biomass_jax.convert.convert import Options, convert, read
-from biomass_jax.convert.errors import ConvertError
 from biomass_jax.convert.input_meta import PRESETS, InputFlags
 from biomass_jax.data.bands import BAND_NAMES
+from biomass_jax.errors import ConvertError
 from biomass_jax.models.build import abstract_variables, build_module
 
 TINY_FLAGS = Options(input=InputFlags(means=(1, 2, 3, 4, 5), stds=(5, 4, 3, 2, 1)))

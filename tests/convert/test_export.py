@@ -9,10 +9,10 @@ from biomass_jax import bundle
 from biomass_jax.convert import export, torch_file
 from biomass_jax.convert.architecture import ModelFlags
 from biomass_jax.convert.convert import Options, convert, nested, read
-from biomass_jax.convert.errors import ConvertError
 from biomass_jax.convert.input_meta import InputFlags
 from biomass_jax.convert.layouts import GRANITE, SIMMIM
 from biomass_jax.data.bands import BAND_NAMES
+from biomass_jax.errors import ConvertError
 from biomass_jax.models.build import abstract_variables, build_module
 
 SIMMIM_FLAGS = Options(ModelFlags(drop_path=0.0), InputFlags(bands=BAND_NAMES, statistics="prithvi"))

@@ -14,8 +14,8 @@ import pytest
 
 from biomass_jax.convert import hub
 from biomass_jax.convert.convert import Options, read
-from biomass_jax.convert.errors import ConvertError
 from biomass_jax.convert.input_meta import InputFlags
+from biomass_jax.errors import ConvertError
 
 COMMIT = "a" * 40
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from biomass_jax.convert import layouts
-from biomass_jax.convert.errors import ConvertError
-from biomass_jax.convert.layouts_rows import (
+from biomass_jax.convert.resize import bicubic_matrix, resize_bias_table, window_of
+from biomass_jax.convert.rows import (
     CONV_KERNEL,
     LINEAR_KERNEL,
     TABLE,
@@ -15,7 +15,7 @@ from biomass_jax.convert.layouts_rows import (
     expand,
     match,
 )
-from biomass_jax.convert.resize import bicubic_matrix, resize_bias_table, window_of
+from biomass_jax.errors import ConvertError
 
 # file -> (layout, tensors of the model, counters, buffers, left out)
 KEY_LISTS = {

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from biomass_jax.convert.torch_file import TorchFileError, read
+from biomass_jax.convert.torch_file import read
+from biomass_jax.errors import TorchFileError
 
 
 def safetensors(path: Path, header: object, data: bytes = b"", length: int | None = None) -> Path:

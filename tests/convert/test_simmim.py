@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 
-from biomass_jax.convert import export, torch_write
+from biomass_jax.convert import export
 from biomass_jax.convert.architecture import ModelFlags
 from biomass_jax.convert.convert import Options, read
-from biomass_jax.convert.errors import ConvertError
 from biomass_jax.convert.input_meta import InputFlags
 from biomass_jax.convert.resize import resize_bias_table
+from biomass_jax.convert.torch_file import write as torch_write
+from biomass_jax.errors import ConvertError
 
 BANDS = 5
 DEPTHS, HEADS, WIDTH, WINDOW, MLP_RATIO, STRIDE = (1, 2, 3, 1), (1, 2, 3, 4), 12, 5, 3, 32

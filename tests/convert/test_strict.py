@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from biomass_jax.convert import torch_write
 from biomass_jax.convert.convert import Options, convert, read
-from biomass_jax.convert.errors import ConvertError
 from biomass_jax.convert.input_meta import InputFlags
+from biomass_jax.convert.torch_file import write as torch_write
+from biomass_jax.errors import ConvertError
 
 TINY_FLAGS = Options(input=InputFlags(means=(1, 2, 3, 4, 5), stds=(5, 4, 3, 2, 1)))
 

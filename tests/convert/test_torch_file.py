@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from biomass_jax.convert import torch_formats, torch_tensor
-from biomass_jax.convert.torch_file import TorchFile, TorchFileError, TorchTensor, flatten, read
+from biomass_jax.convert.torch_file import TorchFile, TorchTensor, flatten, read
+from biomass_jax.convert.torch_file import formats as torch_formats
+from biomass_jax.convert.torch_file import tensor as torch_tensor
+from biomass_jax.errors import TorchFileError
 
 FIXTURES = Path(__file__).parent / "fixtures"
 WIDENED = ("bfloat16", "float8_e4m3fn", "float8_e5m2")  # kept as float32 in expected.npz

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from biomass_jax.convert import torch_pickle
-from biomass_jax.convert.torch_file import Placeholder, TorchFile, TorchFileError, flatten, read
+from biomass_jax.convert.torch_file import Placeholder, TorchFile, flatten, read
+from biomass_jax.convert.torch_file import pickle as torch_pickle
+from biomass_jax.errors import TorchFileError
 
 MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 STORAGE = b"X\x07\x00\x00\x00storage"

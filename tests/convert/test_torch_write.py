@@ -12,9 +12,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from biomass_jax.convert import torch_write
 from biomass_jax.convert.torch_file import TorchTensor, flatten, read
-from biomass_jax.convert.torch_write import write
+from biomass_jax.convert.torch_file import write as torch_write
+from biomass_jax.convert.torch_file.write import write
 
 DTYPES = ["float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"]
 # what torch's weights-only unpickler knows among the opcodes of protocol 2

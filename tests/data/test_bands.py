@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from biomass_jax.data import bands
+from biomass_jax.errors import BandError
 
 L30 = ["B02", "B03", "B04", "B05", "B06", "B07"]
 S30 = ["B02", "B03", "B04", "B8A", "B11", "B12"]
@@ -92,7 +93,7 @@ def test_band_list_of_one_tuple_entry_with_a_trailing_comma():
     ],
 )
 def test_bad_band_lists(value, message):
-    with pytest.raises(bands.BandError, match=message):
+    with pytest.raises(BandError, match=message):
         bands.parse_band_list(value)
 
 
@@ -127,7 +128,7 @@ def test_positions_alone_give_a_warning():
 
 def test_wanted_gives_the_order():
     assert bands.resolve(L30, sensor="L30", wanted=("SWIR_2", "BLUE")).indexes == (6, 1)
-    with pytest.raises(bands.BandError, match="unknown band name THERMAL"):
+    with pytest.raises(BandError, match="unknown band name THERMAL"):
         bands.resolve(L30, sensor="L30", wanted=("THERMAL",))
 
 
@@ -166,7 +167,7 @@ def test_wanted_gives_the_order():
     ],
 )
 def test_what_is_refused(descriptions, requested, options, message):
-    with pytest.raises(bands.BandError, match=message):
+    with pytest.raises(BandError, match=message):
         bands.resolve(descriptions, requested, path="dir/a.tif", **options)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from biomass_jax.data import biomes
+from biomass_jax.errors import BiomeError
 
 
 @pytest.mark.parametrize(
@@ -34,5 +35,5 @@ def test_the_centre_of_a_chip():
 @pytest.mark.parametrize("missing", ["geopandas", "pyproj"])
 def test_a_missing_library_names_the_extra(monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(biomes.BiomeError, match=r"pip install 'biomass-jax\[prep\]'"):
+    with pytest.raises(BiomeError, match=r"pip install 'biomass-jax\[prep\]'"):
         biomes.Biomes("a.gpkg", "name") if missing == "geopandas" else biomes.centre(32610, np.zeros(6), (2, 2))

@@ -8,8 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from biomass_jax.data import pipeline
-from biomass_jax.data.sources import Chip, DataError, Mixture
+from biomass_jax.data.sources import Chip, Mixture
+from biomass_jax.errors import DataError
+from biomass_jax.pipeline import batches as pipeline
 from tests.data.chip_sources import Memory
 
 COUNT, BATCH = 22, 4  # five batches an epoch, two chips left over
@@ -170,8 +171,8 @@ def test_a_chip_of_another_size_is_named():
 
 ON_DEVICES = """
 import jax, numpy as np
-from biomass_jax.data import pipeline
-from biomass_jax.training import sharding
+from biomass_jax.pipeline import batches as pipeline
+from biomass_jax.runtime import mesh as sharding
 from tests.data.chip_sources import Memory
 
 assert jax.device_count() == 8

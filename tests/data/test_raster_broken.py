@@ -12,7 +12,9 @@ import rasterio.shutil
 from affine import Affine
 from rasterio.crs import CRS
 
-from biomass_jax.data import bands, raster, raster_read
+from biomass_jax.data import bands, raster
+from biomass_jax.data.raster import image as raster_read
+from biomass_jax.errors import RasterError
 
 UTM = CRS.from_epsg(32610)
 PLACE = Affine(30, 0, 400020, 0, -30, 4200000)
@@ -37,7 +39,7 @@ def test_a_truncated_tiff_is_refused(tmp_path, options, kept, through_vrt, numbe
     with raster.open_image(opened) as image:
         image.read_rows(0, 211)
     os.truncate(path, int(path.stat().st_size * kept))
-    with pytest.raises(raster.RasterError, match=r"a\.tif.*truncated TIFF.*blocks are not in the file"):
+    with pytest.raises(RasterError, match=r"a\.tif.*truncated TIFF.*blocks are not in the file"):
         raster.open_image(opened)
 
 
@@ -47,7 +49,7 @@ def test_a_truncated_block_is_never_read_as_zeros(tmp_path, monkeypatch, options
     monkeypatch.setattr(raster_read, "is_tiff", lambda path: False)
     path = write(tmp_path / "a.tif", numbers((6, 211, 157)), names=bands.BAND_NAMES, **options)
     os.truncate(path, int(path.stat().st_size * 0.99))
-    with raster.open_image(path) as image, pytest.raises(raster.RasterError, match=r"a\.tif: reading rows 190 to 211"):
+    with raster.open_image(path) as image, pytest.raises(RasterError, match=r"a\.tif: reading rows 190 to 211"):
         image.read_rows(190, 211)
 
 
@@ -61,7 +63,7 @@ def test_absent_blocks_of_a_sparse_file_are_no_data(tmp_path, numbers):
     with raster.open_image(path) as image:
         missing = bands.no_data(image.read_rows(0, 211), image.fill)
     assert not missing[64:128, :64].any() and missing.sum() == 211 * 157 - 64 * 64
-    with pytest.raises(raster.RasterError, match="block 0 is missing"):
+    with pytest.raises(RasterError, match="block 0 is missing"):
         raster.verify_blocks(path)
 
 
@@ -71,9 +73,9 @@ def test_absent_blocks_of_a_sparse_file_are_no_data(tmp_path, numbers):
 def test_what_is_no_raster(tmp_path, content):
     path = tmp_path / "a.tif"
     path.write_bytes(content)
-    with pytest.raises(raster.RasterError, match=r"a\.tif"):
+    with pytest.raises(RasterError, match=r"a\.tif"):
         raster.open_image(path)
-    with pytest.raises(raster.RasterError, match=r"a\.tif: (not a|truncated) TIFF"):
+    with pytest.raises(RasterError, match=r"a\.tif: (not a|truncated) TIFF"):
         raster.verify_blocks(path)
 
 
@@ -81,7 +83,7 @@ def test_a_vrt_whose_file_is_gone(tmp_path, numbers, write):
     made = write(tmp_path / "a.tif", numbers((6, 5, 7)), names=bands.BAND_NAMES)
     rasterio.shutil.copy(made, tmp_path / "b.vrt", driver="VRT")
     made.unlink()
-    with pytest.raises(raster.RasterError, match=r"b\.vrt.*a\.tif"), raster.open_image(tmp_path / "b.vrt") as image:
+    with pytest.raises(RasterError, match=r"b\.vrt.*a\.tif"), raster.open_image(tmp_path / "b.vrt") as image:
         image.read_rows(0, 5)
 
 
@@ -106,7 +108,7 @@ def test_a_url_is_read_through_gdal(tmp_path, server, numbers, write):
     asked = (tmp_path / "asked.txt").read_text().splitlines()
     # newer GDAL asks for one table whatever it is told
     assert {line for line in asked if ".vat.dbf" not in line} == {"/far.tif?token=SECRET"}
-    with pytest.raises(raster.RasterError, match="absent.tif"):
+    with pytest.raises(RasterError, match="absent.tif"):
         raster.open_image(f"{server}/absent.tif")
 
 
@@ -134,9 +136,7 @@ def test_units(tmp_path, scale, dtype, verdict, write):
     path = write(tmp_path / "a.tif", data, names=bands.BAND_NAMES, nodata=-9999)
     with raster.open_image(path) as image:
         if verdict == "error":
-            with pytest.raises(
-                raster.RasterError, match=r"a\.tif: the 99th percentile.*reflectance, not digital numbers"
-            ):
+            with pytest.raises(RasterError, match=r"a\.tif: the 99th percentile.*reflectance, not digital numbers"):
                 image.check_units()
             return
         warning = image.check_units()
@@ -151,7 +151,7 @@ def test_too_few_valid_pixels_give_no_verdict(tmp_path, write):
         path = write(tmp_path / f"{valid}.tif", data.reshape(6, 61, 43), names=bands.BAND_NAMES)
         with raster.open_image(path) as image:
             if refused:
-                with pytest.raises(raster.RasterError, match="over 1,000 valid pixels"):
+                with pytest.raises(RasterError, match="over 1,000 valid pixels"):
                     image.check_units()
             else:
                 assert image.check_units() is None and image.warnings == []
@@ -166,5 +166,5 @@ def test_units_of_a_large_raster_with_data_in_one_corner(tmp_path):
         for index, name in enumerate(bands.BAND_NAMES, 1):
             dataset.set_band_description(index, name)
         dataset.write(spectrum((512, 1024), 1e-4, "float32"), window=((0, 512), (0, 1024)))
-    with raster.open_image(path) as image, pytest.raises(raster.RasterError, match="reflectance"):
+    with raster.open_image(path) as image, pytest.raises(RasterError, match="reflectance"):
         image.check_units()

@@ -5,6 +5,7 @@ from pathlib import Path, PurePath
 import pytest
 
 from biomass_jax.data import raster
+from biomass_jax.errors import RasterError
 
 GRANULE = "HLS.L30.T10SFF.2020183T184512.v2.0"
 S30_GRANULE = "HLS.S30.T10SFF.2020185T184921.v2.0"
@@ -92,13 +93,13 @@ def test_urls(url, path, name, relative):
 
 def test_nothing_found_says_what_was_looked_for(tmp_path):
     (tmp_path / f"{GRANULE}.Fmask.tif").touch()
-    with pytest.raises(raster.RasterError, match=r"no images in this folder.*\*\.tif.*Fmask"):
+    with pytest.raises(RasterError, match=r"no images in this folder.*\*\.tif.*Fmask"):
         raster.find_inputs(tmp_path)
-    with pytest.raises(raster.RasterError, match="no image matches this pattern"):
+    with pytest.raises(RasterError, match="no image matches this pattern"):
         raster.find_inputs(str(tmp_path / "*.vrt"))
-    with pytest.raises(raster.RasterError, match="absent.tif: no such file or folder"):
+    with pytest.raises(RasterError, match="absent.tif: no such file or folder"):
         raster.find_inputs(tmp_path / "absent.tif")
-    with pytest.raises(raster.RasterError, match="unknown kind of URL"):
+    with pytest.raises(RasterError, match="unknown kind of URL"):
         raster.find_inputs("ftp://h.org/a.tif")
 
 
@@ -106,7 +107,7 @@ def test_two_inputs_of_one_output_name(tmp_path):
     for name in ("s/a.tif", "s/a.vrt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    with pytest.raises(raster.RasterError, match=r"s/a\.tif and .*s/a\.vrt would both become s/a_agbd\.tif"):
+    with pytest.raises(RasterError, match=r"s/a\.tif and .*s/a\.vrt would both become s/a_agbd\.tif"):
         raster.find_inputs(tmp_path)
 
 

@@ -7,6 +7,7 @@ from rasterio.crs import CRS
 from rasterio.warp import Resampling, reproject
 
 from biomass_jax.data import raster
+from biomass_jax.errors import RasterError
 
 UTM = CRS.from_epsg(32610)
 PLACE = Affine(30, 0, 400020, 0, -30, 4200000)
@@ -48,7 +49,7 @@ def test_no_data_of_a_mask_is_not_kept(tmp_path, write):
     grid = raster.Grid(20, 30, UTM, PLACE)
     with raster.MaskSource(path, grid, (10,)) as mask:
         assert np.nonzero(~mask.read_rows(0, 20).all(axis=1))[0].tolist() == [4]
-    with pytest.raises(raster.RasterError, match=r"m\.tif: class 0 is to be kept, but marks no-data"):
+    with pytest.raises(RasterError, match=r"m\.tif: class 0 is to be kept, but marks no-data"):
         raster.MaskSource(path, grid, (0, 10))
 
 
@@ -57,19 +58,19 @@ def test_a_mask_without_crs_must_lie_on_the_same_grid(tmp_path, numbers, write):
     path = write(tmp_path / "m.tif", classes, crs=None)
     with raster.MaskSource(path, raster.Grid(20, 30, UTM, PLACE), (2,)) as mask:
         np.testing.assert_array_equal(mask.read_rows(3, 9), classes[0, 3:9] == 2)
-    with pytest.raises(raster.RasterError, match=r"m\.tif: the mask has no CRS and the grids differ"):
+    with pytest.raises(RasterError, match=r"m\.tif: the mask has no CRS and the grids differ"):
         raster.MaskSource(path, raster.Grid(20, 31, UTM, PLACE), (2,))
     path = write(tmp_path / "n.tif", classes)
-    with pytest.raises(raster.RasterError, match="the map has no CRS and the grids differ"):
+    with pytest.raises(RasterError, match="the map has no CRS and the grids differ"):
         raster.MaskSource(path, raster.Grid(20, 30, None, moved(1, 0)), (2,))
 
 
 def test_masks_that_cannot_be(tmp_path, numbers, write):
     grid = raster.Grid(20, 30, UTM, PLACE)
     path = write(tmp_path / "m.tif", numbers((2, 20, 30), dtype="uint8"))
-    with pytest.raises(raster.RasterError, match="2 bands; a mask has one"):
+    with pytest.raises(RasterError, match="2 bands; a mask has one"):
         raster.MaskSource(path, grid, (1,))
-    with pytest.raises(raster.RasterError, match="no class to keep"):
+    with pytest.raises(RasterError, match="no class to keep"):
         raster.MaskSource(path, grid, ())
-    with pytest.raises(raster.RasterError, match="absent.tif"):
+    with pytest.raises(RasterError, match="absent.tif"):
         raster.MaskSource(tmp_path / "absent.tif", grid, (1,))

@@ -13,7 +13,9 @@ from affine import Affine
 from rasterio.crs import CRS
 from rasterio.enums import Resampling
 
-from biomass_jax.data import raster, raster_write
+from biomass_jax.data import raster
+from biomass_jax.data.raster import cog as raster_write
+from biomass_jax.errors import RasterError
 
 GRID = raster.Grid(301, 427, CRS.from_epsg(32610), Affine(30, 0, 400020, 0, -30, 4200000))
 META = {"nodata": -1, "description": "agbd", "unit": "Mg ha-1"}
@@ -103,7 +105,7 @@ def test_another_no_data_value(tmp_path):
 )
 def test_wrong_rows_leave_no_map(tmp_path, start, shape, value, message):
     with (
-        pytest.raises(raster.RasterError, match=rf"a\.tif: .*{message}"),
+        pytest.raises(RasterError, match=rf"a\.tif: .*{message}"),
         raster.MapWriter(tmp_path / "a.tif", GRID, **META, tags={}) as writer,
     ):
         writer.write_rows(start, np.full(shape, value, np.float32))
@@ -130,7 +132,9 @@ def child(code, *arguments):
         import numpy as np
         from affine import Affine
         from rasterio.crs import CRS
-        from biomass_jax.data import raster, raster_write
+        from biomass_jax.data import raster
+        from biomass_jax.data.raster import cog as raster_write
+        from biomass_jax.errors import RasterError
         values = np.random.default_rng(0).normal(100, 30, (700, 427)).astype(np.float32)
         grid = raster.Grid(700, 427, CRS.from_epsg(32610), Affine(30, 0, 400020, 0, -30, 4200000))
         def write():
@@ -156,7 +160,7 @@ def test_a_killed_run_leaves_no_map_and_the_next_one_finishes(tmp_path, moment):
     assert child(KILLED[moment] + "\nwrite()", target).returncode == -signal.SIGKILL
     left = {p.name for p in tmp_path.iterdir()}
     assert ".a_agbd.partial.tif" in left and target.name not in left
-    with pytest.raises(raster.RasterError, match="no images"):
+    with pytest.raises(RasterError, match="no images"):
         raster.find_inputs(tmp_path)  # what is left is no input either
     grid = raster.Grid(700, 427, GRID.crs, GRID.transform)
     (tmp_path / ".a_agbd.cog.tif.ovr.tmp").touch()  # GDAL's own, where the kill came later
@@ -175,7 +179,7 @@ def test_a_limit_on_file_sizes_fails_loudly_at_every_stage(tmp_path):
         assert signal.getsignal(signal.SIGXFSZ) == signal.SIG_IGN  # as Python sets it
         try:
             write()
-        except raster.RasterError as error:
+        except RasterError as error:
             print("refused:", error)
     """
     for share, stage in ((0.0001, "writing rows 0"), (0.3, "writing rows"), (0.85, ""), (0.99, "")):
@@ -201,7 +205,7 @@ def test_values_that_change_on_disk_are_noticed(tmp_path, monkeypatch):
         monkeypatch.setattr(
             raster_write, "verify_blocks", lambda path, n=name: spoil(path) if n in path.name else real(path)
         )
-        with pytest.raises(raster.RasterError, match=rf"a\.tif: .*{name}\.tif holds other values.*row 128, column 256"):
+        with pytest.raises(RasterError, match=rf"a\.tif: .*{name}\.tif holds other values.*row 128, column 256"):
             write(tmp_path / "a.tif", values)
         assert list(tmp_path.iterdir()) == []
 
@@ -212,7 +216,7 @@ def test_a_map_cut_short_is_noticed_though_gdal_opens_it(tmp_path):
     os.truncate(tmp_path / "a.tif", (tmp_path / "a.tif").stat().st_size - 100)
     with rasterio.open(tmp_path / "a.tif") as dataset:
         assert dataset.width == 427
-    with pytest.raises(raster.RasterError, match=r"a\.tif: image 1: truncated TIFF: 1 of 12 blocks"):
+    with pytest.raises(RasterError, match=r"a\.tif: image 1: truncated TIFF: 1 of 12 blocks"):
         raster.verify_blocks(tmp_path / "a.tif")
 
 
@@ -223,7 +227,7 @@ def test_overviews_cut_short_are_noticed(tmp_path):
         dataset.build_overviews([8], Resampling.average)  # lies behind everything else
         place = int(dataset.get_tag_item("BLOCK_OFFSET_0_0", "TIFF", bidx=1, ovr=2))
     os.truncate(path, place + 10)
-    with pytest.raises(raster.RasterError, match=r"a\.tif: image 4: truncated TIFF: 1 of 1 blocks"):
+    with pytest.raises(RasterError, match=r"a\.tif: image 4: truncated TIFF: 1 of 1 blocks"):
         raster.verify_blocks(path)
 
 
@@ -236,27 +240,27 @@ def test_what_a_killed_run_left_takes_no_room(tmp_path, monkeypatch):
 
 
 def test_a_folder_without_room_or_right(tmp_path, monkeypatch):
-    with pytest.raises(raster.RasterError, match=r"MB free, 1,000,000,000,000.0 MB needed"):
+    with pytest.raises(RasterError, match=r"MB free, 1,000,000,000,000.0 MB needed"):
         raster.check_space(tmp_path, 10**18)
     raster.check_space(tmp_path, 1000)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(raster.RasterError, match="absent: can't write to this folder"):
+    with pytest.raises(RasterError, match="absent: can't write to this folder"):
         raster.check_space(tmp_path / "absent", 1)
     (tmp_path / "file").touch()
-    with pytest.raises(raster.RasterError, match="file: can't make this folder"):
+    with pytest.raises(RasterError, match="file: can't make this folder"):
         raster.MapWriter(tmp_path / "file" / "a.tif", GRID, **META, tags={})
     (tmp_path / "a.tif").mkdir()
-    with pytest.raises(raster.RasterError, match=r"a\.tif: there is a folder of this name"):
+    with pytest.raises(RasterError, match=r"a\.tif: there is a folder of this name"):
         raster.MapWriter(tmp_path / "a.tif", GRID, **META, tags={})
     huge = raster.Grid(10**7, 10**7, None, Affine.identity())
     monkeypatch.setattr(raster_write.MapWriter, "_create", None)  # must not be reached
-    with pytest.raises(raster.RasterError, match="MB needed for the map and its working copies"):
+    with pytest.raises(RasterError, match="MB needed for the map and its working copies"):
         raster.MapWriter(tmp_path / "b.tif", huge, **META, tags={})
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="wants a folder that root can't write to either")
 def test_a_folder_that_cannot_be_written_to():
-    with pytest.raises(raster.RasterError, match="/proc: can't write to this folder"):
+    with pytest.raises(RasterError, match="/proc: can't write to this folder"):
         raster.MapWriter("/proc/a.tif", GRID, **META, tags={})
 
 

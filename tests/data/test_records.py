@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from biomass_jax.data import records
+from biomass_jax.errors import RecordError
 
 # The contract in words of its own: name -> dtype as TFDS tells it, and shape.
 CONTRACT = {
@@ -101,9 +102,9 @@ def test_chip_id_counts_cells_along_rows():
     assert records.chip_id("10SFF", 15 * 224, 15 * 224, 3660, "2020-06-01") == "10SFF_255_2020-06-01"
     assert records.chip_id("10SFF", 0, 448, 700, "") == "10SFF_2"  # three cells a row
     assert records.chip_id("10SFF", 224, 0, 700, "") == "10SFF_3"
-    with pytest.raises(records.RecordError, match="3584.*3660 px wide"):
+    with pytest.raises(RecordError, match="3584.*3660 px wide"):
         records.chip_id("10SFF", 0, 3584, 3660, "2020-06-01")
-    with pytest.raises(records.RecordError, match="row -1"):
+    with pytest.raises(RecordError, match="row -1"):
         records.chip_id("10SFF", -1, -1, 3660, "2020-06-01")
 
 
@@ -157,7 +158,7 @@ TRANSFORM = make_record()["transform"]
     ],
 )
 def test_each_fault_names_chip_field_found_and_expected(changes, message):
-    with pytest.raises(records.RecordError, match=message) as error:
+    with pytest.raises(RecordError, match=message) as error:
         records.validate(make_record(**changes))
     assert str(error.value).startswith(f"chip {changes.get('chip_id', '10SFF_144_2020-06-01')!r}: ")
 
@@ -165,12 +166,12 @@ def test_each_fault_names_chip_field_found_and_expected(changes, message):
 def test_fields_are_exactly_those_of_the_contract():
     less = make_record()
     del less["biome"]
-    with pytest.raises(records.RecordError, match="missing biome; unknown fmask; expected image, label, chip_id"):
+    with pytest.raises(RecordError, match="missing biome; unknown fmask; expected image, label, chip_id"):
         records.validate(less | {"fmask": 1})
 
 
 def test_a_data_set_has_one_shape_and_dtype():
-    with pytest.raises(records.RecordError, match=r"found shape \(8, 8, 6\), expected \(224, 224, 6\)"):
+    with pytest.raises(RecordError, match=r"found shape \(8, 8, 6\), expected \(224, 224, 6\)"):
         records.validate(make_record(), image_shape=(224, 224, 6))
-    with pytest.raises(records.RecordError, match="found float32, expected int16"):
+    with pytest.raises(RecordError, match="found float32, expected int16"):
         records.validate(make_record(dtype=np.float32), image_dtype=np.int16)

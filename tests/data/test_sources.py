@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from biomass_jax.data import records, sources
-from biomass_jax.data.sources import Chip, DataError
-from data_prep import shards, stats
+from biomass_jax.data.sources import Chip
+from biomass_jax.errors import DataError
+from data_prep.shards import statistics as stats
+from data_prep.shards import write as shards
 from tests.data.chip_sources import Memory
 
 

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from affine import Affine
 
-from biomass_jax.data import bands, pipeline, sources
-from biomass_jax.data.sources import DataError
-from data_prep import geotiff, shards
+from biomass_jax.data import bands, sources
+from biomass_jax.errors import DataError
+from biomass_jax.pipeline import batches as pipeline
+from data_prep.shards import geotiff
+from data_prep.shards import write as shards
 
 SIZE = 12
 

@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from biomass_jax.data.storage import StorageError, check_local
+from biomass_jax.errors import StorageError
+from biomass_jax.runtime.files import check_local
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from biomass_jax.data import bands, transforms
+from biomass_jax.data import bands
+from biomass_jax.pipeline import augment as transforms
 
 FIRST, SECOND = jax.random.PRNGKey(0), jax.random.PRNGKey(1)
 SETTINGS = (
@@ -142,8 +143,8 @@ def test_wrong_settings(settings, message):
 
 SPLIT_OVER_DEVICES = """
 import jax, numpy as np
-from biomass_jax.data import transforms
-from biomass_jax.training import sharding
+from biomass_jax.pipeline import augment as transforms
+from biomass_jax.runtime import mesh as sharding
 
 assert jax.device_count() == 8
 rng = np.random.default_rng(0)

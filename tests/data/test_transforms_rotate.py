@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from biomass_jax.data import transforms
+from biomass_jax.pipeline import augment as transforms
 
 DEGREES = [0.0, 17.0, -29.5, 133.0]
 rotated = jax.jit(transforms.rotate, static_argnames=("label_mode", "label_fill"))

@@ -8,7 +8,7 @@ from math import floor
 import numpy as np
 import rasterio
 
-from data_prep.hls import find_scenes
+from data_prep.hls.granules import find_scenes
 from data_prep.season import Season
 from data_prep.synthetic.granule import write_granule
 from data_prep.synthetic.hls_tags import Overpass

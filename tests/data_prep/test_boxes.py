@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from data_prep.boxes import boxes_meet, check_box, grid_box, grid_centre, in_box, tile_grid
-from data_prep.errors import PrepError
+from biomass_jax.errors import PrepError
+from data_prep.places import boxes_meet, check_box, grid_box, grid_centre, in_box, tile_grid
 
 
 @pytest.mark.parametrize(

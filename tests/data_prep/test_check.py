@@ -7,8 +7,12 @@ import pytest
 import rasterio
 
 from biomass_jax.data import records
-from data_prep import check, chip_index, chips, shards, splits
-from data_prep.errors import PrepError
+from biomass_jax.errors import PrepError
+from data_prep.chips import cells as chips
+from data_prep.chips import index as chip_index
+from data_prep.chips import splits
+from data_prep.inspect import check
+from data_prep.shards import write as shards
 from tests.data_prep.chip_world import SIZE, write_tile
 
 

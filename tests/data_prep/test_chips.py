@@ -12,8 +12,12 @@ import rasterio
 import shapely
 
 from biomass_jax.data import records
-from data_prep import biomes, chip_folders, chip_index, chips, splits
-from data_prep.errors import PrepError
+from biomass_jax.errors import PrepError
+from data_prep import biomes
+from data_prep.chips import cells as chips
+from data_prep.chips import folders as chip_folders
+from data_prep.chips import index as chip_index
+from data_prep.chips import splits
 from tests.data_prep.chip_world import BANDS, SEASON, SIZE, agbd_se, ramp, scattered, write_tif, write_tile
 
 HEIGHT, WIDTH = 53, 70  # 3 x 4 cells of 16 px; 5 rows and 6 columns are left over

@@ -14,11 +14,11 @@ from rasterio.crs import CRS
 
 from biomass_jax.data.bands import BAND_NAMES
 from biomass_jax.data.raster import open_image
-from data_prep import composite as module
-from data_prep import composite_sums
-from data_prep.composite import composite, composite_path, main, select
-from data_prep.errors import PrepError
-from data_prep.hls import find_scenes
+from biomass_jax.errors import PrepError
+from data_prep.hls import composite as module
+from data_prep.hls import composite_sums
+from data_prep.hls.composite import composite, composite_path, main, select
+from data_prep.hls.granules import find_scenes
 from data_prep.season import Season
 from data_prep.synthetic.granule import write_granule
 from tests.data_prep.composite_by_hand import (

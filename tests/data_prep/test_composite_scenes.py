@@ -6,9 +6,9 @@ import pytest
 import rasterio
 from rasterio.crs import CRS
 
-from data_prep.composite import composite, without_duplicates
-from data_prep.errors import PrepError
-from data_prep.hls import find_scenes, open_scene
+from biomass_jax.errors import PrepError
+from data_prep.hls.composite import composite, without_duplicates
+from data_prep.hls.granules import find_scenes, open_scene
 from data_prep.synthetic.granule import write_granule
 from tests.data_prep.composite_by_hand import FIRST, SEASON, pair, read
 

@@ -5,12 +5,12 @@ import pytest
 import requests
 from earthaccess.exceptions import LoginAttemptFailure, LoginStrategyUnavailable
 
-from data_prep import download as module
-from data_prep.download import log_in, main, plan_gedi, plan_hls
-from data_prep.download_files import AccessError
-from data_prep.download_search import Area, read_area, search_gedi, search_hls
-from data_prep.errors import PrepError
-from data_prep.hls import open_scene
+from biomass_jax.errors import PrepError
+from data_prep.archive import download as module
+from data_prep.archive.download import log_in, main, plan_gedi, plan_hls
+from data_prep.archive.fetch import AccessError
+from data_prep.archive.search import Area, read_area, search_gedi, search_hls
+from data_prep.hls.granules import open_scene
 from tests.data_prep.archive import (
     GEDI,
     HLS,

@@ -4,8 +4,8 @@ import os
 import numpy as np
 import pytest
 
-from data_prep.download_files import AccessError, Wanted, fetch, fetch_all
-from data_prep.errors import PrepError
+from biomass_jax.errors import PrepError
+from data_prep.archive.fetch import AccessError, Wanted, fetch, fetch_all
 from tests.data_prep.archive import CHUNK, names_in
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.errors import PrepError
-from data_prep.footprints import COLUMNS, read_footprints, read_settings, write_footprints
+from biomass_jax.errors import PrepError
+from data_prep.gedi.footprints import COLUMNS, read_footprints, read_settings, write_footprints
 
 FIRST = 2**63 + 88520500200000001  # too long for float64 and for a signed integer
 SETTINGS = {"filters": {"leaf_off_flag": True}, "counts": [["shots", 5], ["season", 4]]}

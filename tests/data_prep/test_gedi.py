@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import gedi
-from data_prep.errors import PrepError
-from data_prep.gedi import Filters, find_granules, read_granule
+from biomass_jax.errors import PrepError
+from data_prep.gedi import orbits as gedi
+from data_prep.gedi.orbits import Filters, find_granules, read_granule
 from tests.data_prep.gedi_files import BEAMS, DAY, FIRST, GOOD, NEW, OLD, whole, write
 
 

@@ -6,7 +6,7 @@ from datetime import date
 import numpy as np
 import pytest
 
-from data_prep.gedi import Filters, read_granule
+from data_prep.gedi.orbits import Filters, read_granule
 from data_prep.season import Season
 from tests.data_prep.gedi_files import DAY, FIRST, NEW, OLD, whole, write
 

@@ -10,10 +10,10 @@ import rasterio
 from affine import Affine
 from rasterio.crs import CRS
 
-from biomass_jax.data.raster import RasterError
-from data_prep import geotiff, shards
-from data_prep.errors import PrepError
-from data_prep.stats import chip_sums, means_stds
+from biomass_jax.errors import PrepError, RasterError
+from data_prep.shards import geotiff
+from data_prep.shards import write as shards
+from data_prep.shards.statistics import chip_sums, means_stds
 
 SIZE = 224
 UTM10 = CRS.from_epsg(32610)

@@ -8,8 +8,8 @@ from affine import Affine
 from rasterio.crs import CRS
 
 from biomass_jax.data.raster import Grid
+from biomass_jax.errors import PrepError
 from data_prep import geotiff_write
-from data_prep.errors import PrepError
 from data_prep.geotiff_write import write_cog
 
 GRID = Grid(301, 523, CRS.from_epsg(32733), Affine(30, 0, 399960, 0, -30, 7200000))

@@ -6,8 +6,8 @@ import pytest
 import rasterio
 import shapely
 
+from biomass_jax.errors import PrepError
 from data_prep import ground
-from data_prep.errors import PrepError
 from tests.data_prep.chip_world import SIZE
 
 HLS_SOUTHERN = (  # as real HLS files spell a zone without an EPSG code

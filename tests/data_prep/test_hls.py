@@ -9,8 +9,8 @@ import rasterio
 from affine import Affine
 from rasterio.crs import CRS
 
-from data_prep import hls
-from data_prep.errors import PrepError
+from biomass_jax.errors import PrepError
+from data_prep.hls import granules as hls
 from data_prep.synthetic.granule import write_granule
 from data_prep.synthetic.hls_tags import Overpass
 

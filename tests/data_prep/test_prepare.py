@@ -14,12 +14,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from data_prep import prepare
-from data_prep.errors import PrepError
-from data_prep.prepare_executors import SerialExecutor, attempt, open_executor
-from data_prep.prepare_runner import Runner
-from data_prep.prepare_state import Job, State, locked
-from data_prep.synthetic.forest import write_forest_world
+from biomass_jax.errors import PrepError
+from data_prep.prepare import run as prepare
+from data_prep.prepare.executors import SerialExecutor, attempt, open_executor
+from data_prep.prepare.runner import Runner
+from data_prep.prepare.state import Job, State, locked
+from data_prep.synthetic.forest.world import write_forest_world
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONFIG = ROOT / "configs" / "prepare.py"
@@ -192,8 +192,8 @@ class Archive:
 
 def test_granules_are_downloaded_where_none_are_given(world, tmp_path, plain, monkeypatch, capsys):
     archive = Archive(world)
-    monkeypatch.setattr("data_prep.prepare_download.search_archive", archive.search)
-    monkeypatch.setattr("data_prep.prepare_download.log_in", lambda: archive.open_url)
+    monkeypatch.setattr("data_prep.prepare.download.search_archive", archive.search)
+    monkeypatch.setattr("data_prep.prepare.download.log_in", lambda: archive.open_url)
     line = command(tmp_path, "--config.granules.download=true", "--config.tiles=('T10SFF', '10SGF')")
     assert prepare.main([*line, "--discard-granules"]) == 0
     assert len(archive.asked) == len(set(archive.asked)) == 4 * 7 + 2
@@ -286,7 +286,7 @@ def test_an_unknown_config_and_an_absent_scheduler_are_named(tmp_path, monkeypat
     with pytest.raises(PrepError, match="absent.py: no such file"):
         prepare.read_config(str(tmp_path / "absent.py"))
     pytest.importorskip("distributed")
-    monkeypatch.setattr("data_prep.prepare_executors.CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr("data_prep.prepare.executors.CONNECT_SECONDS", 0.2)
     with pytest.raises(PrepError, match="no Dask scheduler answers"), open_executor(1, "tcp://127.0.0.1:9"):
         pass
 

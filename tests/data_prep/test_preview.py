@@ -4,8 +4,12 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from data_prep import chip_index, chips, drawing, preview, shards, splits
-from data_prep.errors import PrepError
+from biomass_jax.errors import PrepError
+from data_prep.chips import cells as chips
+from data_prep.chips import index as chip_index
+from data_prep.chips import splits
+from data_prep.inspect import drawing, preview
+from data_prep.shards import write as shards
 from tests.data_prep.chip_world import SIZE, ramp, scattered, write_tile
 
 TILE = "10SFF"

@@ -2,7 +2,7 @@ from datetime import UTC, date, datetime, timedelta, timezone
 
 import pytest
 
-from data_prep.errors import PrepError
+from biomass_jax.errors import PrepError
 from data_prep.season import Season, resolve_season, season_of_year
 
 SUMMER = Season(date(2020, 6, 1), date(2020, 9, 16))

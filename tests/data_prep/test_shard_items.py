@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import rasterio
 
-from data_prep import chip_index, chips, shards, stats
-from data_prep.errors import PrepError
+from biomass_jax.errors import PrepError
+from data_prep.chips import cells as chips
+from data_prep.chips import index as chip_index
+from data_prep.shards import statistics as stats
+from data_prep.shards import write as shards
 from tests.data_prep.chip_world import SEASON, SIZE, agbd_se, ramp, scattered, write_tile
 
 TILES = {"10SFF": (600000.0, 4200000.0), "10SGF": (699960.0, 4200000.0)}

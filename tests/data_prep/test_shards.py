@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from biomass_jax.data.records import RecordError
-from data_prep import shard_writer, shards
-from data_prep.errors import PrepError
+from biomass_jax.errors import PrepError, RecordError
+from data_prep.shards import write as shards
+from data_prep.shards import writer as shard_writer
 from tests.data.test_records import make_record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -296,7 +296,7 @@ KILLED = """
 import time
 from pathlib import Path
 from functools import partial
-from data_prep import shards
+from data_prep.shards import write as shards
 from tests.data.test_records import make_record
 
 def slow(index):
@@ -348,11 +348,11 @@ def alive(pid):
 
 def test_imports_are_light_and_never_tensorflow(tmp_path):
     code = (
-        "import sys; from data_prep import shards, geotiff, stats\n"
+        "import sys; from data_prep.shards import write, geotiff, statistics\n"
         "heavy = {'tensorflow_datasets', 'array_record', 'tensorflow', 'jax', 'geopandas', 'h5py'}\n"
         "print(sorted(heavy & set(sys.modules)))\n"
         "from tests.data.test_records import make_record\n"
-        "shards.write_shards({'train': [make_record()]}, 'shards'); shards.read('shards', 'train')[0]\n"
+        "write.write_shards({'train': [make_record()]}, 'shards'); write.read('shards', 'train')[0]\n"
         "print(sorted({m.split('.')[0] for m in sys.modules} & {'tensorflow', 'jax', 'tensorflow_datasets'}))"
     )
     env = os.environ | {"PYTHONPATH": str(ROOT)}

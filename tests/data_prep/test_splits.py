@@ -8,8 +8,11 @@ import pyproj
 import pytest
 import shapely
 
-from data_prep import chip_index, chips, ground, splits
-from data_prep.errors import PrepError
+from biomass_jax.errors import PrepError
+from data_prep import ground
+from data_prep.chips import cells as chips
+from data_prep.chips import index as chip_index
+from data_prep.chips import splits
 from tests.data_prep.chip_world import SIZE, ramp, scattered, write_tile
 
 CHIP = 224

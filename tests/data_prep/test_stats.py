@@ -9,8 +9,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from data_prep import shards, stats
-from data_prep.errors import PrepError
+from biomass_jax.errors import PrepError
+from data_prep.shards import statistics as stats
+from data_prep.shards import write as shards
 from tests.data.test_records import make_record
 
 

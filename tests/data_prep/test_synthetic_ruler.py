@@ -13,7 +13,7 @@ import rasterio
 from rasterio.warp import transform as project
 
 from data_prep.synthetic.__main__ import main
-from data_prep.synthetic.ruler import write_ruler_world
+from data_prep.synthetic.ruler.world import write_ruler_world
 
 SHAPE = (70, 100)
 ROWS, COLS = np.mgrid[: SHAPE[0], : SHAPE[1]]

@@ -12,9 +12,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import rasterio
 
-from data_prep import chips, composite, gedi, labels, shards, splits
+from data_prep.chips import cells as chips
+from data_prep.chips import splits
+from data_prep.gedi import labels
+from data_prep.gedi import orbits as gedi
+from data_prep.hls import composite
 from data_prep.season import Season
-from data_prep.synthetic.ruler import write_ruler_world
+from data_prep.shards import write as shards
+from data_prep.synthetic.ruler.world import write_ruler_world
 from tests.data_prep.utm_series import to_degrees
 
 FILL = -9999

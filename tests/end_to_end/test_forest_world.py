@@ -11,8 +11,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import check, chips, composite, gedi, labels, shards, splits
-from data_prep.synthetic.forest import write_forest_world
+from data_prep.chips import cells as chips
+from data_prep.chips import splits
+from data_prep.gedi import labels
+from data_prep.gedi import orbits as gedi
+from data_prep.hls import composite
+from data_prep.inspect import check
+from data_prep.shards import write as shards
+from data_prep.synthetic.forest.world import write_forest_world
 
 pytestmark = pytest.mark.slow
 SHAPE = (680, 700)  # 3 x 3 chips of 224

@@ -116,8 +116,8 @@ def executed(tmp_path_factory):
     nbformat = pytest.importorskip("nbformat", reason="the notebook is run with the extra docs")
     nbclient = pytest.importorskip("nbclient", reason="the notebook is run with the extra docs")
     pytest.importorskip("ipykernel", reason="the notebook is run with the extra docs")
-    from data_prep import prepare
-    from data_prep.synthetic.forest import write_forest_world
+    from data_prep.prepare import run as prepare
+    from data_prep.synthetic.forest.world import write_forest_world
 
     out = tmp_path_factory.mktemp("demo")
     write_forest_world(out, shape=(460, 700))

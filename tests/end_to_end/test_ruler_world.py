@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 import rasterio
 
-from data_prep import composite, prepare
-from data_prep.synthetic.ruler import write_ruler_world
+from data_prep.hls import composite
+from data_prep.prepare import run as prepare
+from data_prep.synthetic.ruler.world import write_ruler_world
 from tests.data_prep.utm_series import to_utm
 from tests.end_to_end.ruler_chain import FILL, SPLITS, Chain, metres_between, pixel_places, ran, run_chain, run_tiles
 

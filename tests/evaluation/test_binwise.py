@@ -6,10 +6,10 @@ import math
 import numpy as np
 import pytest
 
-from biomass_jax.evaluation import binwise
-from biomass_jax.evaluation.binwise import BINS, Scored, tables
-from biomass_jax.evaluation.bootstrap import tile_intervals
-from biomass_jax.evaluation.scores import RegressionSums
+from biomass_jax.evaluation import tables as binwise
+from biomass_jax.evaluation.intervals import tile_intervals
+from biomass_jax.evaluation.tables import BINS, Scored, tables
+from biomass_jax.tasks.scores import RegressionSums
 
 TILES = ("10SFF", "10SGF", "10SGF", "36NXF", "", "10SFF", "55KDV")
 BIOMES = ("taiga", "taiga", "savanna", "savanna", "unknown", "desert", "desert")

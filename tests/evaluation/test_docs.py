@@ -2,7 +2,7 @@
 
 import re
 
-from biomass_jax.evaluation import binwise
+from biomass_jax.evaluation import tables as binwise
 from configs import evaluate
 
 

@@ -11,9 +11,8 @@ import pytest
 
 from biomass_jax import bundle as bundles
 from biomass_jax.data import bands, sources
-from biomass_jax.data.sources import DataError
+from biomass_jax.errors import BundleError, DataError, EvaluationError
 from biomass_jax.evaluation import evaluate, report
-from biomass_jax.evaluation.errors import EvaluationError
 from biomass_jax.evaluation.forward import Forward
 from biomass_jax.main import local_shardings
 from tests.data_prep.test_geotiff import write_pair
@@ -175,7 +174,7 @@ def test_statistics_are_chosen(model, world, tmp_path):
     [
         ({"bundle": None}, EvaluationError, "config.bundle is not given; add --config.bundle=PATH"),
         ({"data.path": None}, EvaluationError, "config.data.path is not given"),
-        ({"bundle": "none"}, bundles.BundleError, "none: not a model bundle"),
+        ({"bundle": "none"}, BundleError, "none: not a model bundle"),
         ({"data.split": "val"}, DataError, "split 'val' is not there"),
         ({"data.statistics": "own"}, EvaluationError, "config.data.statistics is 'own'"),
         ({"data.means": (1.0,) * 6}, EvaluationError, "means and config.data.stds go together"),

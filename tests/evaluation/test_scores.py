@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from biomass_jax.evaluation.scores import RegressionSums, batch_weighted_rmse
+from biomass_jax.tasks.scores import RegressionSums, batch_weighted_rmse
 
 
 def exact(prediction, label):

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from biomass_jax.data.pipeline import Batch, Chip
-from biomass_jax.evaluation import stream
-from biomass_jax.evaluation.errors import EvaluationError
+from biomass_jax.errors import EvaluationError
+from biomass_jax.evaluation import pixels as stream
+from biomass_jax.pipeline.batches import Batch, Chip
 
 
 def batches(start=0, count=7, size=3, rows=4):

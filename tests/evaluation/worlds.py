@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from configs import evaluate
-from data_prep import shards
+from data_prep.shards import write as shards
 from tests.data.test_records import make_record
 
 SIZE = 32

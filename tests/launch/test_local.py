@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from biomass_jax.errors import UsageError
 from launch import local
 
 PROGRAM = """
@@ -129,7 +130,7 @@ def test_one_gpu_a_process(monkeypatch, capsys):
     assert local.choose_gpus(2, {"CUDA_VISIBLE_DEVICES": "4,5,6"}) == ["4", "5"]
     assert local.choose_gpus(2, {"CUDA_VISIBLE_DEVICES": "4,5", "JAX_PLATFORMS": "cpu"}) == []
     assert local.choose_gpus(2, {"CUDA_VISIBLE_DEVICES": ""}) == []
-    with pytest.raises(local.UsageError, match="3 processes, but 2 GPUs"):
+    with pytest.raises(UsageError, match="3 processes, but 2 GPUs"):
         local.choose_gpus(3, {"CUDA_VISIBLE_DEVICES": "0,1"})
 
 

@@ -220,7 +220,7 @@ def mounts(launch, tmp_path):
 
 
 def test_buckets_are_mounted_as_the_advice_says(mounts, tmp_path):
-    from biomass_jax.data.storage import MOUNTS
+    from biomass_jax.runtime.files import MOUNTS
 
     done, calls = mounts(f"gs://a={tmp_path}/a", f"s3://b={tmp_path}/b")
     assert done.returncode == 0, done.stderr

@@ -53,46 +53,52 @@ MUTATIONS = (
     Mutation(
         "round_for_floor",
         LABELS,
-        _in("data_prep/labels.py", ("col = np.floor(", "col = np.rint("), ("row = np.floor(", "row = np.rint(")),
+        _in("data_prep/gedi/labels.py", ("col = np.floor(", "col = np.rint("), ("row = np.floor(", "row = np.rint(")),
     ),
     Mutation(
         "rows_reversed",
         PIXELS,
         _in(
-            "data_prep/chip_windows.py",
+            "data_prep/chips/windows.py",
             (_READ_WINDOW, "image, label = pair.read_image(window)[::-1], pair.read_label(window)[::-1]"),
         ),
     ),
-    Mutation("lon_lat_swapped", LABELS, _in("data_prep/labels.py", (".transform(lon, lat)", ".transform(lat, lon)"))),
+    Mutation(
+        "lon_lat_swapped", LABELS, _in("data_prep/gedi/labels.py", (".transform(lon, lat)", ".transform(lat, lon)"))
+    ),
     Mutation(
         "south_without_1e7",
         COMPOSITES,
-        _in("biomass_jax/data/raster_common.py", ('SOUTHERN_NORTHING if fields.get("south") else 0.0', "0.0")),
+        _in("biomass_jax/data/raster/grid.py", ('SOUTHERN_NORTHING if fields.get("south") else 0.0', "0.0")),
     ),
-    Mutation("x_plus_15_m", LABELS, _in("data_prep/labels.py", ("np.asarray(x) - t.c", "np.asarray(x) + 15 - t.c"))),
+    Mutation(
+        "x_plus_15_m", LABELS, _in("data_prep/gedi/labels.py", ("np.asarray(x) - t.c", "np.asarray(x) + 15 - t.c"))
+    ),
     Mutation("s30_b05_for_nir", SENTINEL, _in("biomass_jax/data/bands.py", ('"B05", "B8A"', '"B05", "B05"'))),
-    Mutation("fmask_equals_0", COMPOSITES, _in("data_prep/hls.py", (_CLEAR_BITS, "keep &= fmask == 0"))),
+    Mutation("fmask_equals_0", COMPOSITES, _in("data_prep/hls/granules.py", (_CLEAR_BITS, "keep &= fmask == 0"))),
     Mutation(  # the bits of 255 mask it too; what was observed is counted by it alone
         "fill_255_not_tested",
         SCENES,
-        _in("data_prep/hls.py", ("return fmask != FMASK_FILL", "return np.ones(fmask.shape, bool)")),
+        _in("data_prep/hls/granules.py", ("return fmask != FMASK_FILL", "return np.ones(fmask.shape, bool)")),
     ),
     Mutation(  # as a reader does that puts 0 where a file has no data: poison under 255 has to show
         "fill_255_taken_for_clear",
         COMPOSITES,
         _in(
-            "data_prep/hls.py",
+            "data_prep/hls/granules.py",
             ("return fmask != FMASK_FILL", "return np.ones(fmask.shape, bool)"),
             (_CLEAR_BITS, _CLEAR_BITS.replace("fmask &", "np.where(fmask == FMASK_FILL, 0, fmask) &")),
         ),
     ),
-    Mutation("bit_2_ignored", COMPOSITES, _in("data_prep/hls.py", ("CLOUD | ADJACENT | SHADOW", "CLOUD | SHADOW"))),
+    Mutation(
+        "bit_2_ignored", COMPOSITES, _in("data_prep/hls/granules.py", ("CLOUD | ADJACENT | SHADOW", "CLOUD | SHADOW"))
+    ),
     Mutation(
         "mask_per_band",
         COMPOSITES,
-        _in("data_prep/hls.py", (_CLEAR_BANDS, "keep &= True"))
+        _in("data_prep/hls/granules.py", (_CLEAR_BANDS, "keep &= True"))
         + _in(
-            "data_prep/composite_sums.py",
+            "data_prep/hls/composite_sums.py",
             (
                 "keep = clear(image, fmask, *mask)\n",
                 "keep = clear(image, fmask, *mask) & (np.moveaxis(image, -1, 0) != FILL)\n",
@@ -112,29 +118,29 @@ MUTATIONS = (
         "scale_applied",
         COMPOSITES,
         _in(
-            "data_prep/hls.py",
+            "data_prep/hls/granules.py",
             (
                 "dataset.read(1, window=window, out=out)",
                 "out[...] = np.rint(dataset.read(1, window=window) * dataset.scales[0])",
             ),
         ),
     ),
-    Mutation("fill_averaged", COMPOSITES, _in("data_prep/hls.py", (_CLEAR_BANDS, "keep &= True"))),
+    Mutation("fill_averaged", COMPOSITES, _in("data_prep/hls/granules.py", (_CLEAR_BANDS, "keep &= True"))),
     Mutation(
         "hemisphere_swapped",
         PLACE,
-        _in("biomass_jax/data/raster_common.py", ("(32700 if zone[1] else 32600)", "(32600 if zone[1] else 32700)")),
+        _in("biomass_jax/data/raster/grid.py", ("(32700 if zone[1] else 32600)", "(32600 if zone[1] else 32700)")),
     ),
     Mutation(
         "chip_offset_by_one",
         PIXELS,
-        _in("data_prep/chip_windows.py", ("Window(left, top, size, size)", "Window(left + 1, top, size, size)")),
+        _in("data_prep/chips/windows.py", ("Window(left, top, size, size)", "Window(left + 1, top, size, size)")),
     ),
     Mutation(
         "leaf_off_equals_0",
         FILTERS,
         _in(
-            "data_prep/gedi_filters.py",
+            "data_prep/gedi/filters.py",
             ('_differs("leaf_off_flag", 1)', '_equals("leaf_off_flag", "leaf_off_flag", 0)'),
         ),
     ),
@@ -142,7 +148,7 @@ MUTATIONS = (
         "shot_number_through_float64",
         SHOTS,
         _in(
-            "data_prep/labels.py",
+            "data_prep/gedi/labels.py",
             (
                 "table[name].astype(kind) for",
                 'table[name].astype(np.float64 if name == "shot_number" else kind).astype(kind) for',
@@ -153,7 +159,7 @@ MUTATIONS = (
         "split_by_file",
         GROUND,
         _in(
-            "data_prep/splits.py",
+            "data_prep/chips/splits.py",
             ("return ground.block_names(lon, lat, block_km)", 'return _column(chips, "chip_id")'),
             ("split[met] = DROPPED", "pass"),
         ),
@@ -161,7 +167,7 @@ MUTATIONS = (
     Mutation(
         "std_of_all_splits",
         STATISTICS,
-        _in("data_prep/shards.py", ("reference if split == STATISTICS_SPLIT else None", "reference")),
+        _in("data_prep/shards/write.py", ("reference if split == STATISTICS_SPLIT else None", "reference")),
     ),
 )
 

@@ -6,7 +6,7 @@ import pytest
 
 from biomass_jax.convert import torch_file
 from biomass_jax.models.biomass import BiomassModel
-from biomass_jax.training.losses import finish, loss_sums
+from biomass_jax.tasks.losses import finish, loss_sums
 from tests.parity.torch_names import to_variables
 
 MICRO = {"embed_dim": 8, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 4, 8), "mlp_ratio": 2, "decoder_channels": 8}

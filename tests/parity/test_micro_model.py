@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from biomass_jax.training.losses import finish, loss_sums
+from biomass_jax.tasks.losses import finish, loss_sums
 from tests.parity.torch_names import relative_error, to_variables
 
 # Golden name -> path of the module (and method) whose output it is.

@@ -11,11 +11,10 @@ import rasterio
 from PIL import Image
 
 import biomass_jax
-from biomass_jax.bundle import BundleError
 from biomass_jax.data import raster
+from biomass_jax.errors import BundleError, PredictionError
 from biomass_jax.prediction import maps
-from biomass_jax.prediction.progress import Progress, duration
-from biomass_jax.prediction.stream import PredictionError
+from biomass_jax.runtime.progress import Progress, duration
 from tests.prediction.stubs import NIR, coded_image, nir, read_map, stub_bundle, write_raster
 
 

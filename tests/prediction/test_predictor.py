@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from biomass_jax.data import bands
+from biomass_jax.errors import PredictionError, TilingError
 from biomass_jax.prediction import forward
 from biomass_jax.prediction.predictor import Predictor
-from biomass_jax.prediction.stream import PredictionError
-from biomass_jax.prediction.tiling import TilingError, default_plan
+from biomass_jax.prediction.tiling import default_plan
 from tests.prediction.stubs import NIR, coded_image, nir, read_map, stub_bundle, write_raster
 
 SIZES = [(223, 223), (224, 224), (225, 225), (500, 437), (460, 700), (223, 300), (30, 500)]
@@ -277,7 +277,7 @@ DEVICES = """
 import jax, numpy as np
 from tests.prediction.stubs import coded_image, stub_bundle, nir
 from biomass_jax.prediction.predictor import Predictor
-from biomass_jax.training import sharding
+from biomass_jax.runtime import mesh as sharding
 assert len(jax.local_devices()) == {devices}
 mesh = sharding.create_mesh()
 seen = []

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from biomass_jax.errors import TilingError
 from biomass_jax.prediction.reference_tiling import (
     first_gap,
     reference_0_99_plan,
@@ -12,7 +13,7 @@ from biomass_jax.prediction.reference_tiling import (
     reference_1_2_plan,
     reference_1_2_tiles,
 )
-from biomass_jax.prediction.tiling import Blender, Plan, SourceRows, TilingError, default_plan
+from biomass_jax.prediction.tiling import Blender, Plan, SourceRows, default_plan
 
 TILE, STRIDE = (56, 48), (48, 40)
 

@@ -6,8 +6,8 @@ from pathlib import Path, PurePath
 
 import pytest
 
-from biomass_jax.bundle import BundleError
 from biomass_jax.data.raster import InputItem
+from biomass_jax.errors import BundleError, RasterError
 from biomass_jax.prediction.maps import MapResult
 from biomass_jax.prediction.several import make_maps
 
@@ -59,7 +59,7 @@ def test_no_more_than_two_are_on_their_way_and_files_are_finished_in_order():
 def test_failures_of_either_half_are_told_and_keep_their_places(caplog):
     def begin(item):
         if item.name == "b":
-            raise ValueError("b: is cut off")
+            raise RasterError("b: is cut off")
 
         def finish():
             if item.name == "c":
@@ -71,7 +71,7 @@ def test_failures_of_either_half_are_told_and_keep_their_places(caplog):
     with caplog.at_level(logging.ERROR):
         results, failures = make_maps(items("abcd"), begin)
     assert [result.source for result in results] == ["a", "d"]
-    assert [(name, type(error)) for name, error in failures] == [("b", ValueError), ("c", KeyError)]
+    assert [(name, type(error)) for name, error in failures] == [("b", RasterError), ("c", KeyError)]
     assert "b: failed: is cut off" in caplog.text
     assert "c: failed: KeyError: 'nonsense'" in caplog.text
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from biomass_jax.data import raster
+from biomass_jax.errors import PredictionError, RasterError
 from biomass_jax.prediction import run
 from biomass_jax.prediction.run import Share, map_share, sum_up
-from biomass_jax.prediction.stream import PredictionError
 from tests.prediction.stubs import coded_image, write_raster
 
 GRANULES = ("HLS.L30.T10SFF.2020183T184512.v2.0", "HLS.L30.T10SFF.2020198T184512.v2.0")
@@ -59,7 +59,7 @@ def test_a_signed_address_is_opened_whole_and_never_told(stub, tmp_path, monkeyp
 
     def refuse(item, **_):
         opened.append(item.paths)
-        raise raster.RasterError(f"{item.name}: not there")
+        raise RasterError(f"{item.name}: not there")
 
     monkeypatch.setattr(raster, "open_image", refuse)
     items = raster.find_inputs("https://host/a/scene.tif?token=secret")

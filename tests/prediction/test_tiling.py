@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
+from biomass_jax.errors import TilingError
 from biomass_jax.prediction.tiling import (
     Blender,
     Plan,
     SourceRows,
-    TilingError,
     blend_weights,
     check_settings,
     default_plan,

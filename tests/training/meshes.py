@@ -12,8 +12,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from biomass_jax.data import pipeline, sources
-from biomass_jax.training import build, checks, choose, distributed, hosts, sharding, state
+from biomass_jax.data import sources
+from biomass_jax.pipeline import batches as pipeline
+from biomass_jax.runtime import distributed, hosts
+from biomass_jax.runtime import mesh as sharding
+from biomass_jax.tasks import create as choose
+from biomass_jax.training import build, checks, state
 from biomass_jax.training.checkpoint import Checkpoints
 from biomass_jax.training.feed import Feed
 from configs import finetune_all_biomes, pretrain_simmim_swin_b_100ep

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from biomass_jax.data import sources
-from biomass_jax.training.choose import choose
+from biomass_jax.tasks.create import choose
 from configs import finetune_all_biomes
 from tests.training import world
 

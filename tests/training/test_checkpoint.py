@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from biomass_jax.errors import CheckpointError
 from biomass_jax.training.build import tell_changes
-from biomass_jax.training.checkpoint import CheckpointError, Checkpoints, changed_fields
+from biomass_jax.training.checkpoint import Checkpoints, changed_fields
 from biomass_jax.training.plateau import early_stop_init
 from biomass_jax.training.settings import resume_host
 from biomass_jax.training.state import TrainState

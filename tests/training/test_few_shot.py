@@ -11,8 +11,8 @@ from biomass_jax import bundle
 from biomass_jax.bundle import flatten
 from biomass_jax.convert import __main__ as convert
 from biomass_jax.convert import torch_file
+from biomass_jax.errors import ConfigError
 from biomass_jax.training import build, settings
-from biomass_jax.training.errors import ConfigError
 from biomass_jax.training.optimizer import export_adam
 from configs import few_shot_taiga
 from tests.training import world

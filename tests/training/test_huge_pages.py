@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from biomass_jax.training import huge_pages
+from biomass_jax.runtime import huge_pages
 
 ROOT = Path(__file__).parents[2]
 ASKED = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from biomass_jax import bundle
+from biomass_jax.errors import TrainingError
 from biomass_jax.training import loop
 from configs import finetune_all_biomes
 from tests.training import world
@@ -111,7 +112,7 @@ def test_a_finished_run_does_nothing_more(unbroken, shards):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(shards, tmp_path):
-    with pytest.raises(loop.TrainingError) as caught:
+    with pytest.raises(TrainingError) as caught:
         train(config_of(shards, optimizer__learning_rate=1e30, epochs=4), tmp_path / "run")
     said = str(caught.value)
     assert "the loss became" in said and "at step" in said

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from biomass_jax.training.losses import KINDS, finish, loss_sums
+from biomass_jax.tasks.losses import KINDS, finish, loss_sums
 
 DELTA = 2.0
 

@@ -6,10 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from biomass_jax.data import masking, sources
+from biomass_jax.data import sources
+from biomass_jax.pipeline import masking
 from biomass_jax.training.run import train_and_evaluate
 from configs import demo_pretrain
-from data_prep import shards
+from data_prep.shards import write as shards
 from data_prep.synthetic import single_dates
 
 SIDE, PER_SIDE = 112, 4

@@ -5,12 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from biomass_jax.training.pretrain_loss import (
-    patch_statistics,
-    simmim_chip_sums,
-    simmim_finish,
-    simmim_loss_sums,
-)
+from biomass_jax.tasks.simmim_loss import patch_statistics, simmim_chip_sums, simmim_finish, simmim_loss_sums
 
 PATCH = 2
 

@@ -19,7 +19,9 @@ from biomass_jax.convert import torch_file
 from biomass_jax.convert.architecture import ModelFlags
 from biomass_jax.convert.convert import Options, nested, read
 from biomass_jax.convert.input_meta import InputFlags
-from biomass_jax.data import bands, masking, sources
+from biomass_jax.data import bands, sources
+from biomass_jax.errors import ConfigError, TrainingError
+from biomass_jax.pipeline import masking
 from biomass_jax.training import build, loop
 from biomass_jax.training.settings import make_schedule
 from configs import finetune_all_biomes, pretrain_simmim_swin_b_100ep, pretrain_simmim_swin_b_800ep
@@ -85,7 +87,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(shards, tmp_path):
         "mask_token": jax.device_put(np.full(token.shape, np.nan, np.float32), token.sharding)
     }
     went.state = dataclasses.replace(begun.state, params=params)
-    with pytest.raises(loop.TrainingError) as caught:
+    with pytest.raises(TrainingError) as caught:
         went.fit()
     begun.close()
     said = str(caught.value)
@@ -330,7 +332,7 @@ def test_sizes_that_do_not_fit_are_an_error_that_names_the_field(shards, tmp_pat
         ({"mask_patch_size": 12}, "config.mask_patch_size is 12 px"),
         ({"augment__size": 48}, "encoder_stride"),
     ):
-        with pytest.raises(build.ConfigError, match=named):
+        with pytest.raises(ConfigError, match=named):
             build.build_run(config_of(shards, **fields), tmp_path / "run", command="")
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from biomass_jax import bundle
 from biomass_jax.bundle import flatten
+from biomass_jax.errors import ConfigError
 from biomass_jax.training import build, loop
 from configs import finetune_all_biomes, finetune_frozen_encoder
 from tests.prediction.stubs import random_bundle
@@ -97,7 +98,7 @@ def test_a_config_that_cannot_run_costs_no_earlier_run(shards, tmp_path):
     (tmp_path / "best").mkdir()
     config = world.configure(finetune_all_biomes.get_config(), data__path=str(shards), epochs=1, overwrite=True)
     config.optimizer.freeze = ("encodr",)
-    with pytest.raises(build.ConfigError):
+    with pytest.raises(ConfigError):
         build.build_run(config, tmp_path, command="")
     assert (tmp_path / "best").is_dir()
 

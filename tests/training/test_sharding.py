@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from biomass_jax.data import pipeline, sources
-from biomass_jax.training import build, loop, sharding, state
-from biomass_jax.training.choose import choose
+from biomass_jax.data import sources
+from biomass_jax.pipeline import batches as pipeline
+from biomass_jax.runtime import mesh as sharding
+from biomass_jax.tasks.create import choose
+from biomass_jax.training import build, loop, state
 from configs import finetune_all_biomes
 from tests.training import world
 from tests.training.test_steps import batch_of, begin

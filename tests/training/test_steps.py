@@ -10,8 +10,11 @@ import pytest
 
 from biomass_jax.data import sources
 from biomass_jax.models import swin_ops
-from biomass_jax.training import losses, plateau, settings, sharding, tasks
-from biomass_jax.training.choose import choose
+from biomass_jax.runtime import mesh as sharding
+from biomass_jax.tasks import losses
+from biomass_jax.tasks import regression as tasks
+from biomass_jax.tasks.create import choose
+from biomass_jax.training import plateau, settings
 from biomass_jax.training.optimizer import create_optimizer, trainable_mask
 from biomass_jax.training.schedules import create_schedule
 from biomass_jax.training.state import plan_train_state

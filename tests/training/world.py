@@ -3,7 +3,7 @@
 import numpy as np
 
 from biomass_jax.data import records
-from data_prep import shards
+from data_prep.shards import write as shards
 
 SIDE = 32
 BIOMES = ("taiga", "mangroves")

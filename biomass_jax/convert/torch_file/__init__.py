@@ -1,0 +1,217 @@
+"""PyTorch and safetensors files read without torch.
+
+Three kinds of files, told apart by their content: the zip archives of torch 1.6 and later, the streams of earlier
+versions, and safetensors. Only tensors, containers and plain values are ever built (`torch_pickle` says how), every
+size and offset is checked against the file, and nothing is written.
+"""
+
+import hashlib
+import mmap
+import os
+import stat
+import struct
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from biomass_jax.convert.torch_file import formats as torch_formats
+from biomass_jax.convert.torch_file.tensor import MappedFile, TorchTensor
+from biomass_jax.convert.torch_file.values import Inert, Malformed, Placeholder
+from biomass_jax.errors import TorchFileError
+
+__all__ = ["Placeholder", "TorchFile", "TorchFileError", "TorchTensor", "flatten", "read"]
+
+MAX_DEPTH = 200
+MAX_LEAVES = 1_000_000
+MAX_NAME_CHARS = 256 << 20  # all dotted keys together
+_CHUNK = 8 << 20
+_EXPECTED = "expected a PyTorch file (.pt, .pth, .ckpt) or a .safetensors file"
+
+# What users save under a checkpoint's name by mistake: first bytes -> what it is and what to do.
+_MISTAKES: tuple[tuple[bytes, str], ...] = (
+    (b"version https://git-lfs", "a git-lfs pointer, not the file itself; run `git lfs pull`, or download the file"),
+    (b"<", "an HTML or XML page, not a checkpoint; download the raw file (a login may be needed)"),
+    (b"\x1f\x8b", "a gzip archive; unpack it first"),
+    (b"BZh", "a bzip2 archive; unpack it first"),
+    (b"\xfd7zXZ", "an xz archive; unpack it first"),
+    (b"7z\xbc\xaf", "a 7z archive; unpack it first"),
+    (b"\x89HDF", "an HDF5 file (Keras?)"),
+    (b"\x93NUMPY", "a NumPy array file"),
+    (b"GGUF", "a GGUF file"),
+)
+
+
+@dataclass(eq=False)
+class TorchFile:
+    """A file that was read.
+
+    Attributes:
+        path: the file.
+        format: 'zip', 'legacy' or 'safetensors'.
+        root: what the file holds: dict, list, tuple, set and plain values, with `TorchTensor`s for the tensors and
+            `Placeholder`s for what wasn't built.
+        placeholders: dotted names of the classes and functions that were met and not built.
+        metadata: safetensors' free text entries.
+    """
+
+    path: Path
+    format: str
+    root: Any
+    placeholders: list[str]
+    mapped: MappedFile = field(repr=False)
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the whole file, in hex; read in pieces when first asked for."""
+        digest = hashlib.sha256()
+        view = memoryview(self.mapped.data)
+        for start in range(0, self.mapped.size, _CHUNK):
+            digest.update(view[start : start + _CHUNK])
+        return digest.hexdigest()
+
+
+def read(path: str | os.PathLike[str]) -> TorchFile:
+    """Read a zip, legacy or safetensors file; the tensors' values are read when `TorchTensor.array` is called.
+
+    Raises:
+        TorchFileError: where the file is missing, truncated, damaged, hostile or something else; the message names the
+            file, what was found and what was expected.
+    """
+    path = Path(path)
+    mapped = _map(path)
+    try:
+        form, parse = _detect(mapped)
+        parsed = parse(mapped)
+        other = _check_tree(parsed.root)
+    except TorchFileError:
+        raise
+    except Malformed as exc:
+        raise TorchFileError(f"{path}: {exc}") from None
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        ArithmeticError,
+        RecursionError,
+        MemoryError,
+        EOFError,
+        struct.error,
+        zipfile.BadZipFile,
+        NotImplementedError,
+    ) as exc:
+        raise TorchFileError(f"{path}: damaged or not a checkpoint ({type(exc).__name__}: {exc}); {_EXPECTED}") from exc
+    for name, leaf in flatten(parsed.root).items():
+        if isinstance(leaf, TorchTensor) and not leaf.name:
+            leaf.name = name
+    placeholders = list(dict.fromkeys([*parsed.placeholders, *other]))
+    return TorchFile(path, form, parsed.root, placeholders, mapped, parsed.metadata)
+
+
+def flatten(root: Any) -> dict[str, Any]:
+    """Every leaf of nested dicts, lists and tuples under its dotted key ('state_dict.encoder.norm.weight').
+
+    Tensors, plain values, sets, placeholders and empty containers are leaves. Where two leaves would share a key, the
+    later one gets '#2', '#3' and so on.
+    """
+    leaves: dict[str, Any] = {}
+    repeats: dict[str, int] = {}
+    pending: list[tuple[str, Any]] = [("", root)]
+    while pending:
+        name, node = pending.pop()
+        children = list(_children(node))
+        if children:
+            pending.extend((f"{name}.{key}" if name else key, child) for key, child in reversed(children))
+            continue
+        unique = name
+        while unique in leaves:
+            repeats[name] = repeats.get(name, 1) + 1
+            unique = f"{name}#{repeats[name]}"
+        leaves[unique] = node
+    return leaves
+
+
+def _children(node: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield (key if isinstance(key, str) else repr(key)[:80]), value
+    elif isinstance(node, list | tuple):
+        for index, value in enumerate(node):
+            yield str(index), value
+
+
+def _check_tree(root: Any) -> list[str]:
+    """Refuse trees that a recursive reader couldn't walk: cyclic, too deep, or huge by sharing one part many times.
+
+    Returns:
+        Names of leaves that are no plain values: mentions of classes, bare storages.
+    """
+    measured: dict[int, tuple[int, int, int]] = {}  # node -> height, leaves, characters of the leaves' keys
+    being_walked: set[int] = set()
+    other: dict[str, None] = {}
+    pending: list[tuple[Any, bool]] = [(root, False)]
+    while pending:
+        node, walked = pending.pop()
+        if id(node) in measured:
+            continue
+        children = list(_children(node))
+        if not children:
+            if isinstance(node, Inert) and not isinstance(node, TorchTensor):
+                other[node.class_name] = None
+            measured[id(node)] = (0, 1, 0)
+        elif not walked:
+            if id(node) in being_walked:
+                raise Malformed("a container holds itself")
+            being_walked.add(id(node))
+            pending.append((node, True))
+            pending.extend((child, False) for _, child in children)
+        else:
+            parts = [(*measured[id(child)], len(key) + 1) for key, child in children]
+            height = 1 + max(part[0] for part in parts)
+            leaves = sum(part[1] for part in parts)
+            chars = sum(part[2] + part[1] * part[3] for part in parts)
+            if height > MAX_DEPTH or leaves > MAX_LEAVES or chars > MAX_NAME_CHARS:
+                raise Malformed(f"nested {height} deep with {leaves} values: more than a checkpoint ever has")
+            measured[id(node)] = (height, leaves, chars)
+    return list(other)
+
+
+def _map(path: Path) -> MappedFile:
+    try:
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise TorchFileError(f"{path}: is a folder; {_EXPECTED}")
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe could wait for ever
+            raise TorchFileError(f"{path}: is no regular file; {_EXPECTED}")
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size == 0:
+                raise TorchFileError(f"{path}: is empty (0 bytes), the download or copy failed; {_EXPECTED}")
+            return MappedFile(path, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ), size)
+    except FileNotFoundError:
+        raise TorchFileError(f"{path}: no such file; {_EXPECTED}") from None
+    except OSError as exc:
+        raise TorchFileError(f"{path}: can't be read ({exc.strerror or exc})") from exc
+
+
+def _detect(mapped: MappedFile) -> tuple[str, torch_formats.Parser]:
+    """Format by the file's first bytes, never by its name."""
+    head = mapped.data[:512]
+    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+        return "zip", torch_formats.read_zip
+    if torch_formats.looks_legacy(head):
+        return "legacy", torch_formats.read_legacy
+    if torch_formats.looks_safetensors(head):
+        return "safetensors", torch_formats.read_safetensors
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+    for magic, meaning in _MISTAKES:
+        if text.startswith(magic):
+            raise Malformed(f"is {meaning}; {_EXPECTED}")
+    if head[257:262] == b"ustar":
+        raise Malformed(f"is a tar archive (torch before 0.1.10 wrote such); unpack or re-save it; {_EXPECTED}")
+    if head[:1] == b"\x80":
+        raise Malformed(f"is a plain pickle without torch's magic number; {_EXPECTED}")
+    raise Malformed(f"begins with {head[:16]!r}, which is no known checkpoint format; {_EXPECTED}")

@@ -1,0 +1,235 @@
+"""Chips as the published data set has them: a GeoTIFF of bands and one of labels each, in a folder for each split.
+
+Folders `{train,val,test}_images` and `..._labels` hold `T10SFF_144_tile_img.tif` and `T10SFF_144_tile_label.tif`.
+"""
+
+import os
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from biomass_jax.data import bands, records
+from biomass_jax.data.raster.grid import Grid, epsg_code, grid_of, open_quietly, raster_errors
+from biomass_jax.data.raster.image import open_image
+from biomass_jax.data.raster.tiff import verify_blocks
+from biomass_jax.data.records import Record
+from biomass_jax.errors import FractionError, RasterError
+
+SPLITS = ("train", "val", "test")
+TILE_WIDTH = 3660  # of an HLS tile: 16 chips of 224 px a row
+# B01, then B02 to B07, B09, B10, B11 and in some files one more, which is probably Fmask.
+PUBLISHED_BANDS = (None, *bands.BAND_NAMES, None, None, None, None)
+PUBLISHED_COUNTS = (10, 11)
+_STEM = re.compile(r"T?(?P<tile>\d{2}[A-Z]{3})_(?P<cell>\d+)(_tile)?")
+_SUFFIXES = {"images": "_img.tif", "labels": "_label.tif"}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image and its label, and what is known of them before pixels are read.
+
+    Attributes:
+        image: path.
+        label: path, or None for an image alone.
+        band_list: names of the image's bands, None for an unused one; None where its descriptions tell.
+        grid: of the image.
+        dtype: int16 where all bands are stored so, else float32.
+        tile: from the name, "" where it has another form.
+        cell: from the name, -1 likewise.
+        chip_id: `{tile}_{cell}`, else the name, with the season's start behind it where a season is given.
+        row: of the chip in its tile, -1 where unknown.
+        col: of the chip in its tile, -1 where unknown.
+    """
+
+    image: Path
+    label: Path | None
+    band_list: tuple[str | None, ...] | None
+    grid: Grid
+    dtype: str
+    tile: str
+    cell: int
+    chip_id: str
+    row: int = records.UNKNOWN_PLACE
+    col: int = records.UNKNOWN_PLACE
+
+
+def find_pairs(folder: str | os.PathLike[str]) -> tuple[dict[str, list[tuple[Path, Path]]], list[str]]:
+    """Images and labels of each split, paired by stem, sorted; and the files that have no partner.
+
+    Returns:
+        {split: [(image, label)]} for the splits that are there, and paths relative to the folder.
+
+    Raises:
+        RasterError: no split has a pair, or a stem occurs in two splits.
+    """
+    root = Path(folder)
+    found: dict[str, list[tuple[Path, Path]]] = {}
+    alone: list[str] = []
+    for split in SPLITS:
+        images, labels, odd = split_files(root, split)
+        alone += [_relative(path, root) for path in odd]
+        alone += [_relative(path, root) for stem, path in images.items() if stem not in labels]
+        alone += [_relative(path, root) for stem, path in labels.items() if stem not in images]
+        if pairs := [(images[stem], labels[stem]) for stem in sorted(images.keys() & labels.keys())]:
+            found[split] = pairs
+    if not found:
+        raise RasterError(
+            f"{root}: found no pair of images and labels, expected folders like train_images and train_labels with "
+            "T10SFF_144_tile_img.tif and T10SFF_144_tile_label.tif"
+        )
+    home: dict[str, Path] = {}
+    for image, _ in (pair for pairs in found.values() for pair in pairs):
+        if image.name in home:
+            raise RasterError(f"{image}: found in {home[image.name].parent.name} too, expected each chip in one split")
+        home[image.name] = image
+    return found, sorted(alone)
+
+
+def split_files(folder: str | os.PathLike[str], split: str) -> tuple[dict[str, Path], dict[str, Path], list[Path]]:
+    """Images and labels of one split by stem, sorted; and the GeoTIFFs beside them that are called otherwise."""
+    found, odd = [], []
+    for kind, suffix in _SUFFIXES.items():
+        files = [path for path in sorted(Path(folder, f"{split}_{kind}").glob("[!.]*.tif")) if path.is_file()]
+        odd += [path for path in files if not path.name.endswith(suffix)]
+        found.append({path.name.removesuffix(suffix): path for path in files if path.name.endswith(suffix)})
+    images, labels = found
+    return images, labels, odd
+
+
+def _relative(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix()
+
+
+def describe_pairs(
+    paths: Sequence[tuple[Path, Path | None]], *, band_list: tuple[str | None, ...] | None = None, season: str = ""
+) -> list[Pair]:
+    """Read the headers of images.
+
+    The row and column in the tile follow from the cell in the name. Where the chips of a tile then disagree about where
+    the tile begins, a warning says so, and all its rows and columns stay unknown.
+
+    Args:
+        paths: images and labels, None for an image alone.
+        band_list: names of every image's bands; where None, a file's descriptions, else PUBLISHED_BANDS.
+        season: `YYYY-MM-DD/YYYY-MM-DD` or "".
+    """
+    pairs = [_described(image, label, band_list, season.split("/")[0]) for image, label in paths]
+    origins: dict[str, set[tuple[int, int]]] = defaultdict(set)
+    for pair in pairs:
+        if pair.row != records.UNKNOWN_PLACE and pair.grid.crs is not None:
+            t = pair.grid.transform
+            # in whole pixels: shifts below half of one are roundings
+            origins[pair.tile].add((round(t.c / t.a) - pair.col, round(t.f / t.e) - pair.row))
+    odd = sorted(tile for tile, found in origins.items() if len(found) > 1)
+    if odd:
+        warnings.warn(
+            f"tiles {', '.join(odd)}: their chips' cells and coordinates contradict each other, expected cell = "
+            f"row * {TILE_WIDTH // records.CHIP_SIZE} + column in one grid; row and col are left unknown",
+            stacklevel=2,
+        )
+    unknown = records.UNKNOWN_PLACE
+    return [replace(pair, row=unknown, col=unknown) if pair.tile in odd else pair for pair in pairs]
+
+
+def _described(image: Path, label: Path | None, band_list: tuple[str | None, ...] | None, start: str) -> Pair:
+    with raster_errors(str(image)), open_quietly(str(image)) as dataset:
+        grid = grid_of(dataset)
+        names = [name for name in dataset.descriptions if name in bands.BAND_NAMES]
+        count = dataset.count
+        dtype = "int16" if set(dataset.dtypes) == {"int16"} else "float32"
+    if band_list is None and set(names) != set(bands.BAND_NAMES):
+        if count not in PUBLISHED_COUNTS:
+            raise RasterError(
+                f"{image}: found {count} bands, not all six named, expected names, or "
+                f"{' or '.join(map(str, PUBLISHED_COUNTS))} bands in the published order; name them with --bands, or "
+                "config.bands of a run"
+            )
+        band_list = PUBLISHED_BANDS[:count]
+    stem = image.name.removesuffix(_SUFFIXES["images"])
+    match = _STEM.fullmatch(stem)
+    name = f"{match['tile']}_{int(match['cell'])}" if match else stem
+    pair = Pair(image, label, band_list, grid, dtype, "", -1, "_".join(part for part in (name, start) if part))
+    if match is None:
+        return pair
+    size = grid.height
+    row, col = (index * size for index in divmod(int(match["cell"]), max(TILE_WIDTH // size, 1)))
+    pair = replace(pair, tile=match["tile"], cell=int(match["cell"]))
+    return pair if max(row, col) + size > TILE_WIDTH else replace(pair, row=row, col=col)
+
+
+def read_pair(
+    pair: Pair,
+    *,
+    dtype: str = "int16",
+    season: str = "",
+    biome: str = "unknown",
+    sensors: str = "L30",
+    check_units: bool = True,
+) -> Record:
+    """The record of an image and its label.
+
+    Args:
+        pair: from `describe_pairs`.
+        dtype: of the record's image.
+        season: see `Record`.
+        biome: see `Record`.
+        sensors: where the file itself doesn't tell.
+        check_units: whether to look for reflectance, which takes a third of the time.
+
+    Raises:
+        RasterError: int16 can't hold the image, another no-data value, or the label has another grid or odd values.
+        RasterError: a file can't be read, its bands are others, or it holds reflectance.
+    """
+    with open_image(pair.image, band_list=pair.band_list, model_sensors=()) as source:
+        if source.fill not in (None, bands.FILL):
+            raise RasterError(f"{pair.image}: no-data value: found {source.fill:g}, expected {bands.FILL} or none")
+        if check_units:
+            source.check_units()
+        image = source.read_rows(0, source.grid.height)
+        sensors = source.sensor or sensors
+    crs = pair.grid.crs
+    return Record(
+        image=_as_int16(image, pair.image) if dtype == "int16" else image.astype(np.float32, copy=False),
+        label=_read_label(pair),
+        chip_id=pair.chip_id,
+        tile=pair.tile,
+        row=pair.row,
+        col=pair.col,
+        epsg=0 if crs is None else epsg_code(crs, str(pair.image)),
+        transform=np.zeros(6) if crs is None else np.array(tuple(pair.grid.transform)[:6]),
+        biome=biome,
+        season=season,
+        sensors=sensors,
+        schema_version=records.SCHEMA_VERSION,
+    )
+
+
+def _as_int16(image: np.ndarray, path: Path) -> np.ndarray:
+    if image.dtype == np.int16:
+        return image
+    limits = np.iinfo(np.int16)
+    exact = (image == np.rint(image)) & (image >= limits.min) & (image <= limits.max)  # False for NaN
+    if not exact.all():
+        raise FractionError(f"{path}: found {image[~exact][0]:g}, which int16 can't hold exactly")
+    return image.astype(np.int16)
+
+
+def _read_label(pair: Pair) -> np.ndarray:
+    """(H, W) float32; -1 where the file holds -1, or what its tag calls no-data, or there is no file."""
+    if pair.label is None:
+        return np.full((pair.grid.height, pair.grid.width), records.NO_LABEL, np.float32)
+    with raster_errors(str(pair.label)), open_quietly(str(pair.label)) as dataset:
+        verify_blocks(pair.label, sparse_ok=True)
+        grid, count = grid_of(dataset), dataset.count
+        label = dataset.read(1).astype(np.float32, copy=False)
+    if count != 1 or not grid.same_as(pair.grid):
+        raise RasterError(
+            f"{pair.label}: found {count} band(s) of {grid.describe()}, expected one on the grid of {pair.image.name}: "
+            f"{pair.grid.describe()}"
+        )
+    return np.where(np.isnan(label) | (label == bands.FILL), np.float32(records.NO_LABEL), label)

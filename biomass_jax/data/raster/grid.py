@@ -1,0 +1,135 @@
+"""What reading and writing of rasters share: the error, the grid, GDAL's settings, quiet opening."""
+
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import rasterio
+from affine import Affine
+from rasterio._err import CPLE_BaseError  # GDAL's own errors reach the caller as these; there is no public name
+from rasterio.crs import CRS
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
+
+from biomass_jax.errors import RasterError
+
+CACHE_BYTES = 256 * 2**20  # GDAL's block cache; its default is a share of the machine's memory
+SOUTHERN_NORTHING = 1e7
+_OPENING = threading.Lock()  # warning filters belong to the process, not to a thread
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Size and place of a raster.
+
+    Attributes:
+        height: rows.
+        width: columns.
+        crs: rasterio CRS, or None.
+        transform: affine from (column, row) of a pixel's upper-left corner to x, y; the identity where unknown.
+    """
+
+    height: int
+    width: int
+    crs: CRS | None
+    transform: Affine
+
+    def same_as(self, other: "Grid", tolerance: float = 0.01) -> bool:
+        """Whether both are the same pixels on the ground, corners within `tolerance` pixels.
+
+        CRSs are compared by what they mean: a UTM zone with or without an EPSG code, and a southern tile given in the
+        north zone with negative northings, are the same ground as the usual southern zone.
+        """
+        if (self.height, self.width) != (other.height, other.width):
+            return False
+        mine, theirs = utm_zone(self.crs), utm_zone(other.crs)
+        shift = 0.0
+        if mine is not None and theirs is not None:
+            if mine[0] != theirs[0]:
+                return False
+            shift = mine[1] - theirs[1]
+        elif self.crs != other.crs:
+            return False
+        size = max(abs(self.transform.a), abs(self.transform.b), abs(self.transform.e), abs(self.transform.d))
+        for corner in ((0, 0), (self.width, 0), (0, self.height), (self.width, self.height)):
+            x, y = _place(self.transform, *corner)
+            other_x, other_y = _place(other.transform, *corner)
+            if max(abs(x - other_x), abs(y - shift - other_y)) > tolerance * size:
+                return False
+        return True
+
+    def describe(self) -> str:
+        """Size, upper-left corner, pixel size and CRS in words."""
+        t = self.transform
+        return (
+            f"{self.height} x {self.width} pixels of {t.a:g} x {t.e:g} at ({t.c:.10g}, {t.f:.10g}), "
+            f"{'no CRS' if self.crs is None else self.crs.to_string()}"
+        )
+
+
+def _place(t: Affine, column: float, row: float) -> tuple[float, float]:
+    # by hand: affine 2 knows only `transform * point`, affine 3 deprecates it
+    return t.a * column + t.b * row + t.c, t.d * column + t.e * row + t.f
+
+
+def utm_zone(crs: CRS | None) -> tuple[int, float] | None:
+    """(zone, false northing) of a WGS 84 UTM CRS however it is spelled, None for any other CRS."""
+    if crs is None:
+        return None
+    fields = crs.to_dict()
+    if "WGS84" not in (fields.get("datum"), fields.get("ellps")) or fields.get("units", "m") != "m":
+        return None
+    if fields.get("proj") == "utm":
+        return int(fields["zone"]), SOUTHERN_NORTHING if fields.get("south") else 0.0
+    if fields.get("proj") != "tmerc" or fields.get("lat_0", 0) != 0:
+        return None
+    zone = (fields.get("lon_0", 0) + 183) / 6
+    if fields.get("k", fields.get("k_0")) != 0.9996 or fields.get("x_0") != 500000 or zone != int(zone):
+        return None
+    return int(zone), float(fields.get("y_0", 0))
+
+
+def epsg_code(crs: Any, path: str) -> int:
+    """The EPSG code of a raster's CRS; that of the UTM zone for WGS 84 UTM without one.
+
+    Args:
+        crs: rasterio CRS or None.
+        path: the raster, for messages.
+
+    Raises:
+        RasterError: no CRS, or one without a code that is no WGS 84 UTM zone.
+    """
+    if crs is None:
+        raise RasterError(f"{path}: found no CRS, expected the UTM zone of an HLS tile")
+    zone = utm_zone(crs)
+    if zone is not None and zone[1] in (0.0, SOUTHERN_NORTHING):
+        return (32700 if zone[1] else 32600) + zone[0]
+    code = crs.to_epsg()
+    if code is None:
+        raise RasterError(f"{path}: found a CRS without an EPSG code that is no UTM zone of WGS 84: {crs.to_string()}")
+    return int(code)
+
+
+@contextmanager
+def raster_errors(name: str) -> Iterator[None]:
+    """Run a piece of GDAL work with this module's settings; its errors become RasterErrors that name the file."""
+    try:
+        with rasterio.Env(GDAL_CACHEMAX=CACHE_BYTES):
+            yield
+    except (RasterioError, CPLE_BaseError, OSError) as error:
+        # rasterio's own message for a failed read or write only points to GDAL's
+        raise RasterError(f"{name}: {error.__cause__ or error}") from error
+
+
+def open_quietly(path: str, mode: str = "r", **options: Any) -> Any:
+    """`rasterio.open` without its warning about a raster without a georeference, which the callers report."""
+    with _OPENING, warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        return rasterio.open(path, mode, **options)
+
+
+def grid_of(dataset: Any) -> Grid:
+    """The grid of an open dataset."""
+    return Grid(dataset.height, dataset.width, dataset.crs or None, dataset.transform)

@@ -1,0 +1,382 @@
+"""Images in: the wanted bands of a file, URL or granule as row bands of digital numbers exactly as stored."""
+
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
+from pathlib import PurePath
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import rasterio
+from rasterio.windows import Window
+
+from biomass_jax.data import bands
+from biomass_jax.data.raster.grid import Grid, grid_of, open_quietly, raster_errors
+from biomass_jax.data.raster.inputs import GranuleName, InputItem, find_inputs, granule_name
+from biomass_jax.data.raster.tiff import is_tiff, verify_blocks
+from biomass_jax.errors import BandError, RasterError
+
+_SAMPLE_ROWS, _SAMPLE_COLUMNS = 8, 512  # flat windows: cheap in strip files too
+_SAMPLE_GRIDS = (6, 24)  # windows along each axis, the second where the first met too few valid pixels
+_ENOUGH_PIXELS = 1000
+_said_unverified: set[str] = set()  # "the sensor cannot be verified" is said once a process for each kind
+
+
+class ImageSource:
+    """An open image: six (or the wanted) bands on one grid. A context manager; one thread at a time may read.
+
+    Attributes:
+        name: what messages call it.
+        grid: size and place.
+        bands: the bands read, in order.
+        fill: the value that marks no-data besides those of `bands.no_data`, or None.
+        dtype: int16 where every band is stored as int16, else float32.
+        tags: the file's tags (of a granule: of its first band).
+        sensor: `L30`, `S30`, `L30+S30`, or None where nothing tells.
+        season: `YYYY-MM-DD/YYYY-MM-DD` from a SEASON tag or the granule's date, or "".
+        sources: names of the files read.
+        warnings: sentences for the user.
+    """
+
+    def __init__(
+        self,
+        item: InputItem,
+        *,
+        band_list: Any = None,
+        fill: float | None = None,
+        wanted: Sequence[str] = bands.BAND_NAMES,
+        model_sensors: Sequence[str] = ("L30",),
+    ) -> None:
+        self.name = item.name
+        self.bands = tuple(wanted)
+        self.warnings: list[str] = []
+        self._stack = ExitStack()
+        self._bands: list[tuple[Any, int]] = []  # (dataset, band index) of each wanted band
+        try:
+            with raster_errors(self.name):
+                self._open(item, bands.parse_band_list(band_list))
+            self._set_fill(fill)
+        except BandError as error:
+            self.close()
+            message = str(error)
+            raise RasterError(message if self.name in message else f"{self.name}: {message}") from error
+        except BaseException:
+            self.close()
+            raise
+        first = self._bands[0][0]
+        self.grid = grid_of(first)
+        self.dtype = np.dtype("int16" if all(d.dtypes[i - 1] == "int16" for d, i in self._bands) else "float32")
+        self.tags: dict[str, str] = dict(first.tags())
+        self.sources = tuple(dict.fromkeys(_base_name(dataset.name) for dataset, _ in self._bands))
+        granule = granule_name(_base_name(item.paths[0]))
+        self.season = _tag(self.tags, "SEASON") or (granule.season if granule else "")
+        if self.grid.crs is None:
+            self.warnings.append(f"{self.name}: no CRS; its map has none either")
+        trained = set(model_sensors)
+        if self.sensor is not None and trained and not set(self.sensor.split("+")) <= trained:
+            self.warnings.append(
+                f"{self.name}: {self.sensor}, but the model was trained on {'+'.join(sorted(trained))} alone"
+            )
+
+    def _open(self, item: InputItem, requested: tuple[str | None, ...] | None) -> None:
+        """Open the files and find the wanted bands in them."""
+        granule = granule_name(_base_name(item.paths[0]))
+        if granule is None or granule.layer is None:
+            dataset = self._open_file(item.paths[0])
+            found = [(dataset, index) for index in dataset.indexes]
+            descriptions = list(dataset.descriptions)
+        else:
+            if requested is not None:
+                raise BandError(
+                    f"{self.name}: a granule's single-band files tell their bands by name; leave the band list out"
+                )
+            paths = _granule_paths(item, self.bands, granule)
+            found = [(self._open_file(path), 1) for path in paths]
+            descriptions = [getattr(granule_name(_base_name(path)), "layer", None) for path in paths]
+            self._check_same_grid([dataset for dataset, _ in found])
+        sensor = _claimed_sensor(found[0][0], granule, self.name)
+        long_names = [
+            _tag(d.tags(i), "long_name") or (_tag(d.tags(), "long_name") if d.count == 1 else "") for d, i in found
+        ]
+        selection = bands.resolve(
+            descriptions, requested, sensor=sensor, long_names=long_names, path=self.name, wanted=self.bands
+        )
+        self._bands = [found[index - 1] for index in selection.indexes]
+        self.sensor = selection.sensor
+        if selection.unverified not in _said_unverified:
+            self.warnings.extend(selection.warnings)
+        if selection.unverified is not None:
+            _said_unverified.add(selection.unverified)
+
+    def _open_file(self, path: str) -> Any:
+        far = path.startswith("/vsi")
+        # GDAL would list a far folder to look for side files
+        with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR") if far else nullcontext():
+            dataset = self._stack.enter_context(open_quietly(path))
+        for file in dataset.files:  # of a VRT, those it refers to as well
+            if is_tiff(file):
+                verify_blocks(file, sparse_ok=True)
+        if dataset.count == 0:
+            raise RasterError(f"{self.name}: no raster bands in it; name one of its sub-datasets")
+        return dataset
+
+    def _check_same_grid(self, datasets: Sequence[Any]) -> None:
+        first = grid_of(datasets[0])
+        for dataset in datasets[1:]:
+            if dataset.count != 1:
+                raise RasterError(f"{self.name}: {_base_name(dataset.name)} has {dataset.count} bands, expected 1")
+            other = grid_of(dataset)
+            if not first.same_as(other):
+                raise RasterError(
+                    f"{self.name}: its files lie on different grids: {_base_name(datasets[0].name)} is "
+                    f"{first.describe()}, {_base_name(dataset.name)} is {other.describe()}"
+                )
+
+    def _set_fill(self, fill: float | None) -> None:
+        """One fill for all bands: given, else their common tag; -9999 where tags differ (`read_rows` maps them)."""
+        tagged = [dataset.nodatavals[index - 1] for dataset, index in self._bands]
+        self._own_fills: list[float | None] = []
+        distinct = {None if value is None or np.isnan(value) else float(value) for value in tagged}
+        if fill is not None:
+            self.fill: float | None = fill
+        elif len(distinct) == 1:
+            self.fill = distinct.pop()
+        else:
+            self.fill = float(bands.FILL)
+            self._own_fills = [None if v is None or np.isnan(v) else float(v) for v in tagged]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files."""
+        self._stack.close()
+
+    def read_rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows `start` to `stop` (not included).
+
+        Returns:
+            (rows, width, bands) int16 or float32, digital numbers as stored: no scale is applied.
+
+        Raises:
+            RasterError: the file can't be read there (truncated, unreachable).
+        """
+        return self._read(Window(0, start, self.grid.width, stop - start))
+
+    def _read(self, window: Window, shape: tuple[int, int] | None = None) -> np.ndarray:
+        rows, columns = shape or (int(window.height), int(window.width))
+        out = np.empty((rows, columns, len(self._bands)), self.dtype)
+        where = f"{self.name}: reading rows {int(window.row_off)} to {int(window.row_off + window.height)}"
+        datasets = list(dict.fromkeys(dataset for dataset, _ in self._bands))
+        for dataset in datasets:  # one call for all bands of a file: pixel-interleaved blocks are decoded once
+            places = [k for k, (owner, _) in enumerate(self._bands) if owner is dataset]
+            with raster_errors(where):
+                values = dataset.read(
+                    [self._bands[k][1] for k in places], window=window, out_shape=(len(places), rows, columns)
+                )
+            for k, band in zip(places, values, strict=True):
+                out[..., k] = band
+                if self._own_fills and self._own_fills[k] is not None:
+                    out[..., k][band == self._own_fills[k]] = bands.FILL
+        return out
+
+    def read_preview(self, max_size: int) -> np.ndarray:
+        """The image at reduced size, from overviews where it has them.
+
+        Returns:
+            (rows, columns, bands) float32 digital numbers, the longer side at most `max_size`, NaN for no-data.
+        """
+        window = Window(0, 0, self.grid.width, self.grid.height)
+        image = self._read(window, _preview_shape(self.grid, max_size))
+        missing = bands.no_data(image, self.fill)
+        preview = image.astype(np.float32)
+        preview[missing] = np.nan
+        return preview
+
+    def identity(self) -> dict[str, int]:
+        """`{'size', 'mtime_ns'}` of the files (sum, latest); what a VRT refers to counts too.
+
+        For a URL the size is that of the blocks its header tells of, and the time 0.
+        """
+        size, latest = 0, 0
+        for dataset in dict.fromkeys(dataset for dataset, _ in self._bands):
+            local = [f for f in dataset.files if os.path.isfile(f) and not f.endswith((".aux.xml", ".ovr"))]
+            for file in local:
+                status = os.stat(file)
+                size, latest = size + status.st_size, max(latest, status.st_mtime_ns)
+            if not local:
+                size += _remote_size(dataset)
+        return {"size": size, "mtime_ns": latest}
+
+    def check_units(self) -> str | None:
+        """Tell reflectance from digital numbers by a sample spread over the image.
+
+        Returns:
+            a warning (99th percentile at most 100), which is added to `warnings` too, or None; None as well where
+            fewer than 1,000 valid pixels were met.
+
+        Raises:
+            RasterError: the 99th percentile is at most 2 and there are fractions: reflectance.
+        """
+        values = self._sample()
+        if values.shape[0] < _ENOUGH_PIXELS:
+            return None
+        top = float(np.percentile(values, 99))
+        if top > 100:
+            return None
+        found = f"{self.name}: the 99th percentile of its values is {top:.4g} over {values.shape[0]:,} valid pixels"
+        if top <= 2 and (values != np.rint(values)).any():
+            raise RasterError(
+                f"{found}: reflectance, not digital numbers ({bands.UNITS}); multiply by 10000 and save as integers"
+            )
+        warning = f"{found}: very low for {bands.UNITS}; check the file's units"
+        self.warnings.append(warning)
+        return warning
+
+    def _sample(self) -> np.ndarray:
+        """(pixels, bands) valid values of windows spread evenly over the image."""
+        values = np.empty((0, len(self._bands)), self.dtype)
+        for count in _SAMPLE_GRIDS:
+            parts = []
+            for row in _spread(self.grid.height, _SAMPLE_ROWS, count):
+                for column in _spread(self.grid.width, _SAMPLE_COLUMNS, count):
+                    rows = min(_SAMPLE_ROWS, self.grid.height - row)
+                    columns = min(_SAMPLE_COLUMNS, self.grid.width - column)
+                    image = self._read(Window(column, row, columns, rows))
+                    parts.append(image[~bands.no_data(image, self.fill)])
+            values = np.concatenate(parts)
+            if values.shape[0] >= _ENOUGH_PIXELS:
+                break
+        return values
+
+
+def open_image(
+    item: InputItem | str | os.PathLike[str],
+    *,
+    band_list: Any = None,
+    fill: float | None = None,
+    wanted: Sequence[str] = bands.BAND_NAMES,
+    model_sensors: Sequence[str] = ("L30",),
+) -> ImageSource:
+    """Open an image.
+
+    Args:
+        item: from `find_inputs`, or a path that stands for one image.
+        band_list: names of the file's bands where its descriptions don't tell; see `bands.parse_band_list`.
+        fill: no-data value of the file; its own tag where None.
+        wanted: bands to read, in this order.
+        model_sensors: sensors that the model was trained on.
+
+    Raises:
+        RasterError: unreadable or truncated, wrong bands, files of a granule on different grids.
+    """
+    return ImageSource(_one_item(item), band_list=band_list, fill=fill, wanted=wanted, model_sensors=model_sensors)
+
+
+def read_tags(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The tags of a raster. RasterError where it can't be opened."""
+    with raster_errors(os.fspath(path)), open_quietly(os.fspath(path)) as dataset:
+        return dict(dataset.tags())
+
+
+def read_preview(
+    source: InputItem | str | os.PathLike[str],
+    max_size: int,
+    *,
+    band_list: Any = None,
+    fill: float | None = None,
+    wanted: Sequence[str] | None = None,
+) -> np.ndarray:
+    """A raster at reduced size for a picture, NaN for no-data.
+
+    Args:
+        source: a map's path, or an image as for `open_image`.
+        max_size: most pixels along the longer side.
+        band_list: as for `open_image`.
+        fill: as for `open_image`.
+        wanted: None for a map: its first band; else the bands of an image.
+
+    Returns:
+        float32, (rows, columns) of a map or (rows, columns, bands) of an image.
+    """
+    if wanted is not None:
+        with open_image(source, band_list=band_list, fill=fill) as image:  # all six: the no-data rule needs them
+            return image.read_preview(max_size)[..., [bands.BAND_NAMES.index(name) for name in wanted]]
+    path = source.paths[0] if isinstance(source, InputItem) else os.fspath(source)
+    with raster_errors(path), open_quietly(path) as dataset:
+        values = dataset.read(1, out_shape=_preview_shape(grid_of(dataset), max_size)).astype(np.float32)
+        if dataset.nodata is not None:
+            values[values == np.float32(dataset.nodata)] = np.nan
+        return values
+
+
+def _one_item(item: InputItem | str | os.PathLike[str]) -> InputItem:
+    if isinstance(item, InputItem):
+        return item
+    items = find_inputs(item)
+    if len(items) != 1:
+        raise RasterError(f"{os.fspath(item)}: stands for {len(items)} images, expected one")
+    return items[0]
+
+
+def _granule_paths(item: InputItem, wanted: Sequence[str], granule: GranuleName) -> list[str]:
+    """The files of the wanted bands, so that the others stay closed."""
+    layers = [getattr(granule_name(_base_name(path)), "layer", None) for path in item.paths]
+    selection = bands.resolve(layers, sensor=granule.sensor, path=item.name, wanted=wanted)
+    return [item.paths[index - 1] for index in selection.indexes]
+
+
+def _claimed_sensor(dataset: Any, granule: GranuleName | None, name: str) -> str | None:
+    """The sensor that the granule's name or a tag tells; RasterError where they disagree."""
+    tags = dataset.tags()
+    by_tag = None
+    for key in ("SENSORS", "SENSOR", "SPACECRAFT_NAME"):
+        by_tag = by_tag or bands.sensor_of(_tag(tags, key))
+    if granule is not None and by_tag not in (None, granule.sensor):
+        raise RasterError(
+            f"{name}: its name says {granule.sensor}, its sensor tag {by_tag}; correct the one that is wrong"
+        )
+    return granule.sensor if granule is not None else by_tag
+
+
+def _tag(tags: dict[str, str], key: str) -> str:
+    for name, value in tags.items():
+        if name.casefold() == key.casefold():
+            return str(value)
+    return ""
+
+
+def _base_name(path: str) -> str:
+    return PurePath(path.split("?", 1)[0] if path.startswith("/vsicurl") else path).name
+
+
+def _remote_size(dataset: Any) -> int:
+    """Bytes up to the end of the last block that the header of a remote TIFF tells of, else the size unpacked."""
+    ends = [0]
+    for index, (height, width) in zip(dataset.indexes, dataset.block_shapes, strict=True):
+        x, y = (dataset.width - 1) // width, (dataset.height - 1) // height
+        offset, size = (
+            dataset.get_tag_item(f"BLOCK_{what}_{x}_{y}", "TIFF", bidx=index) for what in ("OFFSET", "SIZE")
+        )
+        ends.append(int(offset or 0) + int(size or 0))
+    if max(ends):
+        return max(ends)
+    return sum(np.dtype(kind).itemsize for kind in dataset.dtypes) * dataset.width * dataset.height
+
+
+def _preview_shape(grid: Grid, max_size: int) -> tuple[int, int]:
+    factor = min(1.0, max_size / max(grid.height, grid.width))
+    return max(1, round(grid.height * factor)), max(1, round(grid.width * factor))
+
+
+def _spread(length: int, window: int, count: int) -> list[int]:
+    """Starts of at most `count` windows spread evenly over a length, overlapping nowhere; all of it where short."""
+    if length <= window * count:
+        return list(range(0, length, window))
+    return [int(start) for start in np.linspace(0, length - window, count)]

@@ -1,0 +1,118 @@
+"""Errors whose message says all: which file, which field, what was found, what was expected, what to do.
+
+Commands show a `BiomassError` as one line. Anything else is a fault of the program and keeps its traceback.
+"""
+
+from collections.abc import Sequence
+
+
+class BiomassError(ValueError):
+    """The base of all errors of both packages that are for the user."""
+
+
+# Exit code of a command that SIGTERM stopped and that resumes when it is given again; launchers requeue on it.
+STOPPED = 75
+
+
+class Stopped(BaseException):
+    """SIGTERM came; a BaseException so that nothing takes it for a failure."""
+
+
+class UsageError(BiomassError):
+    """The command line or the config can't be run."""
+
+
+class StorageError(BiomassError):
+    """A path that isn't one of this machine."""
+
+
+class ConfigError(BiomassError):
+    """A config whose fields don't fit each other or the data; the message names the field."""
+
+
+class BandError(BiomassError):
+    """A band list or a file's bands are not what they have to be."""
+
+
+class RasterError(BiomassError):
+    """A raster can't be read or written as it has to be; the message names the file."""
+
+
+class FractionError(RasterError):
+    """An image that int16 can't hold exactly."""
+
+
+class RecordError(BiomassError):
+    """A record is not what it has to be; the message names chip, field, what was found and what was expected."""
+
+
+class DataError(BiomassError):
+    """A data set can't be used; the message names folder and split, what was found and what was expected."""
+
+
+class BiomeError(BiomassError):
+    """A biome can't be known, or the file that should tell it can't be used."""
+
+
+class ArchitectureError(BiomassError):
+    """A task that no module has, or a field that the module doesn't have."""
+
+
+class BundleError(BiomassError):
+    """A bundle that is missing, incomplete, of another schema version, or not what its description says."""
+
+
+class TorchFileError(BiomassError):
+    """A file that can't be read as a PyTorch or safetensors file; the message names it and what is wrong."""
+
+
+class ConvertError(BiomassError):
+    """A checkpoint, a flag or a bundle that cannot be converted; the message is for the user."""
+
+
+class DistributedError(BiomassError):
+    """The processes of a run can't be told from the flags and the environment."""
+
+
+class MeshError(BiomassError):
+    """The devices can't be arranged, or a batch can't be split, as asked."""
+
+
+class CheckpointError(BiomassError):
+    """A checkpoint that can't be written, or can't be continued from."""
+
+
+class ProfileError(BiomassError):
+    """`config.profile` can't be read."""
+
+
+class TrainingError(BiomassError):
+    """A run that can't go on; the message says where it stands and what to do."""
+
+
+class TilingError(BiomassError):
+    """Tile settings that contradict each other, or a raster that the chosen algorithm can't cover."""
+
+
+class PredictionError(BiomassError):
+    """A prediction that can't be made or can't be right; `failures` lists (input, error) where several were tried."""
+
+    def __init__(self, message: str, failures: Sequence[tuple[str, Exception]] = ()) -> None:
+        super().__init__(message)
+        self.failures = list(failures)
+
+
+class EvaluationError(BiomassError):
+    """A setting is wrong, the bundle doesn't fit the data, or the model gave no number where it is scored."""
+
+
+class FigureError(BiomassError):
+    """A file that a picture is to be made from is missing or holds something else."""
+
+
+class PrepError(BiomassError):
+    """Input or settings that a step can't work with; the message names file, field, what was found and expected."""
+
+
+class SweepError(BiomassError):
+    """A sweep that can't be run as asked; the message names the option or the field."""

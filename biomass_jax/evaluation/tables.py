@@ -1,0 +1,157 @@
+"""Tables of scores: over all, by biomass of label and of prediction, by biome, by tile.
+
+The reference bins by label alone. A model that regresses to the mean then looks biased in every bin, however good it
+is; bins of prediction say what a map's reader wants to know: what 150 Mg/ha on the map means. It also leaves out
+everything from 300 Mg/ha on, which is a bin of its own here.
+"""
+
+import csv
+import io
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from biomass_jax.evaluation.intervals import tile_intervals
+from biomass_jax.tasks.scores import SCORES, RegressionSums
+
+Bin = tuple[float, float]
+# Mg/ha, [low, high). The first four are the reference's, in its order.
+BINS: tuple[Bin, ...] = ((0, 100), (100, 200), (200, 300), (0, 300), (300, math.inf))
+BELOW_ZERO: Bin = (-math.inf, 0)  # only predictions, of a model without a final ReLU
+UNKNOWN = "unknown"
+
+COLUMNS = (
+    "table",
+    "group",
+    "n",
+    "chips",
+    "tiles",
+    *(f"{score}{end}" for score in SCORES for end in ("", "_low", "_high")),
+    "best_constant",
+    "best_constant_rmse",
+)
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Labelled pixels and what was predicted there.
+
+    Attributes:
+        prediction: (n,) float32.
+        label: (n,) float32, from 0 on.
+        chip: (n,) int32, the chip of each pixel.
+        chip_ids: of each chip, also of those without labels.
+        tiles: of each chip, "" where unknown.
+        biomes: of each chip.
+    """
+
+    prediction: np.ndarray
+    label: np.ndarray
+    chip: np.ndarray
+    chip_ids: tuple[str, ...]
+    tiles: tuple[str, ...]
+    biomes: tuple[str, ...]
+
+
+def bin_name(limits: Bin) -> str:
+    """`0-100` as the reference's columns, `300-inf`, `below 0`."""
+    low, high = limits
+    return f"below {high:g}" if low == -math.inf else f"{low:g}-{high:g}"
+
+
+def tables(scored: Scored, *, resamples: int = 1000, seed: int = 0) -> list[Row]:
+    """Every table, one row a group, with `COLUMNS` as keys and None where there is nothing to say.
+
+    Groups of the table `biome` and `tile` are those that occur; bins are always there. Intervals draw from the tiles
+    that have labels in the group, and need two; chips of unknown tile count as one tile.
+
+    Args:
+        scored: the pixels.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+    """
+    tiles = np.array([tile or UNKNOWN for tile in scored.tiles], dtype=object)
+    biomes = np.array([biome or UNKNOWN for biome in scored.biomes], dtype=object)
+    groups: list[tuple[str, str, np.ndarray]] = [("all", "all", np.ones(scored.label.shape, bool))]
+    groups += [("label_bin", bin_name(limits), within(scored.label, limits)) for limits in BINS]
+    groups += [
+        ("prediction_bin", bin_name(limits), within(scored.prediction, limits)) for limits in (BELOW_ZERO, *BINS)
+    ]
+    groups += [("biome", name, (biomes == name)[scored.chip]) for name in sorted(set(biomes))]
+    rows = [_row(table, name, scored, tiles, chosen, resamples, seed) for table, name, chosen in groups]
+    return rows + [
+        _row("tile", name, scored, tiles, (tiles == name)[scored.chip], 0, seed) for name in sorted(set(tiles))
+    ]
+
+
+def within(values: np.ndarray, limits: Bin) -> np.ndarray:
+    """Bool, where low <= value < high."""
+    return (values >= limits[0]) & (values < limits[1])
+
+
+def _row(
+    table: str, group: str, scored: Scored, tiles: np.ndarray, chosen: np.ndarray, resamples: int, seed: int
+) -> Row:
+    chips = scored.chip[chosen]
+    parts = sums_by(tiles[chips], scored.prediction[chosen], scored.label[chosen])
+    whole = RegressionSums()
+    for part in parts.values():
+        whole.merge(part)
+    row: Row = dict.fromkeys(COLUMNS)
+    row |= {"table": table, "group": group, "chips": len(np.unique(chips)), "tiles": len(parts)} | whole.results()
+    constant = whole.best_constant()
+    row |= {"best_constant": constant["value"], "best_constant_rmse": constant["rmse"]}
+    for score, (low, high) in (tile_intervals(list(parts.values()), resamples=resamples, seed=seed) or {}).items():
+        row |= {f"{score}_low": low, f"{score}_high": high}
+    return row
+
+
+def sums_by(names: np.ndarray, prediction: np.ndarray, label: np.ndarray) -> dict[str, RegressionSums]:
+    """The sums of each name's pixels, by name in order; all arguments (n,)."""
+    if not len(names):
+        return {}
+    found, index = np.unique(names.astype(str), return_inverse=True)
+    order = np.argsort(index, kind="stable")
+    edges = np.searchsorted(index[order], np.arange(len(found) + 1))
+    made = {}
+    for name, start, stop in zip(found.tolist(), edges, edges[1:], strict=False):
+        made[name] = RegressionSums().add(prediction[order[start:stop]], label[order[start:stop]])
+    return made
+
+
+def write_tables(path: str | os.PathLike[str], rows: Sequence[Row]) -> Path:
+    """All rows as CSV under `COLUMNS`; nothing to say is an empty cell."""
+    return write_csv(path, COLUMNS, rows)
+
+
+def write_reference_table(path: str | os.PathLike[str], rows: Sequence[Row], experiment: str) -> Path:
+    """RMSE by bin of label as the reference's notebook writes it: one row, `experiment_name`, `0-100`, `100-200` ...
+
+    Our own column `300-inf` comes last. The reference fails on an empty bin; here its cell is empty.
+    """
+    found = {row["group"]: row["rmse"] for row in rows if row["table"] == "label_bin"}
+    names = [bin_name(limits) for limits in BINS]
+    row = {"experiment_name": experiment} | {name: found[name] for name in names}
+    return write_csv(path, ("experiment_name", *names), [row])
+
+
+def write_csv(path: str | os.PathLike[str], columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Path:
+    """A CSV file, written beside its place and renamed; None is an empty cell, floats keep every digit."""
+    path = Path(path)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([{name: "" if row[name] is None else row[name] for name in columns} for row in rows])
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text.getvalue(), encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,1 @@
+"""Batches for the devices, and what happens to chips on them."""

@@ -1,0 +1,1 @@
+"""What a run learns: model, loss and scores of each task."""

@@ -1,0 +1,192 @@
+"""The task of a config, with its module and its input statistics, and what a bundle made of it says of itself."""
+
+import dataclasses
+import logging
+from typing import Any
+
+import numpy as np
+
+from biomass_jax.bundle import Bundle
+from biomass_jax.data import bands, sources
+from biomass_jax.errors import ConfigError
+from biomass_jax.models.build import architecture_of, build_module
+from biomass_jax.models.swin import VARIANTS, SwinFields
+from biomass_jax.tasks import regression as tasks
+from biomass_jax.tasks.simmim import Pretraining
+
+log = logging.getLogger(__name__)
+
+LABEL = {"name": "agbd", "units": "Mg ha-1"}  # of GeoTIFF folders, which don't say
+REFERENCE_DEGREES = 30.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What is learnt.
+
+    Attributes:
+        task: see tasks.py.
+        about: the entries of an exported bundle that are known before training.
+    """
+
+    task: tasks.Task
+    about: dict[str, Any]
+
+
+def choose(config: Any, train: sources.Source, loaded: Bundle | None, *, command: str) -> Choice:
+    """The task of `config.mode`.
+
+    Args:
+        config: of a training run.
+        train: training chips, for their statistics and their names.
+        loaded: the bundle of `config.init_from`.
+        command: that started the run.
+
+    Raises:
+        ConfigError: fields that don't fit.
+    """
+    statistics = choose_statistics(config, train, loaded)
+    task: tasks.Task
+    if config.mode == "pretrain":
+        kind = "simmim"
+        task, output = pretraining(config, statistics, train, loaded)
+    else:
+        kind = "biomass"
+        task, output = regression(config, statistics, train, loaded)
+    info = train.info
+    about = {
+        "task": kind,
+        "architecture": architecture_of(task.module),
+        "input": {
+            "bands": list(bands.BAND_NAMES),
+            "units": bands.UNITS,
+            "fill": info.fill,
+            "means": statistics.means.tolist(),
+            "stds": statistics.stds.tolist(),
+            "sensors": list(info.sensors),
+            "no_data_rule": bands.NO_DATA_RULE,
+        },
+        "output": output,
+        "training": {"dataset": str(info.path), "season": info.season},
+        "source": str(config.init_from or "trained from random weights"),
+        "source_sha256": loaded.weights_sha256 if loaded else None,
+        "command": command,
+    }
+    return Choice(task, about)
+
+
+def choose_statistics(config: Any, train: sources.Source, loaded: Bundle | None) -> tasks.InputStatistics:
+    """Means and stds: explicit ones, the bundle's where weights are loaded, else the data set's.
+
+    Raises:
+        ConfigError: what was asked for isn't there.
+    """
+    group = config.data
+    fill = train.info.fill
+    if bool(group.means) != bool(group.stds):
+        raise ConfigError("config.data.means and config.data.stds go together")
+    if group.means:
+        if not len(group.means) == len(group.stds) == len(bands.BAND_NAMES) or min(group.stds) <= 0:
+            raise ConfigError(f"config.data.means and stds: expected {len(bands.BAND_NAMES)} each, stds above 0")
+        return tasks.InputStatistics(fill, np.asarray(group.means, np.float64), np.asarray(group.stds, np.float64))
+    kind = group.statistics or ("bundle" if loaded else "dataset")
+    if kind not in ("bundle", "dataset"):
+        raise ConfigError(f"config.data.statistics is {kind!r}; expected 'bundle' or 'dataset'")
+    if kind == "bundle":
+        if loaded is None:
+            raise ConfigError("config.data.statistics is 'bundle', but config.init_from names none")
+        means, stds = loaded.meta["input"]["means"], loaded.meta["input"]["stds"]
+    else:
+        # The reference counts pixels of no data that are 0 into its statistics.
+        means, stds = sources.statistics_of(train, reference=config.get("reference", False))
+    log.info("statistics of the %s: means %s, stds %s", kind, np.round(means, 1), np.round(stds, 1))
+    return tasks.InputStatistics(fill, np.asarray(means, np.float64), np.asarray(stds, np.float64))
+
+
+def regression(
+    config: Any, statistics: tasks.InputStatistics, train: sources.Source, loaded: Bundle | None
+) -> tuple[tasks.Regression, dict[str, Any]]:
+    """Fine-tuning: the task, and `output` of its bundles."""
+    module = build_module("biomass", architecture(config, "biomass", loaded), config.dtype, remat=config.model.remat)
+    group, reference = config.augment, config.reference
+    if reference and config.loss != "rmse":
+        raise ConfigError(f"config.reference with config.loss={config.loss}: the reference's loss is rmse")
+    if reference:
+        augment = {
+            "flip": True,
+            "turn": False,
+            "horizontal_only": True,
+            "rotate_degrees": REFERENCE_DEGREES,
+            "rotate_probability": 0.5,
+            "rotate_label": "nearest",
+            "rotate_label_fill": 0.0,
+        }
+        log.info(
+            "reference: horizontal flips and rotations within %g degrees with false zero labels at their borders, "
+            "labels kept on no-data, weight decay on every parameter, val/loss as the mean over batches",
+            REFERENCE_DEGREES,
+        )
+    else:
+        augment = {
+            "flip": group.flip,
+            "turn": group.turn,
+            "rotate_degrees": group.rotate_degrees,
+            "rotate_probability": group.rotate_probability,
+            "rotate_label_fill": group.rotate_label_fill,
+        }
+    task = tasks.Regression(
+        module=module,
+        statistics=statistics,
+        loss=config.loss,
+        huber_delta=config.huber_delta,
+        augment=tuple(sorted(augment.items())),
+        keep_labels=reference,
+        mean_of_batches=reference,
+    )
+    label = train.info.metadata.get("label", LABEL)
+    nodata = -1 if module.final_relu else -9999  # a model without the ReLU may say -1 itself
+    return task, {"bands": [label["name"]], "units": label["units"], "nodata": nodata}
+
+
+def pretraining(
+    config: Any, statistics: tasks.InputStatistics, train: sources.Source, loaded: Bundle | None
+) -> tuple[Pretraining, dict[str, Any]]:
+    """Pretraining: the task, and `output` of its bundles."""
+    fields = architecture(config, "simmim", loaded)
+    module = build_module("simmim", fields, config.dtype, remat=config.model.remat)
+    group = config.augment
+    size = (group.size, group.size) if group.crop else train.info.image_shape[:2]
+    for name, side in (("config.mask_patch_size", config.mask_patch_size), ("encoder_stride", module.encoder_stride)):
+        if side < 1 or any(length % side for length in size):
+            raise ConfigError(f"{name} is {side} px; expected a divisor of the images' sides, {size[0]} x {size[1]} px")
+    task = Pretraining(
+        module=module,
+        statistics=statistics,
+        size=group.size,
+        crop_scale=tuple(group.crop_scale) if group.crop else None,
+        crop_ratio=tuple(group.crop_ratio),
+        mask_patch_size=config.mask_patch_size,
+        mask_ratio=config.mask_ratio,
+        skip_nodata=config.skip_nodata,
+        normalize_targets=config.normalize_targets,
+        seed=config.seed,
+    )
+    return task, {"bands": list(bands.BAND_NAMES), "units": "z-scores", "nodata": None}
+
+
+def architecture(config: Any, task: str, loaded: Bundle | None) -> dict[str, Any]:
+    """Fields of the module: the variant's, over them the bundle's, over them those that the config gives.
+
+    Of a bundle of another task, or with `load='encoder'`, only the encoder's fields count.
+    """
+    group = config.model
+    if group.variant not in VARIANTS:
+        raise ConfigError(f"config.model.variant is {group.variant!r}; expected one of {', '.join(VARIANTS)}")
+    fields: dict[str, Any] = dict(VARIANTS[group.variant])
+    if loaded is not None:
+        whole = config.load == "all" and loaded.task == task
+        # Drop path belongs to the training, not to the weights: a pretrained encoder has none.
+        encoder = {field.name for field in dataclasses.fields(SwinFields)} - {"drop_path_rate"}
+        fields |= {name: value for name, value in loaded.meta["architecture"].items() if whole or name in encoder}
+    given = {name: value for name, value in group.items() if name not in ("variant", "remat") and value is not None}
+    return fields | {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}

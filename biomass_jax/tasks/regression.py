@@ -1,0 +1,206 @@
+"""What a run learns: the model, its inputs from a batch, its loss as sums, its scores. The loop knows nothing else.
+
+A loss is `finish(total, count)` of sums over the batch, so that micro-batches, devices and hosts add up to exactly the
+loss of the global batch.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from biomass_jax import figures
+from biomass_jax.data import bands
+from biomass_jax.pipeline import augment as transforms
+from biomass_jax.tasks import losses, scores
+
+Arrays = dict[str, Any]
+SHOWN = 3  # chips in the pictures of a run
+
+
+class Scorer(Protocol):
+    """Adds up what `evaluate` gave, batch by batch, in float64 on the host."""
+
+    def add(self, outputs: dict[str, np.ndarray], valid: np.ndarray) -> None:
+        """Add a batch's outputs (this process's rows) and which of its rows are chips, not padding."""
+
+    def vector(self) -> np.ndarray:
+        """Everything added so far as float64 numbers, for exchange between processes."""
+
+    def results(self, vectors: list[np.ndarray]) -> dict[str, Any]:
+        """Scores, `val/loss` among them, from the vectors of all processes."""
+
+
+class Task(Protocol):
+    """What differs between fine-tuning and pretraining."""
+
+    @property
+    def module(self) -> Any:
+        """The Flax module."""
+
+    def init(self, key: jax.Array) -> Arrays:
+        """Fresh variables: {"params", "batch_stats"}."""
+
+    def inputs(self, batch: Arrays, key: jax.Array) -> Arrays:
+        """A training batch as the model takes it: cleaned, augmented, z-scored; leading dimension B in every leaf."""
+
+    def loss_sums(self, variables: Arrays, inputs: Arrays, key: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
+        """(total, count, new batch statistics) of a batch or micro-batch, the model in training mode."""
+
+    def finish(self, total: jax.Array, count: jax.Array) -> jax.Array:
+        """The loss of added-up sums."""
+
+    def evaluate(self, variables: Arrays, batch: Arrays, number: jax.Array) -> tuple[Arrays, Arrays]:
+        """Outputs for the scorer, leading dimension B, and of the first chips what `figure` shows.
+
+        `number` counts the batches of a validation.
+        """
+
+    def figure(self, shown: dict[str, np.ndarray], titles: Sequence[str]) -> Any:
+        """A picture of what `evaluate` showed, a chip for each title; a matplotlib figure."""
+
+    def scorer(self) -> Scorer:
+        """An empty scorer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class InputStatistics:
+    """How digital numbers become inputs: fill of the source, means and stds of the bands, float64 (6,)."""
+
+    fill: float | None
+    means: np.ndarray
+    stds: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Regression:
+    """Biomass from labelled chips.
+
+    Attributes:
+        module: `BiomassModel`.
+        statistics: of the inputs.
+        loss: rmse, mse, mae or huber.
+        huber_delta: Mg/ha, where `huber` turns from square to linear.
+        augment: arguments of `transforms.augment`.
+        keep_labels: keep labels on no-data pixels, as the reference does.
+        mean_of_batches: `val/loss` is the batch-size-weighted mean of per-batch RMSEs, as in the reference, instead of
+            the loss over all pixels.
+    """
+
+    module: Any
+    statistics: InputStatistics
+    loss: str = "rmse"
+    huber_delta: float = 50.0
+    augment: tuple[tuple[str, Any], ...] = ()
+    keep_labels: bool = False
+    mean_of_batches: bool = False
+
+    def init(self, key: jax.Array) -> Arrays:
+        """See `Task`."""
+        image = jnp.zeros((1, 64, 64, self.module.in_channels))
+        variables = self.module.init(key, image)
+        return {"params": variables["params"], "batch_stats": variables["batch_stats"]}
+
+    def inputs(self, batch: Arrays, key: jax.Array) -> Arrays:
+        """{"image": z-scored float32 [B, H, W, 6], "label": float32 [B, H, W], Mg/ha, -1 for none}."""
+        image, label, _ = transforms.clean(
+            batch["image"], batch["label"], fill=self.statistics.fill, keep_labels=self.keep_labels
+        )
+        image, label = transforms.augment(key, image, label, **dict(self.augment))
+        return {"image": transforms.normalize(image, self.statistics.means, self.statistics.stds), "label": label}
+
+    def loss_sums(self, variables: Arrays, inputs: Arrays, key: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
+        """See `Task`; sums over labelled pixels."""
+        prediction, updated = self.module.apply(
+            variables, inputs["image"], train=True, rngs=model_keys(key), mutable=["batch_stats"]
+        )
+        total, count = losses.loss_sums(prediction, inputs["label"], self.loss, huber_delta=self.huber_delta)
+        return total, count, updated["batch_stats"]
+
+    def finish(self, total: jax.Array, count: jax.Array) -> jax.Array:
+        """See `Task`."""
+        return losses.finish(total, count, self.loss)
+
+    def evaluate(self, variables: Arrays, batch: Arrays, number: jax.Array) -> tuple[Arrays, Arrays]:
+        """{"prediction", "label"}, float32 [B, H, W], Mg/ha; padded rows have no labels."""
+        del number  # nothing is drawn
+        image, label, nodata = transforms.clean(
+            batch["image"], batch["label"], fill=self.statistics.fill, keep_labels=self.keep_labels
+        )
+        inputs = transforms.normalize(image, self.statistics.means, self.statistics.stds)
+        outputs = {"prediction": self.module.apply(variables, inputs), "label": label}
+        return outputs, first_chips(outputs | {"image": image, "nodata": nodata})
+
+    def figure(self, shown: dict[str, np.ndarray], titles: Sequence[str]) -> Any:
+        """RGB, prediction and footprints of some chips."""
+        rgb = [bands.BAND_NAMES.index(name) for name in ("RED", "GREEN", "BLUE")]
+        panels = []
+        for i, title in enumerate(titles):
+            nodata = shown["nodata"][i]
+            image = np.where(nodata[..., None], np.nan, shown["image"][i][..., rgb])
+            prediction = np.where(nodata, np.nan, shown["prediction"][i])
+            panels.append(figures.ChipPanel(image, prediction, shown["label"][i], title))
+        return figures.chip_panels(panels, title="Validation chips")
+
+    def scorer(self) -> "RegressionScorer":
+        """See `Task`."""
+        return RegressionScorer(self.loss, self.huber_delta, self.mean_of_batches)
+
+
+class RegressionScorer:
+    """Exact scores over all labelled pixels of a split: float64 sums, and three of them a batch."""
+
+    def __init__(self, loss: str, huber_delta: float, mean_of_batches: bool) -> None:
+        self._loss, self._delta, self._mean_of_batches = loss, huber_delta, mean_of_batches
+        self._sums = scores.RegressionSums()
+        self._batches: list[tuple[float, int, int]] = []  # total, labelled pixels, chips
+
+    def add(self, outputs: dict[str, np.ndarray], valid: np.ndarray) -> None:
+        """See `Scorer`."""
+        prediction, label = outputs["prediction"][valid], outputs["label"][valid]
+        self._sums.add(prediction, label)
+        known = label >= 0
+        error = np.abs(prediction[known].astype(np.float64) - label[known])
+        self._batches.append((float(self._pixel_loss(error).sum()), error.size, int(valid.sum())))
+
+    def vector(self) -> np.ndarray:
+        """See `Scorer`: the sums, then three numbers a batch."""
+        return np.concatenate([self._sums.to_array(), np.asarray(self._batches, np.float64).ravel()])
+
+    def results(self, vectors: list[np.ndarray]) -> dict[str, Any]:
+        """`val/loss`, `val/rmse`, `val/mae`, `val/bias`, `val/r2`, `val/n`; None where no pixel has a label."""
+        sums, size = scores.RegressionSums(), scores.RegressionSums.SIZE
+        for vector in vectors:
+            sums.merge(scores.RegressionSums.from_array(vector[:size]))
+        # Processes saw parts of the same batches.
+        batches = np.sum([vector[size:].reshape(-1, 3) for vector in vectors], axis=0)
+        if self._mean_of_batches:
+            loss = scores.batch_weighted_rmse((total, int(n), int(chips)) for total, n, chips in batches)
+        else:
+            total, n, _ = batches.sum(axis=0)
+            mean = total / n if n else 0.0
+            loss = float(np.sqrt(mean) if self._loss == "rmse" else mean)
+        return {"val/loss": loss} | {f"val/{name}": value for name, value in sums.results().items()}
+
+    def _pixel_loss(self, error: np.ndarray) -> np.ndarray:
+        """`losses.loss_sums` in float64, from absolute errors; the root of rmse comes last."""
+        if self._loss == "mae":
+            return error
+        if self._loss == "huber":
+            near = np.minimum(error, self._delta)
+            return near * (error - 0.5 * near)
+        return np.square(error)
+
+
+def first_chips(arrays: Arrays) -> Arrays:
+    """The first few rows of each array, for a picture."""
+    return {name: values[:SHOWN] for name, values in arrays.items()}
+
+
+def model_keys(key: jax.Array) -> dict[str, jax.Array]:
+    """The streams that a model in training draws from."""
+    drop_path, dropout = jax.random.split(key)
+    return {"drop_path": drop_path, "dropout": dropout}

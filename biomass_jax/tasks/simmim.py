@@ -1,0 +1,143 @@
+"""Self-supervised pretraining (SimMIM) as a task of the loop; labels are ignored."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from biomass_jax import figures
+from biomass_jax.data import bands
+from biomass_jax.pipeline import augment as transforms
+from biomass_jax.pipeline import masking
+from biomass_jax.tasks import simmim_loss as pretrain_loss
+from biomass_jax.tasks.regression import Arrays, InputStatistics, first_chips, model_keys
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretraining:
+    """Painting masked patches back.
+
+    Attributes:
+        module: `SimMIM`.
+        statistics: of the inputs.
+        size: side of the training images in pixels.
+        crop_scale: smallest and largest share of a chip's area that is cropped and resized; None = no cropping.
+        crop_ratio: smallest and largest width / height of it.
+        mask_patch_size: side of a masked cell in pixels.
+        mask_ratio: share of cells that are masked.
+        skip_nodata: leave pixels without data out of the loss; the official loss counts all.
+        normalize_targets: z-score each mask patch by itself in the loss.
+        seed: of the masks of validation, which are the same every time.
+    """
+
+    module: Any
+    statistics: InputStatistics
+    size: int
+    crop_scale: tuple[float, float] | None
+    crop_ratio: tuple[float, float]
+    mask_patch_size: int
+    mask_ratio: float
+    skip_nodata: bool
+    normalize_targets: bool
+    seed: int
+
+    def init(self, key: jax.Array) -> Arrays:
+        """See `Task`."""
+        side = self.module.encoder_stride
+        image = jnp.zeros((1, side, side, self.module.in_channels))
+        mask = jnp.zeros((1, *(side // self.module.patch_size,) * 2))
+        return {"params": self.module.init(key, image, mask)["params"], "batch_stats": {}}
+
+    def inputs(self, batch: Arrays, key: jax.Array) -> Arrays:
+        """{"image": z-scored [B, size, size, 6], "nodata": bool [B, size, size], "mask": [B, size / 4, size / 4]}."""
+        crop_key, mask_key = jax.random.split(key)
+        image, _, nodata = transforms.clean(batch["image"], batch["label"], fill=self.statistics.fill)
+        if self.crop_scale is not None:
+            image, nodata = transforms.random_resized_crop(
+                crop_key, image, scale=self.crop_scale, ratio=self.crop_ratio, size=self.size
+            )
+        return self._masked(image, nodata, mask_key)
+
+    def loss_sums(self, variables: Arrays, inputs: Arrays, key: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
+        """See `Task`; sums over masked pixels and bands."""
+        painted = self.module.apply(variables, inputs["image"], inputs["mask"], train=True, rngs=model_keys(key))
+        total, count = pretrain_loss.simmim_loss_sums(
+            inputs["image"], painted, inputs["mask"], **self._loss_options(inputs["nodata"])
+        )
+        return total, count, variables["batch_stats"]
+
+    def finish(self, total: jax.Array, count: jax.Array) -> jax.Array:
+        """See `Task`."""
+        return pretrain_loss.simmim_finish(total, count, bands=self.module.in_channels)
+
+    def evaluate(self, variables: Arrays, batch: Arrays, number: jax.Array) -> tuple[Arrays, Arrays]:
+        """{"total", "count"}: float32 [B, 6], sums over each chip's masked pixels by band."""
+        inputs, painted = self.reconstruct(variables, batch, number)
+        total, count = pretrain_loss.simmim_chip_sums(
+            inputs["image"], painted, inputs["mask"], **self._loss_options(inputs["nodata"])
+        )
+        if self.normalize_targets:  # back to z-scores, for the picture
+            mean, std = pretrain_loss.patch_statistics(inputs["image"], self.mask_patch_size, inputs["nodata"])
+            painted = painted * std + mean
+        return {"total": total, "count": count}, first_chips(inputs | {"painted": painted})
+
+    def figure(self, shown: dict[str, np.ndarray], titles: Sequence[str]) -> Any:
+        """Input, masked input and reconstruction of some chips, as RGB and SWIR composites."""
+        panels = [
+            figures.ReconstructionPanel(
+                shown["image"][i], shown["painted"][i], shown["mask"][i], shown["nodata"][i], title
+            )
+            for i, title in enumerate(titles)
+        ]
+        return figures.reconstructions(panels, bands=bands.BAND_NAMES, title="Validation chips")
+
+    def reconstruct(self, variables: Arrays, batch: Arrays, number: jax.Array) -> tuple[Arrays, jax.Array]:
+        """Whole chips with the masks of validation, and what the model paints: float32 [B, H, W, 6], z-scores."""
+        image, _, nodata = transforms.clean(batch["image"], batch["label"], fill=self.statistics.fill)
+        inputs = self._masked(image, nodata, jax.random.fold_in(jax.random.key(self.seed), number))
+        return inputs, self.module.apply(variables, inputs["image"], inputs["mask"])
+
+    def scorer(self) -> "PretrainingScorer":
+        """See `Task`."""
+        return PretrainingScorer()
+
+    def _masked(self, image: jax.Array, nodata: jax.Array, key: jax.Array) -> Arrays:
+        b, h, w, _ = image.shape
+        mask = masking.block_mask(
+            key, b, h, w, mask_patch_size=self.mask_patch_size, patch_size=self.module.patch_size, ratio=self.mask_ratio
+        )
+        image = transforms.normalize(image, self.statistics.means, self.statistics.stds)
+        return {"image": image, "nodata": nodata, "mask": mask}
+
+    def _loss_options(self, nodata: jax.Array) -> dict[str, Any]:
+        return {
+            "patch_size": self.module.patch_size,
+            "nodata": nodata if self.skip_nodata else None,
+            "normalize_patch": self.mask_patch_size if self.normalize_targets else None,
+        }
+
+
+class PretrainingScorer:
+    """Masked L1 in z-scores, over all chips and by band."""
+
+    def __init__(self) -> None:
+        self._sums = np.zeros((2, len(bands.BAND_NAMES)))
+
+    def add(self, outputs: dict[str, np.ndarray], valid: np.ndarray) -> None:
+        """See `Scorer`."""
+        self._sums += [outputs[name][valid].astype(np.float64).sum(axis=0) for name in ("total", "count")]
+
+    def vector(self) -> np.ndarray:
+        """See `Scorer`: totals by band, then counts."""
+        return self._sums.ravel()
+
+    def results(self, vectors: list[np.ndarray]) -> dict[str, Any]:
+        """`val/loss` and `val/l1_BAND` for each band."""
+        total, count = np.sum(vectors, axis=0).reshape(2, -1)
+        by_band = total / np.maximum(count, 1)
+        loss = float(total.sum() / max(count.sum(), 1))
+        names = (f"val/l1_{name.lower()}" for name in bands.BAND_NAMES)
+        return {"val/loss": loss} | {name: float(value) for name, value in zip(names, by_band, strict=True)}

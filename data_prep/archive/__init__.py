@@ -1,0 +1,1 @@
+"""NASA's archives: search and download."""

@@ -1,0 +1,1 @@
+"""Chips of composites and labels: index, windows, splits."""

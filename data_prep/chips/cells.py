@@ -1,0 +1,283 @@
+"""Chips: the cells of a tile's grid with enough labels and little no-data.
+
+`python -m data_prep.chips --out OUT` goes through `OUT/composites/{tile}/*.tif`, each with its label raster
+`OUT/labels/{tile}/{stem}_agbd.tif` and its table of shots `..._agbd.parquet`, and writes `OUT/chips/chips.parquet`.
+That is an index: pixels stay where they are, and `read_record` reads a chip's window. Splits are drawn afterwards.
+"""
+
+import argparse
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rasterio.windows import Window
+
+from biomass_jax.data import bands, raster, records
+from biomass_jax.errors import PrepError
+from data_prep import ground
+from data_prep.biomes import Biomes
+from data_prep.chips import index as chip_index
+from data_prep.chips.windows import ChipReader, TilePair, moved, read_record
+from data_prep.commands import command
+
+__all__ = ["Biomes", "ChipReader", "find_pairs", "index_folder", "index_tile", "read_record"]
+MIN_LABELS = 20
+MAX_NODATA = 0.05
+_NO_SHOTS: dict[str, Any] = {"shot_numbers": [], "agbd_se_sum": 0.0, "agbd_se_shots": 0}
+_SHOT_COLUMNS = ("shot_number", "row", "col", "agbd", "agbd_se")
+
+
+def index_tile(
+    composite: str | os.PathLike[str],
+    label: str | os.PathLike[str],
+    *,
+    root: str | os.PathLike[str],
+    shots: str | os.PathLike[str] | None = None,
+    min_labels: int = MIN_LABELS,
+    max_nodata: float = MAX_NODATA,
+    size: int = records.CHIP_SIZE,
+    biomes: Biomes | None = None,
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """The chips of one composite.
+
+    A cell is one of the grid of `size` px that starts at the tile's upper-left pixel; what is left at the right and
+    bottom edges makes none. Labels count where the composite has data.
+
+    Args:
+        composite: its six bands, with the tags TILE, SEASON and SENSORS.
+        label: Mg/ha on the same grid, -1 for none.
+        root: folder to which the index's paths are relative; both rasters lie in it.
+        shots: Parquet table of the shots behind the labels (shot_number uint64, row, col, agbd, agbd_se), or None.
+        min_labels: fewest labels of a chip.
+        max_nodata: largest share of pixels without data.
+        size: pixels along a chip's side.
+        biomes: what names the biome at a place; `unknown` without.
+
+    Returns:
+        rows for `chip_index.write_index`, and counts: cells, kept, few_labels, no_data (cells with both faults count
+        under few_labels).
+
+    Raises:
+        PrepError: grids differ, a tag is missing, labels are out of range, or shots and labels contradict each other.
+        RasterError: the composite can't be read.
+    """
+    _check_settings(min_labels, max_nodata, size)
+    counts = {"cells": 0, "kept": 0, "few_labels": 0, "no_data": 0}
+    rows = []
+    with TilePair(composite, label) as pair:
+        grid = pair.grid
+        table = None if shots is None else _ShotTable(shots, grid)
+        for row in range(0, grid.height - size + 1, size):
+            window = Window(0, row, grid.width, size)
+            missing, values = bands.no_data(pair.read_image(window)), pair.read_label(window)
+            if table is not None:
+                table.check(row, values, str(label))
+            for col in range(0, grid.width - size + 1, size):
+                cell = np.s_[:, col : col + size]
+                found = values[cell][(values[cell] >= 0) & ~missing[cell]].astype(np.float64)
+                share = float(missing[cell].mean())
+                fate = "few_labels" if found.size < min_labels else "no_data" if share > max_nodata else "kept"
+                counts["cells"] += 1
+                counts[fate] += 1
+                if fate == "kept":
+                    place = {"row": row, "col": col, "nodata_share": share}
+                    behind = _NO_SHOTS if table is None else table.inside(row, col, size)
+                    rows.append(place | _label_fields(found) | behind)
+        _add_places(rows, pair, Path(root), size, biomes)
+    return rows, counts
+
+
+def _check_settings(min_labels: int, max_nodata: float, size: int) -> None:
+    if not (size > 0 and min_labels >= 1 and 0 <= max_nodata <= 1):
+        raise PrepError(
+            f"settings: found size {size}, min_labels {min_labels}, max_nodata {max_nodata}, expected a size above 0, "
+            "min_labels from 1 on, max_nodata from 0 to 1"
+        )
+
+
+def _label_fields(found: np.ndarray) -> dict[str, Any]:
+    return {
+        "n_labels": found.size,
+        "label_mean": float(found.mean()),
+        "label_max": float(found.max()),
+        "label_counts": np.histogram(found, [*chip_index.LABEL_EDGES, np.inf])[0].tolist(),
+    }
+
+
+def _add_places(rows: list[dict[str, Any]], pair: TilePair, root: Path, size: int, biomes: Biomes | None) -> None:
+    """Fill in where the chips of a tile lie and where their pixels are."""
+    if not rows:
+        return
+    grid = pair.grid
+    places = np.array([(row["row"], row["col"]) for row in rows])
+    outlines = ground.chip_outlines(pair.epsg, tuple(grid.transform)[:6], places, size)
+    slugs = [records.UNKNOWN_BIOME] * len(rows) if biomes is None else biomes.at(ground.centres(outlines))
+    paths = {"composite": _relative(pair.composite, root), "label": _relative(pair.label_path, root)}
+    common = {"tile": pair.tile, "season": pair.season, "sensors": pair.sensors, "epsg": pair.epsg, "size": size}
+    for row, outline, slug in zip(rows, outlines, slugs, strict=True):
+        start = pair.season.split("/")[0]
+        row |= {"geometry": outline, "biome": slug, "split": "", **paths, **common}
+        row["chip_id"] = records.chip_id(pair.tile, row["row"], row["col"], grid.width, start, size)
+        row["transform"] = moved(grid.transform, row["row"], row["col"])
+
+
+def _relative(path: Path, root: Path) -> str:
+    try:
+        return PurePath(os.path.relpath(path.resolve(), root.resolve())).as_posix()
+    except ValueError as error:  # another drive
+        raise PrepError(f"{path}: found outside {root}, expected inside") from error
+
+
+class _ShotTable:
+    """The shots behind a label raster, by row of pixels."""
+
+    def __init__(self, path: str | os.PathLike[str], grid: raster.Grid) -> None:
+        self._path = path
+        try:
+            table = pq.read_table(path)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise PrepError(f"{path}: no readable Parquet table of shots: {error}") from error
+        missing = [name for name in _SHOT_COLUMNS if name not in table.column_names]
+        if missing:
+            raise PrepError(f"{path}: a table of shots without {', '.join(missing)}; run data_prep.labels again")
+        if table.schema.field("shot_number").type != pa.uint64():
+            raise PrepError(f"{path}: shot_number: found {table.schema.field('shot_number').type}, expected uint64")
+        self._number, self._row, self._col, self._agbd, self._se = (table[name].to_numpy() for name in _SHOT_COLUMNS)
+        self._width = grid.width
+
+    def inside(self, row: int, col: int, size: int) -> dict[str, Any]:
+        """Shots of a window: shot_numbers, sorted, and the exact sum of agbd_se over those that have one."""
+        rows, cols = self._row - row, self._col - col
+        here = (rows >= 0) & (rows < size) & (cols >= 0) & (cols < size)
+        errors = self._se[here & np.isfinite(self._se) & (self._se >= 0)].tolist()  # -9999: none
+        numbers = sorted(self._number[here].tolist())
+        return {"shot_numbers": numbers, "agbd_se_sum": math.fsum(errors), "agbd_se_shots": len(errors)}
+
+    def check(self, start: int, label: np.ndarray, path: str) -> None:
+        """PrepError where the label (rows, width) from row `start` on isn't the mean of the shots in each pixel."""
+        here = (self._row >= start) & (self._row < start + len(label))
+        place = (self._row[here] - start) * self._width + self._col[here]
+        total = np.bincount(place, self._agbd[here].astype(np.float64), label.size)
+        number = np.bincount(place, minlength=label.size)
+        expected = np.where(number > 0, total / np.maximum(number, 1), records.NO_LABEL).reshape(label.shape)
+        wrong = np.argwhere(~np.isclose(label, expected, rtol=1e-5, atol=1e-5))
+        if len(wrong):
+            row, col = wrong[0]
+            raise PrepError(
+                f"{self._path}: {len(wrong)} pixels of rows {start} to {start + len(label)} differ from {path}: at row "
+                f"{start + row}, col {col} the shots give {expected[row, col]:g}, the label is {label[row, col]:g}; "
+                "expected a table and a raster of one run: run data_prep.labels again"
+            )
+
+
+def index_folder(
+    out: str | os.PathLike[str],
+    *,
+    tiles: Sequence[str] = (),
+    min_labels: int = MIN_LABELS,
+    max_nodata: float = MAX_NODATA,
+    size: int = records.CHIP_SIZE,
+    biomes: str | os.PathLike[str] | None = None,
+    biome_field: str = "",
+) -> dict[str, dict[str, int]]:
+    """Write the index of a folder of prepared data.
+
+    Args:
+        out: the folder.
+        tiles: MGRS tiles to take; all where empty.
+        min_labels: as for `index_tile`.
+        max_nodata: as for `index_tile`.
+        size: as for `index_tile`.
+        biomes: polygons as for `Biomes`, or None.
+        biome_field: their column.
+
+    Returns:
+        counts of `index_tile` by composite, as path in the folder.
+
+    Raises:
+        PrepError: nothing to take, or see `index_tile`.
+    """
+    named = None if biomes is None else Biomes(biomes, biome_field)
+    rows: list[dict[str, Any]] = []
+    counts: dict[str, dict[str, int]] = {}
+    for composite, label, shots in find_pairs(out, tiles):
+        limits: dict[str, Any] = {"min_labels": min_labels, "max_nodata": max_nodata, "size": size}
+        found, counted = index_tile(composite, label, root=out, shots=shots, biomes=named, **limits)
+        rows += found
+        counts[composite.relative_to(out).as_posix()] = counted
+    if not rows:
+        warnings.warn(f"{out}: no cell has {min_labels} labels and enough data: the index is empty", stacklevel=2)
+    settings = {
+        "min_labels": min_labels,
+        "max_nodata": max_nodata,
+        "size": size,
+        "biomes": "" if biomes is None else Path(biomes).name,
+        "biome_field": biome_field,
+        "label_edges": list(chip_index.LABEL_EDGES),
+    }
+    chip_index.write_index(chip_index.path_in(out), rows, {"chips": {**settings, "counts": counts}})
+    return counts
+
+
+def find_pairs(out: str | os.PathLike[str], tiles: Sequence[str] = ()) -> list[tuple[Path, Path, Path | None]]:
+    """(composite, label raster, table of shots or None) of the folder; a warning for each that lacks one.
+
+    Raises:
+        PrepError: no composite has labels, or a tile that was asked for has none.
+    """
+    root = Path(out)
+    wanted = [tile.removeprefix("T") for tile in tiles]
+    pairs: list[tuple[Path, Path, Path | None]] = []
+    for composite in sorted(root.glob("composites/*/[!.]*.tif")):
+        if wanted and composite.parent.name not in wanted:
+            continue
+        label = root / "labels" / composite.parent.name / f"{composite.stem}_agbd.tif"
+        shots = label.with_suffix(".parquet")
+        if not label.is_file():
+            warnings.warn(f"{composite}: left out, it has no label raster {label}", stacklevel=2)
+            continue
+        if not shots.is_file():
+            warnings.warn(f"{label}: no table of shots {shots.name} beside it: shot_numbers stay empty", stacklevel=2)
+        pairs.append((composite, label, shots if shots.is_file() else None))
+    missing = sorted(set(wanted) - {composite.parent.name for composite, _, _ in pairs})
+    if missing or not pairs:
+        raise PrepError(
+            f"{root}: found no composite with labels{' for ' + ', '.join(missing) if missing else ''}, expected "
+            "composites/{tile}/*.tif and labels/{tile}/*_agbd.tif; run data_prep.composite and data_prep.labels first"
+        )
+    return pairs
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; see the module."""
+    parser = argparse.ArgumentParser(prog="python -m data_prep chips", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of prepared data")
+    parser.add_argument("--tile", action="append", default=[], help="take only this tile (repeatable)")
+    parser.add_argument("--min-labels", type=int, default=MIN_LABELS, help="fewest labels of a chip")
+    parser.add_argument("--max-nodata", type=float, default=MAX_NODATA, help="largest share of pixels without data")
+    parser.add_argument("--size", type=int, default=records.CHIP_SIZE, help="pixels along a chip's side")
+    parser.add_argument("--biomes", type=Path, help="polygon file that names biomes")
+    parser.add_argument("--biome-field", default="", help="its column with the name")
+    args = parser.parse_args(argv)
+    if (args.biomes is None) != (args.biome_field == ""):
+        parser.error("--biomes and --biome-field go together")
+    counts = index_folder(
+        args.out,
+        tiles=args.tile,
+        min_labels=args.min_labels,
+        max_nodata=args.max_nodata,
+        size=args.size,
+        biomes=args.biomes,
+        biome_field=args.biome_field,
+    )
+    for name, found in counts.items():
+        print(f"{name}: " + ", ".join(f"{number} {what.replace('_', ' ')}" for what, number in found.items()))
+    print(f"{sum(found['kept'] for found in counts.values())} chips in {chip_index.path_in(args.out)}")
+    return 0

@@ -1,0 +1,1 @@
+"""GEDI orbits to footprints and labels."""

@@ -1,0 +1,145 @@
+"""Which GEDI L4A shots are kept: filters in a fixed order, each a setting."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from data_prep.gedi.names import FULL_POWER_BEAMS
+from data_prep.season import Season
+
+Table = dict[str, np.ndarray]
+EPOCH = date(2018, 1, 1)  # of delta_time; no leap second has been since, so UTC counts its seconds
+WRONG_RELEASE, WRONG_ALGORITHM = "002_01", 10  # agbd of this algorithm setting is wrong in this release
+
+
+Seasons = Season | Sequence[Season]
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Settings; the defaults are the recommended ones.
+
+    Attributes:
+        algorithm_run_flag: want 1.
+        l4_quality_flag: want 1 (version 3: l2a_quality_flag_rel3 too).
+        outlier_flag: version 3 only: want elev_highestreturn_outlier_flag 0.
+        agbd_valid: want agbd finite and >= 0; 0.0 is a clipped prediction, no fill.
+        degrade_tens, degrade_ones: digits of degrade_flag that are admitted, empty for all (version 3 has
+            degrade_include_flag instead, wanted 1 unless both are empty).
+        algorithm_10: `auto` drops selected_algorithm 10 in `_002_01_` files, whose agbd is wrong there; `drop`, `keep`.
+        leaf_off_flag: want anything but 1; 255 means not applicable (evergreen, grass).
+        sensitivity_min: least sensitivity.
+        full_power_only: no coverage beams.
+        night_only: want the sun below the horizon.
+        max_relative_se: greatest agbd_se / agbd. agbd_se is nearly constant, so this removes *low biomass*.
+        max_agbd: greatest agbd, Mg/ha.
+    """
+
+    algorithm_run_flag: bool = True
+    l4_quality_flag: bool = True
+    outlier_flag: bool = True
+    agbd_valid: bool = True
+    degrade_tens: tuple[int, ...] = (0, 1, 2, 3, 4, 6)
+    degrade_ones: tuple[int, ...] = (0, 3, 8)
+    algorithm_10: Literal["auto", "drop", "keep"] = "auto"
+    leaf_off_flag: bool = True
+    sensitivity_min: float | None = None
+    full_power_only: bool = False
+    night_only: bool = False
+    max_relative_se: float | None = None
+    max_agbd: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings for JSON."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+
+DEFAULT = Filters()
+
+
+class Step(NamedTuple):
+    """One filter: its name in counts, the fields it needs, and the mask of shots it keeps."""
+
+    name: str
+    needs: tuple[str, ...]
+    keep: Callable[[Table], np.ndarray]
+
+
+def steps(filters: Filters, *, naming: int, release: str, season: Seasons | None = None) -> list[Step]:
+    """The enabled filters in their order.
+
+    Args:
+        filters: settings.
+        naming: version of dataset names, 2 or 3.
+        release: for example `002_01`.
+        season: one season or several (shots inside any of them are kept); None for no filter.
+    """
+    spans = None if season is None else list(spans_of(season))
+    return [step for step in _all_steps(filters, naming, release, spans) if step is not None]
+
+
+def _all_steps(f: Filters, naming: int, release: str, spans: list[tuple[float, float]] | None) -> Iterator[Step | None]:
+    yield _equals("algorithm_run_flag", "algorithm_run_flag", 1) if f.algorithm_run_flag else None
+    if naming == 3:
+        yield _both_qualities() if f.l4_quality_flag else None
+        yield _equals("outlier_flag", "outlier_flag", 0) if f.outlier_flag else None
+    else:
+        yield _equals("l4_quality_flag", "l4_quality_flag", 1) if f.l4_quality_flag else None
+    # NaN compares false without a warning
+    yield Step("agbd_valid", ("agbd",), lambda t: np.isfinite(t["agbd"]) & (t["agbd"] >= 0)) if f.agbd_valid else None
+    if f.degrade_tens or f.degrade_ones:
+        yield _equals("degrade_flag", "degrade_include_flag", 1) if naming == 3 else _degrade(f)
+    if f.algorithm_10 == "drop" or (f.algorithm_10 == "auto" and release == WRONG_RELEASE):
+        yield _differs("selected_algorithm", WRONG_ALGORITHM)
+    yield _differs("leaf_off_flag", 1) if f.leaf_off_flag else None
+    if spans is not None:
+        yield Step("season", ("delta_time",), lambda t: inside(t["delta_time"], spans))
+    if f.sensitivity_min is not None:
+        least = np.float32(f.sensitivity_min)
+        yield Step("sensitivity_min", ("sensitivity",), lambda t: t["sensitivity"] >= least)
+    if f.full_power_only:
+        yield Step("full_power_only", (), lambda t: np.isin(t["beam"], FULL_POWER_BEAMS))
+    if f.night_only:
+        yield Step("night_only", ("solar_elevation",), lambda t: t["solar_elevation"] < 0)
+    if f.max_relative_se is not None:
+        most = float(f.max_relative_se)
+        yield Step("max_relative_se", ("agbd_se",), lambda t: (t["agbd"] > 0) & (t["agbd_se"] <= most * t["agbd"]))
+    if f.max_agbd is not None:
+        top = np.float32(f.max_agbd)
+        yield Step("max_agbd", (), lambda t: t["agbd"] <= top)
+
+
+def _equals(name: str, field: str, value: int) -> Step:
+    return Step(name, (field,), lambda t: t[field] == value)
+
+
+def _differs(field: str, value: int) -> Step:
+    return Step(field, (field,), lambda t: t[field] != value)
+
+
+def _both_qualities() -> Step:
+    fields = ("l2a_quality_flag", "l4_quality_flag")
+    return Step("l4_quality_flag", fields, lambda t: (t[fields[0]] == 1) & (t[fields[1]] == 1))
+
+
+def _degrade(f: Filters) -> Step:
+    tens, ones = f.degrade_tens or tuple(range(26)), f.degrade_ones or tuple(range(10))
+    admitted = [flag for flag in range(256) if flag // 10 in tens and flag % 10 in ones]
+    return Step("degrade_flag", ("degrade_flag",), lambda t: np.isin(t["degrade_flag"], admitted))
+
+
+def spans_of(season: Seasons) -> Iterator[tuple[float, float]]:
+    """Each season as [start, stop) in seconds of delta_time."""
+    for one in [season] if isinstance(season, Season) else season:
+        yield (one.start - EPOCH).days * 86400.0, (one.stop - EPOCH).days * 86400.0
+
+
+def inside(delta_time: np.ndarray, spans: list[tuple[float, float]]) -> np.ndarray:
+    """Which times (seconds of delta_time) lie in any of the half-open spans."""
+    kept = np.zeros(delta_time.shape, bool)
+    for start, stop in spans:
+        kept |= (delta_time >= start) & (delta_time < stop)
+    return kept

@@ -1,0 +1,216 @@
+"""Footprint tables on disk: GeoParquet with points in EPSG:4326, equal bytes for equal input."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from biomass_jax.errors import PrepError
+from data_prep.places import Box, boxes_meet, in_box
+
+# in this order in the file, before the geometry
+COLUMNS: dict[str, pa.DataType] = {
+    "shot_number": pa.uint64(),
+    "lon": pa.float64(),
+    "lat": pa.float64(),
+    "time": pa.timestamp("us", tz="UTC"),
+    "beam": pa.string(),
+    "agbd": pa.float32(),
+    "agbd_se": pa.float32(),
+    "sensitivity": pa.float32(),
+    "l4_quality_flag": pa.uint8(),
+    "degrade_flag": pa.uint8(),
+    "selected_algorithm": pa.uint8(),
+    "pft_class": pa.uint8(),
+    "leaf_off_flag": pa.uint8(),
+    "granule": pa.string(),
+}
+SETTINGS_KEY = b"biomass_jax"  # of the schema's metadata: one JSON text
+_POINT = np.dtype([("order", "u1"), ("kind", "<u4"), ("x", "<f8"), ("y", "<f8")])  # well-known binary, 21 bytes
+_ROW_GROUP = 2**17  # rows; fixed, so that a library's default doesn't change the bytes
+
+# Spelled out, so that the bytes don't depend on the PROJ at hand. Axes are EPSG's; GeoParquet stores x = longitude.
+_EPSG_4326: dict[str, Any] = {
+    "$schema": "https://proj.org/schemas/v0.7/projjson.schema.json",
+    "type": "GeographicCRS",
+    "name": "WGS 84",
+    "datum": {
+        "type": "GeodeticReferenceFrame",
+        "name": "World Geodetic System 1984",
+        "ellipsoid": {"name": "WGS 84", "semi_major_axis": 6378137, "inverse_flattening": 298.257223563},
+    },
+    "coordinate_system": {
+        "subtype": "ellipsoidal",
+        "axis": [
+            {"name": "Geodetic latitude", "abbreviation": "Lat", "direction": "north", "unit": "degree"},
+            {"name": "Geodetic longitude", "abbreviation": "Lon", "direction": "east", "unit": "degree"},
+        ],
+    },
+    "id": {"authority": "EPSG", "code": 4326},
+}
+
+
+def write_footprints(footprints: Mapping[str, np.ndarray], dst: str | os.PathLike[str], metadata: Mapping) -> Path:
+    """Write a footprint table as GeoParquet; it appears under its name only when it is whole.
+
+    Args:
+        footprints: the columns of `COLUMNS`, each (N,); shot_number uint64, time datetime64.
+        dst: path of the file; its folder is made if need be.
+        metadata: settings and counts, JSON-able, kept in the schema's metadata under `biomass_jax`.
+
+    Returns:
+        The path.
+
+    Raises:
+        PrepError: a column is missing, of another length, or shot_number isn't uint64; the disk doesn't take it.
+    """
+    dst = Path(dst)
+    columns = [_column(name, kind, footprints, dst) for name, kind in COLUMNS.items()]
+    lon, lat = footprints["lon"], footprints["lat"]
+    schema = pa.schema(
+        [pa.field(name, kind, nullable=False) for name, kind in COLUMNS.items()]
+        + [pa.field("geometry", pa.binary(), nullable=False)],
+        metadata={
+            b"geo": json.dumps(_geo(lon, lat), sort_keys=True).encode(),
+            SETTINGS_KEY: json.dumps(metadata, sort_keys=True).encode(),
+        },
+    )
+    write_table(pa.Table.from_arrays([*columns, _points(lon, lat)], schema=schema), dst)
+    return dst
+
+
+def write_table(table: pa.Table, dst: Path) -> None:
+    """Write a table as Parquet with fixed settings, beside its place, and rename.
+
+    Raises:
+        PrepError: the folder or the disk doesn't take it.
+    """
+    partial = dst.with_name(f".{dst.name}.partial")
+    try:
+        dst.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            pq.write_table(
+                table,
+                partial,
+                version="2.6",
+                data_page_version="1.0",
+                compression="zstd",
+                compression_level=3,
+                row_group_size=_ROW_GROUP,
+            )
+            with open(partial, "rb") as file:
+                os.fsync(file.fileno())
+            if pq.read_metadata(partial).num_rows != table.num_rows:
+                raise PrepError(f"{dst}: not written whole; is the disk full?")
+            os.replace(partial, dst)
+        finally:
+            partial.unlink(missing_ok=True)
+    except (OSError, pa.ArrowException) as error:
+        raise PrepError(f"{dst}: can't write: {error}") from error
+
+
+def read_footprints(path: str | os.PathLike[str], *, box: Box | None = None) -> dict[str, np.ndarray]:
+    """Read a footprint table back.
+
+    Args:
+        path: a file written by `write_footprints`.
+        box: (west, south, east, north) in degrees: only rows inside. A file whose own box doesn't meet it isn't read.
+
+    Returns:
+        The columns of `COLUMNS`, each (N,); time as datetime64[us] in UTC.
+
+    Raises:
+        PrepError: not such a file, or damaged.
+    """
+    path = Path(path)
+    try:
+        with pq.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            _check_schema(schema, path)
+            if box is not None and not _meets(schema, box):
+                table = schema.empty_table()
+            else:
+                table = file.read(columns=list(COLUMNS))
+    except (OSError, pa.ArrowException) as error:
+        raise PrepError(f"{path}: can't be read as a footprint table (Parquet): {error}") from error
+    columns = {name: _array(table.column(name), kind) for name, kind in COLUMNS.items()}
+    if box is None:
+        return columns
+    kept = in_box(columns["lon"], columns["lat"], box)
+    return {name: values[kept] for name, values in columns.items()}
+
+
+def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The settings and counts that a Parquet file of data preparation carries.
+
+    Raises:
+        PrepError: no such file, or it carries none.
+    """
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+        return json.loads(metadata[SETTINGS_KEY])
+    except (OSError, pa.ArrowException) as error:
+        raise PrepError(f"{path}: can't be read as Parquet: {error}") from error
+    except (KeyError, ValueError) as error:
+        raise PrepError(f"{path}: no settings of biomass_jax in the schema's metadata; write it again") from error
+
+
+def _column(name: str, kind: pa.DataType, footprints: Mapping[str, np.ndarray], dst: Path) -> pa.Array:
+    if name not in footprints:
+        raise PrepError(f"{dst}: column {name} is missing; expected {', '.join(COLUMNS)}")
+    values, rows = np.asarray(footprints[name]), len(footprints["shot_number"])
+    if values.shape != (rows,):
+        raise PrepError(f"{dst}: column {name} has shape {values.shape}, expected ({rows},) as shot_number")
+    if name == "shot_number" and values.dtype != np.uint64:
+        raise PrepError(f"{dst}: shot_number is {values.dtype}, expected uint64; a float loses digits")
+    if name == "time":
+        return pa.array(values.astype("datetime64[us]").view("i8"), pa.int64()).cast(kind)
+    return pa.array(values, kind)
+
+
+def _points(lon: np.ndarray, lat: np.ndarray) -> pa.Array:
+    points = np.empty(len(lon), _POINT)
+    points["order"], points["kind"], points["x"], points["y"] = 1, 1, lon, lat
+    offsets = np.arange(len(lon) + 1, dtype=np.int64) * _POINT.itemsize
+    if offsets[-1] >= 2**31:
+        raise PrepError(f"{len(lon):,} footprints in one table; at most {2**31 // _POINT.itemsize:,}")
+    buffers = [None, pa.py_buffer(offsets.astype(np.int32)), pa.py_buffer(points)]
+    return pa.Array.from_buffers(pa.binary(), len(lon), buffers)
+
+
+def _geo(lon: np.ndarray, lat: np.ndarray) -> dict[str, Any]:
+    column: dict[str, Any] = {"encoding": "WKB", "geometry_types": ["Point"], "crs": _EPSG_4326}
+    if len(lon):
+        west, east = float(lon.min()), float(lon.max())
+        if east - west > 180:  # across the antimeridian: the box's west is the greater number
+            west, east = float(lon[lon > 0].min()), float(lon[lon <= 0].max())
+        column["bbox"] = [west, float(lat.min()), east, float(lat.max())]
+    return {"version": "1.1.0", "primary_column": "geometry", "columns": {"geometry": column}}
+
+
+def _check_schema(schema: pa.Schema, path: Path) -> None:
+    for name, kind in COLUMNS.items():
+        if name not in schema.names or schema.field(name).type != kind:
+            found = schema.field(name).type if name in schema.names else "nothing"
+            raise PrepError(
+                f"{path}: column {name}: found {found}, expected {kind}; write it again with data_prep.gedi"
+            )
+
+
+def _meets(schema: pa.Schema, box: Box) -> bool:
+    try:
+        own = json.loads((schema.metadata or {})[b"geo"])["columns"]["geometry"].get("bbox")
+    except (KeyError, ValueError):
+        return True  # no box to go by
+    return own is not None and boxes_meet(tuple(own), box)
+
+
+def _array(column: pa.ChunkedArray, kind: pa.DataType) -> np.ndarray:
+    if pa.types.is_timestamp(kind):
+        return column.cast(pa.int64()).to_numpy().view("datetime64[us]")
+    return column.to_numpy()

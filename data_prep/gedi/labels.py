@@ -1,0 +1,380 @@
+"""Footprints to label rasters on the grids of composites: `python -m data_prep.labels --help`."""
+
+import argparse
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from biomass_jax.data import bands, raster
+from biomass_jax.errors import PrepError
+from data_prep.commands import command
+from data_prep.gedi.footprints import SETTINGS_KEY, read_footprints, read_settings, write_table
+from data_prep.geotiff_write import write_cog
+from data_prep.ground import geocentric
+from data_prep.places import boxes_meet, grid_box, grid_centre, transformer
+from data_prep.season import Season
+
+NO_LABEL = -1.0
+ShotOwner = Literal["nearest", "all"]
+_ROWS = 512  # read and written at once
+_SHOTS = pa.schema(
+    [
+        pa.field("shot_number", pa.uint64(), nullable=False),
+        pa.field("row", pa.int32(), nullable=False),
+        pa.field("col", pa.int32(), nullable=False),
+        pa.field("agbd", pa.float32(), nullable=False),
+        pa.field("agbd_se", pa.float32(), nullable=False),
+    ]
+)
+
+
+class Labels(NamedTuple):
+    """A label raster and what made it.
+
+    Attributes:
+        label: (H, W) float32, mean agbd in Mg/ha of the shots in each pixel, -1 where there is none.
+        shots: the shots used, sorted by shot_number: shot_number uint64, row, col int32, agbd, agbd_se float32,
+            granule. agbd_se is as given: NaN or -9999 where there is none.
+        counts: `shots` given; dropped, each under the first that fits: `repeated` (a shot_number again),
+            `other_season`, `outside` the grid, `other_tile` (a neighbour owns it), `no_data`; `used`; `pixels` with a
+            label.
+    """
+
+    label: np.ndarray
+    shots: dict[str, np.ndarray]
+    counts: dict[str, int]
+
+
+def pixel_of(lon: np.ndarray, lat: np.ndarray, grid: raster.Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The pixels that contain places, projected with the grid's own CRS.
+
+    A pixel reaches from its upper-left corner, which belongs to it, to the next pixels' (PixelIsArea).
+
+    Args:
+        lon: (N,) degrees.
+        lat: (N,) degrees.
+        grid: size and place.
+
+    Returns:
+        row, col int64 (N,) and inside bool (N,); row and col are -1 where outside.
+
+    Raises:
+        PrepError: the grid has no CRS.
+    """
+    x, y = transformer(grid).transform(lon, lat)
+    t = grid.transform
+    east, south = np.asarray(x) - t.c, np.asarray(y) - t.f
+    finite = np.isfinite(east) & np.isfinite(south)  # PROJ gives infinity far from the zone
+    east, south = np.where(finite, east, -1e12), np.where(finite, south, 1e12)
+    area = t.a * t.e - t.b * t.d
+    col = np.floor((t.e * east - t.b * south) / area)
+    row = np.floor((t.a * south - t.d * east) / area)
+    inside = finite & (row >= 0) & (row < grid.height) & (col >= 0) & (col < grid.width)
+    return np.where(inside, row, -1).astype(np.int64), np.where(inside, col, -1).astype(np.int64), inside
+
+
+def owner_tile(lon: np.ndarray, lat: np.ndarray, tiles: Mapping[str, raster.Grid]) -> np.ndarray:
+    """The tile that each place belongs to: of those that contain it, the one whose centre is nearest.
+
+    Distances are straight lines through the ellipsoid, so zones and the antimeridian don't matter; of two equally near
+    tiles it is the first by name.
+
+    Args:
+        lon: (N,) degrees.
+        lat: (N,) degrees.
+        tiles: grid of each tile.
+
+    Returns:
+        (N,) names, empty where no tile contains the place.
+    """
+    lon, lat = np.asarray(lon, np.float64), np.asarray(lat, np.float64)
+    places = geocentric(lon, lat)
+    owner = np.full(lon.shape, "", object)
+    nearest = np.full(lon.shape, np.inf)
+    for name in sorted(tiles):
+        centre = geocentric(*(np.asarray(degrees) for degrees in grid_centre(tiles[name])))
+        offset = places - centre
+        distance = offset[..., 0] ** 2 + offset[..., 1] ** 2 + offset[..., 2] ** 2
+        _, _, inside = pixel_of(lon, lat, tiles[name])
+        better = inside & (distance < nearest)
+        owner[better], nearest[better] = name, distance[better]
+    return owner
+
+
+def label_raster(
+    footprints: Mapping[str, np.ndarray],
+    grid: raster.Grid,
+    valid: np.ndarray,
+    *,
+    tile: str = "",
+    tiles: Mapping[str, raster.Grid] | None = None,
+    shot_owner: ShotOwner = "nearest",
+    seasons: Sequence[Season] | None = None,
+) -> Labels:
+    """Labels on a composite's grid.
+
+    Args:
+        footprints: columns (N,) as `orbits.read_granule` gives them, of any number of orbits in any order.
+        grid: the composite's.
+        valid: (H, W) bool, False on the composite's no-data.
+        tile: its name in `tiles`.
+        tiles: grids of all tiles that are made, for `shot_owner='nearest'`; None for this tile alone.
+        shot_owner: `nearest`: a shot in several tiles belongs to the one whose centre is nearest; `all`: to each.
+        seasons: shots outside all of them are dropped; None for no such filter.
+
+    Raises:
+        PrepError: agbd that is negative or not finite, a mask of another size, a tile that isn't in `tiles`.
+    """
+    if valid.shape != (grid.height, grid.width):
+        raise PrepError(f"valid: found shape {valid.shape}, expected {(grid.height, grid.width)} as the grid")
+    if shot_owner not in ("nearest", "all"):
+        raise PrepError(f"shot_owner: found {shot_owner!r}, expected 'nearest' or 'all'")
+    counts = {"shots": len(footprints["shot_number"])}
+    table = _sorted(footprints)
+    wrong = ~(np.isfinite(table["agbd"]) & (table["agbd"] >= 0))
+    if wrong.any():
+        first = int(np.flatnonzero(wrong)[0])
+        raise PrepError(
+            f"footprints: {int(wrong.sum())} with agbd that is negative or not finite, first shot_number "
+            f"{table['shot_number'][first]} with {table['agbd'][first]}; keep data_prep.gedi's filter agbd_valid on"
+        )
+    again = np.zeros(len(table["agbd"]), bool)
+    again[1:] = table["shot_number"][1:] == table["shot_number"][:-1]
+    table = _drop(table, again, counts, "repeated")
+    table = _drop(table, ~_in_seasons(table["time"], seasons), counts, "other_season")
+    table["row"], table["col"], inside = pixel_of(table["lon"], table["lat"], grid)
+    table = _drop(table, ~inside, counts, "outside")
+    others = np.zeros(len(table["agbd"]), bool)
+    if tiles is not None and shot_owner == "nearest":
+        others = owner_tile(table["lon"], table["lat"], _neighbours(tile, grid, tiles)) != tile
+    table = _drop(table, others, counts, "other_tile")
+    table = _drop(table, ~valid[table["row"], table["col"]], counts, "no_data")
+    label = _means(table, grid)
+    counts |= {"used": len(table["agbd"]), "pixels": int((label != NO_LABEL).sum())}
+    kinds: dict[str, Any] = {"shot_number": np.uint64, "row": np.int32, "col": np.int32, "granule": object}
+    kinds |= {"agbd": np.float32, "agbd_se": np.float32}
+    return Labels(label, {name: table[name].astype(kind) for name, kind in kinds.items()}, counts)
+
+
+def _sorted(footprints: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """By shot_number; of a shot that came twice (two releases of a granule) the latest release first."""
+    numbers = footprints["shot_number"]
+    order = np.argsort(numbers, kind="stable")
+    if (numbers[order][1:] == numbers[order][:-1]).any():
+        granules, latest = np.unique(footprints["granule"].astype(str), return_inverse=True)
+        order = np.lexsort((len(granules) - latest.reshape(-1), numbers))
+    names = ("shot_number", "lon", "lat", "time", "agbd", "agbd_se", "granule")
+    return {name: footprints[name][order] for name in names}
+
+
+def _drop(table: dict[str, np.ndarray], gone: np.ndarray, counts: dict[str, int], name: str) -> dict[str, np.ndarray]:
+    counts[name] = int(gone.sum())
+    return {column: values[~gone] for column, values in table.items()}
+
+
+def _in_seasons(time: np.ndarray, seasons: Sequence[Season] | None) -> np.ndarray:
+    if seasons is None:
+        return np.ones(time.shape, bool)
+    kept = np.zeros(time.shape, bool)
+    for season in seasons:
+        kept |= (time >= np.datetime64(season.start)) & (time < np.datetime64(season.stop))
+    return kept
+
+
+def _neighbours(tile: str, grid: raster.Grid, tiles: Mapping[str, raster.Grid]) -> dict[str, raster.Grid]:
+    if tile not in tiles or not tiles[tile].same_as(grid):
+        raise PrepError(f"tile {tile!r}: its grid isn't among those of the tiles {sorted(tiles)}")
+    box = grid_box(grid)
+    return {name: other for name, other in tiles.items() if name == tile or boxes_meet(box, grid_box(other))}
+
+
+def _means(table: Mapping[str, np.ndarray], grid: raster.Grid) -> np.ndarray:
+    """(H, W) float32; sums run in float64 in the order of the shots, so they don't depend on how these were given."""
+    pixels, place = np.unique(table["row"] * grid.width + table["col"], return_inverse=True)
+    sums = np.bincount(place.reshape(-1), weights=table["agbd"].astype(np.float64), minlength=len(pixels))
+    label = np.full(grid.height * grid.width, NO_LABEL, np.float32)
+    label[pixels] = sums / np.bincount(place.reshape(-1), minlength=len(pixels))
+    return label.reshape(grid.height, grid.width)
+
+
+class Composite(NamedTuple):
+    """What labels need of a composite.
+
+    Attributes:
+        path: its file.
+        tile: from its tags.
+        season: from its tags.
+        sensors: from its tags.
+        grid: size and place.
+    """
+
+    path: Path
+    tile: str
+    season: Season
+    sensors: str
+    grid: raster.Grid
+
+
+def open_composite(path: str | os.PathLike[str]) -> Composite:
+    """Read a composite's grid and tags.
+
+    Raises:
+        PrepError: no tag TILE or SEASON.
+        RasterError: it can't be read.
+    """
+    with raster.open_image(path, model_sensors=()) as source:
+        for tag in ("TILE", "SEASON"):
+            if not source.tags.get(tag):
+                raise PrepError(f"{path}: no tag {tag}; expected a composite of data_prep.composite")
+        tags = source.tags
+        return Composite(Path(path), tags["TILE"], Season.parse(tags["SEASON"]), tags.get("SENSORS", ""), source.grid)
+
+
+def read_valid(path: str | os.PathLike[str]) -> np.ndarray:
+    """(H, W) bool: where a composite has data, by the rule of `bands.no_data`."""
+    with raster.open_image(path, model_sensors=()) as source:
+        valid = np.empty((source.grid.height, source.grid.width), bool)
+        for start in range(0, source.grid.height, _ROWS):
+            stop = min(start + _ROWS, source.grid.height)
+            valid[start:stop] = ~bands.no_data(source.read_rows(start, stop), source.fill)
+    return valid
+
+
+def write_labels(
+    composite: str | os.PathLike[str],
+    footprints: Iterable[str | os.PathLike[str]],
+    folder: str | os.PathLike[str],
+    *,
+    tiles: Mapping[str, raster.Grid] | None = None,
+    shot_owner: ShotOwner = "nearest",
+    label_years: int = 0,
+) -> tuple[Path, dict[str, int]]:
+    """Write `folder/{tile}/{tile}_{start}_{end}_agbd.tif` and the table of its shots, `.parquet`, beside it.
+
+    Args:
+        composite: a file of data_prep.composite.
+        footprints: footprint tables; of them only shots in the box around the composite are read and counted.
+        folder: takes a folder for the tile.
+        tiles: as in `label_raster`.
+        shot_owner: as in `label_raster`.
+        label_years: shots of the composite's season in so many years before and after it count too.
+
+    Returns:
+        The raster's path, and `Labels.counts`.
+
+    Raises:
+        PrepError: as `label_raster`; footprint tables made with different filters; a disk that doesn't take the files.
+    """
+    image = open_composite(composite)
+    table, gedi = _gather(sorted(map(Path, footprints)), image.grid)
+    seasons = image.season.widened(label_years)
+    made = label_raster(
+        table,
+        image.grid,
+        read_valid(composite),
+        tile=image.tile,
+        tiles=tiles,
+        shot_owner=shot_owner,
+        seasons=seasons,
+    )
+    settings = {
+        "step": "labels",
+        "pixel": "contains the centre",
+        "statistic": "mean",
+        "shot_owner": shot_owner,
+        "seasons": [season.text for season in seasons],
+        "tiles": sorted(_neighbours(image.tile, image.grid, tiles)) if tiles is not None else [image.tile],
+        "counts": made.counts,
+        "gedi": gedi | {"granules": sorted(set(made.shots["granule"].tolist()))},
+    }
+    stem = f"{image.tile}_{image.season.start:%Y-%m-%d}_{image.season.stop:%Y-%m-%d}_agbd"
+    dst = Path(folder, image.tile, f"{stem}.tif")
+    columns = [pa.array(made.shots[field.name], field.type) for field in _SHOTS]
+    metadata = {SETTINGS_KEY: json.dumps(settings, sort_keys=True).encode()}
+    write_table(pa.Table.from_arrays(columns, schema=_SHOTS.with_metadata(metadata)), dst.with_suffix(".parquet"))
+    tags = {"TILE": image.tile, "SEASON": image.season.text, "SENSORS": image.sensors}
+    tags["LABELS"] = json.dumps(settings, sort_keys=True)
+    rows = (made.label[None, start : start + _ROWS] for start in range(0, image.grid.height, _ROWS))
+    write_cog(dst, rows, image.grid, "float32", ["agbd"], NO_LABEL, tags, units=["Mg ha-1"])
+    return dst, made.counts
+
+
+def _gather(paths: Sequence[Path], grid: raster.Grid) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """All footprints in the box around the grid, and what made them."""
+    if not paths:
+        raise PrepError("no footprint tables; expected files of data_prep.gedi")
+    box = grid_box(grid)
+    tables, filters, versions = [], None, set()
+    for path in paths:
+        settings = read_settings(path)
+        made = (settings.get("filters"), path)
+        filters = filters or made
+        if made[0] != filters[0]:
+            raise PrepError(f"{path}: made with other filters than {filters[1]}: {made[0]} and {filters[0]}")
+        table = read_footprints(path, box=box)
+        if len(table["shot_number"]):
+            tables.append(table)
+            versions.add(f"{settings.get('release', '')} {settings.get('version', '')}".strip())
+    tables = tables or [table]
+    merged = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
+    return merged, {"product": "GEDI_L4A", "versions": sorted(versions), "filters": filters[0] if filters else None}
+
+
+def tile_grids(composites: Iterable[Composite]) -> dict[str, raster.Grid]:
+    """The grid of each tile.
+
+    Raises:
+        PrepError: two composites of one tile on different grids.
+    """
+    grids: dict[str, raster.Grid] = {}
+    for image in composites:
+        if not grids.setdefault(image.tile, image.grid).same_as(image.grid):
+            raise PrepError(
+                f"{image.path}: {image.grid.describe()}, but another composite of tile {image.tile} is "
+                f"{grids[image.tile].describe()}"
+            )
+    return grids
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write labels for every composite. Exit code."""
+    parser = argparse.ArgumentParser(prog="python -m data_prep labels", description=__doc__)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="prepared data: composites/{tile}/*.tif and footprints/*.parquet are read, labels/ is written",
+    )
+    parser.add_argument("--tile", action="append", help="only this tile; may be given again (all)")
+    parser.add_argument(
+        "--shot-owner",
+        choices=("nearest", "all"),
+        default="nearest",
+        help="a shot in several tiles belongs to the one whose centre is nearest, or to all as in the reference",
+    )
+    parser.add_argument("--label-years", type=int, default=0, help="shots of N years before and after too (0)")
+    args = parser.parse_args(argv)
+    composites = [open_composite(path) for path in sorted(args.out.glob("composites/*/*.tif"))]
+    grids = tile_grids(composites)
+    missing = sorted(set(args.tile or ()) - set(grids))
+    if missing or not composites:
+        raise PrepError(f"{args.out / 'composites'}: no composites of tile {', '.join(missing) or 'any'}")
+    tables = sorted(args.out.glob("footprints/*.parquet"))
+    for image in composites:
+        if not args.tile or image.tile in args.tile:
+            dst, counts = write_labels(
+                image.path,
+                tables,
+                args.out / "labels",
+                tiles=grids,
+                shot_owner=args.shot_owner,
+                label_years=args.label_years,
+            )
+            print(f"{dst}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
+    return 0

@@ -1,0 +1,328 @@
+"""Composites: one tile's scenes of a season -> the mean (or median) of clear observations of each band.
+
+Scenes are decoded by threads, each of them opening a scene once and adding its blocks to sums that are kept for the
+whole tile, so memory grows with the tile and not with the number of scenes; a median keeps a block of all scenes. Sums
+are integers, so neither the order of scenes nor the size of blocks changes a byte of the result.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from biomass_jax.data.bands import BAND_NAMES, FILL
+from biomass_jax.errors import PrepError
+from data_prep.commands import command
+from data_prep.geotiff_write import write_cog
+from data_prep.hls import composite_sums as sums
+from data_prep.hls.granules import Granule, Scene, find_scenes, open_scene, parse_granule_name
+from data_prep.places import grid_centre
+from data_prep.season import DEFAULT_TABLE, Season, resolve_season
+
+NAMES = (*BAND_NAMES, "CLEAR_COUNT")
+SENSORS = ("L30", "S30")
+DUPLICATE_MINUTES = 10  # two granules of one sensor and tile less than this apart show one overpass
+MEMORY = 512 * 2**20  # bytes for sums or stacks
+MOST_THREADS = 8  # unless told otherwise: each holds blocks of some scenes
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a composite was made of.
+
+    Attributes:
+        path: the composite.
+        tile: MGRS tile.
+        season: `2020-06-01/2020-09-16`.
+        sensors: of the scenes used, `L30`, `S30` or `L30+S30`.
+        scenes: names of those used, by time.
+        duplicates: dropped granule -> the one kept.
+        out_of_season: names of granules left out by date.
+        other_sensors: names of granules left out by sensor.
+        counts: scene -> {`observed`: pixels whose Fmask is not fill, `clear`: pixels used}.
+        pixels: pixels of the tile.
+        covered: those with values.
+        warnings: sentences for the user.
+    """
+
+    path: Path
+    tile: str
+    season: str
+    sensors: str
+    scenes: tuple[str, ...]
+    duplicates: Mapping[str, str]
+    out_of_season: tuple[str, ...]
+    other_sensors: tuple[str, ...]
+    counts: Mapping[str, Mapping[str, int]]
+    pixels: int
+    covered: int
+    warnings: tuple[str, ...] = field(default=())
+
+    def lines(self) -> list[str]:
+        """The report as text."""
+        left_out = f"{len(self.out_of_season)} out of season, {len(self.other_sensors)} of other sensors"
+        return [
+            f"{self.path}: {len(self.scenes)} scenes of {self.tile}, {self.season}, {self.sensors}",
+            f"  left out: {left_out}",
+            *(f"  {dropped}: duplicate of {kept}, not used" for dropped, kept in self.duplicates.items()),
+            *(f"  {name}: {n['clear']:,} of {n['observed']:,} pixels clear" for name, n in self.counts.items()),
+            f"  {self.covered:,} of {self.pixels:,} pixels have values",
+            *(f"  warning: {text}" for text in self.warnings),
+        ]
+
+
+class Selection(NamedTuple):
+    """Folders of the granules to use, and the names of the others."""
+
+    folders: list[Path]
+    out_of_season: tuple[str, ...]
+    other_sensors: tuple[str, ...]
+
+
+def composite(
+    scene_folders: Iterable[str | os.PathLike[str]],
+    dst: str | os.PathLike[str],
+    *,
+    season: Season,
+    sensors: Sequence[str] = ("L30",),
+    statistic: str = "mean",
+    min_clear: int = 1,
+    drop_water: bool = False,
+    drop_high_aerosol: bool = False,
+    tile: str | None = None,
+    threads: int | None = None,
+    memory: int = MEMORY,
+) -> Report:
+    """Make the composite of a tile.
+
+    A pixel of a scene counts where `hls.clear` says so, one mask for all bands. Negative values and those above 10,000
+    are averaged as they are. Means are rounded half to even. Fewer than `min_clear` clear scenes, or a mean that is by
+    chance the fill value, give -9999 in all bands and a count of 0.
+
+    Args:
+        scene_folders: granules of one tile, of any season and sensor, in any order.
+        dst: the composite, a COG int16: bands 1-6 by name, band 7 CLEAR_COUNT, on the granules' own grid.
+        season: scenes whose name has a date inside are used.
+        sensors: `L30`, `S30` or both.
+        statistic: `mean` or `median`.
+        min_clear: fewest clear scenes of a pixel with values.
+        drop_water: leave out water (Fmask bit 5).
+        drop_high_aerosol: leave out high aerosol (bits 7-6).
+        tile: the tile that is expected; that of the granules where None.
+        threads: for decoding; one for each core, but at most 8, where None. Each takes 60 MiB.
+        memory: bytes for sums or stacks; the whole takes about 400 MiB more.
+
+    Raises:
+        PrepError: bad settings, no scene of the season, granules of several tiles or on different grids, a granule
+            that can't be used (see `hls.open_scene`), holds nothing but fill, or holds reflectance.
+    """
+    _check_settings(sensors, statistic, min_clear)
+    selection = select(scene_folders, season=season, sensors=sensors, tile=tile)
+    threads = threads or min(len(os.sched_getaffinity(0)), MOST_THREADS)
+    scenes, duplicates = _opened(selection.folders, threads)
+    plan = sums.Plan(tuple(scenes), statistic, min_clear, sums.Mask(drop_water, drop_high_aerosol), threads, memory)
+    counts = sums.Counts(tuple(scene.granule.name for scene in scenes))
+    tags = _tags(scenes, season, duplicates)
+    path = write_cog(dst, _rows(plan, counts, tags, sensors), scenes[0].grid, "int16", NAMES, FILL, tags)
+    empty = f"{path}: no pixel has {min_clear} clear observations; nothing but fill"
+    return Report(
+        path=path,
+        tile=tags["TILE"],
+        season=season.text,
+        sensors=tags["SENSORS"],
+        scenes=tuple(counts.by_scene),
+        duplicates=duplicates,
+        out_of_season=selection.out_of_season,
+        other_sensors=selection.other_sensors,
+        counts=counts.by_scene,
+        pixels=scenes[0].grid.height * scenes[0].grid.width,
+        covered=counts.covered,
+        warnings=() if counts.covered else (empty,),
+    )
+
+
+def _tags(scenes: Sequence[Scene], season: Season, duplicates: Mapping[str, str]) -> dict[str, str]:
+    """The composite's tags, but for the settings and counts."""
+    return {
+        "TILE": scenes[0].granule.tile,
+        "SEASON": season.text,
+        "SENSORS": "+".join(sorted({scene.granule.sensor for scene in scenes})),
+        "SCENES": ",".join(scene.granule.name for scene in scenes),
+        "DUPLICATES": ",".join(f"{dropped}={kept}" for dropped, kept in duplicates.items()),
+    }
+
+
+def _rows(plan: sums.Plan, counts: sums.Counts, tags: dict[str, str], sensors: Sequence[str]) -> Iterator[np.ndarray]:
+    """The composite's rows; adds settings and counts to the tags, which the writer reads after the last of them."""
+    yield from sums.row_bands(plan, counts)
+    masked = ["fill", "cloud", "adjacent", "shadow", "snow"]
+    masked += ["water"] * plan.mask.drop_water + ["high aerosol"] * plan.mask.drop_high_aerosol
+    found = {"scenes": len(plan.scenes), "covered": counts.covered, "by_scene": counts.by_scene}
+    settings = {"statistic": plan.statistic, "min_clear": plan.min_clear, "sensors": sorted(set(sensors))}
+    tags["COMPOSITE"] = json.dumps({**settings, "masked": masked, "counts": found}, sort_keys=True)
+
+
+def select(
+    scene_folders: Iterable[str | os.PathLike[str]],
+    *,
+    season: Season,
+    sensors: Sequence[str] = ("L30",),
+    tile: str | None = None,
+) -> Selection:
+    """Choose granules by their names.
+
+    Raises:
+        PrepError: granules of another tile, or none of the season and sensors.
+    """
+    granules = {Path(folder): parse_granule_name(Path(folder).name) for folder in scene_folders}
+    ordered = sorted(granules, key=lambda folder: (_by_time(granules[folder]), str(folder)))
+    if not ordered:
+        raise PrepError("no granules given; expected the folders of a tile's scenes")
+    tile = (tile or granules[ordered[0]].tile).removeprefix("T")
+    for folder in ordered:
+        if granules[folder].tile != tile:
+            raise PrepError(f"{folder}: wrong tile: {granules[folder].tile}, expected {tile}")
+    other = [folder for folder in ordered if granules[folder].sensor not in sensors]
+    out = [f for f in ordered if f not in other and not season.contains(granules[f].acquired)]
+    folders = [folder for folder in ordered if folder not in other and folder not in out]
+    if not folders:
+        days = [granules[folder].acquired.date().isoformat() for folder in ordered]
+        kinds = sorted({granule.sensor for granule in granules.values()})
+        raise PrepError(
+            f"tile {tile}: no scene of {'+'.join(sensors)} in season {season.text}; found {len(ordered)} of "
+            f"{'+'.join(kinds)} from {min(days)} to {max(days)}"
+        )
+    return Selection(folders, tuple(f.name for f in out), tuple(f.name for f in other))
+
+
+def without_duplicates(scenes: Sequence[Scene]) -> tuple[list[Scene], dict[str, str]]:
+    """Keep one granule of each overpass, the one that HLS made last.
+
+    Args:
+        scenes: of one tile, in any order.
+
+    Returns:
+        scenes by time, and {name of a dropped one: name of the one kept}.
+    """
+    gap = timedelta(minutes=DUPLICATE_MINUTES)
+
+    def same_overpass(one: Scene, other: Scene) -> bool:
+        mine, theirs = one.granule, other.granule
+        return mine.sensor == theirs.sensor and abs(mine.acquired - theirs.acquired) < gap
+
+    kept: list[Scene] = []
+    dropped: dict[str, str] = {}
+    crowded = [one for one in scenes if any(one is not other and same_overpass(one, other) for other in scenes)]
+    # newest first; the name decides between equal times, so that the order of the scenes never does
+    crowded.sort(key=lambda scene: (scene.processing_time, scene.granule.name, str(scene.folder)), reverse=True)
+    for scene in crowded:
+        rivals = [other for other in kept if same_overpass(scene, other)]
+        if rivals:
+            dropped[scene.granule.name] = rivals[0].granule.name
+        else:
+            kept.append(scene)
+    kept += [scene for scene in scenes if not any(scene is one for one in crowded)]
+    return sorted(kept, key=lambda scene: _by_time(scene.granule)), dict(sorted(dropped.items()))
+
+
+def composite_path(out: str | os.PathLike[str], tile: str, season: Season) -> Path:
+    """Where prepared folders hold a tile's composite: `{out}/{tile}/{tile}_{start}_{end}.tif`."""
+    return Path(out, tile, f"{tile}_{season.text.replace('/', '_')}.tif")
+
+
+def _by_time(granule: Granule) -> tuple:
+    return granule.acquired, granule.sensor, granule.name
+
+
+def _check_settings(sensors: Sequence[str], statistic: str, min_clear: int) -> None:
+    if not sensors or not set(sensors) <= set(SENSORS):
+        raise PrepError(f"sensors {tuple(sensors)}: expected L30, S30 or both")
+    if statistic not in ("mean", "median"):
+        raise PrepError(f"statistic {statistic!r}: expected mean or median")
+    if min_clear < 1:
+        raise PrepError(f"min_clear {min_clear}: expected 1 or more clear scenes")
+
+
+def _opened(folders: Sequence[Path], threads: int) -> tuple[list[Scene], dict[str, str]]:
+    """Scenes by time without duplicates, {dropped: kept}. PrepError where they don't lie on one grid."""
+    with ThreadPoolExecutor(threads) as pool:
+        scenes, duplicates = without_duplicates(list(pool.map(open_scene, folders)))
+    first = scenes[0]
+    for scene in scenes[1:]:
+        if not scene.grid.same_as(first.grid):
+            raise PrepError(
+                f"{scene.folder}: its grid is {scene.grid.describe()}, but {first.granule.name} lies on "
+                f"{first.grid.describe()}; expected one grid for all scenes of a tile"
+            )
+    return scenes, duplicates
+
+
+def _season(text: str, folder: Path, table: Sequence | None) -> Season:
+    """The season that the command line names; for a year by the latitude of the tile's centre."""
+    year = text.strip().isdigit()
+    latitude = grid_centre(open_scene(folder).grid)[1] if year else None
+    return resolve_season(text, latitude, DEFAULT_TABLE if table is None else table)
+
+
+def _read_table(path: str) -> Sequence:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PrepError(f"{path}: can't read the table of seasons: {error}") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep composite", description="Composites of clear observations, one for each tile."
+    )
+    parser.add_argument("granules", nargs="+", help="granules' folders, or folders that hold such")
+    parser.add_argument("--out", required=True, help="folder for {tile}/{tile}_{start}_{end}.tif")
+    parser.add_argument("--season", required=True, help="a year (dates by latitude) or START/STOP, STOP not included")
+    parser.add_argument(
+        "--season-table", help="JSON list of [southernmost latitude, MM-DD, MM-DD, years added, years added]"
+    )
+    parser.add_argument("--tile", help="this tile alone, for example 10SFF")
+    parser.add_argument("--sensors", default="L30", help="L30 (default), S30 or L30+S30")
+    parser.add_argument("--statistic", default="mean", choices=("mean", "median"))
+    parser.add_argument("--min-clear", type=int, default=1, help="fewest clear scenes of a pixel (default 1)")
+    parser.add_argument("--drop-water", action="store_true", help="leave out water")
+    parser.add_argument("--drop-high-aerosol", action="store_true", help="leave out high aerosol")
+    parser.add_argument("--threads", type=int, help="threads for decoding (default: one for each core)")
+    return parser
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    args = _parser().parse_args(argv)
+    table = _read_table(args.season_table) if args.season_table else None
+    tiles: dict[str, list[Path]] = {}
+    for folder in dict.fromkeys(folder for path in args.granules for folder in find_scenes(path)):
+        tiles.setdefault(parse_granule_name(folder.name).tile, []).append(folder)
+    if args.tile is not None:
+        tile = args.tile.removeprefix("T")
+        if tile not in tiles:
+            raise PrepError(f"tile {tile}: no granules of it; found tiles {', '.join(sorted(tiles))}")
+        tiles = {tile: tiles[tile]}
+    for tile, folders in sorted(tiles.items()):
+        season = _season(args.season, folders[0], table)
+        report = composite(
+            folders,
+            composite_path(args.out, tile, season),
+            season=season,
+            sensors=args.sensors.split("+"),
+            statistic=args.statistic,
+            min_clear=args.min_clear,
+            drop_water=args.drop_water,
+            drop_high_aerosol=args.drop_high_aerosol,
+            threads=args.threads,
+        )
+        print("\n".join(report.lines()))
+    return 0

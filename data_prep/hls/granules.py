@@ -1,0 +1,344 @@
+"""HLS v2.0 granules: what their names say, which files they consist of, which pixels are clear.
+
+A granule is a folder of single-band GeoTIFFs on one grid. Digital numbers are passed on as stored: no scale is applied.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from affine import Affine
+from rasterio.crs import CRS
+from rasterio.windows import Window
+
+from biomass_jax.data import bands
+from biomass_jax.data.raster import Grid, grid_of, open_quietly, raster_errors, utm_zone, verify_blocks
+from biomass_jax.errors import BandError, PrepError, RasterError
+
+VERSION = "2.0"
+FMASK_FILL = 255
+# Bits of Fmask; bit 0 (cirrus) is not used by the product.
+CLOUD, ADJACENT, SHADOW, SNOW, WATER = (1 << bit for bit in range(1, 6))
+HIGH_AEROSOL = 0b11 << 6
+_MASKED = CLOUD | ADJACENT | SHADOW | SNOW
+_NAME = re.compile(r"HLS\.([LS]30)\.T(\d{2}[C-HJ-NP-X][A-Z]{2})\.(\d{7}T\d{6})\.v(\d+\.\d+)")
+_TILE_IN_TAG = re.compile(r"(?<![A-Z0-9])T?(\d{2}[C-X][A-Z]{2})(?![A-Z0-9])")
+_TILE_TAGS = ("SENTINEL2_TILEID", "TILE_ID")  # of L30, of S30
+_SENSOR_TAGS = ("SENSOR", "SPACECRAFT_NAME")
+_REFLECTANCE = 2.0  # digital numbers of land are hundreds, reflectance is below this
+
+ReadRows = Callable[..., tuple[np.ndarray, np.ndarray]]
+Buffers = tuple[np.ndarray, np.ndarray]  # (6, rows, columns) int16, (rows, columns) uint8
+
+
+@dataclass(frozen=True, order=True)
+class Granule:
+    """What a granule's name tells.
+
+    Attributes:
+        sensor: `L30` or `S30`.
+        tile: MGRS tile without T (`10SFF`).
+        acquired: the UTC time in the name; in S30 names it is not the SENSING_TIME.
+        name: `HLS.L30.T10SFF.2020183T184512.v2.0`.
+    """
+
+    sensor: str
+    tile: str
+    acquired: datetime
+    name: str
+
+
+def parse_granule_name(name: str) -> Granule:
+    """Read a granule's name, or the name of one of its files.
+
+    Raises:
+        PrepError: not an HLS name, an impossible date, or another version than 2.0.
+    """
+    match = _NAME.match(name)
+    if match is None or name[match.end() : match.end() + 1] not in ("", "."):
+        raise PrepError(f"{name}: not an HLS granule's name; expected one like HLS.L30.T10SFF.2020183T184512.v2.0")
+    sensor, tile, stamp, version = match.groups()
+    if version != VERSION:
+        raise PrepError(f"{match[0]}: HLS version {version}, expected v{VERSION}; other versions have other numbers")
+    try:
+        clock = datetime.strptime(stamp[8:], "%H%M%S")
+        day = datetime(int(stamp[:4]), 1, 1, tzinfo=UTC) + timedelta(days=int(stamp[4:7]) - 1)
+        if day.year != int(stamp[:4]):
+            raise ValueError("day of the year")
+    except ValueError as error:
+        raise PrepError(f"{match[0]}: {stamp} is no date; expected year, day of the year, T, time (UTC)") from error
+    if not 1 <= int(tile[:2]) <= 60:
+        raise PrepError(f"{match[0]}: tile {tile} is in no UTM zone; expected 01 to 60")
+    return Granule(sensor, tile, day.replace(hour=clock.hour, minute=clock.minute, second=clock.second), match[0])
+
+
+def needed_layers(sensor: str) -> tuple[str, ...]:
+    """The files of a granule that are used: the six bands' numbers in `bands.BANDS` order, and `Fmask`."""
+    return (*(band.s30 if sensor == "S30" else band.l30 for band in bands.BANDS), "Fmask")
+
+
+def find_scenes(path: str | os.PathLike[str]) -> list[Path]:
+    """Granules' folders: the folder itself where its name is a granule's, else all below it, sorted by name.
+
+    Raises:
+        PrepError: no such folder, or no granule in it.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise PrepError(f"{root}: no such folder; expected a granule's folder or one that holds granules")
+    if root.name.startswith("HLS."):
+        return [root]
+    found = []
+    for folder, below, _ in os.walk(root):
+        found += [Path(folder, name) for name in below if name.startswith("HLS.")]
+        below[:] = sorted(name for name in below if not name.startswith((".", "HLS.")))
+    if not found:
+        raise PrepError(f"{root}: no granules below it; expected folders named HLS.L30.T10SFF.2020183T184512.v2.0")
+    return sorted(found, key=lambda folder: (folder.name, str(folder)))
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A granule whose files have been checked. Nothing is kept open, so any thread may read.
+
+    Attributes:
+        folder: where its files lie.
+        granule: what its name tells.
+        grid: size and place of all its files.
+        tags: the first band's file tags.
+        paths: files of the six bands in `bands.BANDS` order, then Fmask's.
+    """
+
+    folder: Path
+    granule: Granule
+    grid: Grid
+    tags: Mapping[str, str]
+    paths: tuple[Path, ...]
+
+    @property
+    def processing_time(self) -> datetime:
+        """When HLS made the granule (UTC). PrepError where no tag tells."""
+        text = self.tags.get("HLS_PROCESSING_TIME", "")
+        try:
+            return datetime.strptime(text.split(";")[0].strip()[:19], "%Y-%m-%dT%H:%M:%S").replace(tzinfo=UTC)
+        except ValueError as error:
+            raise PrepError(
+                f"{self.folder}: tag HLS_PROCESSING_TIME is {text!r}, expected a time like 2024-05-01T13:24:46Z; "
+                "it decides which of two granules of one overpass is used"
+            ) from error
+
+    def read_rows(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows `start` to `stop` (not included).
+
+        Returns:
+            (rows, width, 6) int16 digital numbers as stored, -9999 where there are none; (rows, width) uint8 Fmask.
+
+        Raises:
+            PrepError: a file can't be read there.
+        """
+        with self.reader() as read:
+            return read(start, stop)
+
+    @contextmanager
+    def reader(self) -> Iterator[ReadRows]:
+        """Open the files once for several reads by one thread.
+
+        Yields:
+            read(start, stop, left=0, right=None, into=None): as `read_rows`, of columns `left` to `right` (not
+                included); into arrays of `buffers` where given, because new memory costs time.
+        """
+        with ExitStack() as stack:
+            datasets = []
+            for path in self.paths:
+                with _prep_errors(path):
+                    datasets.append(stack.enter_context(open_quietly(str(path))))
+
+            def read(
+                start: int, stop: int, left: int = 0, right: int | None = None, into: Buffers | None = None
+            ) -> tuple[np.ndarray, np.ndarray]:
+                right = self.grid.width if right is None else right
+                window = Window(left, start, right - left, stop - start)
+                planes, fmask = buffers(stop - start, right - left) if into is None else into
+                for path, dataset, out in zip(self.paths, datasets, (*planes, fmask), strict=True):
+                    with _prep_errors(path):
+                        dataset.read(1, window=window, out=out)
+                return np.moveaxis(planes, 0, -1), fmask  # a view: bands stay contiguous in memory
+
+            yield read
+
+
+def open_scene(folder: str | os.PathLike[str]) -> Scene:
+    """Check a granule's files and say where they lie.
+
+    Raises:
+        PrepError: not v2.0, a band or Fmask missing, files of another granule, tile or sensor, different grids, a grid
+            that can't belong to the tile, reflectance instead of digital numbers, or a file cut short.
+    """
+    folder = Path(folder)
+    granule = parse_granule_name(folder.name)
+    if granule.name != folder.name:
+        raise PrepError(f"{folder}: expected a folder named {granule.name}")
+    paths = _layer_paths(folder, granule)
+    tags: list[dict[str, str]] = []
+    grids: list[Grid] = []
+    long_names: list[str | None] = []
+    for path in paths:
+        with _prep_errors(path):
+            verify_blocks(path, sparse_ok=True)
+            with open_quietly(str(path)) as dataset:
+                _check_file(path, dataset, is_fmask=path == paths[-1])
+                tags.append(dict(dataset.tags()))
+                grids.append(grid_of(dataset))
+                long_names.append(dataset.tags(1).get("long_name") or tags[-1].get("long_name"))
+    for path, grid, found in zip(paths, grids, tags, strict=True):
+        if not grid.same_as(grids[0]):
+            raise PrepError(
+                f"{path}: its grid is {grid.describe()}, but {paths[0].name} lies on {grids[0].describe()}; "
+                "expected one grid for all files of a granule"
+            )
+        _check_tags(path, found, granule)
+    _check_place(folder, granule, grids[0])
+    layers = needed_layers(granule.sensor)[:-1]
+    _resolve(layers, granule, folder, long_names[:-1])
+    return Scene(folder, granule, grids[0], tags[0], paths)
+
+
+def buffers(rows: int, columns: int) -> Buffers:
+    """Memory for what `Scene.reader` reads."""
+    return np.empty((len(bands.BANDS), rows, columns), np.int16), np.empty((rows, columns), np.uint8)
+
+
+def clear(
+    image: np.ndarray, fmask: np.ndarray, drop_water: bool = False, drop_high_aerosol: bool = False
+) -> np.ndarray:
+    """Which pixels are clear: one mask for all bands, so that all of them average the same scenes.
+
+    Clear is what is not fill (255, tested before the bits), has none of cloud, adjacent, shadow and snow (bits 1-4),
+    and has a value in each band. Water and aerosol don't count unless asked for; bit 0 never does.
+
+    Args:
+        image: (..., 6) int16 digital numbers.
+        fmask: (...) uint8.
+        drop_water: leave out water (bit 5) as well.
+        drop_high_aerosol: leave out high aerosol (bits 7-6 both set) as well.
+
+    Returns:
+        bool (...).
+    """
+    keep = observed(fmask)
+    keep &= fmask & (_MASKED | (WATER if drop_water else 0)) == 0
+    if drop_high_aerosol:
+        keep &= fmask & HIGH_AEROSOL != HIGH_AEROSOL
+    for index in range(image.shape[-1]):
+        keep &= image[..., index] != bands.FILL
+    return keep
+
+
+def observed(fmask: np.ndarray) -> np.ndarray:
+    """Which pixels the sensor saw: bool of Fmask's shape, False for fill, which has all bits set."""
+    return fmask != FMASK_FILL
+
+
+def tile_grid_key(crs: CRS | None, transform: Affine, name: str = "grid") -> tuple[int, float, float, float, float]:
+    """What two rasters of one tile share however their CRS is spelled: UTM zone, place and size of pixels.
+
+    Southern tiles come in their north zone with negative northings, or in the south zone with 10,000,000 added; some
+    files name no EPSG code. All of them are the same ground.
+
+    Returns:
+        (zone, left, top counted from the equator, pixel width, pixel height), metres.
+
+    Raises:
+        PrepError: not a WGS 84 UTM CRS, or rotated.
+    """
+    zone = utm_zone(crs)
+    if zone is None or crs is None:
+        raise PrepError(f"{name}: CRS {None if crs is None else crs.to_string()}, expected UTM on WGS 84")
+    if transform.b or transform.d:
+        raise PrepError(f"{name}: a rotated grid, expected rows along the parallel axis of UTM")
+    return zone[0], transform.c, transform.f - zone[1], transform.a, transform.e
+
+
+def _layer_paths(folder: Path, granule: Granule) -> tuple[Path, ...]:
+    """The needed files; PrepError that says which are missing or don't belong here."""
+    try:
+        files = sorted(entry for entry in folder.iterdir() if entry.suffix == ".tif" and not entry.name.startswith("."))
+    except OSError as error:
+        raise PrepError(f"{folder}: can't be read: {error.strerror or error}") from error
+    layers: dict[str, Path] = {}
+    for file in files:
+        if not file.name.startswith(f"{granule.name}."):
+            raise PrepError(f"{file}: doesn't belong into this folder; expected names that begin with {granule.name}")
+        layers[file.name[len(granule.name) + 1 : -len(".tif")]] = file
+    numbers = [layer for layer in layers if layer.startswith("B")]
+    _resolve(numbers, granule, folder, ())
+    if "Fmask" not in layers:
+        raise PrepError(f"{folder}: no {granule.name}.Fmask.tif; found layers {', '.join(layers)}")
+    return tuple(layers[layer] for layer in needed_layers(granule.sensor))
+
+
+def _resolve(layers: Sequence[str], granule: Granule, folder: Path, long_names: Sequence[str | None]) -> None:
+    try:
+        bands.resolve(layers, sensor=granule.sensor, long_names=long_names, path=str(folder))
+    except BandError as error:
+        raise PrepError(str(error)) from error
+
+
+def _check_file(path: Path, dataset: Any, *, is_fmask: bool) -> None:
+    dtype, fill = ("uint8", FMASK_FILL) if is_fmask else ("int16", bands.FILL)
+    if dataset.count != 1:
+        raise PrepError(f"{path}: {dataset.count} bands, expected 1")
+    if dataset.dtypes[0] != dtype:
+        hint = ""
+        if dataset.dtypes[0].startswith("float"):
+            sample = dataset.read(1, out_shape=(min(dataset.height, 256), min(dataset.width, 256)))
+            valid = sample[np.isfinite(sample) & (sample != bands.FILL)]
+            if valid.size and np.percentile(valid, 99) <= _REFLECTANCE:
+                hint = (
+                    f": reflectance up to {valid.max():.4g}, not {bands.UNITS}; "
+                    "use the product's files, without its scale applied"
+                )
+        raise PrepError(f"{path}: {dataset.dtypes[0]}, expected {dtype}{hint}")
+    if dataset.nodata not in (None, fill):
+        raise PrepError(f"{path}: its no-data value is {dataset.nodata:g}, expected {fill}")
+
+
+def _check_tags(path: Path, tags: Mapping[str, str], granule: Granule) -> None:
+    for tag in _TILE_TAGS:
+        tiles = set(_TILE_IN_TAG.findall(tags.get(tag, "").upper()))
+        if tiles - {granule.tile}:
+            raise PrepError(f"{path}: wrong tile: its tag {tag} is {tags[tag]!r}, its name says {granule.tile}")
+    for tag in _SENSOR_TAGS:
+        sensor = bands.sensor_of(tags.get(tag, ""))
+        if sensor not in (None, granule.sensor):
+            raise PrepError(f"{path}: its tag {tag} is {tags[tag]!r}, its name says {granule.sensor}")
+
+
+def _check_place(folder: Path, granule: Granule, grid: Grid) -> None:
+    """The tile's name and the grid have to agree on UTM zone and hemisphere."""
+    zone, _, top, _, height = tile_grid_key(grid.crs, grid.transform, str(folder))
+    centre = top + height * grid.height / 2
+    found = f"grid {grid.describe()}"
+    if zone != int(granule.tile[:2]):
+        raise PrepError(f"{folder}: wrong tile: {found} is in UTM zone {zone}, tile {granule.tile} is not")
+    if (centre >= 0) != (granule.tile[2] >= "N"):
+        side, other = ("north", "south") if centre >= 0 else ("south", "north")
+        raise PrepError(
+            f"{folder}: wrong tile: the centre of its {found} lies {side} of the equator, tile {granule.tile} {other}"
+        )
+
+
+@contextmanager
+def _prep_errors(path: Path) -> Iterator[None]:
+    """GDAL's errors and RasterErrors become PrepErrors that name the file."""
+    try:
+        with raster_errors(str(path)):
+            yield
+    except RasterError as error:
+        raise PrepError(str(error)) from error

@@ -1,0 +1,1 @@
+"""From granules to shards, for many tiles."""

@@ -1,0 +1,312 @@
+"""The order of `prepare`: which jobs there are, what each needs, and what the report says of them."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from biomass_jax.errors import PrepError
+from data_prep.chips import index as chip_index
+from data_prep.chips.splits import SPLITS
+from data_prep.gedi.labels import Composite, open_composite
+from data_prep.gedi.names import product_of
+from data_prep.gedi.orbits import Filters, find_granules
+from data_prep.hls.composite import composite_path, select
+from data_prep.hls.granules import tile_grid_key
+from data_prep.places import Box, boxes_meet, check_box, grid_box
+from data_prep.prepare import steps
+from data_prep.prepare.download import download_tiles
+from data_prep.prepare.runner import Runner
+from data_prep.prepare.state import Job, State, write_text
+from data_prep.season import DEFAULT_TABLE, Season, season_of_year
+
+WHOLE = "all"  # name of the jobs that take all tiles together
+Say = Callable[[str], None]
+
+
+def prepare(
+    config: Mapping[str, Any],
+    out: Path,
+    executor: Executor,
+    *,
+    discard: bool = False,
+    threads: int | None = None,
+    say: Say = print,
+) -> dict[str, Any]:
+    """Do what isn't done yet of the whole chain.
+
+    Args:
+        config: the fields of configs/prepare.py.
+        out: the folder; one run at a time (see `prepare_state.locked`).
+        executor: runs the jobs.
+        discard: delete scenes and orbits below `out` once their composites and footprints are written and checked.
+        threads: of each composite; one for each core where None. No setting of the result.
+        say: takes a line for each job.
+
+    Returns:
+        what is written to `out/report.json`: tiles, orbits, splits, shards, errors, config. Nothing in it tells how
+        the work was cut, so it is the same for any number of workers and of restarts.
+
+    Raises:
+        PrepError: settings that no tile could be made with.
+    """
+    runner = Runner(State(out), executor, say)
+    if config["granules"]["download"]:
+        download_tiles(config, runner)
+    chain = Chain(config, out, runner, threads)
+    chain.footprints()
+    chain.composites()
+    if discard:
+        chain.discard()
+    chain.labels()
+    chain.chips()
+    chain.splits_and_shards()
+    chain.checks()
+    report = chain.report()
+    write_text(out / "report.json", json.dumps(report, indent=1, sort_keys=True) + "\n")
+    return report
+
+
+class Chain:
+    """The state of one run."""
+
+    def __init__(self, config: Mapping[str, Any], out: Path, runner: Runner, threads: int | None) -> None:
+        self.config, self.out, self.runner, self.threads = config, out, runner, threads
+        self.state, self.done, self.errors, self.say = runner.state, runner.done, runner.errors, runner.say
+        self.season, self.year, self.season_table = _season(config)
+        hls = Path(config["granules"]["hls"] or out / "granules" / "hls")
+        self.granules = steps.granules_by_tile(hls)
+        known = set(self.granules) | set(self.state.names("composite"))
+        self.tiles = sorted({tile.removeprefix("T") for tile in config["tiles"]} or known)
+        if not self.tiles:
+            raise PrepError(f"{hls}: no granules there; expected folders named HLS.L30.T10SFF.2020183T184512.v2.0")
+        self.images: dict[str, Composite] = {}
+
+    def footprints(self) -> None:
+        """`gedi` for each orbit."""
+        settings = dict(self.config["gedi"])
+        box: Box | None = check_box(settings["box"]) if settings["box"] else None
+        del settings["box"]
+        filters = Filters(**settings).as_dict()
+        seasons = self._shot_seasons()
+        folder = Path(self.config["granules"]["gedi"] or self.out / "granules" / "gedi")
+        present = {} if not folder.is_dir() or not any(folder.rglob("*.h5")) else _by_name(find_granules([folder]))
+        gone = [name for name in self.state.names("gedi") if name not in present and self._discarded("gedi", name)]
+        jobs = []
+        for name in sorted([*present, *gone]):
+            path, dst = present.get(name), self.out / "footprints" / f"{name}.parquet"
+            arguments = {"path": path, "folder": dst.parent, "box": box, "seasons": seasons, "filters": settings}
+            chosen = {"box": box and list(box), "seasons": seasons, "filters": filters}
+            inputs = () if path is None else (path,)
+            jobs.append(Job("gedi", name, steps.footprints_of_orbit, arguments, chosen, inputs, (dst,)))
+        if not jobs:
+            self.runner.fail("gedi", WHOLE, f"{folder}: no .h5 files; expected GEDI L4A granules")
+        self.runner.run("gedi", jobs, lambda result: _arrows(result["counts"]))
+
+    def composites(self) -> None:
+        """`composite` for each tile."""
+        jobs = []
+        for tile in self.tiles:
+            with self.runner.failing("composite", tile):
+                jobs.append(self._composite_job(tile))
+        self.runner.run(
+            "composite", jobs, lambda r: f"{len(r['scenes'])} scenes, {r['covered'] / r['pixels']:.1%} covered"
+        )
+        for tile, part in self.done["composite"].items():
+            self.images[tile] = open_composite(part.job.outputs[0])
+
+    def _composite_job(self, tile: str) -> Job:
+        scenes = list(self.granules.get(tile, {}).values())
+        season = self._season_of(tile, scenes)
+        settings = dict(self.config["composite"])
+        try:
+            folders = select(scenes, season=season, sensors=settings["sensors"], tile=tile).folders
+        except PrepError:
+            if not self._discarded("composite", tile):
+                raise
+            folders = []
+        path = composite_path(self.out / "composites", tile, season)
+        arguments = {"folders": folders, "path": path, "tile": tile, "season": season.text, "settings": settings}
+        arguments |= {"threads": self.threads}
+        chosen = {"season": season.text, **settings, "sensors": sorted(set(settings["sensors"]))}
+        return Job("composite", tile, steps.composite_of_tile, arguments, chosen, tuple(folders), (path,))
+
+    def _season_of(self, tile: str, scenes: Sequence[Path]) -> Season:
+        if self.season is not None:
+            return self.season
+        record = self.state.read("composite", tile)
+        latitude = record.result["latitude"] if record else steps.latitude_of(scenes)
+        return season_of_year(self.year, latitude, self.season_table)
+
+    def _shot_seasons(self) -> list[str]:
+        """All seasons that shots may belong to, whatever the tiles are; `labels` keeps each tile's own."""
+        years: int = self.config["label_years"]
+        table = self.season_table
+        own = [self.season] if self.season else [season_of_year(self.year, float(row[0]), table) for row in table]
+        return sorted({season.text for one in own for season in one.widened(years)})
+
+    def discard(self) -> None:
+        """Delete the inputs of finished composites and footprints that lie in the folder of prepared data."""
+        granules = self.out.resolve() / "granules"
+        for step in ("gedi", "composite"):
+            number = sum(self.state.discard(step, name, granules) for name in self.done[step])
+            self.say(f"discarded {number} {'orbits' if step == 'gedi' else 'scenes'}")
+
+    def labels(self) -> None:
+        """`labels` for each composite."""
+        tables = {part.job.outputs[0]: _table_box(part.job.outputs[0]) for part in self.done["gedi"].values()}
+        boxes = {tile: grid_box(image.grid) for tile, image in self.images.items()}
+        settings = {"shot_owner": self.config["labels"]["shot_owner"], "label_years": self.config["label_years"]}
+        jobs = []
+        for tile, image in self.images.items():
+            if not tables:
+                self.runner.fail("labels", tile, "no footprint tables; see the errors of gedi")
+                continue
+            near = tuple(path for path, box in sorted(tables.items()) if box and boxes_meet(box, boxes[tile]))
+            near = near or tuple(sorted(tables)[:1])
+            beside = {name: self.images[name] for name in self.images if boxes_meet(boxes[name], boxes[tile])}
+            grids = {name: _grid_key(other) for name, other in beside.items()}
+            folder = self.out / "labels"
+            label = folder / tile / f"{image.path.stem}_agbd.tif"
+            arguments = {"path": image.path, "footprints": near, "folder": folder, **settings}
+            arguments |= {"composites": {name: other.path for name, other in beside.items()}}
+            outputs = (label, label.with_suffix(".parquet"))
+            chosen = settings | {"tiles": grids}
+            jobs.append(Job("labels", tile, steps.labels_of_tile, arguments, chosen, (image.path, *near), outputs))
+        self.runner.run("labels", jobs, lambda r: f"{r['counts']['used']:,} shots on {r['counts']['pixels']:,} pixels")
+
+    def chips(self) -> None:
+        """`chips` for each label raster."""
+        settings = dict(self.config["chips"])
+        biomes, biome_field = settings.pop("biomes"), settings.pop("biome_field")
+        if bool(biomes) != bool(biome_field):
+            raise PrepError("chips.biomes and chips.biome_field go together: a polygon file, and its column of names")
+        jobs = []
+        for tile, part in self.done["labels"].items():
+            image, (label, shots) = self.images[tile].path, part.job.outputs
+            index = self.out / "state" / "chips" / f"{tile}.parquet"
+            arguments = {"out": self.out, "image": image, "label": label, "index": index, "limits": settings}
+            arguments |= {"biomes": biomes, "biome_field": biome_field}
+            inputs = (image, label, shots, *([Path(biomes)] if biomes else []))
+            chosen = settings | {"biome_field": biome_field}
+            jobs.append(Job("chips", tile, steps.chips_of_tile, arguments, chosen, inputs, (index,)))
+        self.runner.run("chips", jobs, lambda r: f"{r['counts']['kept']} of {r['counts']['cells']} cells")
+
+    def splits_and_shards(self) -> None:
+        """`splits`, then `stats` and `shards`, of all tiles that have chips."""
+        tiles = {tile: part for tile, part in self.done["chips"].items() if part.record.result["counts"]["kept"]}
+        self.done |= {"splits": {}, "shards": {}}
+        if not tiles:
+            self.runner.fail("splits", WHOLE, "no tile has chips; there is nothing to train on")
+            return
+        parts = {self.state.key(self.images[tile].path): part.job.outputs[0] for tile, part in tiles.items()}
+        chips = {**self.config["chips"], "biomes": Path(self.config["chips"]["biomes"]).name}
+        splits = dict(self.config["splits"])
+        splits["fractions"] = dict(zip(SPLITS, splits["fractions"], strict=False))
+        splits["stratify"] = None if splits["stratify"] == "none" else splits["stratify"]
+        index = chip_index.path_in(self.out)
+        arguments = {"parts": parts, "index": index, "settings": chips, "splits": splits}
+        chosen = {"chips": chips, "splits": splits, "parts": list(parts)}
+        job = Job("splits", WHOLE, steps.index_with_splits, arguments, chosen, tuple(parts.values()), (index,))
+        self.runner.run("splits", [job], _counts, here=True)
+        if not self.done["splits"]:
+            return
+        settings = dict(self.config["shards"])
+        folder = self.out / "shards"
+        arguments = {"index": index, "folder": folder, "settings": settings, "executor": self.runner.executor}
+        rasters = [
+            path for tile in tiles for path in (self.images[tile].path, self.done["labels"][tile].job.outputs[0])
+        ]
+        job = Job("shards", WHOLE, steps.shards_of_index, arguments, settings, (index, *rasters), (folder,))
+        self.runner.run("shards", [job], lambda r: f"{_counts(r)} in {len(r['shards'])} files", here=True)
+
+    def checks(self) -> None:
+        """`check` for each tile with chips."""
+        jobs = []
+        for tile in self.done["splits"][WHOLE].record.result["tiles"] if self.done["splits"] else ():
+            picture = self.out / "check" / f"{tile}.png"
+            inputs = (chip_index.path_in(self.out), self.images[tile].path, self.done["labels"][tile].job.outputs[0])
+            arguments = {"out": self.out, "tile": tile, "picture": picture}
+            jobs.append(Job("check", tile, steps.check_of_tile, arguments, {}, inputs, (picture,)))
+        self.runner.run("check", jobs, lambda r: f"labels fit best at a shift of {r['peak']}")
+
+    def report(self) -> dict[str, Any]:
+        """See `prepare`."""
+        failed = {name.split(" ")[1] for name in self.errors if " " in name}
+        tiles: dict[str, dict[str, Any]] = {}
+        for tile in self.tiles:
+            about: dict[str, Any] = {
+                step: self.done[step][tile].record.result
+                for step in ("composite", "labels", "check")
+                if tile in self.done[step]
+            }
+            if tile in self.done["chips"]:
+                about["chips"] = self.done["chips"][tile].record.result["counts"]
+            if self.done["splits"]:
+                about["splits"] = self.done["splits"][WHOLE].record.result["tiles"].get(tile, {})
+            about["status"] = "failed" if tile in failed else "finished"
+            tiles[tile] = about
+        made = {step: part[WHOLE].record.result for step in ("splits", "shards") if (part := self.done[step])}
+        records = [[part.record for part in parts.values()] for parts in self.done.values()]
+        splits = {key: value for key, value in made.get("splits", {}).items() if key != "tiles"}
+        return {
+            "tiles": tiles,
+            "orbits": {name: dict(part.record.result) for name, part in self.done["gedi"].items()},
+            "splits": splits,
+            "shards": made.get("shards", {}),
+            "errors": dict(sorted(self.errors.items())),
+            "warnings": sorted({text for parts in records for record in parts for text in record.warnings}),
+            "config": json.loads(json.dumps(self.config)),
+        }
+
+    def _discarded(self, step: str, name: str) -> bool:
+        record = self.state.read(step, name)
+        return record is not None and bool(record.discarded)
+
+
+def _season(config: Mapping[str, Any]) -> tuple[Season | None, int, Sequence[Sequence[Any]]]:
+    """(season, or None where it depends on latitude; its year; the table that tells it then)."""
+    text, table = str(config["season"] or "").strip(), config["season_table"] or DEFAULT_TABLE
+    if not text:
+        raise PrepError("season is not set; expected a year or START/STOP, as --config.season=2020")
+    if len(text) == 4 and text.isdigit():
+        season_of_year(int(text), 90, table)  # says what is wrong with a table before any work is done
+        return None, int(text), table
+    return Season.parse(text), 0, table
+
+
+def _by_name(paths: Sequence[Path]) -> dict[str, Path]:
+    """Orbits by the name that their footprint tables will have."""
+    found = {}
+    for path in paths:
+        product = product_of(path.name)
+        if product is None:
+            raise PrepError(
+                f"{path}: not a GEDI L4A granule's name; expected one like "
+                "GEDI04_A_2021150031254_O13948_03_T06447_02_002_01_V002.h5"
+            )
+        found[product.granule] = path
+    return found
+
+
+def _table_box(path: Path) -> Box | None:
+    """The box around a footprint table; None where it is empty."""
+    metadata = pq.read_schema(path).metadata or {}
+    box = json.loads(metadata[b"geo"])["columns"]["geometry"].get("bbox")
+    return None if box is None else tuple(box)
+
+
+def _grid_key(image: Composite) -> list[float]:
+    grid = image.grid
+    return [grid.height, grid.width, *tile_grid_key(grid.crs, grid.transform, str(image.path))]
+
+
+def _arrows(counts: Sequence[tuple[str, int]]) -> str:
+    return " -> ".join(f"{count:,} {name}" for name, count in counts)
+
+
+def _counts(result: Mapping[str, Any]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in result["counts"].items())

@@ -1,0 +1,130 @@
+"""From granules to shards for a list of tiles, from one config: `python -m data_prep.prepare --help`.
+
+Each step of each tile is a job with a record under `OUT/state`. A tile whose job fails leaves the others alone; what is
+finished and unchanged is kept; a run may be ended at any moment and started again.
+"""
+
+import argparse
+import os
+import runpy
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from biomass_jax.errors import STOPPED, PrepError, Stopped
+from data_prep.commands import command
+from data_prep.prepare.chain import prepare
+from data_prep.prepare.executors import open_executor
+from data_prep.prepare.state import locked
+
+
+def read_config(path: str, changes: Sequence[str] = ()) -> dict[str, Any]:
+    """A config's fields, groups as dicts.
+
+    Args:
+        path: a file like configs/prepare.py.
+        changes: `--config.field=value` each.
+
+    Raises:
+        PrepError: no such file or field, or a value of another type.
+    """
+    from absl import flags
+    from ml_collections import config_flags
+
+    if not Path(path).is_file():
+        raise PrepError(f"{path}: no such file, expected a config such as configs/prepare.py")
+    values = flags.FlagValues()
+    line = ["prepare", *changes]
+    made = runpy.run_path(path)
+    if "get_config" not in made:
+        raise PrepError(f"{path}: no function get_config, expected a config such as configs/prepare.py")
+    try:
+        holder = config_flags.DEFINE_config_dict("config", made["get_config"](), flag_values=values, sys_argv=line)
+        left = values(line)
+        config = holder.value.to_dict()
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        said: object = error
+        while isinstance(said, Exception) and said.args:  # an AttributeError may hold a KeyError, which holds the text
+            said = said.args[0]
+        raise PrepError(f"{path}: {' '.join(str(said).split())}") from error
+    if left[1:]:
+        raise PrepError(f"unexpected arguments {left[1:]}; fields are given as --config.field=value")
+    return config
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """What became of each tile and orbit, as text."""
+    head = ("tile", "scenes", "covered", "shots", "labels", "chips", "train", "val", "test", "status")
+    rows: list[tuple[str, ...]] = [head]
+    for tile, about in report["tiles"].items():
+        made, labels = about.get("composite", {}), about.get("labels", {}).get("counts", {})
+        splits = about.get("splits", {})
+        covered = f"{made['covered'] / made['pixels']:.1%}" if made else "-"
+        numbers = [labels.get("used", "-"), labels.get("pixels", "-"), about.get("chips", {}).get("kept", "-")]
+        numbers += [splits.get(split, 0) if splits or "chips" in about else "-" for split in head[6:9]]
+        rows.append((tile, str(len(made.get("scenes", ()))), covered, *map(str, numbers), about["status"]))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    right = [False, *[True] * (len(head) - 2), False]
+    lines = []
+    for row in rows:
+        cells = zip(row, widths, right, strict=True)
+        lines.append(" ".join(text.rjust(width) if to_right else text.ljust(width) for text, width, to_right in cells))
+    lines += [f"failed: {name}: {text}" for name, text in report["errors"].items()]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep prepare",
+        description="HLS granules and GEDI orbits to training shards, for a list of tiles.",
+        epilog="Exit codes: 0 finished, 75 stopped by SIGTERM (the same command goes on), 1 something failed.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, help="configs/prepare.py; change a field by --config.field=value")
+    parser.add_argument("--out", type=Path, required=True, help="folder for everything")
+    parser.add_argument("--workers", type=int, default=1, help="processes (1); the result is the same for any number")
+    parser.add_argument(
+        "--scheduler", metavar="ADDRESS", help="a Dask scheduler, tcp://HOST:8786, instead of processes"
+    )
+    parser.add_argument(
+        "--discard-granules", action="store_true", help="delete scenes and orbits below OUT once they are used"
+    )
+    return parser
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    args, changes = _parser().parse_known_args(argv)
+    config = read_config(args.config, changes)
+    if args.workers < 1:
+        raise PrepError(f"--workers {args.workers}: expected 1 or more")
+    cores = len(os.sched_getaffinity(0))
+    threads = None if args.scheduler else max(1, cores // args.workers)
+    began = time.monotonic()
+    with _sigterm_stops():
+        try:
+            with locked(args.out), open_executor(args.workers, args.scheduler) as executor:
+                report = prepare(config, args.out, executor, discard=args.discard_granules, threads=threads)
+        except Stopped:
+            print("stopped by SIGTERM; give the same command again to go on", file=sys.stderr)
+            return STOPPED
+    print(f"{table(report)}\n{args.out / 'report.json'}: done in {time.monotonic() - began:.0f} s")
+    return 1 if report["errors"] else 0
+
+
+@contextmanager
+def _sigterm_stops() -> Iterator[None]:
+    def stop(*_: Any) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not disturb the end
+        raise Stopped
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

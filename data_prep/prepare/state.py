@@ -1,0 +1,229 @@
+"""What has been done already: `state/{step}/{name}.json`, written after a step's outputs.
+
+A step is up to date when its settings, the version of the software and its inputs (size and time of change) are those
+of its record, and its outputs lie where they were written, unchanged.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from biomass_jax.data.records import SOFTWARE_VERSION
+from biomass_jax.errors import PrepError
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """One step of one tile, orbit or of the whole.
+
+    Attributes:
+        step: for example `composite`.
+        name: of the tile or orbit, `all` for the whole.
+        function: does it; called with `arguments` as keywords, it returns what the report tells, JSON-able.
+        arguments: picklable.
+        settings: JSON-able, all that decides on the outputs besides the inputs.
+        inputs: files, or folders of files.
+        outputs: the same.
+    """
+
+    step: str
+    name: str
+    function: Callable[..., dict[str, Any]]
+    arguments: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    inputs: tuple[Path, ...]
+    outputs: tuple[Path, ...]
+
+
+@dataclass
+class Record:
+    """What is known of a job that finished.
+
+    Attributes:
+        digest: over settings, software and inputs.
+        inputs: path -> fingerprint.
+        outputs: path -> fingerprint.
+        result: what the job returned.
+        warnings: sentences for the user.
+        discarded: inputs that were deleted once used.
+    """
+
+    digest: str
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    result: dict[str, Any]
+    warnings: list[str]
+    discarded: list[str] = field(default_factory=list)
+
+
+class State:
+    """The records of a folder of prepared data."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+
+    def path(self, step: str, name: str) -> Path:
+        """Where a record lies."""
+        return self.out / "state" / step / f"{name}.json"
+
+    def read(self, step: str, name: str) -> Record | None:
+        """A record; None where there is none, or one that can't be read (then the step is done again)."""
+        try:
+            stored = json.loads(self.path(step, name).read_text(encoding="utf-8"))
+            return Record(**{key: stored[key] for key in Record.__dataclass_fields__}) if self._fits(stored) else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    @staticmethod
+    def _fits(stored: Any) -> bool:
+        return isinstance(stored, dict) and stored.get("schema") == SCHEMA
+
+    def finished(self, job: Job) -> Record | None:
+        """The job's record if nothing needs to be done.
+
+        Raises:
+            PrepError: it would have to be done again, but inputs have been discarded.
+        """
+        record = self.read(job.step, job.name)
+        if record is None:
+            return None
+        inputs = self.fingerprints(job.inputs)
+        lost = {path: record.inputs[path] for path in record.discarded if path not in inputs}
+        same = record.digest == digest(job, {**lost, **inputs})
+        if same and record.outputs == self.fingerprints(job.outputs):
+            return record
+        if lost:
+            raise PrepError(
+                f"it has to be made again, because settings, inputs or outputs have changed, but "
+                f"{len(lost)} of its inputs were discarded, first {min(lost)}: put them back, or give back the settings"
+            )
+        return None
+
+    def begin(self, job: Job) -> dict[str, str]:
+        """Forget what was known of a job, and take the fingerprints of its inputs."""
+        self.path(job.step, job.name).unlink(missing_ok=True)
+        return self.fingerprints(job.inputs)
+
+    def finish(self, job: Job, inputs: dict[str, str], result: dict[str, Any], warnings: list[str]) -> Record:
+        """Write the record of a job whose outputs are there.
+
+        Raises:
+            PrepError: an input changed since `begin`, or an output is missing.
+        """
+        changed = sorted(path for path, mark in self.fingerprints(job.inputs).items() if inputs.get(path) != mark)
+        if changed:
+            raise PrepError(f"{changed[0]} changed while it was at work; run again")
+        outputs = self.fingerprints(job.outputs)
+        for path, mark in outputs.items():
+            if not mark:
+                raise PrepError(f"it ended without its output {path}")
+        record = Record(digest(job, inputs), inputs, outputs, result, warnings)
+        self._write(job.step, job.name, record, job.settings)
+        return record
+
+    def discard(self, step: str, name: str, folder: Path) -> int:
+        """Delete a finished job's inputs below a (resolved) folder; their number. Written down before it is done."""
+        record = self.read(step, name)
+        if record is None:
+            return 0
+        # What a link leads out of the folder to isn't ours to delete.
+        inside = [path for path in record.inputs if (self.out / path).resolve().is_relative_to(folder)]
+        if sorted(inside) != sorted(record.discarded):
+            record.discarded = sorted(inside)
+            stored = json.loads(self.path(step, name).read_text(encoding="utf-8"))
+            self._write(step, name, record, stored["settings"])
+        return sum(_delete(self.out / path) for path in record.discarded)
+
+    def names(self, step: str) -> list[str]:
+        """Of what there are records of a step."""
+        return sorted(path.stem for path in (self.out / "state" / step).glob("*.json"))
+
+    def fingerprints(self, paths: Iterable[Path]) -> dict[str, str]:
+        """Path (relative where it lies in the folder) -> fingerprint, "" where there is nothing."""
+        return {self.key(path): fingerprint(path) for path in paths}
+
+    def key(self, path: Path) -> str:
+        """A path as records have it."""
+        path, root = path.absolute(), self.out.absolute()
+        return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
+
+    def _write(self, step: str, name: str, record: Record, settings: Mapping[str, Any]) -> None:
+        stored = {"schema": SCHEMA, "step": step, "name": name, "settings": settings, **vars(record)}
+        write_text(self.path(step, name), json.dumps(stored, indent=1, sort_keys=True) + "\n")
+
+
+def digest(job: Job, inputs: Mapping[str, str]) -> str:
+    """SHA-256 over a job's settings, the software's version and the fingerprints of inputs."""
+    parts = [SCHEMA, job.step, job.name, job.settings, SOFTWARE_VERSION, dict(inputs)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint(path: Path) -> str:
+    """Size and time of change of a file, or of all files of a folder; "" where there is nothing."""
+    if not path.is_dir():
+        try:
+            stat = path.stat()
+        except OSError:
+            return ""
+        return f"{stat.st_size}-{stat.st_mtime_ns}"
+    # GDAL puts .aux.xml files beside rasters that a viewer opens
+    files = [p for p in sorted(path.iterdir()) if not p.name.startswith(".") and p.suffix != ".xml" and p.is_file()]
+    return hashlib.sha256("\n".join(f"{p.name} {fingerprint(p)}" for p in files).encode()).hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file beside its place and rename it.
+
+    Raises:
+        PrepError: the disk doesn't take it.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise PrepError(f"{path}: not written: {error.strerror or error}") from error
+
+
+def _delete(path: Path) -> bool:
+    """Delete a file or a granule's folder, which leaves its name in one moment."""
+    aside = path.with_name(f".{path.name}.discarded")
+    found = path.exists()
+    if found:
+        path.rename(aside)
+    if aside.is_dir():
+        shutil.rmtree(aside)
+    else:
+        aside.unlink(missing_ok=True)
+    return found
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Keep a second run out of a folder; the lock goes when the process does, however it ends.
+
+    Raises:
+        PrepError: another run is at work there.
+    """
+    (out / "state").mkdir(parents=True, exist_ok=True)
+    with open(out / "state" / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise PrepError(
+                f"{out}: another run of data_prep.prepare is at work there; wait for it, or stop it"
+            ) from error
+        yield

@@ -1,0 +1,186 @@
+"""The steps of `prepare` as functions that a worker calls by name: plain arguments in, JSON-able results out."""
+
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Any
+
+from biomass_jax.errors import PrepError, RasterError
+from data_prep.chips import index as chip_index
+from data_prep.gedi.labels import open_composite, write_labels
+from data_prep.gedi.orbits import Filters, convert_granule
+from data_prep.hls.composite import composite
+from data_prep.hls.granules import Granule, open_scene, parse_granule_name
+from data_prep.places import Box, grid_centre
+from data_prep.season import Season
+
+LARGEST_INDEX = 10**7  # chips; more than all land holds in many years
+
+
+def footprints_of_orbit(
+    path: Path, folder: Path, box: Box | None, seasons: Sequence[str], filters: Mapping[str, Any]
+) -> dict[str, Any]:
+    """`gedi`: an orbit to `folder/{granule}.parquet`."""
+    chosen = [Season.parse(text) for text in seasons] or None
+    _, counts = convert_granule(path, folder, bbox=box, season=chosen, filters=Filters(**filters))
+    return {"counts": [list(pair) for pair in counts.items()]}
+
+
+def composite_of_tile(
+    folders: Sequence[Path], path: Path, tile: str, season: str, settings: Mapping[str, Any], threads: int | None
+) -> dict[str, Any]:
+    """`composite`: a tile's scenes to one image."""
+    made = composite(folders, path, season=Season.parse(season), tile=tile, threads=threads, **settings)
+    return {
+        "scenes": list(made.scenes),
+        "sensors": made.sensors,
+        "season": made.season,
+        "latitude": grid_centre(open_composite(path).grid)[1],
+        "duplicates": dict(made.duplicates),
+        "counts": {name: dict(counts) for name, counts in made.counts.items()},
+        "pixels": made.pixels,
+        "covered": made.covered,
+        "warnings": list(made.warnings),
+    }
+
+
+def labels_of_tile(
+    path: Path,
+    footprints: Sequence[Path],
+    folder: Path,
+    composites: Mapping[str, Path],
+    shot_owner: Any,
+    label_years: int,
+) -> dict[str, Any]:
+    """`labels`: a composite's label raster and its table of shots.
+
+    Args:
+        path: the composite.
+        footprints: tables of all orbits that may have shots there.
+        folder: takes a folder for the tile.
+        composites: tile -> composite of this tile and all that may share ground with it.
+        shot_owner: as for `write_labels`.
+        label_years: the same.
+    """
+    grids = {tile: open_composite(other).grid for tile, other in composites.items()}
+    _, counts = write_labels(path, footprints, folder, tiles=grids, shot_owner=shot_owner, label_years=label_years)
+    return {"counts": counts}
+
+
+def chips_of_tile(
+    out: Path, image: Path, label: Path, index: Path, limits: Mapping[str, Any], biomes: str, biome_field: str
+) -> dict[str, Any]:
+    """`chips`: the tile's part of the index."""
+    from data_prep.chips.cells import index_tile
+
+    shots = label.with_suffix(".parquet")
+    named = _biomes(biomes, biome_field) if biomes else None
+    rows, counts = index_tile(image, label, root=out, shots=shots, biomes=named, **limits)
+    chip_index.write_index(index, rows, {"chips": counts})
+    return {"counts": counts}
+
+
+@functools.lru_cache(maxsize=1)
+def _biomes(path: str, field: str) -> Any:
+    from data_prep.biomes import Biomes
+
+    return Biomes(path, field)
+
+
+def index_with_splits(
+    parts: Mapping[str, Path], index: Path, settings: Mapping[str, Any], splits: Mapping[str, Any]
+) -> dict[str, Any]:
+    """`splits`: the tiles' parts to one index, with the splits drawn.
+
+    Args:
+        parts: composite, as path in the folder -> that tile's part of the index.
+        index: takes the whole.
+        settings: of `chips`, for the index's metadata.
+        splits: of `split_by_blocks`.
+    """
+    import pyarrow.parquet as pq
+    import shapely
+
+    from data_prep.chips.splits import run
+
+    rows: list[dict[str, Any]] = []
+    for part in parts.values():
+        rows += pq.read_table(part).to_pylist()
+    for row in rows:
+        row["geometry"] = shapely.from_wkb(row["geometry"])
+    counts = {name: chip_index.read_metadata(part)["chips"] for name, part in parts.items()}
+    metadata = {"chips": {**settings, "label_edges": list(chip_index.LABEL_EDGES), "counts": counts}}
+    partial = index.with_name(".with_splits.parquet")  # under its name it has its splits
+    try:
+        chip_index.write_index(partial, rows, metadata)
+        made = run(partial, **splits)
+        os.replace(partial, index)
+    finally:
+        partial.unlink(missing_ok=True)
+    by_tile: dict[str, dict[str, int]] = {}
+    for row, split in zip(rows, chip_index.read_index(index)["split"], strict=True):
+        tile = by_tile.setdefault(row["tile"], {})
+        tile[split] = tile.get(split, 0) + 1
+    return {"counts": made["counts"], "dropped": made["dropped"], "tiles": by_tile}
+
+
+def shards_of_index(
+    index: Path, folder: Path, settings: Mapping[str, Any], executor: Executor | None
+) -> dict[str, Any]:
+    """`stats` and `shards`: the index's chips to a data set, written by the executor's workers."""
+    from data_prep.shards.write import index_metadata, items_of, write_shards
+
+    info = write_shards(
+        items_of(index), folder, metadata=index_metadata(index), executor=executor, overwrite=True, **settings
+    )
+    names = ("means", "stds", "stat_pixels", "season", "sensors", "shards")
+    return {"counts": info["chips"]["counts"], **{name: info[name] for name in names}}
+
+
+def check_of_tile(out: Path, tile: str, picture: Path) -> dict[str, Any]:
+    """`check`: whether a tile's labels lie where its image says, with a picture."""
+    import warnings
+
+    from data_prep.inspect.check import check_records, draw, records_of_index
+
+    (found,) = check_records(records_of_index(out, (tile,)))
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    draw(found, picture)
+    if found.fault:
+        warnings.warn(found.fault, stacklevel=2)
+    return found.summary()
+
+
+def granules_by_tile(folder: Path) -> dict[str, dict[Granule, Path]]:
+    """Granules below a folder by tile; none where there is no such folder.
+
+    Raises:
+        PrepError: two folders of one granule, or a name that is none.
+    """
+    found: dict[str, dict[Granule, Path]] = {}
+    if not folder.is_dir():
+        return found
+    for parent, names, _ in os.walk(folder):
+        for name in sorted(name for name in names if name.startswith("HLS.")):
+            granule, path = parse_granule_name(name), Path(parent, name)
+            if found.setdefault(granule.tile, {}).setdefault(granule, path) != path:
+                raise PrepError(f"{path}: the same granule as {found[granule.tile][granule]}; give one of them")
+        names[:] = sorted(name for name in names if not name.startswith((".", "HLS.")))
+    return found
+
+
+def latitude_of(folders: Sequence[Path]) -> float:
+    """Latitude of a tile's centre from the first of its scenes that can be read.
+
+    Raises:
+        PrepError: none can.
+    """
+    errors = []
+    for folder in folders:
+        try:
+            return grid_centre(open_scene(folder).grid)[1]
+        except (PrepError, RasterError) as error:
+            errors.append(error)
+    raise errors[0] if errors else PrepError("no granules, so nothing tells the season by latitude")

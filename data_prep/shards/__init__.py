@@ -1,0 +1,1 @@
+"""Chips to array_record shards."""

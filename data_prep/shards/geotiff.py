@@ -1,0 +1,190 @@
+"""The published data set's GeoTIFF chips into shards.
+
+Folders `{train,val,test}_images` and `..._labels` with `T10SFF_144_tile_img.tif` and `T10SFF_144_tile_label.tif` become
+one data set of array_record shards. `--verify` compares the shards with the files, pixel by pixel.
+"""
+
+import argparse
+import os
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from affine import Affine
+from rasterio.crs import CRS
+
+from biomass_jax.data import bands, raster, records
+from biomass_jax.data.raster import PUBLISHED_BANDS, Pair, describe_pairs, find_pairs, read_pair
+from biomass_jax.data.records import Record
+from biomass_jax.errors import FractionError, PrepError
+from data_prep.commands import command
+from data_prep.shards import write as shards
+
+_SHOWN = 10  # names in a warning; metadata.json has them all
+
+
+def convert(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    band_list: tuple[str | None, ...] | None = None,
+    season: str = "",
+    biome: str = records.UNKNOWN_BIOME,
+    sensors: str = "L30",
+    **settings: Any,
+) -> dict[str, Any]:
+    """Write the published folders as shards: int16 where every image is exact in it, else float32.
+
+    Args:
+        folder: holds `train_images`, `train_labels` and so on.
+        out: folder of the data set to write.
+        band_list: see `raster.describe_pairs`.
+        season: see `Record`; the published files don't tell.
+        biome: see `Record`, likewise.
+        sensors: see `Record`, likewise.
+        settings: of `shards.write_shards`.
+
+    Returns:
+        the data set's metadata.
+
+    Raises:
+        PrepError: see `shards.write_shards`.
+        RasterError: see `raster.find_pairs` and `raster.read_pair`.
+    """
+    shards.check_free(Path(out), settings.get("overwrite", False))
+    found, alone = find_pairs(folder)
+    if alone:
+        more = f" and {len(alone) - _SHOWN} more" if len(alone) > _SHOWN else ""
+        warnings.warn(
+            f"{folder}: {len(alone)} files without a partner: {', '.join(alone[:_SHOWN])}{more}", stacklevel=2
+        )
+    pairs = _described_splits(found, band_list, season)
+    fields: dict[str, Any] = {"season": season, "biome": biome, "sensors": sensors}
+    counts = {split: len(chosen) for split, chosen in pairs.items()}
+    metadata = {
+        "sources": [{"folder": Path(folder).absolute().name, "unpaired": alone, "bands": _band_lists(pairs), **fields}],
+        "split": {"kind": "published", "counts": counts},
+    }
+
+    def write(dtype: str) -> dict[str, Any]:
+        items = {
+            split: [partial(read_pair, pair, dtype=dtype, **fields) for pair in chosen]
+            for split, chosen in pairs.items()
+        }
+        return shards.write_shards(items, out, metadata=metadata, **settings)
+
+    try:
+        return write("int16")
+    except FractionError as error:
+        warnings.warn(f"{error}; all images are written as float32, twice as large", stacklevel=2)
+        return write("float32")
+
+
+def _described_splits(
+    found: dict[str, list[tuple[Path, Path]]], band_list: tuple[str | None, ...] | None, season: str
+) -> dict[str, list[Pair]]:
+    """`describe_pairs` over all splits at once: a tile's chips lie in several."""
+    described = iter(
+        describe_pairs([pair for pairs in found.values() for pair in pairs], band_list=band_list, season=season)
+    )
+    return {split: [next(described) for _ in pairs] for split, pairs in found.items()}
+
+
+def _band_lists(pairs: dict[str, list[Pair]]) -> list[list[str | None] | None]:
+    """Each list of bands that was used; None stands for files whose descriptions tell."""
+    used = {pair.band_list for chosen in pairs.values() for pair in chosen}
+    return [None if names is None else list(names) for names in sorted(used, key=str)]
+
+
+def verify(
+    folder: str | os.PathLike[str], out: str | os.PathLike[str], *, band_list: tuple[str | None, ...] | None = None
+) -> int:
+    """Compare every chip of a data set with its files, pixel by pixel; the number of chips.
+
+    Args:
+        folder: as for `convert`.
+        out: the data set.
+        band_list: as for `convert`.
+
+    Raises:
+        PrepError: a chip is missing, not in the files, or differs; it names the chip, the file, the first pixel.
+        RasterError: a file can't be read.
+    """
+    found, _ = find_pairs(folder)
+    (source,) = shards.read_metadata(out)["sources"]
+    pairs = _described_splits(found, band_list, source["season"])
+    counts = shards.split_counts(Path(out))
+    expected = {split: len(chosen) for split, chosen in pairs.items()}
+    if counts != expected:
+        raise PrepError(f"{out}: found {counts} chips, expected those of {folder}: {expected}")
+    for split, chosen in pairs.items():
+        by_id = {pair.chip_id: pair for pair in chosen}
+        for record in shards.read(out, split):
+            pair = by_id.pop(record["chip_id"], None)
+            if pair is None:
+                raise PrepError(
+                    f"{out}: split {split} holds chip {record['chip_id']}, which {folder} has not (or once)"
+                )
+            _compare(record, pair)
+    return sum(counts.values())
+
+
+def _compare(record: Record, pair: Pair) -> None:
+    """PrepError where a record isn't what the files hold, read by position and not through `read_pair`."""
+    names = pair.band_list
+    with raster.raster_errors(str(pair.image)), raster.open_quietly(str(pair.image)) as dataset:
+        names = dataset.descriptions if names is None else names
+        image = np.moveaxis(dataset.read([names.index(name) + 1 for name in bands.BAND_NAMES]), 0, -1)
+        grid = raster.grid_of(dataset)
+    with raster.raster_errors(str(pair.label)), raster.open_quietly(str(pair.label)) as dataset:
+        label = dataset.read(1)
+        label[~(label >= 0)] = records.NO_LABEL
+    crs = CRS.from_epsg(record["epsg"]) if record["epsg"] else None
+    height, width = record["label"].shape
+    place = raster.Grid(height, width, crs, Affine(*record["transform"]))
+    if grid.crs is None and crs is not None or grid.crs is not None and not place.same_as(grid, tolerance=0):
+        raise PrepError(
+            f"{pair.image}: chip {record['chip_id']}: found {place.describe()}, expected {grid.describe()}: write the "
+            "shards anew"
+        )
+    for path, values, expected in ((pair.image, record["image"], image), (pair.label, record["label"], label)):
+        differs = (values != expected) & ~(np.isnan(values) & np.isnan(expected))
+        if values.shape != expected.shape or differs.any():
+            first = np.argwhere(differs)[:1].tolist()
+            raise PrepError(
+                f"{path}: chip {record['chip_id']}: {int(differs.sum())} values differ, first at {first}; "
+                "expected none: write the shards anew"
+            )
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; see the module."""
+    parser = argparse.ArgumentParser(prog="python -m data_prep geotiff", description=__doc__)
+    parser.add_argument("folder", type=Path, help="holds train_images, train_labels and so on")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the data set of shards")
+    published = ",".join(map(str, PUBLISHED_BANDS))
+    parser.add_argument(
+        "--bands",
+        help=f"names of the files' bands, None for unused ones; by default their descriptions, else {published}",
+    )
+    parser.add_argument("--season", default="", help="YYYY-MM-DD/YYYY-MM-DD, which the files don't tell")
+    parser.add_argument("--biome", default=records.UNKNOWN_BIOME, help="slug of all chips' biome")
+    parser.add_argument("--sensors", choices=records.SENSORS, default="L30", help="where the files don't tell")
+    parser.add_argument("--verify", action="store_true", help="compare shards and files afterwards, pixel by pixel")
+    parser.add_argument("--verify-only", action="store_true", help="write nothing; compare shards that are there")
+    shards.add_settings(parser)
+    args = parser.parse_args(argv)
+    band_list = bands.parse_band_list(args.bands)
+    if not args.verify_only:
+        fields = {"season": args.season, "biome": args.biome, "sensors": args.sensors}
+        info = convert(args.folder, args.out, band_list=band_list, **fields, **shards.settings_of(args))
+        print(shards.summary(args.out, info))
+    if args.verify or args.verify_only:
+        print(
+            f"{args.out}: {verify(args.folder, args.out, band_list=band_list)} chips equal their files, pixel by pixel"
+        )
+    return 0

@@ -1,0 +1,292 @@
+"""Chips into array_record shards that TFDS opens without TensorFlow, and back.
+
+Record order depends on the seed alone, and equal chips give equal bytes whatever the number of workers. A data set
+appears under its name whole, or not at all.
+"""
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Any
+
+from biomass_jax.data import bands, records
+from biomass_jax.errors import PrepError
+from data_prep.commands import command
+from data_prep.parallel import run_all
+from data_prep.shards.items import index_metadata, items_of
+from data_prep.shards.reader import read, read_metadata, split_counts, verify
+from data_prep.shards.statistics import SPLIT as STATISTICS_SPLIT
+from data_prep.shards.statistics import combine, describe
+from data_prep.shards.writer import CODING, METADATA_KEY, Item, Shard, first_shape, write_shard
+
+NAME, VERSION = "biomass", "1.0.0"  # of the TFDS data set; the record's own version is `schema_version`
+RECORDS_PER_SHARD = 256  # about 100 MB: TFDS's advice, and a few shards for each reading process of a large data set
+LABEL = {"name": "agbd", "units": "Mg ha-1", "none": records.NO_LABEL}
+_DESCRIPTION = "HLS chips (digital numbers) with GEDI above-ground biomass density; metadata.json tells the rest."
+
+
+def write_shards(
+    split_records: Mapping[str, Iterable[Item]],
+    out: str | os.PathLike[str],
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    records_per_shard: int = RECORDS_PER_SHARD,
+    workers: int = 1,
+    executor: Executor | None = None,
+    seed: int = 0,
+    reference_statistics: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write the splits of a data set as shards with TFDS's metadata beside them.
+
+    Args:
+        split_records: for each split its records, or (picklable) calls that read one each, in a fixed order. A split
+            without any is left out with a warning, since TFDS can't open one.
+        out: folder of the data set.
+        metadata: what is known besides (composite, gedi, split, sources ...), JSON-able.
+        records_per_shard: most records of a shard; a split's shards differ by at most one record.
+        workers: writing processes.
+        executor: writes instead of own processes, on machines that share the folder.
+        seed: of the record order.
+        reference_statistics: see `stats.chip_sums`.
+        overwrite: replace a data set that is already there.
+
+    Returns:
+        What `read_metadata` gives.
+
+    Raises:
+        PrepError: something is there already; no record at all; two chips of one chip_id; a shard can't be written.
+        RecordError: a record is not valid, or of another shape or dtype than the first.
+    """
+    out = Path(out)
+    check_free(out, overwrite)
+    if records_per_shard < 1 or workers < 1:
+        raise PrepError(f"records_per_shard {records_per_shard} and workers {workers}: expected 1 or more")
+    splits = {split: items for split, given in split_records.items() if (items := _known(split, list(given)))}
+    if not splits:
+        raise PrepError(f"{out}: no records in any split of {', '.join(split_records) or 'none'}; nothing to write")
+    temporary = out.parent / f".{out.name}.partial"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
+    temporary.mkdir()
+    try:
+        shape, dtype = first_shape(next(iter(splits.values())))
+        tasks = _tasks(temporary, splits, records_per_shard, seed, reference_statistics, shape, dtype)
+        done = list(run_all(write_shard, tasks, workers=workers, executor=executor))
+        _check_unique(done)
+        info = _metadata(done, shape, dtype, reference_statistics, dict(metadata or {}))
+        info["shard_settings"] = {"seed": seed, "records_per_shard": records_per_shard, "coding": CODING}
+        _write_tfds_metadata(temporary, done, shape, dtype, info)
+        _publish(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return info
+
+
+def _tasks(
+    folder: Path,
+    splits: Mapping[str, Sequence[Item]],
+    records_per_shard: int,
+    seed: int,
+    reference: bool,
+    shape: tuple[int, int, int],
+    dtype: str,
+) -> list[tuple[Any, ...]]:
+    """The arguments of `write_shard` for each shard of each split."""
+    tasks: list[tuple[Any, ...]] = []
+    for split, items in splits.items():
+        names = shard_names(split, len(items), records_per_shard)
+        order = shard_order(len(items), split, seed)
+        statistics = reference if split == STATISTICS_SPLIT else None
+        for name, chosen in zip(names, _parts(order, len(names)), strict=True):
+            tasks.append((folder / name, [items[i] for i in chosen], shape, dtype, statistics))
+    return tasks
+
+
+def _known(split: str, items: list[Item]) -> list[Item]:
+    if not split.isidentifier():
+        raise PrepError(f"split {split!r}: expected a name of letters, digits and underscores")
+    if not items:
+        warnings.warn(f"split {split}: no chips, so it is left out (TFDS can't open an empty one)", stacklevel=3)
+    return items
+
+
+def check_free(out: Path, overwrite: bool) -> None:
+    """PrepError where something is in the way of a new data set: anything, or with `overwrite` what is none."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not overwrite:
+        raise PrepError(f"{out}: is there already; remove it, name another folder, or pass --overwrite")
+    if not (out / "dataset_info.json").is_file():
+        raise PrepError(f"{out}: found no dataset_info.json in it, so it is no data set, and is not overwritten")
+
+
+def shard_names(split: str, count: int, records_per_shard: int) -> list[str]:
+    """File names of a split's shards, as TFDS expects them."""
+    shards = -(-count // records_per_shard)
+    return [f"{NAME}-{split}.array_record-{index:05d}-of-{shards:05d}" for index in range(shards)]
+
+
+def shard_order(count: int, split: str, seed: int) -> list[int]:
+    """A permutation of `count` records that is the same on every machine, and with every version of NumPy."""
+    return sorted(range(count), key=lambda index: hashlib.sha256(f"{seed}/{split}/{index}".encode()).digest())
+
+
+def _parts(order: Sequence[int], count: int) -> list[Sequence[int]]:
+    """`count` pieces in order whose lengths differ by at most one."""
+    ends = [len(order) * index // count for index in range(count + 1)]
+    return [order[start:stop] for start, stop in zip(ends, ends[1:], strict=False)]
+
+
+def _check_unique(shards: Iterable[Shard]) -> None:
+    seen: dict[str, str] = {}
+    for shard in shards:
+        split = _split_of(shard)
+        for chip_id, *_ in shard.chips:
+            if chip_id in seen:
+                raise PrepError(f"chip_id {chip_id!r}: found in split {seen[chip_id]} and again in {split}")
+            seen[chip_id] = split
+
+
+def _split_of(shard: Shard) -> str:
+    return shard.file.removeprefix(f"{NAME}-").split(".")[0]
+
+
+def _metadata(
+    shards: Sequence[Shard], shape: tuple[int, int, int], dtype: str, reference: bool, given: dict[str, Any]
+) -> dict[str, Any]:
+    """DESIGN's fields; what was `given` is kept beside them, and inside `chips`."""
+    chips = [chip for shard in shards for chip in shard.chips]
+    counts: dict[str, int] = {}
+    for shard in shards:
+        counts[_split_of(shard)] = counts.get(_split_of(shard), 0) + len(shard.chips)
+    sums = [shard.sums for shard in shards if shard.sums is not None]
+    statistics = describe(combine(sums), reference=reference) if sums else {}
+    if not sums:
+        warnings.warn(f"no split {STATISTICS_SPLIT}, so there are no means and stds", stacklevel=3)
+    about_chips = {"size": list(shape[:2]), "dtype": dtype, "tiles": sorted({tile for _, tile, *_ in chips if tile})}
+    return given | {
+        "schema_version": records.SCHEMA_VERSION,
+        "bands": list(bands.BAND_NAMES),
+        "units": bands.UNITS,
+        "fill": bands.FILL,
+        "means": statistics.get("means"),
+        "stds": statistics.get("stds"),
+        "stat_pixels": statistics.get("stat_pixels", 0),
+        "stat_settings": statistics.get("stat_settings"),
+        "label": LABEL,
+        "season": "; ".join(sorted({season for *_, season, _ in chips if season})),
+        "sensors": sorted({sensor for *_, sensors in chips for sensor in sensors.split("+")}),
+        "chips": given.get("chips", {}) | about_chips | {"counts": counts},
+        "shards": [{"file": s.file, "records": len(s.chips), "sha256": s.sha256} for s in shards],
+        "software": {
+            "biomass_jax": records.SOFTWARE_VERSION,
+            "array_record": importlib.metadata.version("array_record"),
+        },
+    }
+
+
+def _write_tfds_metadata(
+    folder: Path, shards: Sequence[Shard], shape: tuple[int, int, int], dtype: str, info: dict[str, Any]
+) -> None:
+    import tensorflow_datasets as tfds
+
+    template = tfds.core.ShardedFileTemplate(data_dir=folder, dataset_name=NAME, filetype_suffix="array_record")
+    splits = []
+    for split in dict.fromkeys(_split_of(shard) for shard in shards):
+        mine = [shard for shard in shards if _split_of(shard) == split]
+        splits.append(
+            tfds.core.SplitInfo(
+                name=split,
+                shard_lengths=[len(shard.chips) for shard in mine],
+                num_bytes=sum(shard.num_bytes for shard in mine),
+                filename_template=template.replace(split=split),
+            )
+        )
+    text = json.dumps(info, sort_keys=True, allow_nan=False)
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder,
+        features=records.features(shape, dtype),
+        split_infos=splits,
+        version=VERSION,
+        check_data=False,  # that check needs TensorFlow; shards are checked as they are written
+        description=_DESCRIPTION,
+        metadata=tfds.core.MetadataDict({METADATA_KEY: text}),
+    )
+
+
+def _publish(source: Path, target: Path) -> None:
+    """Give a folder its name; one of that name is put aside first and deleted last."""
+    aside = target.parent / f".{target.name}.old"
+    if target.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        target.rename(aside)
+    source.rename(target)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; see the module."""
+    parser = argparse.ArgumentParser(prog="python -m data_prep shards", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of prepared data: chips/chips.parquet, shards/")
+    add_settings(parser)
+    parser.add_argument("--verify", action="store_true", help="write nothing; compare shards with their checksums")
+    args = parser.parse_args(argv)
+    folder = args.out / "shards"
+    if args.verify:
+        print(f"{folder}: {verify(folder)} shards are as they were written")
+        return 0
+    index = args.out / "chips" / "chips.parquet"
+    info = write_shards(items_of(index), folder, metadata=index_metadata(index), **settings_of(args))
+    print(summary(folder, info))
+    return 0
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """The flags of `write_shards`, for each command that writes shards."""
+    parser.add_argument("--records-per-shard", type=int, default=RECORDS_PER_SHARD, help="most chips of a shard")
+    parser.add_argument(
+        "--workers", type=int, default=1, help="writing processes; the bytes are the same for any number"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the order of records")
+    parser.add_argument(
+        "--reference-statistics", action="store_true", help="count zeros in means and stds, as the original does"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a data set that is there already")
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_settings` read, as keywords of `write_shards`."""
+    names = ("records_per_shard", "workers", "seed", "reference_statistics", "overwrite")
+    return {name: getattr(args, name) for name in names}
+
+
+def summary(folder: Path, info: Mapping[str, Any]) -> str:
+    """One line on what was written."""
+    counts = ", ".join(f"{count} {split}" for split, count in info["chips"]["counts"].items())
+    return f"{folder}: {counts} chips in {len(info['shards'])} shards"
+
+
+__all__ = [
+    "add_settings",
+    "check_free",
+    "index_metadata",
+    "items_of",
+    "read",
+    "read_metadata",
+    "settings_of",
+    "shard_names",
+    "shard_order",
+    "split_counts",
+    "summary",
+    "verify",
+    "write_shards",
+]

@@ -1,0 +1,1 @@
+"""The forest world: a forest that a model can learn."""

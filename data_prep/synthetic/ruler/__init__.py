@@ -1,0 +1,1 @@
+"""The ruler world: every pixel and label tells where it belongs."""
