@@ -1,7 +1,15 @@
-"""Where data and runs may lie: paths of this machine, mounted buckets among them."""
+"""Files and folders that appear whole or not at all, their checksums, and where they may lie."""
 
+import hashlib
+import json
+import os
 import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
+from pathlib import Path
+from typing import Any
 
 from biomass_jax.errors import StorageError
 
@@ -40,3 +48,58 @@ def check_local(path: str | PathLike[str] | None, field: str) -> None:
         f"{field} is {scheme}://{found['bucket']}/{rest}; expected a path of this machine. First {advice}, then give "
         f"{given} (launch/README.md, 'Buckets')"
     )
+
+
+@contextmanager
+def replacing(path: str | PathLike[str], suffix: str = "") -> Iterator[Path]:
+    """A hidden place beside a file to write to; at the block's end it is flushed to the disk and renamed.
+
+    Where the block fails, the place is cleared and the file stays as it was.
+
+    Args:
+        path: the file; its folder exists.
+        suffix: ending of the hidden name, for libraries that go by it.
+
+    Raises:
+        OSError: the folder can't be written, or the disk is full.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial{suffix}")
+    try:
+        yield partial
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: str | PathLike[str], text: str) -> None:
+    """Write a text file whole; see `replacing`."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8", newline="")
+
+
+def write_json(path: str | PathLike[str], value: Any, *, indent: int | None = 2) -> None:
+    """Write a JSON file whole, with a newline at its end; see `replacing`.
+
+    Raises:
+        ValueError: NaN or an infinite number, which JSON doesn't have.
+    """
+    write_text(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")
+
+
+def replace_folder(source: Path, target: Path) -> None:
+    """Give a finished folder its name; one of that name is put aside as `.{name}.old` first and deleted last."""
+    aside = target.parent / f".{target.name}.old"
+    if target.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        target.rename(aside)
+    source.rename(target)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def sha256_of(path: str | PathLike[str]) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from biomass_jax.errors import StorageError
+from biomass_jax.runtime import files
 from biomass_jax.runtime.files import check_local
 
 
@@ -31,3 +32,30 @@ def test_an_s3_bucket_gives_its_own_mount():
 def test_other_schemes_are_refused_too():
     with pytest.raises(StorageError, match="copy it here, or mount the storage, then give /mnt/h/x "):
         check_local("https://h/x", "config.data.path")
+
+
+def test_a_file_appears_whole_or_stays_as_it_was(tmp_path):
+    path = tmp_path / "a.json"
+    files.write_json(path, {"b": [1, 2]})
+    assert path.read_text() == '{\n  "b": [\n    1,\n    2\n  ]\n}\n'
+    with pytest.raises(ValueError, match="JSON"):
+        files.write_json(path, float("nan"))
+    with pytest.raises(KeyError), files.replacing(path, ".tif") as partial:
+        assert partial.name == ".a.json.partial.tif"
+        partial.write_text("half")
+        raise KeyError
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    assert path.read_text().startswith("{")
+
+
+def test_a_folder_takes_the_place_of_another(tmp_path):
+    for name in ("new", "old", ".old.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    files.replace_folder(tmp_path / "new", tmp_path / "old")
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")) == ["old", "old/new"]
+
+
+def test_checksum(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")  # FIPS 180-2, appendix B.1
+    assert files.sha256_of(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
