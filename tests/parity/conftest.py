@@ -49,25 +49,37 @@ def micro_eval(golden, micro_variables):
 
 
 @pytest.fixture(scope="session")
-def micro_step(golden):
-    """(params, batch_stats) -> loss, output, gradients and new batch_stats in train mode, on the golden batch."""
-    batch = np.load(golden / "micro" / "train_step.npz")
-    model = BiomassModel(**MICRO, drop_path_rate=0.0, head_dropout=0.0)
-    image, target = batch["input"].transpose(0, 2, 3, 1), batch["target"]
+def make_micro_step(golden):
+    """Makes for a float type (params, batch_stats) -> loss, output, gradients and new batch_stats in train mode, on
+    the golden batch.
+    """
 
-    def total_of(params, batch_stats):
-        variables = {"params": params, "batch_stats": batch_stats}
-        output, state = model.apply(variables, image, train=True, mutable=["batch_stats"])
-        total, count = loss_sums(output, target, "rmse")
-        return total, (count, output, state["batch_stats"])
+    def make(dtype):
+        batch = np.load(golden / "micro" / "train_step.npz")
+        model = BiomassModel(**MICRO, drop_path_rate=0.0, head_dropout=0.0, dtype=dtype)
+        image, target = batch["input"].transpose(0, 2, 3, 1).astype(dtype), batch["target"].astype(dtype)
 
-    @jax.jit
-    def step(params, batch_stats):
-        (total, (count, output, batch_stats)), gradients = jax.value_and_grad(total_of, has_aux=True)(
-            params, batch_stats
-        )
-        # As accumulation has it: the derivative of the loss by the sum, times the gradient of the sum.
-        loss, slope = jax.value_and_grad(finish)(total, count, "rmse")
-        return loss, output, jax.tree.map(lambda g: slope * g, gradients), batch_stats
+        def total_of(params, batch_stats):
+            variables = {"params": params, "batch_stats": batch_stats}
+            output, state = model.apply(variables, image, train=True, mutable=["batch_stats"])
+            total, count = loss_sums(output, target, "rmse")
+            return total, (count, output, state["batch_stats"])
 
-    return step
+        @jax.jit
+        def step(params, batch_stats):
+            (total, (count, output, batch_stats)), gradients = jax.value_and_grad(total_of, has_aux=True)(
+                params, batch_stats
+            )
+            # As accumulation has it: the derivative of the loss by the sum, times the gradient of the sum.
+            loss, slope = jax.value_and_grad(finish)(total, count, "rmse")
+            return loss, output, jax.tree.map(lambda g: slope * g, gradients), batch_stats
+
+        return step
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def micro_step(make_micro_step):
+    """The step in float32."""
+    return make_micro_step(np.float32)
