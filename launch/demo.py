@@ -10,9 +10,12 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+from biomass_jax.runtime.progress import duration
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = "tests/golden/ckpt_micro_cli/state_dict.ckpt"  # real, but tiny: 125,327 parameters, three epochs
@@ -36,6 +39,10 @@ MADE = (
     "maps",
     "notebook",
 )
+
+
+# What each stage takes on two cores; the first demo compiles, and later ones are faster.
+USUAL_SECONDS = (12, 6, 2, 38, 81, 6, 8, 5, 6)
 
 
 class DemoError(Exception):
@@ -94,20 +101,24 @@ def stages(out: Path) -> list[tuple[str, list[str]]]:
     ]
 
 
+def estimate(elapsed: Sequence[float]) -> float | None:
+    """Seconds left once the first stages took `elapsed`, by the stages' usual times; None before the first is done."""
+    done = sum(USUAL_SECONDS[: len(elapsed)])
+    return sum(elapsed) / done * sum(USUAL_SECONDS[len(elapsed) :]) if elapsed else None
+
+
 def run(title: str, command: list[str]) -> None:
-    """Print a stage's title and command, run it, print its time.
+    """Print a stage's command and run it.
 
     Raises:
         DemoError: the command failed.
     """
-    print(f"\n== {title}\n$ python {shlex.join(command)}", flush=True)
+    print(f"$ python {shlex.join(command)}", flush=True)
     # The second demo takes its compiled programs from here.
     environment = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax-demo"), "MPLBACKEND": "Agg", **os.environ}
-    began = time.monotonic()
     code = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment).returncode
     if code:
         raise DemoError(f"'{title}' failed with exit code {code}; the command is printed above")
-    print(f"   {time.monotonic() - began:.1f} s")
 
 
 def beside_truth(out: Path) -> tuple[Path, float]:
@@ -167,9 +178,16 @@ def main(argv: list[str] | None = None) -> int:
     began = time.monotonic()
     for folder in MADE:
         shutil.rmtree(ROOT / out / folder, ignore_errors=True)
+    elapsed: list[float] = []
     try:
-        for title, command in stages(out):
+        for title, command in (found := stages(out)):
+            left = estimate(elapsed)
+            about = "" if left is None else f", about {duration(left)} left"
+            print(f"\n== {len(elapsed) + 1} of {len(found)}{about}: {title}", flush=True)
+            began_stage = time.monotonic()
             run(title, command)
+            elapsed.append(time.monotonic() - began_stage)
+            print(f"   {elapsed[-1]:.1f} s")
     except DemoError as error:
         print(f"\nmake demo: {error}", file=sys.stderr)
         return 1
