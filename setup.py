@@ -10,7 +10,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "biomass_jax" / "__init__.py").read_text(), re.M).group(1)
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "biomass_jax" / "version.py").read_text(), re.M).group(1)
 
 CORE = [
     # 0.10 is the oldest that Flax 0.12.8 takes. Below 0.13, because each minor release drops deprecated names; 0.10 and

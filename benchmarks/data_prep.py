@@ -16,14 +16,13 @@ from typing import Any
 
 import numpy as np
 import rasterio
-from affine import Affine
 
 from benchmarks import common, composite, suite
-from benchmarks.table import Row
+from benchmarks.table import TableRow
 from biomass_jax.data import records
+from biomass_jax.data.sources import ShardSource
 from data_prep.gedi.orbits import convert_granule
 from data_prep.shards import geotiff
-from data_prep.shards import write as shards
 from data_prep.synthetic.gedi_file import BEAMS, granule_name, seconds_since_epoch, shot_numbers, write_gedi
 
 FOLDER = common.FOLDER / "data_prep"
@@ -35,42 +34,6 @@ ORBIT, ORBIT_TIME = 8852, datetime(2020, 7, 1, 18, 45, 12)
 BEAM_SHOTS = 60_000  # half of what a quarter of an orbit has, most of it over sea
 BOX = (-122.0, 37.0, -120.8, 38.0)  # about an HLS tile
 Found = tuple[dict[str, Any], Callable[[], dict[str, Any]]]
-
-
-def make_chip(index: int) -> tuple[np.ndarray, np.ndarray]:
-    """A made-up chip: (10, 224, 224) float32 digital numbers, as integers, and (224, 224) float32 labels."""
-    rng = np.random.default_rng(index)
-    rows, cols = np.mgrid[:SIDE, :SIDE] / SIDE
-    image = np.empty((10, SIDE, SIDE), np.float32)
-    for band in range(10):
-        waves = sum(np.sin(2 * np.pi * (a * rows + b * cols + c)) for a, b, c in rng.uniform(0, 9, (3, 3)))
-        image[band] = np.rint(400 * (band + 2) + 150 * waves + rng.normal(0, 40, (SIDE, SIDE)))
-    label = np.full(SIDE * SIDE, -1, np.float32)
-    label[rng.choice(label.size, 250, replace=False)] = rng.gamma(2, 50, 250)
-    return image, label.reshape(SIDE, SIDE)
-
-
-def write_geotiffs(folder: Path, count: int) -> None:
-    """`count` chips in the published layout, train only."""
-    form = {
-        "driver": "GTiff",
-        "width": SIDE,
-        "height": SIDE,
-        "dtype": "float32",
-        "compress": "lzw",
-        "interleave": "pixel",
-    }
-    place = {"crs": "EPSG:32610", "nodata": -9999}
-    for index in range(count):
-        image, label = make_chip(index)
-        tile, cell = divmod(index, 256)
-        transform = Affine(30, 0, 600000 + cell % 16 * SIDE * 30, 0, -30, 4200000 - cell // 16 * SIDE * 30)
-        name = f"T10S{chr(65 + tile // 26)}{chr(65 + tile % 26)}_{cell}_tile"
-        for kind, ending, values in (("images", "img", image), ("labels", "label", label[None])):
-            path = folder / f"train_{kind}" / f"{name}_{ending}.tif"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with rasterio.open(path, "w", count=len(values), transform=transform, **form, **place) as dst:
-                dst.write(values)
 
 
 def read_geotiff(image: Path, label: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -105,57 +68,59 @@ def write_orbit(path: Path) -> Path:
     return write_gedi(path, beams)
 
 
-def measure(settings: suite.Settings) -> suite.Part:
+def measure(settings: suite.Settings) -> suite.SuitePart:
     """All of it."""
     found = [measure_composite(settings), measure_footprints(), measure_shards()]
     rows = [row for part in found for row in part.rows]
-    return suite.Part(rows, {key: value for part in found for key, value in part.raw.items()})
+    return suite.SuitePart(rows, {key: value for part in found for key, value in part.raw.items()})
 
 
-def measure_composite(settings: suite.Settings) -> suite.Part:
+def measure_composite(settings: suite.Settings) -> suite.SuitePart:
     """M scene-pixels/s of a composite; the limit is reading the same files and nothing else."""
     threads = min(8, len(os.sched_getaffinity(0)))
     result = composite.benchmark(SCENES, SCENE_SIDE, threads, settings.turns(composite.ROUNDS))
     pixels = SCENES * SCENE_SIDE**2 / 1e6
     rates = {way: [pixels / run["seconds"] for run in found["runs"]] for way, found in result["ways"].items()}
     name = f"composite of {SCENES} scenes, {SCENE_SIDE} px"
-    row = Row("prep", name, "Mpx/s", rates["ours"], rates.get("rival", []), rates["decode"])
+    row = TableRow("prep", name, "Mpx/s", rates["ours"], rates.get("rival", []), rates["decode"])
     held = {way: found["peak_rss_gib"] for way, found in result["ways"].items()}
     memory = suite.memory_row("prep", "memory of a composite", held["ours"], held.get("rival"))
-    return suite.Part([row, memory], {"composite": result})
+    return suite.SuitePart([row, memory], {"composite": result})
 
 
-def measure_footprints() -> suite.Part:
+def measure_footprints() -> suite.SuitePart:
     """M shots of the orbit/s from HDF5 to GeoParquet."""
     orbit = write_orbit(FOLDER / "gedi" / granule_name(ORBIT_TIME, ORBIT))
     found = common.ask("benchmarks.data_prep", "footprints", orbit=str(orbit))
     shutil.rmtree(FOLDER)
     labels = {"orbit": "footprints of an orbit", "tile": "footprints over a tile"}
     rows = [
-        Row("prep", label, "Mshots/s", [rate / 1e6 for rate in found["shots_per_s"][name]])
+        TableRow("prep", label, "Mshots/s", [rate / 1e6 for rate in found["shots_per_s"][name]])
         for name, label in labels.items()
     ]
-    return suite.Part(rows, {"footprints": found | {"shots": len(BEAMS) * BEAM_SHOTS}})
+    return suite.SuitePart(rows, {"footprints": found | {"shots": len(BEAMS) * BEAM_SHOTS}})
 
 
-def measure_shards() -> suite.Part:
+def measure_shards() -> suite.SuitePart:
     """Chips/s of writing shards, and of reading them beside reading the GeoTIFFs."""
     shutil.rmtree(FOLDER, ignore_errors=True)
     geotiffs, shards = FOLDER / "geotiffs", FOLDER / "shards"
-    write_geotiffs(geotiffs, CHIPS)
-    places = {"geotiffs": str(geotiffs), "shards_folder": str(shards)}
+    suite.write_geotiffs(geotiffs, CHIPS)
+    places: dict[str, Any] = {"geotiffs": str(geotiffs), "shards_folder": str(shards)}
     writing = {workers: common.ask("benchmarks.data_prep", "writing", workers=workers, **places) for workers in (1, 2)}
     reading = common.ask("benchmarks.data_prep", "reading", **places)
     size = {folder.name: _kib_per_chip(folder) for folder in (geotiffs, shards)}
     shutil.rmtree(FOLDER)
     rows = [
-        Row("prep", f"write shards, {workers} process{'es' * (workers > 1)}", "chips/s", [found["chips_per_s"]])
+        TableRow("prep", f"write shards, {workers} process{'es' * (workers > 1)}", "chips/s", [found["chips_per_s"]])
         for workers, found in writing.items()
     ]
     rate = reading["chips_per_s"]
-    rows.append(Row("prep", "read shards; rival: GeoTIFFs", "chips/s", rate["shards"], rate["geotiff"]))
-    rows.append(Row("prep", "a chip on disk; rival: GeoTIFF", "KiB", [size["shards"]], [size["geotiffs"]], less=True))
-    return suite.Part(rows, {"writing": writing, "reading": reading, "kib_per_chip": size})
+    rows.append(TableRow("prep", "read shards; rival: GeoTIFFs", "chips/s", rate["shards"], rate["geotiff"]))
+    rows.append(
+        TableRow("prep", "a chip on disk; rival: GeoTIFF", "KiB", [size["shards"]], [size["geotiffs"]], less=True)
+    )
+    return suite.SuitePart(rows, {"writing": writing, "reading": reading, "kib_per_chip": size})
 
 
 def _kib_per_chip(folder: Path) -> float:
@@ -165,7 +130,7 @@ def _kib_per_chip(folder: Path) -> float:
 def job_writing(geotiffs: str, shards_folder: str, workers: int) -> Found:
     """Chips/s from GeoTIFFs to checked shards: reading, encoding, compressing, statistics, reading back."""
     # two shards a worker, so that none waits for long
-    settings = {"records_per_shard": -(-CHIPS // (2 * workers)), "workers": workers, "overwrite": True}
+    settings: dict[str, Any] = {"records_per_shard": -(-CHIPS // (2 * workers)), "workers": workers, "overwrite": True}
     seconds = common.timed(lambda: geotiff.convert(Path(geotiffs), Path(shards_folder), **settings))
     return {"chips_per_s": CHIPS / seconds, "peak_rss_gib": common.peak_rss_gib()}, dict
 
@@ -173,7 +138,7 @@ def job_writing(geotiffs: str, shards_folder: str, workers: int) -> Found:
 def job_reading(geotiffs: str, shards_folder: str) -> Found:
     """Chips/s of shards and of GeoTIFFs, in turns in one process, in random order, files in the page cache."""
     pairs = geotiff.find_pairs(Path(geotiffs))[0]["train"]
-    source = shards.read(Path(shards_folder), "train")
+    source = ShardSource(Path(shards_folder), "train")
     order = np.random.default_rng(0).permutation(len(pairs)).tolist()
     ways: dict[str, Callable[[], Iterable[Any]]] = {
         "geotiff": lambda: (read_geotiff(*pairs[i]) for i in order),

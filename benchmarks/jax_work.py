@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import common, trace
+from benchmarks import common
+from benchmarks.programs import trace
 
 Once = Callable[[], dict[str, Any]]
 
@@ -65,7 +66,7 @@ def forward(bundle: str, batch_size: int, dtype: str) -> tuple[dict[str, Any], O
     predict = Forward(opened, dtype=dtype, matmul_precision="highest", model_fn=None, **places)
     chips = np.random.default_rng(0).integers(1, 5000, (batch_size, 224, 224, 6)).astype(np.int16)
     images = jax.device_put(chips)
-    seconds_compile = common.timed(lambda: predict.wait(images.shape, images.dtype))
+    seconds_compile = common.timed(lambda: jax.block_until_ready(predict(images, opened.fill)))
     results: list[Any] = []
 
     def call() -> None:
@@ -93,10 +94,10 @@ def training(shards: str, batch_size: int, dtype: str, fields: dict[str, Any], s
 
 def built(config: Any) -> tuple[Any, dict[str, jax.Array]]:
     """A run as `biomass_jax.main` builds it, closed, and its first batch."""
-    from biomass_jax.training.build import build_run
+    from biomass_jax.training.run import set_up
 
     with tempfile.TemporaryDirectory() as folder:
-        run = build_run(config, Path(folder), command="")
+        run = set_up(config, Path(folder), command="")
         batch = next(run.feed.batches(start=0)).arrays
         run.close()
     return run, batch
@@ -104,7 +105,8 @@ def built(config: Any) -> tuple[Any, dict[str, jax.Array]]:
 
 def stepping(program: Any, state: Any, batch: Any) -> Callable[[], float]:
     """Seconds of the step, whose state goes from one call to the next."""
-    held, metrics = [state], []
+    held: list[Any] = [state]
+    metrics: list[Any] = []
 
     def call() -> None:
         held[0], found = program(held[0], batch)
@@ -134,11 +136,12 @@ def breakdown(shards: str, batch_size: int, dtype: str, fields: dict[str, Any]) 
 
     `kinds` among the facts: share of the step by kind of operation, of one traced step.
     """
-    from biomass_jax.training.steps import KEEP_BARRIERS, StepSettings, accumulated_sums
+    from biomass_jax.runtime import cpu
+    from biomass_jax.training.steps import StepSettings, accumulated_sums
 
-    options = KEEP_BARRIERS if jax.default_backend() == "cpu" else None  # as the step has it
+    on_cpu = jax.default_backend() == "cpu"  # there the step is traced and compiled by other means
     run, batch = built(training(shards, batch_size, dtype, fields))
-    task, state, key = run.choice.task, run.state, jax.random.key(0)
+    task, state, key = run.task, run.state, jax.random.key(0)
     settings = StepSettings(seed=0, trainable=jax.tree.map(lambda _: True, state.params))
 
     def inputs(state: Any, batch: Any) -> Any:
@@ -153,7 +156,14 @@ def breakdown(shards: str, batch_size: int, dtype: str, fields: dict[str, Any]) 
     parts: dict[str, Callable[[], float]] = {}
     for name, function in (("inputs", inputs), ("forward", loss), ("backward", gradient)):
         parts[name] = evaluating(
-            jax.jit(function, compiler_options=options).lower(state, batch).compile(), state, batch
+            jax.jit(
+                cpu.for_training(function) if on_cpu else function,
+                compiler_options=cpu.COMPILER_OPTIONS if on_cpu else None,
+            )
+            .lower(state, batch)
+            .compile(),
+            state,
+            batch,
         )
     held = {name: timing() for name, timing in parts.items()}  # warm, and before the step takes the state away
     program = run.steps.train.lower(state, batch).compile()
@@ -209,10 +219,10 @@ def waiting(
 
 def map_scene(bundle: str, scene: str, out: str) -> tuple[dict[str, Any], Once]:
     """Seconds of a map in a running process, and where they go; stages overlap."""
-    from biomass_jax.main import local_shardings
     from biomass_jax.prediction.predictor import Predictor
+    from biomass_jax.runtime.mesh import local_placement
 
-    predictor = Predictor.open(bundle, **local_shardings())
+    predictor = Predictor.open(bundle, **local_placement())
     predictor.warm_up()
 
     def once() -> dict[str, Any]:

@@ -3,11 +3,10 @@
 `python -m benchmarks.model` is `python -m benchmarks.run --only model --rival none`.
 """
 
-import sys
 from typing import Any
 
 from benchmarks import common, suite
-from benchmarks.table import Row, Target
+from benchmarks.table import TableRow, Target
 
 FORWARD_ROUNDS, STEP_ROUNDS = 9, 5
 # Times the rival's speed, float32 on two cores, by batch size.
@@ -18,14 +17,14 @@ AHEAD = Target("ratio", ">=", 1.0)
 GPU_FORWARD, GPU_STEP = Target("ours", ">=", 9000), Target("ours", ">=", 3000)  # chips/s
 
 
-def measure(settings: suite.Settings) -> suite.Part:
+def measure(settings: suite.Settings) -> suite.SuitePart:
     """The forward pass."""
     arguments = {"bundle": settings.bundle, "dtype": settings.dtype}
     targets = FORWARD_TARGETS if settings.device == "cpu" else {}
     return over_sizes(settings, "model", "forward", settings.forward_sizes, arguments, targets)
 
 
-def measure_steps(settings: suite.Settings) -> suite.Part:
+def measure_steps(settings: suite.Settings) -> suite.SuitePart:
     """The training step."""
     targets = dict.fromkeys(settings.step_sizes, STEP_TARGET) if settings.device == "cpu" else {}
     return over_sizes(settings, "train", "step", settings.step_sizes, settings.training, targets)
@@ -38,12 +37,12 @@ def over_sizes(
     sizes: tuple[int, ...],
     arguments: dict[str, Any],
     targets: dict[int, Target],
-) -> suite.Part:
+) -> suite.SuitePart:
     """One job at each batch size, ours and every rival in turns; a size that doesn't fit is noted and left out."""
     work = common.CHIP_GFLOP * (common.TRAINING if job == "step" else 1)
     rounds = settings.turns(STEP_ROUNDS if job == "step" else FORWARD_ROUNDS)
-    found = suite.Part(raw={"runs": {}, "failed": {}})
-    best: list[Row] = []
+    found = suite.SuitePart(raw={"runs": {}, "failed": {}})
+    best: list[TableRow] = []
     for size in sizes:
         try:
             facts, runs = one_size(settings, job, size, rounds, arguments)
@@ -64,7 +63,7 @@ def over_sizes(
     if settings.device == "gpu" and best:
         top = max(best, key=lambda row: common.spread(row.ours)["median"])
         goal = GPU_STEP if job == "step" else GPU_FORWARD
-        found.rows.append(Row(part, f"best of {job}", "chips/s", top.ours, limit=top.limit, target=goal))
+        found.rows.append(TableRow(part, f"best of {job}", "chips/s", top.ours, limit=top.limit, target=goal))
     return found
 
 
@@ -74,7 +73,7 @@ def one_size(
     """Facts and rounds of ours and of the rivals at one batch size."""
     env = settings.env()
     with common.Crew() as workers:
-        own = settings.training_env() if job == "step" else env
+        own = settings.env() if job == "step" else env
         workers["ours"] = common.Worker(suite.OURS, job, own, batch_size=size, **arguments)
         for rival in settings.rivals:
             shared = {"weights": suite.weights(settings.bundle), "batch_size": size, "dtype": settings.dtype}
@@ -86,11 +85,11 @@ def one_size(
 
 def extra_rows(
     settings: suite.Settings, part: str, job: str, size: int, facts: dict[str, Any], runs: suite.Runs
-) -> list[Row]:
+) -> list[TableRow]:
     """Compiling, and the memory of a step or on a GPU."""
     compiled = [facts["compiled"]["seconds_first"]] if "compiled" in facts else []
     compiling = [facts["ours"]["seconds_compile"]]
-    rows = [Row(part, f"compile {job}, batch {size}", "s", compiling, compiled, less=True)]
+    rows = [TableRow(part, f"compile {job}, batch {size}", "s", compiling, compiled, less=True)]
     if job == "step" or settings.device == "gpu":
         rival = settings.rivals[0] if settings.rivals else None
         theirs = max(common.column(runs[rival], "memory_gib")) if rival else None
@@ -99,9 +98,3 @@ def extra_rows(
             suite.memory_row(part, f"memory of {job}, batch {size}", facts["ours"]["memory_gib"], theirs, target)
         )
     return rows
-
-
-if __name__ == "__main__":
-    from benchmarks import run
-
-    run.main(["--only", "model", "--rival", "none", *sys.argv[1:]])

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import common, suite
-from benchmarks.table import Row, Target
+from benchmarks.table import TableRow, Target
 
 SIDE = 1098  # px; 36 tiles
 MAP_ROUNDS, START_ROUNDS = 3, 3
@@ -43,14 +43,14 @@ def scene(side: int, folder: Path = common.FOLDER, seed: int = 0) -> Path:
     return path
 
 
-def measure(settings: suite.Settings) -> suite.Part:
+def measure(settings: suite.Settings) -> suite.SuitePart:
     """Both."""
     found = measure_map(settings)
     start = measure_start(settings)
-    return suite.Part(found.rows + start.rows, {"map": found.raw, "start": start.raw})
+    return suite.SuitePart(found.rows + start.rows, {"map": found.raw, "start": start.raw})
 
 
-def measure_map(settings: suite.Settings) -> suite.Part:
+def measure_map(settings: suite.Settings) -> suite.SuitePart:
     """A raster in a running process; the rival's way is the original's, eager and float32."""
     places = {"scene": str(scene(SIDE)), "out": str(common.FOLDER / "ours.tif")}
     rival = "eager" if "eager" in settings.rivals else None
@@ -70,13 +70,13 @@ def measure_map(settings: suite.Settings) -> suite.Part:
     goal = MAP_TARGET if settings.device == "cpu" else None
     held = {way: max(common.column(found, "memory_gib")) for way, found in runs.items()}
     rows = [
-        Row("predict", name, "s", seconds, theirs, limit, less=True, target=goal),
+        TableRow("predict", name, "s", seconds, theirs, limit, less=True, target=goal),
         suite.memory_row("predict", "memory of a mapping process", held["ours"], held.get(rival or ""), MEMORY_TARGET),
     ]
-    return suite.Part(rows, {"rounds": runs})
+    return suite.SuitePart(rows, {"rounds": runs})
 
 
-def measure_start(settings: suite.Settings) -> suite.Part:
+def measure_start(settings: suite.Settings) -> suite.SuitePart:
     """Seconds from the start of a process to its end, with sixteen chips mapped in between.
 
     Ours as a user starts it, with an empty and with a filled compilation cache; the rival imports torch and rasterio
@@ -108,10 +108,10 @@ def measure_start(settings: suite.Settings) -> suite.Part:
     goal = START_TARGET if settings.device == "cpu" else None
     name = f"process start to {CHIPS} maps"
     rows = [
-        Row("predict", f"{name}, compiled before", "s", seconds["warm"], theirs, less=True, target=goal),
-        Row("predict", f"{name}, empty cache", "s", seconds["cold"], theirs, less=True),
+        TableRow("predict", f"{name}, compiled before", "s", seconds["warm"], theirs, less=True, target=goal),
+        TableRow("predict", f"{name}, empty cache", "s", seconds["cold"], theirs, less=True),
     ]
-    return suite.Part(rows, {"seconds": seconds})
+    return suite.SuitePart(rows, {"seconds": seconds})
 
 
 def _run(command: list[str], env: dict[str, str]) -> None:

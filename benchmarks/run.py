@@ -1,6 +1,6 @@
 """The benchmark suite: `python -m benchmarks.run [--only model,predict,train,input,prep]`.
 
-Ours beside the PyTorch original's model (benchmarks/torch_rival.py), each in a process of its own, in turns on one
+Ours beside the PyTorch original's model (benchmarks/rival/model.py), each in a process of its own, in turns on one
 machine; the two are compared on shared weights first. Prints one table and writes JSON with the machine, the versions
 and the spread. On a machine with a GPU: bfloat16 over batch sizes beside torch.compile. More parts on demand:
 `breakdown` (where a training step's time goes) and `roofline` (no GPU needed).
@@ -15,9 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import common, data_prep, model, predict, roofline, suite, table, train
+from benchmarks import common, data_prep, model, predict, suite, table, train
+from benchmarks.programs import roofline
 
-PARTS: dict[str, Callable[[suite.Settings], suite.Part]] = {
+PARTS: dict[str, Callable[[suite.Settings], suite.SuitePart]] = {
     "model": model.measure,
     "predict": predict.measure,
     "train": train.measure,
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if settings.rivals and not suite.has_torch() and set(parts) - ALONE:
         raise SystemExit("torch is not installed: pip install -e '.[bench]', or give --rival none for ours alone")
     result: dict[str, Any] = {"machine": common.machine(), "settings": vars(settings), "check": None, "parts": {}}
-    rows: list[table.Row] = []
+    rows: list[table.TableRow] = []
     try:
         if settings.rivals and set(parts) - ALONE:
             result["check"] = suite.check_rival(settings)

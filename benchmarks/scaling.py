@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common
-from benchmarks.collectives import by_kind, collectives
+from benchmarks.programs.collectives import by_kind, collectives
 
 SIDE = 224  # px
 CHIPS_A_DEVICE = 16
@@ -66,15 +66,15 @@ def compile_step(case: Case) -> tuple[Any, Any]:
     from biomass_jax.data.sources import DatasetInfo
     from biomass_jax.runtime import mesh as sharding
     from biomass_jax.tasks.create import choose
-    from biomass_jax.training.build import plan_steps
+    from biomass_jax.training.run import plan_steps
     from biomass_jax.training.state import planned_state
 
     config = run_config(case)
     info = DatasetInfo("made up", "train", 0, {}, (SIDE, SIDE, 6), np.dtype(np.int16), -9999.0)
     mesh = sharding.create_mesh(jax.devices(), **config.mesh)
-    plan = plan_steps(
-        config, choose(config, _Chips(info), None, command=""), mesh, total_steps=100_000, steps_per_epoch=1000
-    )
+    described: Any = _Chips(info)
+    task, _ = choose(config, described, None, command="")
+    plan = plan_steps(config, task, mesh, total_steps=100_000, steps_per_epoch=1000)
     state, rows = planned_state(plan.init, plan.shardings), sharding.batch_sharding(mesh)
     batch = {
         "image": jax.ShapeDtypeStruct((config.batch_size, *info.image_shape), info.image_dtype, sharding=rows),

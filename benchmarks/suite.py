@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import rasterio
+from affine import Affine
 
 from benchmarks import common
-from benchmarks.table import Row, Target
-from biomass_jax.runtime import huge_pages
+from benchmarks.table import TableRow, Target
+from biomass_jax.data import records
 
-OURS, RIVAL = "benchmarks.jax_work", "benchmarks.torch_work"
+SIDE = records.CHIP_SIZE
+
+OURS, RIVAL = "benchmarks.jax_work", "benchmarks.rival.work"
 RIVALS = ("eager", "compiled")
 # Rate of large bfloat16 matrix products measured on an H200, TFLOP/s; an H100 has the same cores.
 HOPPER_TFLOPS = 790.0
@@ -74,10 +78,6 @@ class Settings:
             found |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         return found
 
-    def training_env(self) -> dict[str, str]:
-        """Environment of a worker that trains: as `biomass_jax.main` starts a run."""
-        return self.env() | huge_pages.environment()
-
     @property
     def torch_device(self) -> str:
         """The device's name in torch."""
@@ -90,7 +90,7 @@ class Settings:
 
 
 @dataclass
-class Part:
+class SuitePart:
     """What a part of the suite found.
 
     Attributes:
@@ -98,7 +98,7 @@ class Part:
         raw: everything else, for the JSON.
     """
 
-    rows: list[Row] = field(default_factory=list)
+    rows: list[TableRow] = field(default_factory=list)
     raw: dict[str, Any] = field(default_factory=dict)
 
 
@@ -119,14 +119,49 @@ def weights(source: str) -> str:
     return str(path)
 
 
+def make_chip(index: int) -> tuple[np.ndarray, np.ndarray]:
+    """A made-up chip: (10, 224, 224) float32 digital numbers, as integers, and (224, 224) float32 labels."""
+    rng = np.random.default_rng(index)
+    rows, cols = np.mgrid[:SIDE, :SIDE] / SIDE
+    image = np.empty((10, SIDE, SIDE), np.float32)
+    for band in range(10):
+        waves = sum(np.sin(2 * np.pi * (a * rows + b * cols + c)) for a, b, c in rng.uniform(0, 9, (3, 3)))
+        image[band] = np.rint(400 * (band + 2) + 150 * waves + rng.normal(0, 40, (SIDE, SIDE)))
+    label = np.full(SIDE * SIDE, -1, np.float32)
+    label[rng.choice(label.size, 250, replace=False)] = rng.gamma(2, 50, 250)
+    return image, label.reshape(SIDE, SIDE)
+
+
+def write_geotiffs(folder: Path, count: int) -> None:
+    """`count` chips in the published layout, train only."""
+    form = {
+        "driver": "GTiff",
+        "width": SIDE,
+        "height": SIDE,
+        "dtype": "float32",
+        "compress": "lzw",
+        "interleave": "pixel",
+    }
+    place = {"crs": "EPSG:32610", "nodata": -9999}
+    for index in range(count):
+        image, label = make_chip(index)
+        tile, cell = divmod(index, 256)
+        transform = Affine(30, 0, 600000 + cell % 16 * SIDE * 30, 0, -30, 4200000 - cell // 16 * SIDE * 30)
+        name = f"T10S{chr(65 + tile // 26)}{chr(65 + tile % 26)}_{cell}_tile"
+        for kind, ending, values in (("images", "img", image), ("labels", "label", label[None])):
+            path = folder / f"train_{kind}" / f"{name}_{ending}.tif"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with rasterio.open(path, "w", count=len(values), transform=transform, **form, **place) as dst:
+                dst.write(values)
+
+
 def shards() -> Path:
     """Shards of chips with texture, which zstd can't do away with; written once. Returns their folder."""
-    from benchmarks.data_prep import make_chip
-    from biomass_jax.data import records
+    from biomass_jax.data.shards import split_counts
     from data_prep.shards import write as writer
 
     path = common.FOLDER / "train_shards"
-    if (path / "dataset_info.json").exists() and writer.read_metadata(path)["chips"]["counts"]["train"] == CHIPS:
+    if (path / "dataset_info.json").exists() and split_counts(path)["train"] == CHIPS:
         return path
 
     def record(split: str, index: int) -> records.Record:
@@ -174,7 +209,7 @@ def timing_row(
     chips: int,
     work: float,
     target: Target | None = None,
-) -> Row:
+) -> TableRow:
     """Seconds on CPU, chips/s on a GPU, beside what the matrix products alone would take at the peak.
 
     Args:
@@ -193,17 +228,16 @@ def timing_row(
     ours = common.column(runs["ours"], "seconds")
     theirs = common.column(runs[rival], "seconds") if rival else []
     limit = [work * chips / peak for peak in peaks]
-    values = {"ours": ours, "rival": theirs, "limit": limit}
     if settings.device == "cpu":
-        return Row(part, name, "s", **values, less=True, target=target)
-    rates = {key: [chips / seconds for seconds in found] for key, found in values.items()}
-    return Row(part, name, "chips/s", **rates, target=target)
+        return TableRow(part, name, "s", ours, theirs, limit, less=True, target=target)
+    ours, theirs, limit = ([chips / seconds for seconds in found] for found in (ours, theirs, limit))
+    return TableRow(part, name, "chips/s", ours, theirs, limit, target=target)
 
 
-def memory_row(part: str, name: str, ours: float, rival: float | None, target: Target | None = None) -> Row:
+def memory_row(part: str, name: str, ours: float, rival: float | None, target: Target | None = None) -> TableRow:
     """Peak memory; both in GiB."""
     theirs = [] if rival is None else [rival * GB]
-    return Row(part, name, "GB", [ours * GB], theirs, less=True, target=target)
+    return TableRow(part, name, "GB", [ours * GB], theirs, less=True, target=target)
 
 
 def named(what: str, rival: str | None) -> str:

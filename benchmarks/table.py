@@ -28,7 +28,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One line of the table; each list has one value a round, those of a round taken side by side.
 
     Attributes:
@@ -126,6 +126,6 @@ def spans(values: Sequence[float], unit: str) -> str:
     return f"{number(found['median'], unit)} ({low}-{high})"
 
 
-def show(rows: Sequence[Row]) -> None:
+def show(rows: Sequence[TableRow]) -> None:
     """Print the table."""
     common.print_table(HEADER, [row.cells() for row in rows])

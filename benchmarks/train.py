@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from benchmarks import common, model, suite
-from benchmarks.table import Row, Target
+from benchmarks.table import TableRow, Target
 
 GEOTIFFS = common.FOLDER / "train_geotiffs"
 FILES = 128  # chips as GeoTIFFs
@@ -16,24 +16,22 @@ BATCH = 4
 WAITING_TARGET = Target("ours", "<", 2.0)  # % of the time
 
 
-def measure(settings: suite.Settings) -> suite.Part:
+def measure(settings: suite.Settings) -> suite.SuitePart:
     """The training step."""
     return model.measure_steps(settings)
 
 
 def make_geotiffs() -> Path:
     """The first of the same chips in the published layout; written once."""
-    from benchmarks.data_prep import write_geotiffs
-
     if not GEOTIFFS.exists():
         partial = GEOTIFFS.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        write_geotiffs(partial, FILES)
+        suite.write_geotiffs(partial, FILES)
         partial.rename(GEOTIFFS)
     return GEOTIFFS
 
 
-def measure_input(settings: suite.Settings) -> suite.Part:
+def measure_input(settings: suite.Settings) -> suite.SuitePart:
     """Chips/s of the pipelines alone, and the share of a run's time that it waits for chips."""
     rival, env = bool(settings.rivals), settings.env()
     with common.Crew() as workers:
@@ -45,27 +43,29 @@ def measure_input(settings: suite.Settings) -> suite.Part:
         runs = common.in_turns(workers, settings.turns(INPUT_ROUNDS))
     rates = {name: common.column(found, "chips_per_s") for name, found in runs.items()}
     arguments = settings.training | {"batch_size": settings.step_sizes[0]}
-    waiting = common.ask(suite.OURS, "waiting", settings.training_env(), steps=WAITING_STEPS, **arguments)
+    waiting = common.ask(suite.OURS, "waiting", settings.env(), steps=WAITING_STEPS, **arguments)
     shares = [100 * share for share in waiting["waiting"]]
     rows = [
-        Row("input", "pipeline alone", "chips/s", rates["ours"], rates.get("rival", [])),
-        Row("input", "waiting for chips", "%", shares, less=True, target=WAITING_TARGET),
+        TableRow("input", "pipeline alone", "chips/s", rates["ours"], rates.get("rival", [])),
+        TableRow("input", "waiting for chips", "%", shares, less=True, target=WAITING_TARGET),
         suite.memory_row("input", "memory of a run with validation and checkpoint", waiting["memory_gib"], None),
     ]
-    return suite.Part(rows, {"rounds": runs, "run": waiting})
+    return suite.SuitePart(rows, {"rounds": runs, "run": waiting})
 
 
-def measure_breakdown(settings: suite.Settings) -> suite.Part:
+def measure_breakdown(settings: suite.Settings) -> suite.SuitePart:
     """Where a step's time goes: by growing parts, and by kind of operation in a profile."""
     arguments = settings.training | {"batch_size": settings.step_sizes[0]}
     with common.Crew() as workers:
-        workers["ours"] = common.Worker(suite.OURS, "breakdown", settings.training_env(), **arguments)
+        workers["ours"] = common.Worker(suite.OURS, "breakdown", settings.env(), **arguments)
         facts = workers["ours"].facts
         runs = common.in_turns(workers, settings.turns(BREAKDOWN_ROUNDS))["ours"]
     parts = differences(runs)
-    rows = [Row("breakdown", f"{name} of a step", "s", values, less=True) for name, values in parts.items()]
-    rows += [Row("breakdown", f"{kind} in a step", "%", [100 * x], less=True) for kind, x in facts["kinds"].items()]
-    return suite.Part(rows, {"parts": parts, "kinds": facts["kinds"], "batch_size": arguments["batch_size"]})
+    rows = [TableRow("breakdown", f"{name} of a step", "s", values, less=True) for name, values in parts.items()]
+    rows += [
+        TableRow("breakdown", f"{kind} in a step", "%", [100 * x], less=True) for kind, x in facts["kinds"].items()
+    ]
+    return suite.SuitePart(rows, {"parts": parts, "kinds": facts["kinds"], "batch_size": arguments["batch_size"]})
 
 
 def differences(runs: list[dict[str, float]]) -> dict[str, list[float]]:

@@ -3,10 +3,10 @@
 import os
 from typing import TYPE_CHECKING, Any
 
+from biomass_jax.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from biomass_jax.prediction.predictor import Predictor
-
-__version__ = "0.1.0"
 
 
 def load(path: str | os.PathLike[str], **settings: Any) -> "Predictor":
@@ -25,12 +25,7 @@ def load(path: str | os.PathLike[str], **settings: Any) -> "Predictor":
     # Here and not above: importing the package must not start JAX.
     from biomass_jax import bundle
     from biomass_jax.prediction.predictor import Predictor
-    from biomass_jax.runtime import mesh as sharding
+    from biomass_jax.runtime.mesh import local_placement
 
-    mesh = sharding.create_mesh()
-    return Predictor(
-        bundle.load(path, sharding.replicated(mesh)),
-        batch_sharding=sharding.batch_sharding(mesh),
-        replicated=sharding.replicated(mesh),
-        **settings,
-    )
+    placement = local_placement()
+    return Predictor(bundle.load(path, placement["replicated"]), **placement, **settings)

@@ -4,18 +4,19 @@ A bundle is a folder with `bundle.json`, Orbax `variables/` and, where training 
 Nothing else is needed to make a map. Reading `bundle.json` alone (`read_meta`) does not start JAX.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
 import shutil
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from biomass_jax.errors import BundleError
+from biomass_jax.runtime.files import replace_folder
 
 SCHEMA_VERSION = 1
 CHECK_TOLERANCE = 1e-4
@@ -24,13 +25,24 @@ _REQUIRED = {"task": str, "weights_sha256": str} | dict.fromkeys(
 )
 
 
-@dataclasses.dataclass(frozen=True)
 class Bundle:
-    """A bundle in memory: its folder, `bundle.json`, and `variables` = {"params", "batch_stats"} on the device."""
+    """A bundle in memory.
 
-    path: Path
-    meta: dict[str, Any]
-    variables: dict[str, Any]
+    Attributes:
+        path: its folder.
+        meta: `bundle.json`.
+    """
+
+    def __init__(self, path: Path, meta: dict[str, Any], variables: dict[str, Any] | Future[dict[str, Any]]) -> None:
+        """`variables` may still be read; then `variables` waits for them."""
+        self.path, self.meta, self._variables = path, meta, variables
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """{"params", "batch_stats"} on the device. BundleError where they turned out to be damaged."""
+        if isinstance(self._variables, Future):
+            self._variables = self._variables.result()
+        return self._variables
 
     @property
     def task(self) -> str:
@@ -99,7 +111,7 @@ def software_versions() -> dict[str, str]:
     """Versions of what computes a result, for provenance."""
     from importlib.metadata import version
 
-    from biomass_jax import __version__
+    from biomass_jax.version import __version__
 
     names = ("jax", "jaxlib", "flax", "orbax-checkpoint", "numpy")
     return {"biomass_jax": __version__, "python": sys.version.split()[0]} | {name: version(name) for name in names}
@@ -212,7 +224,7 @@ def _write(path: Path, meta: dict[str, Any], trees: dict[str, Any]) -> Path:
             for name, tree in trees.items():
                 checkpointer.save(partial.absolute() / name, args=ocp.args.PyTreeSave(tree))
         (partial / "bundle.json").write_text(json.dumps(meta, indent=2, allow_nan=False) + "\n")
-        _replace_folder(partial, path)
+        replace_folder(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return path
@@ -246,19 +258,29 @@ def read_meta(path: str | os.PathLike[str]) -> dict[str, Any]:
     return meta
 
 
-def load(path: str | os.PathLike[str], sharding: Any = None) -> Bundle:
+def load(path: str | os.PathLike[str], sharding: Any = None, *, background: bool = False) -> Bundle:
     """Open a bundle written on any number of devices.
 
     Args:
         path: the bundle's folder.
         sharding: where the variables go, one `jax.sharding.Sharding` or a tree of them; default, the first device.
+        background: read the weights in a thread; whoever asks for them first waits, and meets the second error.
 
     Raises:
         BundleError: see `read_meta`; or weights that are damaged or do not fit the architecture.
     """
+    meta = read_meta(path)
+    if not background:
+        return Bundle(Path(path), meta, _read_variables(path, meta, sharding))
+    reader = ThreadPoolExecutor(1, "bundle reader")
+    bundle = Bundle(Path(path), meta, reader.submit(_read_variables, path, meta, sharding))
+    reader.shutdown(wait=False)
+    return bundle
+
+
+def _read_variables(path: str | os.PathLike[str], meta: dict[str, Any], sharding: Any) -> dict[str, Any]:
     from biomass_jax.models.build import abstract_variables
 
-    meta = read_meta(path)
     abstract = _without_empty(abstract_variables(_build(path, meta["task"], meta["architecture"])))
     folder = Path(path) / "variables"
     try:
@@ -266,7 +288,7 @@ def load(path: str | os.PathLike[str], sharding: Any = None) -> Bundle:
     except BundleError:
         _compare_trees(str(folder), abstract, _stored_shapes(folder))  # names every array that doesn't fit
         raise
-    return Bundle(Path(path), meta, {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})})
+    return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
 
 def load_optimizer(bundle: Bundle, sharding: Any = None) -> dict[str, Any] | None:
@@ -371,13 +393,3 @@ def _compare_trees(where: str, expected: dict[str, Any], found: dict[str, Any]) 
 def _without_empty(variables: dict[str, Any]) -> dict[str, Any]:
     # Orbax does not keep an empty `batch_stats`.
     return {key: tree for key, tree in variables.items() if tree}
-
-
-def _replace_folder(source: Path, target: Path) -> None:
-    """Move `source` to `target`; a folder there is put aside first and deleted last."""
-    aside = target.parent / f".{target.name}.old"
-    if target.exists():
-        shutil.rmtree(aside, ignore_errors=True)
-        target.rename(aside)
-    source.rename(target)
-    shutil.rmtree(aside, ignore_errors=True)

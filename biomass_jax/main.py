@@ -22,7 +22,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from biomass_jax.errors import STOPPED, BiomassError, Stopped, UsageError
-from biomass_jax.runtime import huge_pages
+from biomass_jax.runtime.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -49,13 +49,11 @@ def main(argv: list[str]) -> None:
     workdir = Path(WORKDIR.value or "")
     forget_none(config)
     check_paths(config)
-    if MODES[config.mode] is train:
-        huge_pages.start_anew()
     # Read by JAX when it is imported, which happens below: a second run compiles next to nothing.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(workdir.absolute().parent / ".jax_cache"))
     if config.get("deterministic"):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
-    from biomass_jax.runtime import distributed
+    from biomass_jax.runtime import processes as distributed
 
     distributed.start(COORDINATOR.value, PROCESS_COUNT.value, PROCESS_ID.value)
     if distributed.place()[0] == 0:
@@ -68,13 +66,14 @@ def main(argv: list[str]) -> None:
 def predict(config: Any, workdir: Path) -> None:
     """Maps, on all local devices."""
     from biomass_jax.prediction.run import run
+    from biomass_jax.runtime.mesh import local_placement
 
-    run(config, workdir, shardings=local_shardings)
+    run(config, workdir, shardings=local_placement)
 
 
 def train(config: Any, workdir: Path) -> None:
     """Train on all devices, or go on with what the workdir holds."""
-    from biomass_jax.runtime.distributed import Together
+    from biomass_jax.runtime.processes import Together
     from biomass_jax.training.run import train_and_evaluate
 
     if not train_and_evaluate(config, workdir, stop=Together(DeferredStop())):
@@ -84,8 +83,9 @@ def train(config: Any, workdir: Path) -> None:
 def evaluate(config: Any, workdir: Path) -> None:
     """Scores, on the local devices of each process."""
     from biomass_jax.evaluation.evaluate import run
+    from biomass_jax.runtime.mesh import local_placement
 
-    run(config, workdir, shardings=local_shardings)
+    run(config, workdir, shardings=local_placement)
 
 
 class DeferredStop:
@@ -103,14 +103,6 @@ class DeferredStop:
 
     def _note(self, *_: object) -> None:
         self._came = True
-
-
-def local_shardings() -> dict[str, Any]:
-    """`Predictor`'s placement arguments for all local devices; starts JAX."""
-    from biomass_jax.runtime import mesh as sharding
-
-    mesh = sharding.create_mesh()
-    return {"batch_sharding": sharding.batch_sharding(mesh), "replicated": sharding.replicated(mesh)}
 
 
 MODES: dict[str, Callable[[Any, Path], None]] = {
@@ -145,9 +137,7 @@ def write_config(config: Any, workdir: Path) -> None:
     """`config.json`: what the run was started with."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        partial = workdir / ".config.json.partial"
-        partial.write_text(json.dumps(json.loads(config.to_json()), indent=2) + "\n")
-        partial.replace(workdir / "config.json")
+        write_json(workdir / "config.json", json.loads(config.to_json()))
     except OSError as error:
         raise UsageError(f"{workdir}: can't write to the workdir: {error.strerror or error}") from error
 
@@ -202,14 +192,14 @@ def cli() -> NoReturn:
         app.run(main, flags_parser=parse_flags)
     except Stopped:
         log.warning("stopped by SIGTERM after %.0f s; give the same command again to go on", time.monotonic() - began)
-        from biomass_jax.runtime import distributed
+        from biomass_jax.runtime import processes as distributed
 
         distributed.finish()
         logging.shutdown()
         # Threads may be compiling or reading: leaving at once is what was asked for, and nothing half-written is there.
         os._exit(STOPPED)
     except Exception as error:
-        from biomass_jax.runtime import distributed
+        from biomass_jax.runtime import processes as distributed
 
         log.error("%s", error, exc_info=not isinstance(error, BiomassError))
         if getattr(error, "failures", None):  # of a prediction, which all processes raise together

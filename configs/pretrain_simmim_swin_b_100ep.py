@@ -12,23 +12,16 @@ z-scores for a normal distribution); the figures say whether fields and clouds c
 
 from ml_collections import config_dict
 
+from biomass_jax.training.config import Pretrain
 from configs import common
 
 
 def get_config() -> config_dict.ConfigDict:
     """Fields of a pretraining run."""
-    config = common.training()
-    config.mode = "pretrain"
+    config = common.config_of(Pretrain, "pretrain")
     config.batch_size = 2048
     config.epochs = 100
     config.dtype = "bfloat16"
-    config.skip_nodata = True  # leave pixels without data out of the loss; the official loss counts all
-    config.normalize_targets = False  # z-score each mask patch by itself in the loss (as in MAE)
-    config.mask_patch_size = 32  # px
-    config.mask_ratio = 0.6
-    config.model.encoder_stride = config_dict.placeholder(int)  # px a token of the last map; 32
-
-    config.data.weights = ()  # shares of several folders
     config.optimizer.learning_rate = 2e-4
     config.optimizer.reference_batch = 512
     config.optimizer.weight_decay = 0.05
@@ -37,10 +30,4 @@ def get_config() -> config_dict.ConfigDict:
     config.schedule.warmup_epochs = 10.0
     config.schedule.warmup_from = 1e-6
     config.schedule.min_lr = 1e-5
-
-    config.augment = config_dict.ConfigDict()
-    config.augment.size = 224  # px
-    config.augment.crop = True  # a random box resized to `size`, and a mirror image every second time
-    config.augment.crop_scale = (0.67, 1.0)  # of the chip's area
-    config.augment.crop_ratio = (3 / 4, 4 / 3)
     return config.lock()

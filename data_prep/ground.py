@@ -13,8 +13,7 @@ import shapely
 from pyproj import Transformer
 from shapely.geometry.polygon import orient
 
-from biomass_jax.data import raster
-from biomass_jax.errors import PrepError, RasterError
+from biomass_jax.errors import PrepError
 
 TOLERANCE_M = 0.5  # chips that share an edge touch but share no ground; projections agree to about 1 cm
 EDGE_POINTS = 4  # along each side of an outline: straight lines in degrees leave a 7 km side by up to a few metres
@@ -22,22 +21,6 @@ DIGITS = 9  # of degrees, 0.1 mm: rounded, so that the last bits of a projection
 _A = 6378137.0  # WGS 84
 _E2 = 0.0066943799901413165  # f (2 - f) with f = 1 / 298.257223563
 _PAIRS_AT_ONCE = 20_000
-
-
-def epsg_code(crs: Any, path: str) -> int:
-    """The EPSG code of a raster's CRS; that of the UTM zone for WGS 84 UTM without one.
-
-    Args:
-        crs: rasterio CRS or None.
-        path: the raster, for messages.
-
-    Raises:
-        PrepError: no CRS, or one without a code that is no WGS 84 UTM zone.
-    """
-    try:
-        return raster.epsg_code(crs, path)
-    except RasterError as error:
-        raise PrepError(str(error)) from error
 
 
 def chip_outlines(epsg: int, transform: Sequence[float], places: np.ndarray, size: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from affine import Affine
 from pyproj import CRS, Transformer
 from rasterio.crs import CRS as RasterCRS
 
-from biomass_jax.data.raster import Grid
+from biomass_jax.data.raster.grid import Grid
 from biomass_jax.errors import PrepError
 
 Box = tuple[float, float, float, float]

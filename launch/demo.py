@@ -55,17 +55,17 @@ def stages(out: Path) -> list[tuple[str, list[str]]]:
     return [
         (
             "Make up a forest: HLS scenes of a small tile, GEDI orbits over it",
-            ["-m", "data_prep.synthetic", "--world", "forest", "--out", f"{out}", "--size", "1568x1344"],
+            ["-m", "data_prep", "synthetic", "--world", "forest", "--out", f"{out}", "--size", "1568x1344"],
         ),
         (
             "Prepare training data: composite, labels, chips, splits, shards, check",
-            ["-m", "data_prep.prepare", "--config", "configs/prepare.py", "--out", f"{out}"]
+            ["-m", "data_prep", "prepare", "--config", "configs/prepare.py", "--out", f"{out}"]
             # Blocks as small as the tile asks for; real ones are larger than the neighbourhood that looks alike.
             + ["--config.season=2020", "--config.splits.block_km=7"],
         ),
         (
             "Draw the tile with its labels and chips",
-            ["-m", "data_prep.preview", "--out", f"{out}", "--tile", TILE, "--png", f"{out}/preview/{TILE}.png"],
+            ["-m", "data_prep", "preview", "--out", f"{out}", "--tile", TILE, "--png", f"{out}/preview/{TILE}.png"],
         ),
         (
             "Pretrain a tiny encoder: paint masked patches back, without labels",
@@ -126,11 +126,11 @@ def beside_truth(out: Path) -> tuple[Path, float]:
     import json
 
     from biomass_jax import figures
-    from biomass_jax.data import raster
+    from biomass_jax.data.raster.image import read_preview
     from data_prep.synthetic.forest.land import Forest
 
     (path,) = (ROOT / out / "biomass").glob("*_agbd.tif")
-    found = raster.read_preview(path, max_size=10_000)  # its full size; no-data is NaN
+    found = read_preview(path, max_size=10_000)  # its full size; no-data is NaN
     plan = json.loads((ROOT / out / "plan.json").read_text())
     _, _, left, _, _, top = plan["tiles"][TILE]["transform"]
     truth = Forest(plan["seed"]).pixel_biomass(left, top, found.shape).astype(np.float32)

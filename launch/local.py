@@ -71,6 +71,7 @@ def choose_gpus(count: int, environment: dict[str, str]) -> list[str]:
 
 def _die_with_launcher() -> None:
     """In a new process: have the kernel kill it when the launcher is killed, so that it doesn't keep a GPU."""
+    assert LIBC  # it's called only where there is one
     LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
@@ -92,8 +93,8 @@ class Group:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._printers: list[threading.Thread] = []
         self._signals = 0
-        for number in (signal.SIGTERM, signal.SIGINT):  # before there is a process that could be left alone
-            signal.signal(number, self.hand_on)
+        for signum in (signal.SIGTERM, signal.SIGINT):  # before there is a process that could be left alone
+            signal.signal(signum, self.hand_on)
         for number in range(count):
             flags = [f"--coordinator={address}", f"--process_count={count}", f"--process_id={number}"]
             environment = os.environ | {"PYTHONUNBUFFERED": "1"}

@@ -26,17 +26,9 @@ from optuna.trial import TrialState
 
 from biomass_jax.errors import STOPPED, SweepError
 from launch.sweep_report import as_text, ordered, page, rows, short
-from launch.sweep_space import (
-    ROOT,
-    SAMPLERS,
-    as_overrides,
-    best_config,
-    check_space,
-    load_space,
-    parse_config,
-)
-from launch.sweep_study import Plan, SharedStudy, write
-from launch.sweep_trial import Job
+from launch.sweep_space import ROOT, SAMPLERS, as_overrides, best_config, check_space, load_space, parse_config
+from launch.sweep_study import SharedStudy, SweepPlan, write
+from launch.sweep_trial import TrialJob
 
 TRIES = 2  # of a trial that crashes
 POLL = 0.5  # seconds between two looks at the trials
@@ -71,7 +63,7 @@ class Sweep:
         """
         self.shared, self.config, self.overrides, self.program = shared, config, overrides, program
         self.devices = devices
-        self.jobs: list[Job] = []
+        self.jobs: list[TrialJob] = []
         self.signals = 0
 
     def stop(self, *_: object) -> None:
@@ -109,14 +101,14 @@ class Sweep:
         if claim is None:
             return False
         slot = min(set(range(len(self.devices))) - {job.slot for job in self.jobs})
-        job = Job(claim, self.shared.workdir / "trials" / f"{claim.trial.number:04d}", slot=slot)
+        job = TrialJob(claim, self.shared.workdir / "trials" / f"{claim.trial.number:04d}", slot=slot)
         self.jobs.append(job)
         values = ", ".join(f"{name} {short(value)}" for name, value in claim.trial.params.items())
         log.info("trial %d%s: %s", claim.trial.number, " goes on" if job.folder.exists() else "", values)
         self._start(job)
         return True
 
-    def _start(self, job: Job) -> None:
+    def _start(self, job: TrialJob) -> None:
         fields = [*self.overrides, *as_overrides(job.trial.params)]
         command = [*self.program, "--config", str(self.config), "--workdir", str(job.folder), *fields]
         job.start(command, self.devices[job.slot])
@@ -134,7 +126,7 @@ class Sweep:
             if code is not None:
                 self._ended(job, code)
 
-    def _ended(self, job: Job, code: int) -> None:
+    def _ended(self, job: TrialJob, code: int) -> None:
         """What becomes of a trial whose process ended."""
         best = job.best()
         if job.pruned:
@@ -150,7 +142,7 @@ class Sweep:
         else:
             self._crashed(job, code)
 
-    def _crashed(self, job: Job, code: int) -> None:
+    def _crashed(self, job: TrialJob, code: int) -> None:
         what = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
         if code == 0:
             what = "finished without a finite val/loss"
@@ -164,11 +156,11 @@ class Sweep:
         else:
             self._finish(job, TrialState.FAIL)
 
-    def _finish(self, job: Job, state: TrialState, value: float | None = None) -> None:
+    def _finish(self, job: TrialJob, state: TrialState, value: float | None = None) -> None:
         self.shared.finish(job.trial, state, value)
         self._leave(job)
 
-    def _leave(self, job: Job) -> None:
+    def _leave(self, job: TrialJob) -> None:
         job.leave()
         self.jobs.remove(job)
 
@@ -240,7 +232,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def make_plan(arguments: argparse.Namespace, overrides: list[str]) -> Plan:
+def make_plan(arguments: argparse.Namespace, overrides: list[str]) -> SweepPlan:
     """The search that the command line asks for, after every check that needs no trial.
 
     Raises:
@@ -262,7 +254,7 @@ def make_plan(arguments: argparse.Namespace, overrides: list[str]) -> Plan:
         raise SweepError(f"--trials is {trials}; expected a number from 1 on")
     resolved = arguments.config.resolve()
     name = str(resolved.relative_to(ROOT) if resolved.is_relative_to(ROOT) else resolved)
-    return Plan(
+    return SweepPlan(
         space=space,
         sampler=arguments.sampler,
         seed=arguments.seed,

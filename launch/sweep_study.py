@@ -26,6 +26,7 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from biomass_jax.errors import SweepError
+from biomass_jax.runtime.files import replacing
 from launch.sweep_space import Space, grid
 
 EMBEDDED = "study.db"  # SQLite in the workdir, where no other storage is named
@@ -34,7 +35,7 @@ HOST = socket.gethostname().encode()
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """What to search, how, and how much.
 
     Attributes:
@@ -139,7 +140,7 @@ class Locks:
 class SharedStudy:
     """An Optuna study of which other processes may run trials at the same time."""
 
-    def __init__(self, workdir: Path, storage: str | None, plan: Plan) -> None:
+    def __init__(self, workdir: Path, storage: str | None, plan: SweepPlan) -> None:
         """Open the study of a workdir, or begin it.
 
         Args:
@@ -281,10 +282,9 @@ def open_storage(url: str) -> optuna.storages.RDBStorage:
 
 
 def write(path: Path, text: str) -> None:
-    """Write beside its place and rename, so that a killed sweep leaves nothing half-written."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    """Write a file whole; several searches of one workdir may do so at a time."""
+    with replacing(path, f".{os.getpid()}") as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def _sampler(kind: str, seed: int, number: int) -> BaseSampler:

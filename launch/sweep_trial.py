@@ -21,7 +21,7 @@ GRACE = 120.0  # seconds that a pruned trial may take to leave
 CHILD = Path(__file__).with_name("sweep_child.py")
 
 
-class Job:
+class TrialJob:
     """A trial that this sweep runs.
 
     Attributes:

@@ -14,7 +14,7 @@ from biomass_jax.evaluation import report
 from biomass_jax.models.build import MODULES
 from biomass_jax.runtime import mesh as sharding
 from biomass_jax.tasks.create import choose
-from biomass_jax.training import build
+from biomass_jax.training import run as training
 from tests.training import world
 
 SWIN_B = {
@@ -52,9 +52,9 @@ def shards(tmp_path_factory):
 
 def plan(name, shards):
     config = config_of(name)
-    choice = choose(config, sources.open_source(shards, "train"), None, command="")
+    task, _ = choose(config, sources.open_source(shards, "train"), None, command="")
     mesh = sharding.create_mesh(jax.devices(), **config.mesh)
-    return config, build.plan_steps(config, choice, mesh, total_steps=1000, steps_per_epoch=20)
+    return config, training.plan_steps(config, task, mesh, total_steps=1000, steps_per_epoch=20)
 
 
 def count(params):
@@ -73,10 +73,7 @@ def test_swin_b_has_the_parameters_of_the_original(name, shards):
 def test_every_config_becomes_its_jitted_step(name, shards):
     config, planned = plan(name, shards)
     rows = (config.batch_size, 224, 224)
-    batch = {
-        "image": jax.ShapeDtypeStruct((*rows, 6), np.int16),
-        "label": jax.ShapeDtypeStruct(rows, np.float32),
-    }
+    batch = {"image": jax.ShapeDtypeStruct((*rows, 6), np.int16), "label": jax.ShapeDtypeStruct(rows, np.float32)}
     state = jax.eval_shape(planned.init)
     after, metrics = planned.steps.train.eval_shape(state, batch)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == jax.tree.map(
@@ -225,29 +222,3 @@ def test_configs_are_locked():
     for name in (*TRAINING, "evaluate", "predict"):
         with pytest.raises(AttributeError):
             config_of(name).no_such_field = 1
-
-
-def flat(config, prefix=""):
-    found = {}
-    for name, value in config.items():
-        found |= flat(value, f"{prefix}{name}.") if hasattr(value, "items") else {prefix + name: value}
-    return found
-
-
-def as_text(value):
-    if value is None:
-        return ""
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def test_the_documents_name_every_setting_of_training_with_its_default(root):
-    text = (root / "docs" / "train.md").read_text(encoding="utf-8")
-    first, second = text.split("## Settings")[1].split("Pretraining has these of its own")
-    tables = [re.findall(r"^\| `([\w.]+)` \| (.*?) ?\|", part, re.MULTILINE) for part in (first, second)]
-    finetune, pretrain = (flat(config_of(name)) for name in ("finetune_all_biomes", "pretrain_simmim_swin_b_100ep"))
-    own = {name: value for name, value in pretrain.items() if name not in finetune}
-    for table, config in zip(tables, (finetune, own), strict=True):
-        assert len(dict(table)) == len(table)
-        assert dict(table) == {name: as_text(value) for name, value in config.items()}
-    used = set(re.findall(r"--config\.([\w.]+)=", text))
-    assert used <= set(finetune) | set(fields(config_of("evaluate"))) | {"field"}

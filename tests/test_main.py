@@ -10,7 +10,7 @@ import pytest
 from biomass_jax import main
 from biomass_jax.errors import PredictionError
 from biomass_jax.prediction import run as prediction_run
-from configs import common, predict
+from configs import predict
 
 
 def command(root, *arguments, cwd=None):
@@ -116,7 +116,6 @@ def run(monkeypatch, tmp_path, **fields):
 def test_every_field_of_the_config_is_read(monkeypatch, tmp_path):
     _, read = run(monkeypatch, tmp_path)
     assert read | {"mode"} == set(predict.get_config())  # mode is main's
-    assert set(common.get_config()) <= set(predict.get_config())
 
 
 def test_every_field_reaches_its_place(monkeypatch, tmp_path):

@@ -10,12 +10,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("biomass_jax", "data_prep", "configs", "benchmarks", "launch", "tests")
-MOST_FILE_LINES = 400
+MOST_FILE_LINES = 500
 MOST_FUNCTION_LINES = 60
 
 # From the bottom up: a part may import the parts of the lines above its own, and itself.
 LAYERS: tuple[set[str], ...] = (
-    {"errors"},
+    {"errors", "version"},
     {"runtime"},
     {"data", "figures"},
     {"models"},
@@ -28,8 +28,9 @@ LAYERS: tuple[set[str], ...] = (
 BESIDE = {("tasks", "pipeline"), ("data", "figures")}  # of one line, and one may know the other
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 FREE_OF_JAX = ("biomass_jax/errors", "biomass_jax/data/", "biomass_jax/figures/")
-FREE_OF_JAX += ("biomass_jax/runtime/files", "biomass_jax/runtime/progress", "data_prep/")
-FOR_DATA_PREP = ("errors", "data", "figures", "runtime.files", "runtime.progress")
+FREE_OF_JAX += tuple(f"biomass_jax/runtime/{name}" for name in ("files", "progress", "settings"))
+FREE_OF_JAX += ("data_prep/",)
+FOR_DATA_PREP = ("errors", "data", "figures", "runtime.files", "runtime.progress", "runtime.settings")
 JAX_FAMILY = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
 NEVER = {"tensorflow", "clu"}
 # By these a program names an axis of the device mesh.
@@ -204,7 +205,7 @@ def test_the_checker_sees_each_kind_of_fault(path, source, rule):
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("biomass_jax/convert/a.py", "from biomass_jax import __version__, bundle"),
+        ("biomass_jax/convert/a.py", "from biomass_jax import bundle"),
         ("biomass_jax/evaluation/a.py", "from biomass_jax.prediction.forward import Forward"),
         ("biomass_jax/runtime/mesh.py", "from jax.sharding import PartitionSpec\njax.make_mesh((2,), ('data',))"),
         ("biomass_jax/data/raster/cog.py", "import rasterio"),
@@ -226,8 +227,8 @@ def test_the_length_check_sees_a_long_function_and_a_long_file():
     body = "    pass\n"
     assert too_long("a.py", "def f():\n" + 59 * body) == []
     assert too_long("a.py", "def f():\n" + 60 * body) == ["a.py:1: f has 61 lines, at most 60"]
-    assert too_long("a.py", 400 * "#\n") == []
-    assert too_long("a.py", 401 * "#\n") == ["a.py: 401 lines, at most 400"]
+    assert too_long("a.py", 500 * "#\n") == []
+    assert too_long("a.py", 501 * "#\n") == ["a.py: 501 lines, at most 500"]
 
 
 def loaded_by(statement: str) -> set[str]:

@@ -46,7 +46,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Report:
+class ConversionReport:
     """What was done, one (label, text) a line, and where the result lies."""
 
     path: Path
@@ -90,7 +90,7 @@ def convert(
     config: str | Path | None = None,
     options: Options | None = None,
     overwrite: bool = False,
-) -> Report:
+) -> ConversionReport:
     """Write a bundle from a checkpoint.
 
     Args:
@@ -251,7 +251,7 @@ def _image_size(keys: Match, state: Mapping[str, TorchTensor]) -> int | None:
     return None
 
 
-def _report(found: Converted, saved: Path) -> Report:
+def _report(found: Converted, saved: Path) -> ConversionReport:
     keys, file = found.keys, found.file
     sizes = [array.size for path, array in found.variables.items() if path.startswith("params/")]
     dropped = f"{len(keys.buffers)} index and mask buffers, computed anew"
@@ -275,9 +275,5 @@ def _report(found: Converted, saved: Path) -> Report:
         lines.append(("unchecked", f"declared, but not known here: {name_list(found.unchecked)}"))
     if file.placeholders:
         lines.append(("not built", name_list(file.placeholders)))
-    lines += [
-        ("sha256", file.sha256),
-        ("weights", bundle.read_meta(saved)["weights_sha256"]),
-        ("bundle", str(saved)),
-    ]
-    return Report(saved, tuple(lines))
+    lines += [("sha256", file.sha256), ("weights", bundle.read_meta(saved)["weights_sha256"]), ("bundle", str(saved))]
+    return ConversionReport(saved, tuple(lines))

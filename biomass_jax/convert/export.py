@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from biomass_jax import bundle
-from biomass_jax.convert.convert import Report
+from biomass_jax.convert.convert import ConversionReport
 from biomass_jax.convert.layouts import GRANITE, SIMMIM, SIMMIM_ENCODER
 from biomass_jax.convert.rows import COUNTER, TENSOR, Layout, expand, name_list
 from biomass_jax.convert.torch_file import write as torch_write
@@ -20,7 +20,9 @@ from biomass_jax.models.swin_ops import relative_position_index, shift_mask
 _LAYOUTS = {"biomass": GRANITE, "simmim": SIMMIM, "encoder": SIMMIM_ENCODER}
 
 
-def export(source: str | Path, output: str | Path, *, img_size: int | None = None, overwrite: bool = False) -> Report:
+def export(
+    source: str | Path, output: str | Path, *, img_size: int | None = None, overwrite: bool = False
+) -> ConversionReport:
     """Write a bundle as a checkpoint in its task's original layout.
 
     A biomass bundle becomes a Lightning-like dict with keys `model.encoder...` that terratorch loads strictly, a SimMIM
@@ -52,7 +54,7 @@ def export(source: str | Path, output: str | Path, *, img_size: int | None = Non
     root = _lightning(state, meta) if layout is GRANITE else {"model": state}
     output.parent.mkdir(parents=True, exist_ok=True)
     torch_write.write(output, root)
-    return Report(
+    return ConversionReport(
         output,
         (
             ("layout", layout.name),

@@ -68,7 +68,7 @@ TENSOR, COUNTER, BUFFER, UNUSED = "tensor", "counter", "buffer", "unused"
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorRole:
     """One tensor of a kind of module: name in torch, role, and for a tensor its collection, name here and transform."""
 
     torch: str
@@ -78,34 +78,34 @@ class Part:
     collection: str = "params"
 
 
-_BIAS = Part("bias", TENSOR, "bias")
-NORM = (Part("weight", TENSOR, "scale"), _BIAS)
-UNFOLD_NORM = (Part("weight", TENSOR, "scale", UNFOLD_VECTOR), Part("bias", TENSOR, "bias", UNFOLD_VECTOR))
+_BIAS = TensorRole("bias", TENSOR, "bias")
+NORM = (TensorRole("weight", TENSOR, "scale"), _BIAS)
+UNFOLD_NORM = (TensorRole("weight", TENSOR, "scale", UNFOLD_VECTOR), TensorRole("bias", TENSOR, "bias", UNFOLD_VECTOR))
 BATCH_NORM = (
     *NORM,
-    Part("running_mean", TENSOR, "mean", VECTOR, "batch_stats"),
-    Part("running_var", TENSOR, "var", VECTOR, "batch_stats"),
-    Part("num_batches_tracked", COUNTER, "count", VECTOR, "batch_stats"),
+    TensorRole("running_mean", TENSOR, "mean", VECTOR, "batch_stats"),
+    TensorRole("running_var", TENSOR, "var", VECTOR, "batch_stats"),
+    TensorRole("num_batches_tracked", COUNTER, "count", VECTOR, "batch_stats"),
 )
-CONV_ALONE = (Part("weight", TENSOR, "kernel", CONV_KERNEL),)
+CONV_ALONE = (TensorRole("weight", TENSOR, "kernel", CONV_KERNEL),)
 CONV = (*CONV_ALONE, _BIAS)
-LINEAR_ALONE = (Part("weight", TENSOR, "kernel", LINEAR_KERNEL),)
+LINEAR_ALONE = (TensorRole("weight", TENSOR, "kernel", LINEAR_KERNEL),)
 LINEAR = (*LINEAR_ALONE, _BIAS)
-UNFOLD_LINEAR = (Part("weight", TENSOR, "kernel", UNFOLD_KERNEL),)
+UNFOLD_LINEAR = (TensorRole("weight", TENSOR, "kernel", UNFOLD_KERNEL),)
 POSITION_BIAS = (
-    Part("relative_position_bias_table", TENSOR, "relative_position_bias_table", TABLE),
-    Part("relative_position_index", BUFFER),
+    TensorRole("relative_position_bias_table", TENSOR, "relative_position_bias_table", TABLE),
+    TensorRole("relative_position_index", BUFFER),
 )
-SHIFT_MASK = (Part("attn_mask", BUFFER),)
-MASK_TOKEN = (Part("mask_token", TENSOR, "mask_token", TOKEN),)
-MASK_TOKEN_LEFT = (Part("mask_token", UNUSED),)
-CLASSIFIER = (Part("weight", UNUSED), Part("bias", UNUSED))
+SHIFT_MASK = (TensorRole("attn_mask", BUFFER),)
+MASK_TOKEN = (TensorRole("mask_token", TENSOR, "mask_token", TOKEN),)
+MASK_TOKEN_LEFT = (TensorRole("mask_token", UNUSED),)
+CLASSIFIER = (TensorRole("weight", UNUSED), TensorRole("bias", UNUSED))
 
-Modules = tuple[tuple[str, str, tuple[Part, ...]], ...]
+Modules = tuple[tuple[str, str, tuple[TensorRole, ...]], ...]
 
 
 @dataclass(frozen=True)
-class Row:
+class TensorRow:
     """One tensor of a layout: templates of its torch key and of its path here (empty where it has none)."""
 
     key: str
@@ -133,7 +133,7 @@ class Layout:
     shift_single_window: bool
 
     @property
-    def rows(self) -> tuple[Row, ...]:
+    def rows(self) -> tuple[TensorRow, ...]:
         """The table, one row a tensor."""
         return _rows(self.modules)
 
@@ -156,14 +156,14 @@ class Layout:
 _PLACEHOLDER = re.compile(r"\{(\w)([+-]\d+)?\}")
 
 
-def _rows_of(module: str, path: str, kind: tuple[Part, ...]) -> Iterator[Row]:
+def _rows_of(module: str, path: str, kind: tuple[TensorRole, ...]) -> Iterator[TensorRow]:
     for part in kind:
         ours = "/".join(filter(None, (part.collection, path, part.ours))) if part.ours else ""
-        yield Row(f"{module}.{part.torch}", ours, part.role, part.transform)
+        yield TensorRow(f"{module}.{part.torch}", ours, part.role, part.transform)
 
 
 @lru_cache(maxsize=16)
-def _rows(modules: Modules) -> tuple[Row, ...]:
+def _rows(modules: Modules) -> tuple[TensorRow, ...]:
     return tuple(row for module in modules for row in _rows_of(*module))
 
 
@@ -223,14 +223,14 @@ def match(layout: Layout, keys: Iterable[str]) -> Match:
     return result
 
 
-def _find(layout: Layout, key: str) -> tuple[Row | None, dict[str, int]]:
+def _find(layout: Layout, key: str) -> tuple[TensorRow | None, dict[str, int]]:
     for row in layout.rows:
         if found := _pattern(row.key).fullmatch(key):
             return row, {name: int(value) for name, value in found.groupdict().items()}
     return None, {}
 
 
-def expand(layout: Layout, count: Callable[[str, Mapping[str, int]], int]) -> Iterator[tuple[Row, str, str]]:
+def expand(layout: Layout, count: Callable[[str, Mapping[str, int]], int]) -> Iterator[tuple[TensorRow, str, str]]:
     """Write a layout's table out in torch's order: (row, key, path) a tensor.
 
     `count(name, numbers)` is how many values the placeholder `name` takes where those before it have `numbers`; rows
@@ -241,9 +241,9 @@ def expand(layout: Layout, count: Callable[[str, Mapping[str, int]], int]) -> It
 
 
 def _expand(
-    rows: Iterable[Row], numbers: Mapping[str, int], count: Callable[[str, Mapping[str, int]], int]
-) -> Iterator[tuple[Row, str, str]]:
-    def next_placeholder(row: Row) -> str:
+    rows: Iterable[TensorRow], numbers: Mapping[str, int], count: Callable[[str, Mapping[str, int]], int]
+) -> Iterator[tuple[TensorRow, str, str]]:
+    def next_placeholder(row: TensorRow) -> str:
         return next((name for name, _ in _PLACEHOLDER.findall(row.key) if name not in numbers), "")
 
     for name, group in groupby(rows, next_placeholder):

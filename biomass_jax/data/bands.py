@@ -37,10 +37,7 @@ FILL = -9999
 # B11 is no sign of a sensor: Landsat has a thermal B11. These exist on Sentinel-2 alone.
 _S30_ONLY_NUMBERS = frozenset({"B08", "B8A", "B12"})
 _S30_ONLY_LONG_NAMES = frozenset({"rededge1", "rededge2", "rededge3", "nirbroad", "watervapor"})
-_BY_SENSOR = {
-    "L30": {band.name: band.l30 for band in BANDS},
-    "S30": {band.name: band.s30 for band in BANDS},
-}
+_BY_SENSOR = {"L30": {band.name: band.l30 for band in BANDS}, "S30": {band.name: band.s30 for band in BANDS}}
 _NUMBER = re.compile(r"B0?(\d{1,2}|8A)", re.IGNORECASE)  # not "Band 2": there programs number positions
 
 

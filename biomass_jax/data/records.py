@@ -13,16 +13,16 @@ from typing import Any, TypedDict, cast
 
 import numpy as np
 
-import biomass_jax
 from biomass_jax.data import bands
 from biomass_jax.errors import RecordError
+from biomass_jax.version import __version__
 
 SCHEMA_VERSION = 1
 CHIP_SIZE = 224  # pixels along each side, and the step of the grid of cells in a tile
 NO_LABEL = -1.0
 UNKNOWN_PLACE = -1  # `row` and `col` of a chip whose place in its tile is not known
 UNKNOWN_BIOME = "unknown"
-SOFTWARE_VERSION = biomass_jax.__version__  # here for data_prep, which imports nothing above `data`
+SOFTWARE_VERSION = __version__  # here for data_prep, which imports nothing above `data`
 SENSORS = ("L30", "S30", "L30+S30")
 
 _TILE = re.compile(r"\d{2}[A-Z]{3}|")

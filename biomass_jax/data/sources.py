@@ -3,25 +3,28 @@
 A source gives any record of one split by its number. Nothing here needs JAX.
 """
 
-import json
-import math
 import os
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from biomass_jax.data import bands, records
+from biomass_jax.data import bands as band_table
+from biomass_jax.data import records
+from biomass_jax.data.raster.chips import describe_pairs, read_pair, split_files
 from biomass_jax.data.records import Record
-from biomass_jax.errors import DataError
+from biomass_jax.data.shards import read_metadata
+from biomass_jax.data.statistics import chip_sums, combine, means_stds
+from biomass_jax.errors import BandError, DataError, RasterError
 
-METADATA_KEY = "biomass_jax"  # of `metadata.json`, see DESIGN's "A record"
 _READERS = 8  # threads, where a whole split is read at once
+_SHOWN = 10  # names in a warning
+_SENSORS = "L30"  # of the published chips, whose files don't tell
 
 
 class Chip(NamedTuple):
@@ -91,6 +94,9 @@ class Source(ABC):
             where = f"{self.info.path}: split {self.info.split}, chip number {index}"
             raise DataError(f"{where}: can't be read: {error}; check the files, or write the data set anew") from error
 
+    def __iter__(self) -> Iterator[Record]:
+        return (self[index] for index in range(len(self)))
+
     @property
     def shares(self) -> tuple[tuple[int, int], ...]:
         """(chips, chips seen in an epoch) of each part; the parts' chips are numbered one after another."""
@@ -125,8 +131,6 @@ def open_source(path: str | os.PathLike[str], split: str, *, bands: Any = None) 
     Raises:
         DataError: no data set, or no such split, or other bands, or another schema version; or `bands` for shards.
     """
-    from biomass_jax.data.folders import FolderSource
-
     root = Path(path)
     if (root / "dataset_info.json").is_file():
         if bands is not None:
@@ -183,31 +187,91 @@ def _six(values: Any, path: str | os.PathLike[str], name: str) -> np.ndarray | N
     if values is None:
         return None
     array = np.asarray(values, np.float64)
-    if array.shape != (len(bands.BAND_NAMES),) or not np.isfinite(array).all():
-        raise DataError(f"{path}: {name}: found {values}, expected {len(bands.BAND_NAMES)} numbers")
+    if array.shape != (len(band_table.BAND_NAMES),) or not np.isfinite(array).all():
+        raise DataError(f"{path}: {name}: found {values}, expected {len(band_table.BAND_NAMES)} numbers")
     return array
 
 
-def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `metadata.json` of shards holds under `biomass_jax`.
+class FolderSource(Source):
+    """Images and labels of `{split}_images` and `{split}_labels`; images alone where there are no labels' folders.
 
-    Raises:
-        DataError: there is none; another schema version; other bands.
+    Decoding GeoTIFFs takes 5 to 10 times as long as reading shards: for more than a few epochs, convert them by
+    `python -m data_prep geotiff`. Headers are read at once, so that a file with other bands or of another size is found
+    before training begins.
     """
-    file = Path(path) / "metadata.json"
-    try:
-        metadata = json.loads(json.loads(file.read_text())[METADATA_KEY])
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(
-            f"{file}: found no {METADATA_KEY} metadata ({error}), expected shards of data_prep.shards or "
-            "data_prep.geotiff"
-        ) from error
-    version, names = metadata.get("schema_version"), metadata.get("bands")
-    if version != records.SCHEMA_VERSION:
-        raise DataError(f"{file}: found schema_version {version}, expected {records.SCHEMA_VERSION}; write it anew")
-    if names != list(bands.BAND_NAMES):
-        raise DataError(f"{file}: found bands {names}, expected {list(bands.BAND_NAMES)}; write the shards anew")
-    return metadata
+
+    def __init__(self, path: str | os.PathLike[str], split: str, *, bands: Any = None) -> None:
+        """Find the files and read their headers; DataError as for `open_source`."""
+        self._arguments = (os.fspath(path), split, bands)
+        root = Path(path)
+        splits = {name: len(_paired(root, name)[0]) for name in _splits(root)}
+        if split not in splits:
+            raise DataError(f"{path}: split {split!r} is not there; found {', '.join(sorted(splits)) or 'none'}")
+        paths, alone = _paired(root, split)
+        if not paths:
+            raise DataError(
+                f"{path}: split {split}: found no chip, expected T10SFF_144_tile_img.tif in {split}_images, and "
+                f"T10SFF_144_tile_label.tif in {split}_labels unless that folder is not there"
+            )
+        if alone:
+            more = f" and {len(alone) - _SHOWN} more" if len(alone) > _SHOWN else ""
+            shown = ", ".join(f"{file.parent.name}/{file.name}" for file in alone[:_SHOWN])
+            warnings.warn(f"{path}: {len(alone)} files without a partner: {shown}{more}", stacklevel=3)
+        try:
+            self._pairs = describe_pairs(paths, band_list=band_table.parse_band_list(bands))
+        except (BandError, RasterError) as error:
+            raise DataError(f"{path}: split {split}: {error}") from error
+        self._check_sizes()
+        self._checked: set[int] = set()  # chips whose units were looked at: once is enough
+        first = self._pairs[0]
+        dtypes = {pair.dtype for pair in self._pairs}
+        self.info = DatasetInfo(
+            path=os.fspath(path),
+            split=split,
+            chips=len(self._pairs),
+            splits=splits,
+            image_shape=(first.grid.height, first.grid.width, len(band_table.BAND_NAMES)),
+            image_dtype=np.dtype("int16" if dtypes == {"int16"} else "float32"),
+            fill=float(band_table.FILL),
+            sensors=(_SENSORS,),
+        )
+        self.remember([Chip(pair.chip_id, pair.tile, "unknown") for pair in self._pairs])
+
+    def _check_sizes(self) -> None:
+        first = self._pairs[0]
+        for pair in self._pairs:
+            if (pair.grid.height, pair.grid.width) != (first.grid.height, first.grid.width):
+                raise DataError(
+                    f"{pair.image}: found {pair.grid.height} x {pair.grid.width} pixels, expected {first.grid.height} "
+                    f"x {first.grid.width} as in {first.image.name}"
+                )
+
+    def _read(self, index: int) -> Record:
+        new = index not in self._checked
+        dtype = self.info.image_dtype.name
+        record = read_pair(self._pairs[index], dtype=dtype, sensors=_SENSORS, check_units=new)
+        self._checked.add(index)
+        return record
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _open_folder, self._arguments
+
+
+def _open_folder(path: str, split: str, bands: Any) -> FolderSource:
+    return FolderSource(path, split, bands=bands)
+
+
+def _splits(root: Path) -> list[str]:
+    return sorted(folder.name.removesuffix("_images") for folder in root.glob("[!.]*_images") if folder.is_dir())
+
+
+def _paired(root: Path, split: str) -> tuple[list[tuple[Path, Path | None]], list[Path]]:
+    """Images with their labels, and the files that have no partner."""
+    images, labels, odd = split_files(root, split)
+    if not (root / f"{split}_labels").is_dir():
+        return [(image, None) for image in images.values()], odd
+    alone = odd + [images[stem] for stem in images.keys() - labels] + [labels[stem] for stem in labels.keys() - images]
+    return [(images[stem], labels[stem]) for stem in sorted(images.keys() & labels.keys())], sorted(alone)
 
 
 class Mixture(Source):
@@ -276,7 +340,7 @@ def open_mixture(parts: Sequence[tuple[str | os.PathLike[str], float]], split: s
 
 
 def statistics_of(source: Source, *, reference: bool = False, threads: int = _READERS) -> tuple[np.ndarray, np.ndarray]:
-    """Means and standard deviations of the bands over training chips, as `data_prep.stats` has them, to the last bit.
+    """Means and standard deviations of the bands over training chips, as `data_prep stats` has them, to the last bit.
 
     Args:
         source: of the training split. Where its metadata hold statistics made with the same `reference`, they are
@@ -296,30 +360,7 @@ def statistics_of(source: Source, *, reference: bool = False, threads: int = _RE
         return info.means, info.stds
     if info.split != "train":
         raise DataError(f"{info.path}: statistics come from split train, found {info.split}; open that one")
-    sums = np.zeros((len(bands.BAND_NAMES), 3), object)  # counts, totals, squares: numbers of any size, never rounded
     with ThreadPoolExecutor(threads) as pool:
-        for part in pool.map(lambda index: _sums(source[index]["image"], reference), range(len(source))):
-            sums += part
-    for name, count in zip(bands.BAND_NAMES, sums[:, 0], strict=True):
-        if count == 0:
-            raise DataError(f"{info.path}: split {info.split}: band {name} has no pixel with data")
-    means = [float(Fraction(total) / count) for count, total, _ in sums]
-    variances = [(count * Fraction(squares) - Fraction(total) ** 2) / count**2 for count, total, squares in sums]
-    return np.array(means), np.array([math.sqrt(max(variance, Fraction(0))) for variance in variances])
-
-
-def _sums(image: np.ndarray, reference: bool) -> np.ndarray:
-    """(6, 3) count, sum and sum of squares of each band of a chip, Python numbers: exact where it holds integers."""
-    missing = np.zeros(image.shape[:2], bool) if reference else bands.no_data(image)
-    rows = []
-    for band in np.moveaxis(image, 2, 0):
-        values = band[~missing]
-        if reference:
-            values = values[(values != bands.FILL) & ~np.isnan(values)]
-        if values.dtype == np.int16:
-            wide = values.astype(np.int64)
-            rows.append([values.size, int(wide.sum()), int(np.dot(wide, wide))])
-        else:  # the square of a float32 is exact in float64
-            exact = values.astype(np.float64)
-            rows.append([values.size, Fraction(math.fsum(exact)), Fraction(math.fsum(exact * exact))])
-    return np.array(rows, object)
+        parts = pool.map(lambda index: chip_sums(source[index]["image"], reference=reference), range(len(source)))
+        means, stds = means_stds(combine(parts), where=f"{info.path}: ")
+    return np.array(means), np.array(stds)

@@ -43,11 +43,7 @@ def tile_intervals(parts: Sequence[RegressionSums], *, resamples: int, seed: int
         totals[draw] = times @ sums
     count = totals[:, 0]
     spreads = totals[:, 5] - totals[:, 4] ** 2 / count
-    draws = {
-        "rmse": np.sqrt(totals[:, 3] / count),
-        "mae": totals[:, 2] / count,
-        "bias": totals[:, 1] / count,
-    }
+    draws = {"rmse": np.sqrt(totals[:, 3] / count), "mae": totals[:, 2] / count, "bias": totals[:, 1] / count}
     if (spreads > 0).all():
         draws["r2"] = 1 - totals[:, 3] / spreads
     tails = 50 * (1 - LEVEL), 50 * (1 + LEVEL)

@@ -26,8 +26,12 @@ class Picture:
     label: np.ndarray
 
 
+# (images as stored, labels) -> predictions, labels that count, no-data; see `evaluate.chip_forward`.
+ChipForward = Callable[[np.ndarray, np.ndarray], tuple[Any, np.ndarray, np.ndarray]]
+
+
 @dataclass
-class Part:
+class ScoredPart:
     """What one process has scored: pixels, and (chip_id, tile, biome) of each chip."""
 
     prediction: list[np.ndarray] = field(default_factory=list)
@@ -39,25 +43,25 @@ class Part:
 
 def score_batches(
     batches: Iterable[Any],
-    forward: Callable[[np.ndarray, np.ndarray], Sequence[Any]],
+    forward: ChipForward,
     *,
     wanted: Callable[[str], bool] = lambda _: False,
     progress: Callable[[int], Any] = lambda _: None,
-) -> Part:
+) -> ScoredPart:
     """Predict batches and keep their labelled pixels (about 250 a chip), so that memory holds no image for long.
 
     The device works on a batch while the one before it is taken apart.
 
     Args:
         batches: `pipeline.Batch` with image, label and valid.
-        forward: as `forward.Forward`.
+        forward: see `ChipForward`.
         wanted: which chips, by id, are kept whole for pictures.
         progress: told the number of chips after each batch.
 
     Raises:
         EvaluationError: the model gave NaN or infinity where there is a label; it names the chip.
     """
-    part = Part()
+    part = ScoredPart()
     for batch, results in _one_ahead(batches, forward):
         prediction, label, missing = (np.asarray(values) for values in results)
         _take(part, batch, prediction, label, missing, wanted)
@@ -65,7 +69,7 @@ def score_batches(
     return part
 
 
-def _one_ahead(batches: Iterable[Any], forward: Callable[..., Sequence[Any]]) -> Iterator[tuple[Any, Sequence[Any]]]:
+def _one_ahead(batches: Iterable[Any], forward: ChipForward) -> Iterator[tuple[Any, Sequence[Any]]]:
     before = None
     for batch in batches:
         started = batch, forward(batch.arrays["image"], batch.arrays["label"])
@@ -77,7 +81,7 @@ def _one_ahead(batches: Iterable[Any], forward: Callable[..., Sequence[Any]]) ->
 
 
 def _take(
-    part: Part,
+    part: ScoredPart,
     batch: Any,
     prediction: np.ndarray,
     label: np.ndarray,
@@ -112,7 +116,7 @@ def _take(
             )
 
 
-def join(parts: Sequence[Part]) -> tuple[Scored, list[Picture]]:
+def join(parts: Sequence[ScoredPart]) -> tuple[Scored, list[Picture]]:
     """The pixels of all processes, chips numbered through; and their pictures.
 
     Raises:
@@ -134,7 +138,7 @@ def join(parts: Sequence[Part]) -> tuple[Scored, list[Picture]]:
     return scored, [picture for part in parts for picture in part.pictures]
 
 
-def to_bytes(part: Part) -> bytes:
+def to_bytes(part: ScoredPart) -> bytes:
     """A part as bytes, for another process: every number bit by bit."""
     about = {"chips": part.chips, "pictures": [(picture.chip_id, picture.biome) for picture in part.pictures]}
     arrays: dict[str, Any] = {"about": np.frombuffer(json.dumps(about).encode(), np.uint8)}
@@ -147,11 +151,11 @@ def to_bytes(part: Part) -> bytes:
     return out.getvalue()
 
 
-def from_bytes(data: bytes) -> Part:
+def from_bytes(data: bytes) -> ScoredPart:
     """What `to_bytes` gave."""
     with np.load(io.BytesIO(data)) as arrays:
         about = json.loads(arrays["_about"].tobytes())
-        return Part(
+        return ScoredPart(
             [arrays["_prediction"]],
             [arrays["_label"]],
             [arrays["_chip"]],

@@ -1,6 +1,5 @@
 """What an evaluation leaves: metrics.json, two CSV tables and the pictures."""
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from biomass_jax.bundle import software_versions
 from biomass_jax.evaluation import tables as binwise
 from biomass_jax.evaluation.intervals import LEVEL
 from biomass_jax.evaluation.pixels import Picture
+from biomass_jax.runtime.files import write_json
 from biomass_jax.tasks.scores import SCORES
 
 log = logging.getLogger(__name__)
@@ -57,11 +57,7 @@ def summarize(scored: binwise.Scored, config: Any, bundle: Any, info: Any, stati
             "biome": config.data.biome,
             "statistics": statistics,
         },
-        "settings": {
-            "reference": config.reference,
-            "dtype": config.dtype,
-            "matmul_precision": config.matmul_precision,
-        },
+        "settings": {"reference": config.reference, "dtype": config.dtype, "matmul_precision": config.matmul_precision},
         "software": software_versions(),
         "tables": rows,
     }
@@ -79,9 +75,7 @@ def write(workdir: Path, result: dict[str, Any], scored: binwise.Scored, picture
     rows = result["tables"]
     binwise.write_reference_table(workdir / "binwise_rmse.csv", rows, result["experiment"])
     binwise.write_tables(workdir / "scores.csv", rows)
-    partial = workdir / ".metrics.json.partial"
-    partial.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(workdir / "metrics.json")
+    write_json(workdir / "metrics.json", result)
     for line in lines(result):
         log.info("%s", line)
     draw(workdir, result, scored, pictures)

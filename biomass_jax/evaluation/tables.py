@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from biomass_jax.evaluation.intervals import tile_intervals
+from biomass_jax.runtime.files import write_text
 from biomass_jax.tasks.scores import SCORES, RegressionSums
 
 Bin = tuple[float, float]
@@ -148,10 +149,5 @@ def write_csv(path: str | os.PathLike[str], columns: Sequence[str], rows: Sequen
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows([{name: "" if row[name] is None else row[name] for name in columns} for row in rows])
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text.getvalue(), encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(path, text.getvalue())
     return path

@@ -100,12 +100,7 @@ def error_by_bin(
 
 
 def residual_histogram(
-    prediction: np.ndarray,
-    label: np.ndarray,
-    scores: Mapping[str, Any],
-    *,
-    title: str,
-    unit: str = "Mg/ha",
+    prediction: np.ndarray, label: np.ndarray, scores: Mapping[str, Any], *, title: str, unit: str = "Mg/ha"
 ) -> Any:
     """How often which error occurs; prediction - label, between the percentiles 0.1 and 99.9.
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from biomass_jax.runtime.files import replacing
+
 STRETCH = (2.0, 98.0)  # percentiles of each colour that become black and full brightness
 GAMMA = 0.6  # lifts the dark end: forest is far darker than fields, and would be black
 GREY = "#6b7280"  # readable on white and on black
@@ -58,12 +60,9 @@ def save(path: str | os.PathLike[str], figure: Any, title: str = "") -> Path:
     """
     path = Path(path)
     figure.draw_without_rendering()  # the layout knows the size of tick labels only after a first drawing
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        figure.canvas.print_png(str(partial), metadata={"Title": title})
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    # Matplotlib would name itself and its version: equal input gives equal bytes.
+    with replacing(path) as partial:
+        figure.canvas.print_png(str(partial), metadata={"Title": title, "Software": None})
     return path
 
 
@@ -91,3 +90,26 @@ def image_axes(axes: Any) -> None:
     axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set_visible(False)
+
+
+def quiet_axes(axes: Any) -> None:
+    """No frame and nothing behind the pixels; ticks in grey."""
+    axes.set_facecolor("none")
+    axes.tick_params(labelsize=8, color=GREY, labelcolor=GREY, length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def colour_bar(figure: Any, drawn: Any, axes: Any, label: str, **options: Any) -> None:
+    """A colour bar in the same style."""
+    bar = figure.colorbar(drawn, ax=axes, fraction=0.046, pad=0.03, **options)
+    bar.set_label(label, fontsize=9, color=GREY)
+    bar.ax.tick_params(labelsize=8, color=GREY, labelcolor=GREY)
+    bar.outline.set_visible(False)
+
+
+def save_titled(path: str | os.PathLike[str], figure: Any, title: str) -> Path:
+    """Put a title over a figure and write it; see `save`. The folder is made if need be."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.suptitle(title, fontsize=12, color=GREY, parse_math=False)
+    return save(path, figure, title)

@@ -29,12 +29,7 @@ class BiomassModel(SwinFields):
         self.encoder = self.make_encoder()
         self.decoder = UPerNet(self.decoder_channels, self.pool_scales, self.dtype)
         self.head = RegressionHead(
-            self.upscale_layers,
-            self.head_dropout,
-            self.final_relu,
-            self.output_scale,
-            self.output_offset,
-            self.dtype,
+            self.upscale_layers, self.head_dropout, self.final_relu, self.output_scale, self.output_offset, self.dtype
         )
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from biomass_jax.models import initialisation, products
+from biomass_jax.models import initialisation
+from biomass_jax.runtime import cpu
 
 # `flax.linen.Dense`, x [..., K] -> [..., features], whose weights' gradients are faster on CPU.
-Dense = partial(nn.Dense, dot_general=products.dense)
+Dense = partial(nn.Dense, dot_general=cpu.dense)
 
 
 def gelu(x: jax.Array) -> jax.Array:

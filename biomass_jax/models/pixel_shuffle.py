@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from biomass_jax.models import initialisation, products
+from biomass_jax.models import initialisation
 from biomass_jax.models.layers import BatchNorm
+from biomass_jax.runtime import cpu
 
 
 def pixel_shuffle(x: jax.Array, factor: int) -> jax.Array:
@@ -37,12 +38,7 @@ class Upscale(nn.Module):
         """x [B, H, W, C] -> [B, 2H, 2W, features]."""
         draws = initialisation.conv(x.shape[-1] * 9)
         convolution = nn.Conv(
-            self.features * 4,
-            (3, 3),
-            dtype=self.dtype,
-            conv_general_dilated=products.convolution,
-            name="conv",
-            **draws,
+            self.features * 4, (3, 3), dtype=self.dtype, conv_general_dilated=cpu.convolution, name="conv", **draws
         )
         x = convolution(x)
         return nn.relu(BatchNorm(self.dtype, name="norm")(pixel_shuffle(x, 2), train=train))

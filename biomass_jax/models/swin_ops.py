@@ -89,17 +89,6 @@ def patch_product(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, *
     return jnp.dot(x, kernel.reshape(p * p * c, -1), precision=options["precision"])
 
 
-def computed_once(x: jax.Array) -> jax.Array:
-    """The same array, of any shape, which XLA on CPU then keeps in memory.
-
-    It would rather compute a sum of two arrays again wherever it is read. Of the gradient of the residual stream, a sum
-    with two more arrays at each block, it makes one longer and longer sum a block, a fifth of a training step; and of a
-    transposed array that a product reads, the product of transposed gradients (see `products`). Takes effect in a
-    program compiled with barriers (see `training.steps.compile_steps`); other backends need none.
-    """
-    return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda same: same)
-
-
 def drop_path_rates(drop_path_rate: float, depths: tuple[int, ...]) -> list[list[float]]:
     """Drop probabilities a stage and block: linear from 0 at the first block to `drop_path_rate` at the last."""
     rates = np.linspace(0.0, drop_path_rate, sum(depths))

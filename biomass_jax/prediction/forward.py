@@ -1,18 +1,19 @@
-"""The part of a prediction that runs on the device: no-data, z-scoring, the model, all in one compiled function."""
+"""What of predictions and scores runs on the device: no-data, z-scores and the model, in one compiled function."""
 
 import logging
-import os
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from biomass_jax.data.bands import FILL
+from biomass_jax.bundle import Bundle
 from biomass_jax.errors import PredictionError
+from biomass_jax.models.build import abstract_variables
+from biomass_jax.pipeline.augment import no_data, normalize
+from biomass_jax.runtime import cpu
 
 log = logging.getLogger(__name__)
 
@@ -20,64 +21,59 @@ log = logging.getLogger(__name__)
 ModelFunction = Callable[[Any, jax.Array], jax.Array]
 PRECISIONS = ("default", "high", "highest")
 DTYPES = ("float32", "bfloat16")
-# Images a core that a CPU computes at a time: with more of them what lies between two layers leaves its caches.
-IMAGES_A_CORE = 2
-
-
-def no_data(images: jax.Array, fill: jax.Array) -> jax.Array:
-    """`bands.no_data` on the device.
-
-    Args:
-        images: (..., bands) digital numbers, integers or floats.
-        fill: float32 scalar, the file's fill value, NaN where it has none; traced, so files don't recompile.
-
-    Returns:
-        bool (...), True where there is no data.
-    """
-    values = images.astype(jnp.float32)
-    missing = (values == fill) | (values == FILL) | jnp.isnan(values)
-    return jnp.any(missing, axis=-1) | jnp.all(values == 0, axis=-1)
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Forward:
-    """Digital numbers in, Mg/ha out; one program for each shape and type of batch, compiled ahead where asked.
+    """Digital numbers in, Mg/ha out; one program for each shape and type of batch.
 
     Batches are split over the devices of `batch_sharding` where their number divides the batch, and predicted whole on
-    every device where it doesn't. The bundle's variables are first touched by the first call, so that they can be read
-    from disk while `prepare` compiles.
+    every device where it doesn't.
+
+    Args:
+        bundle: a model of task `biomass`, its variables where `replicated` says.
+        dtype: `float32` or `bfloat16` inside the model.
+        matmul_precision: `default`, `high` or `highest`, for float32.
+        means: (bands,) digital numbers in the order of the bundle's bands; the bundle's own where None.
+        stds: likewise.
+        batch_sharding: where batches go; None is the default device.
+        replicated: where the variables go; None is the default device.
+        model_fn: another model.
+
+    Raises:
+        PredictionError: a bundle of another task, or a wrong setting.
     """
 
     def __init__(
         self,
-        bundle: Any,
+        bundle: Bundle,
         *,
-        dtype: str,
-        matmul_precision: str,
-        batch_sharding: Any,
-        replicated: Any,
-        model_fn: ModelFunction | None,
+        dtype: str = "float32",
+        matmul_precision: str = "highest",
+        means: np.ndarray | None = None,
+        stds: np.ndarray | None = None,
+        batch_sharding: jax.sharding.Sharding | None = None,
+        replicated: jax.sharding.Sharding | None = None,
+        model_fn: ModelFunction | None = None,
     ) -> None:
-        if dtype not in DTYPES:
-            raise PredictionError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
-        if matmul_precision not in PRECISIONS:
-            raise PredictionError(f"matmul_precision is {matmul_precision!r}; expected one of {', '.join(PRECISIONS)}")
-        self._bundle = bundle
-        self._dtype = dtype
+        for name, value, choices in (("dtype", dtype, DTYPES), ("matmul_precision", matmul_precision, PRECISIONS)):
+            if value not in choices:
+                raise PredictionError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
+        if model_fn is None and bundle.task != "biomass":
+            raise PredictionError(
+                f"{bundle.path}: a bundle of task {bundle.task!r}; maps and scores need one of task 'biomass'"
+            )
         # Less than full precision is the very point of bfloat16.
         self._precision = matmul_precision if dtype == "float32" else "default"
-        self._batch_sharding = batch_sharding
-        self._replicated = replicated
-        self._stub = model_fn
-        self._means = np.asarray(bundle.means, np.float32)
-        self._stds = np.asarray(bundle.stds, np.float32)
-        self._lock = threading.Lock()
-        self._programs: dict[tuple[tuple[int, ...], str], Future[Any]] = {}
-        self._variables: Any = None
+        self._batch_sharding, self._replicated = batch_sharding, replicated
+        self._model = model_fn or bundle.module(dtype).apply
+        self._means = np.asarray(bundle.means if means is None else means, np.float32)
+        self._stds = np.asarray(bundle.stds if stds is None else stds, np.float32)
+        self._bundle = bundle
+        self._variables: dict[str, Any] | None = None  # maps that are kept need no weights
+        self._stub = model_fn is not None
+        self._run = jax.jit(self._predict)
+        self._programs: dict[tuple[tuple[int, ...], np.dtype], Future[jax.stages.Compiled]] = {}
+        self._compiler = ThreadPoolExecutor(1, "compiler")
 
     @property
     def devices(self) -> int:
@@ -89,87 +85,70 @@ class Forward:
         """`cpu`, `gpu` or `tpu`: what computes."""
         if self._batch_sharding is None:
             return jax.default_backend()
-        return next(iter(self._batch_sharding.device_set)).platform
+        device: jax.Device = next(iter(self._batch_sharding.device_set))
+        return device.platform
 
-    def prepare(self, shape: tuple[int, int, int, int], dtype: np.dtype) -> None:
-        """Compile for batches of this shape and type in a thread; what goes wrong is raised by the first call."""
-        future, mine = self._claim(shape, dtype)
-        if mine:
-            threading.Thread(target=self._compile_into, args=(future, shape, dtype), name="compiler").start()
+    def batch_size(self, given: int | None, *, processes: int = 1) -> int:
+        """Images a batch over all processes, which their devices can share.
 
-    def wait(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
-        """The compiled program for batches of this shape and type, once it and the variables are ready."""
-        future, mine = self._claim(shape, dtype)
-        if mine:
-            self._compile_into(future, shape, dtype)
-        program = future.result()
-        if self._variables is None:
-            self._variables = self._place(self._bundle.variables, self._replicated)
-        return program
+        Args:
+            given: as asked for, rounded up. None: 4 a device on CPU, where larger batches gain nothing and pad the last
+                one with more; 32 a device elsewhere.
+            processes: that share a batch.
+        """
+        shares = self.devices * processes
+        if given is None:
+            return (4 if self.platform == "cpu" else 32) * shares
+        size = -(-given // shares) * shares
+        if size != given:
+            log.info("batch_size %d becomes %d: %d devices", given, size, shares)
+        return size
+
+    def prepare(self, shape: tuple[int, ...], dtype: np.dtype) -> Future[jax.stages.Compiled]:
+        """Compile for batches of this shape and type in a thread, while the weights and the first image are read."""
+        key = tuple(shape), np.dtype(dtype)
+        if key not in self._programs:
+            self._programs[key] = self._compiler.submit(self._compile, *key)
+        return self._programs[key]
+
+    def _compile(self, shape: tuple[int, ...], dtype: np.dtype) -> jax.stages.Compiled:
+        def described(leaf: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._replicated)
+
+        variables = self._bundle.variables if self._stub else abstract_variables(self._bundle.module())
+        batch = jax.ShapeDtypeStruct(shape, dtype, sharding=self._sharding(shape[0]))
+        return self._run.lower(jax.tree.map(described, variables), batch, described(np.float32(0))).compile()
+
+    def _sharding(self, count: int) -> jax.sharding.Sharding | None:
+        return self._batch_sharding if count % self.devices == 0 else self._replicated
 
     def __call__(self, images: np.ndarray, fill: float | None) -> jax.Array:
         """Start the forward pass of a batch.
 
         Args:
-            images: (B, H, W, bands) digital numbers, int16 or float32.
+            images: (B, H, W, bands) digital numbers, int16 or float32, bands in the bundle's order.
             fill: the file's fill value, None where it has none.
 
         Returns:
             (B, H, W) float32 Mg/ha, still being computed; pixels without data get a number too.
         """
-        program = self.wait(images.shape, images.dtype)
-        batch = self._place(images, self._sharding(len(images)))
-        return program(self._variables, batch, self._place(_fill_scalar(fill), self._replicated))
+        program = self.prepare(images.shape, images.dtype)
+        if self._variables is None:
+            self._variables = jax.device_put(self._bundle.variables, self._replicated)
+        batch = jax.device_put(images, self._sharding(len(images)))
+        scalar = np.asarray(np.nan if fill is None else fill, np.float32)  # traced: files don't recompile
+        return program.result()(self._variables, batch, jax.device_put(scalar, self._replicated))
 
-    def _claim(self, shape: tuple[int, ...], dtype: np.dtype) -> tuple[Future[Any], bool]:
-        """The program for a shape and type, and whether the caller is the one who has to compile it."""
-        key = (tuple(shape), np.dtype(dtype).name)
-        with self._lock:
-            mine = key not in self._programs
-            return self._programs.setdefault(key, Future()), mine
-
-    def _compile_into(self, future: Future[Any], shape: tuple[int, ...], dtype: np.dtype) -> None:
-        try:
-            batch = jax.ShapeDtypeStruct(shape, dtype, sharding=self._sharding(shape[0]))
-            fill = jax.ShapeDtypeStruct((), np.float32, sharding=self._replicated)
-            future.set_result(jax.jit(self._run).lower(self._abstract_variables(), batch, fill).compile())
-        except BaseException as error:
-            future.set_exception(error)
-
-    def _run(self, variables: Any, images: jax.Array, fill: jax.Array) -> jax.Array:
+    def _predict(self, variables: Any, images: jax.Array, fill: jax.Array) -> jax.Array:
         """(B, H, W, bands) digital numbers -> (B, H, W) float32, on one CPU part by part where they come out even."""
-        part = IMAGES_A_CORE * cores()
-        if self.platform != "cpu" or self.devices > 1 or len(images) <= part or len(images) % part:
-            return self._run_part(variables, images, fill)
+        part = cpu.images_at_once() if self.platform == "cpu" and self.devices == 1 else len(images)
+        if len(images) <= part or len(images) % part:
+            return self._predict_part(variables, images, fill)
         parts = images.reshape(-1, part, *images.shape[1:])
-        return jax.lax.map(lambda some: self._run_part(variables, some, fill), parts).reshape(images.shape[:-1])
+        return jax.lax.map(lambda some: self._predict_part(variables, some, fill), parts).reshape(images.shape[:-1])
 
-    def _run_part(self, variables: Any, images: jax.Array, fill: jax.Array) -> jax.Array:
+    def _predict_part(self, variables: Any, images: jax.Array, fill: jax.Array) -> jax.Array:
         """(B, H, W, bands) digital numbers -> (B, H, W) float32; no-data pixels are 0 before z-scoring."""
         present = jnp.where(no_data(images, fill)[..., None], 0, images).astype(jnp.float32)
         with jax.default_matmul_precision(self._precision):
-            return self._model()(variables, (present - self._means) / self._stds).astype(jnp.float32)
-
-    def _model(self) -> ModelFunction:
-        return self._stub or self._bundle.module(self._dtype).apply
-
-    def _abstract_variables(self) -> Any:
-        """Shapes of the variables without waiting for their values."""
-        if self._stub is None:
-            from biomass_jax.models.build import abstract_variables
-
-            shapes = abstract_variables(self._bundle.module(self._dtype))
-        else:
-            shapes = self._bundle.variables
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._replicated), shapes)
-
-    def _sharding(self, batch: int) -> Any:
-        return self._batch_sharding if batch % self.devices == 0 else self._replicated
-
-    @staticmethod
-    def _place(tree: Any, sharding: Any) -> Any:
-        return jax.device_put(tree) if sharding is None else jax.device_put(tree, sharding)
-
-
-def _fill_scalar(fill: float | None) -> np.ndarray:
-    return np.asarray(np.nan if fill is None else fill, np.float32)
+            return self._model(variables, normalize(present, self._means, self._stds)).astype(jnp.float32)

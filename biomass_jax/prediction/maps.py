@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 
-import biomass_jax
 from biomass_jax import figures
-from biomass_jax.data import raster
 from biomass_jax.data.bands import no_data, parse_band_list
+from biomass_jax.data.raster.image import ImageSource, read_preview, read_tags
+from biomass_jax.data.raster.mask import MaskSource
+from biomass_jax.data.raster.tiff import verify_blocks
 from biomass_jax.errors import BiomassError, PredictionError, RasterError
+from biomass_jax.version import __version__
 
 # A finished map is kept only where all of these are what a new one would carry.
 IDENTITY = ("MODEL_SHA256", "SETTINGS", "SOURCE_SIZE", "SOURCE_MTIME_NS")
@@ -101,7 +103,7 @@ def quicklook_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}_quicklook.png")
 
 
-def map_tags(source: raster.ImageSource, model_sha256: str, settings: Mapping[str, Any]) -> dict[str, str]:
+def map_tags(source: ImageSource, model_sha256: str, settings: Mapping[str, Any]) -> dict[str, str]:
     """Tags of a map: where it comes from and all that its values depend on."""
     identity = source.identity()
     return {
@@ -110,7 +112,7 @@ def map_tags(source: raster.ImageSource, model_sha256: str, settings: Mapping[st
         "SEASON": source.season or "unknown",
         "SENSORS": source.sensor or "unknown",
         "MODEL_SHA256": model_sha256,
-        "SOFTWARE": f"biomass_jax {biomass_jax.__version__}",
+        "SOFTWARE": f"biomass_jax {__version__}",
         "SETTINGS": json.dumps(settings, sort_keys=True),
         "SOURCE_SIZE": str(identity["size"]),
         "SOURCE_MTIME_NS": str(identity["mtime_ns"]),
@@ -122,8 +124,8 @@ def is_finished(path: Path, tags: Mapping[str, str]) -> bool:
     if not path.is_file():
         return False
     try:
-        found = raster.read_tags(path)
-        raster.verify_blocks(path)
+        found = read_tags(path)
+        verify_blocks(path)
     except RasterError:
         return False
     return all(found.get(key) == tags[key] for key in IDENTITY)
@@ -132,11 +134,11 @@ def is_finished(path: Path, tags: Mapping[str, str]) -> bool:
 class MapReader:
     """Rows of an image with the pixels that get a value, and the mask's share of those with data; a context manager."""
 
-    def __init__(self, source: raster.ImageSource, options: MapOptions) -> None:
+    def __init__(self, source: ImageSource, options: MapOptions) -> None:
         self._source = source
-        self._mask: raster.MaskSource | None = None
+        self._mask: MaskSource | None = None
         if options.mask is not None:
-            self._mask = raster.MaskSource(options.mask, source.grid, options.mask_keep or ())
+            self._mask = MaskSource(options.mask, source.grid, options.mask_keep or ())
         self._data = self._kept = 0
 
     def __enter__(self) -> "MapReader":
@@ -162,11 +164,11 @@ class MapReader:
         return None if self._mask is None else self._kept / max(self._data, 1)
 
 
-def write_quicklook(source: raster.ImageSource, path: Path, picture: Path, layer: str, unit: str) -> None:
+def write_quicklook(source: ImageSource, path: Path, picture: Path, layer: str, unit: str) -> None:
     """Draw a finished map beside its image, both at reduced size."""
     image = source.read_preview(QUICKLOOK_SIZE)
     colours = [source.bands.index(name) for name in ("RED", "GREEN", "BLUE")]
-    values = raster.read_preview(path, QUICKLOOK_SIZE)
+    values = read_preview(path, QUICKLOOK_SIZE)
     figures.quicklook(
         picture,
         image[..., colours],
@@ -177,15 +179,10 @@ def write_quicklook(source: raster.ImageSource, path: Path, picture: Path, layer
     )
 
 
-def is_readable(error: Exception) -> bool:
-    """Whether an error's message says all; anything else is a fault of the program or the machine."""
-    return isinstance(error, BiomassError)
-
-
 def reason(name: str, error: Exception) -> str:
     """What went wrong with an input, without its name, which messages begin with."""
     text = (str(error).strip() or "no message").removeprefix(f"{name}: ")
-    return text if is_readable(error) else f"{type(error).__name__}: {text}"
+    return text if isinstance(error, BiomassError) else f"{type(error).__name__}: {text}"
 
 
 def failure_table(failures: Sequence[tuple[str, Exception]], total: int) -> str:

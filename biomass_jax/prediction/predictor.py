@@ -5,26 +5,32 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, nullcontext
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import jax
 import numpy as np
 
+from biomass_jax import bundle as bundles
+from biomass_jax.bundle import Bundle
 from biomass_jax.data import bands as band_table
-from biomass_jax.data import raster
-from biomass_jax.errors import PredictionError
+from biomass_jax.data.raster.cog import MapWriter
+from biomass_jax.data.raster.image import open_image
+from biomass_jax.data.raster.inputs import InputItem, find_inputs
+from biomass_jax.errors import BiomassError, BundleError, PredictionError
 from biomass_jax.prediction import maps
 from biomass_jax.prediction.forward import Forward, ModelFunction
 from biomass_jax.prediction.maps import MapOptions, MapResult
-from biomass_jax.prediction.opening import OpeningBundle
 from biomass_jax.prediction.reference_tiling import reference_0_99_plan, reference_1_2_plan
-from biomass_jax.prediction.several import Failure, Finish, make_maps
 from biomass_jax.prediction.stream import Timings, check_finite, stream_map
-from biomass_jax.prediction.tiling import Plan, check_settings, default_plan
+from biomass_jax.prediction.tiling import TilePlan, check_settings, default_plan
 from biomass_jax.runtime.progress import Progress, duration
 
 log = logging.getLogger(__name__)
+
+Failure = tuple[str, Exception]  # the input's name, what went wrong
+Made = TypeVar("Made")
 
 
 class Predictor:
@@ -52,7 +58,7 @@ class Predictor:
 
     def __init__(
         self,
-        bundle: Any,
+        bundle: Bundle,
         *,
         batch_size: int | None = None,
         tile: int = 224,
@@ -69,14 +75,12 @@ class Predictor:
         check_settings(tile, stride, margin, blend, tiling)
         if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
             raise PredictionError(f"batch_size is {batch_size!r}; expected a whole number, 1 or more, or None")
-        if model_fn is None and bundle.task != "biomass":
-            raise PredictionError(f"{bundle.path}: a bundle of task {bundle.task!r}; maps need one of task 'biomass'")
         self.bundle = bundle
         self.tile = tile
         self.tiling = tiling
         self._geometry: dict[str, Any] = {"tile": tile, "stride": stride, "margin": margin, "blend": blend}
         self.settings = {**self._geometry, "tiling": tiling, "dtype": dtype, "matmul_precision": matmul_precision}
-        self._forward = Forward(
+        self.forward = Forward(
             bundle,
             dtype=dtype,
             matmul_precision=matmul_precision,
@@ -84,11 +88,7 @@ class Predictor:
             replicated=replicated,
             model_fn=model_fn,
         )
-        if batch_size is None:
-            batch_size = (4 if self._forward.platform == "cpu" else 32) * self._forward.devices
-        self.batch_size = -(-batch_size // self._forward.devices) * self._forward.devices
-        if self.batch_size != batch_size:
-            log.info("batch_size %d becomes %d: %d devices", batch_size, self.batch_size, self._forward.devices)
+        self.batch_size = self.forward.batch_size(batch_size)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], **settings: Any) -> "Predictor":
@@ -101,15 +101,12 @@ class Predictor:
         Raises:
             BundleError: no bundle there, or of another schema version; damaged weights show with the first image.
         """
-        return cls(OpeningBundle(path, settings.get("replicated")), **settings)
+        return cls(bundles.load(path, settings.get("replicated"), background=True), **settings)
 
     def warm_up(self) -> None:
-        """Read the weights and compile for batches of int16 tiles now, so that the first map takes no longer.
-
-        Raises:
-            BundleError: damaged weights.
-        """
-        self._forward.wait((self.batch_size, self.tile, self.tile, len(self.bundle.bands)), np.dtype(np.int16))
+        """Compile for batches of int16 tiles now, so that the first map takes no longer."""
+        tiles = (self.batch_size, self.tile, self.tile, len(self.bundle.bands))
+        self.forward(np.zeros(tiles, np.int16), None).block_until_ready()
 
     def predict_array(self, image: np.ndarray, mask_nodata: bool = True) -> np.ndarray:
         """Biomass of images in memory: one plain forward pass at their own size, never tiled.
@@ -132,7 +129,7 @@ class Predictor:
                 f"order {', '.join(self.bundle.bands)}"
             )
         batch = _as_digital_numbers(image if image.ndim == 4 else image[None])
-        result = np.array(self._forward(batch, self.bundle.fill))
+        result = np.array(self.forward(batch, self.bundle.fill))
         if mask_nodata:
             result[band_table.no_data(batch, self.bundle.fill)] = self.bundle.nodata
         return result if image.ndim == 4 else result[0]
@@ -150,10 +147,10 @@ class Predictor:
             TilingError: a published algorithm can't map a raster of this size.
             PredictionError: contradicting options, or the model gave no number where there is data.
         """
-        items = raster.find_inputs(src)
+        items = find_inputs(src)
         if len(items) != 1:
             raise PredictionError(f"{os.fspath(src)}: {len(items)} images; predict_file maps one, predict_dir many")
-        return self._begin(items[0], maps.map_path(dst, items[0].relative, self._layer), MapOptions(**options))()
+        return _OneMap(self, items[0], dst, MapOptions(**options)).finish()
 
     def predict_dir(
         self, src: str | os.PathLike[str], dst: str | os.PathLike[str] = ".", **options: Any
@@ -164,19 +161,18 @@ class Predictor:
 
         Raises:
             RasterError: no image there, or two that would get the same map.
-            BundleError: damaged weights.
             PredictionError: some failed; the message is a table of which and why, `failures` lists them.
         """
-        items = raster.find_inputs(src)
+        items = find_inputs(src)
         results, failures = self.predict_items(items, dst, **options)
         if failures:
             raise PredictionError(maps.failure_table(failures, len(items)), failures=failures)
         return results
 
     def predict_items(
-        self, items: Sequence[raster.InputItem], dst: str | os.PathLike[str], **options: Any
+        self, items: Sequence[InputItem], dst: str | os.PathLike[str], **options: Any
     ) -> tuple[list[MapResult], list[Failure]]:
-        """Map some of the images that `raster.find_inputs` has found; an image that fails doesn't stop the others.
+        """Map some of the images that `find_inputs` has found; an image that fails doesn't stop the others.
 
         Args:
             items: the images.
@@ -187,133 +183,27 @@ class Predictor:
             The maps, and (input's name, error) of those that failed.
 
         Raises:
-            BundleError: damaged weights.
             PredictionError: contradicting options, or one file for several maps.
         """
         chosen = MapOptions(**options)
         if len(items) > 1 and maps.is_tiff_path(dst):
             raise PredictionError(f"{os.fspath(dst)}: one file for {len(items)} maps; give a folder")
-        return make_maps(items, lambda item: self._begin(item, maps.map_path(dst, item.relative, self._layer), chosen))
+        return make_maps(items, lambda item: _OneMap(self, item, dst, chosen).finish)
 
     @property
-    def _layer(self) -> str:
+    def layer(self) -> str:
+        """Name of the map's band."""
         return self.bundle.meta["output"]["bands"][0]
 
     @property
-    def _unit(self) -> str:
+    def unit(self) -> str:
+        """Its unit."""
         return self.bundle.meta["output"]["units"]
 
-    def _is_small(self, height: int, width: int) -> bool:
-        return height <= self.tile and width <= self.tile
-
-    def _begin(self, item: raster.InputItem, path: Path, options: MapOptions) -> Finish:
-        """Start one map, or find that it is finished; what is left to do is in what is returned."""
-        began = time.perf_counter()
-        sensors = tuple(self.bundle.meta["input"].get("sensors", ()))
-        with ExitStack() as stack:
-            source = stack.enter_context(
-                raster.open_image(item, band_list=options.bands, wanted=self.bundle.bands, model_sensors=sensors)
-            )
-            tags = maps.map_tags(source, self.bundle.weights_sha256, {**self.settings, **options.settings()})
-            kept = not options.overwrite and maps.is_finished(path, tags)
-            if kept:
-                log.info("%s: finished before, %s is kept", item.name, path)
-                make: Finish = functools.partial(MapResult, item.name, path, "skipped")
-            else:
-                source.check_units()
-                for warning in source.warnings:
-                    log.warning("%s", warning)
-                make = self._begin_rows(source, path, tags, options, began, stack)
-            held = stack.pop_all()
-
-        def finish() -> MapResult:
-            with held:
-                result = make()
-                picture = maps.quicklook_path(path)
-                if options.quicklook and not (kept and picture.is_file()):
-                    maps.write_quicklook(source, path, picture, self._layer, self._unit)
-            return result
-
-        return finish
-
-    def _begin_rows(
-        self,
-        source: raster.ImageSource,
-        path: Path,
-        tags: dict[str, str],
-        options: MapOptions,
-        began: float,
-        stack: ExitStack,
-    ) -> Finish:
-        """Start to predict an open image into a file; the stack closes what is opened."""
-        grid = source.grid
-        plan = None if self._is_small(grid.height, grid.width) else self._plan(grid.height, grid.width)
-        chips = 1 if plan is None else plan.count
-        batch = (1, grid.height, grid.width) if plan is None else (self.batch_size, self.tile, self.tile)
-        self._forward.prepare((*batch, len(self.bundle.bands)), source.dtype)  # while the first rows are read
-        reader = stack.enter_context(maps.MapReader(source, options))
-        layer, unit = self._layer, self._unit
-        writer = stack.enter_context(
-            raster.MapWriter(path, grid, nodata=self.bundle.nodata, description=layer, unit=unit, tags=tags)
-        )
-        if plan is None:
-            rows = self._predict_whole(source, reader, writer)
-        else:
-            rows = self._predict_tiles(source, plan, reader, writer, options.progress)
-
-        def finish() -> MapResult:
-            timings = rows()
-            writer.close()
-            parts = {**vars(timings), **{key: writer.seconds[key] for key in ("verify", "copy")}}
-            result = MapResult(source.name, path, "written", chips, time.perf_counter() - began, parts, reader.share)
-            share = "" if result.mask_share is None else f", the mask keeps {result.mask_share:.1%} of its data pixels"
-            log.info("%s: %d chip%s in %s%s", path, chips, "" if chips == 1 else "s", duration(result.seconds), share)
-            return result
-
-        return finish
-
-    def _predict_tiles(
-        self, source: raster.ImageSource, plan: Plan, reader: maps.MapReader, writer: raster.MapWriter, progress: bool
-    ) -> Callable[[], Timings]:
-        """Predict all tiles and write their rows, here and now."""
-        with Progress(writer.path.name, plan.count) if progress else nullcontext() as shown:
-            timings = stream_map(
-                plan,
-                reader.read,
-                lambda images: self._forward(images, source.fill),
-                writer.write_rows,
-                batch_size=self.batch_size,
-                nodata=self.bundle.nodata,
-                advance=shown.advance if shown else lambda chips: None,
-            )
-        return lambda: timings
-
-    def _predict_whole(
-        self, source: raster.ImageSource, reader: maps.MapReader, writer: raster.MapWriter
-    ) -> Callable[[], Timings]:
-        """Start to predict a small image; what is returned waits for the device and writes the rows.
-
-        It shows no progress: it is done before a bar could be read, and folders hold thousands of them.
-        """
-        timings = Timings()
-        marks = [time.perf_counter()]
-        pixels, wanted = reader.read(0, source.grid.height)
-        marks.append(time.perf_counter())
-        future = self._forward(pixels[None], source.fill)
-
-        def rows() -> Timings:
-            values = np.array(future)[0]
-            marks.append(time.perf_counter())
-            check_finite(values, wanted)
-            values[~wanted] = self.bundle.nodata
-            writer.write_rows(0, values)
-            marks.append(time.perf_counter())
-            timings.read, timings.compute, timings.write = (float(s) for s in np.diff(marks))
-            return timings
-
-        return rows
-
-    def _plan(self, height: int, width: int) -> Plan:
+    def plan(self, height: int, width: int) -> TilePlan | None:
+        """Tiles of a raster of so many pixels, in order; None where it is predicted whole."""
+        if height <= self.tile and width <= self.tile:
+            return None
         if self.tiling == "default":
             return default_plan(height, width, **self._geometry)
         tile, stride = ((self._geometry[key],) * 2 for key in ("tile", "stride"))
@@ -321,6 +211,161 @@ class Predictor:
             return reference_0_99_plan(height, width, tile=tile, stride=stride)
         margin, blend = self._geometry["margin"], self._geometry["blend"]
         return reference_1_2_plan(height, width, tile=tile, stride=stride, margin=margin, blend=blend)
+
+
+class _OneMap:
+    """A map on its way: begun in one thread, finished in the same or another one.
+
+    Beginning opens the image and starts its prediction, or finds that the map is finished. Small images are only
+    handed to the device then; of large ones all tiles are predicted and written.
+    """
+
+    def __init__(self, predictor: Predictor, item: InputItem, dst: str | os.PathLike[str], options: MapOptions) -> None:
+        """Begin; arguments and errors as for `Predictor.predict_file`."""
+        self._began = time.perf_counter()
+        self._predictor, self._item, self._options = predictor, item, options
+        self._path = maps.map_path(dst, item.relative, predictor.layer)
+        bundle = predictor.bundle
+        sensors = tuple(bundle.meta["input"].get("sensors", ()))
+        with ExitStack() as stack:
+            self._source = stack.enter_context(
+                open_image(item, band_list=options.bands, wanted=bundle.bands, model_sensors=sensors)
+            )
+            settings = {**predictor.settings, **options.settings()}
+            tags = maps.map_tags(self._source, bundle.weights_sha256, settings)
+            self._kept = not options.overwrite and maps.is_finished(self._path, tags)
+            if self._kept:
+                log.info("%s: finished before, %s is kept", item.name, self._path)
+            else:
+                self._source.check_units()
+                for warning in self._source.warnings:
+                    log.warning("%s", warning)
+                self._start(tags, stack)
+            self._held = stack.pop_all()
+
+    def _start(self, tags: dict[str, str], stack: ExitStack) -> None:
+        """Predict; the stack closes what is opened."""
+        predictor, grid = self._predictor, self._source.grid
+        plan = predictor.plan(grid.height, grid.width)
+        shape = (1, grid.height, grid.width) if plan is None else (predictor.batch_size, *(predictor.tile,) * 2)
+        predictor.forward.prepare((*shape, len(predictor.bundle.bands)), self._source.dtype)
+        self._reader = stack.enter_context(maps.MapReader(self._source, self._options))
+        self._writer = stack.enter_context(
+            MapWriter(
+                self._path,
+                grid,
+                nodata=predictor.bundle.nodata,
+                description=predictor.layer,
+                unit=predictor.unit,
+                tags=tags,
+            )
+        )
+        self._chips = 1 if plan is None else plan.count
+        self._timings = Timings() if plan is None else self._predict_tiles(plan)
+        self._whole: jax.Array | None = None
+        if plan is None:
+            began = time.perf_counter()
+            pixels, self._wanted = self._reader.read(0, grid.height)
+            self._timings.read = time.perf_counter() - began
+            self._whole = predictor.forward(pixels[None], self._source.fill)
+
+    def _predict_tiles(self, plan: TilePlan) -> Timings:
+        """Predict all tiles and write their rows."""
+        with Progress(self._path.name, plan.count) if self._options.progress else nullcontext() as shown:
+            return stream_map(
+                plan,
+                self._reader.read,
+                lambda images: self._predictor.forward(images, self._source.fill),
+                self._writer.write_rows,
+                batch_size=self._predictor.batch_size,
+                nodata=self._predictor.bundle.nodata,
+                advance=shown.advance if shown else lambda chips: None,
+            )
+
+    def finish(self) -> MapResult:
+        """Wait for the device where need be, write the file and its picture; to be called once."""
+        with self._held:
+            result = MapResult(self._item.name, self._path, "skipped") if self._kept else self._write()
+            picture = maps.quicklook_path(self._path)
+            if self._options.quicklook and not (self._kept and picture.is_file()):
+                maps.write_quicklook(self._source, self._path, picture, self._predictor.layer, self._predictor.unit)
+        return result
+
+    def _write(self) -> MapResult:
+        if self._whole is not None:
+            self._write_whole(self._whole)
+        self._writer.close()
+        parts = {**vars(self._timings), **{key: self._writer.seconds[key] for key in ("verify", "copy")}}
+        seconds, share = time.perf_counter() - self._began, self._reader.share
+        kept = "" if share is None else f", the mask keeps {share:.1%} of its data pixels"
+        many = "" if self._chips == 1 else "s"
+        log.info("%s: %d chip%s in %s%s", self._path, self._chips, many, duration(seconds), kept)
+        return MapResult(self._source.name, self._path, "written", self._chips, seconds, parts, share)
+
+    def _write_whole(self, predicted: jax.Array) -> None:
+        """Wait for a small image's prediction and write its rows.
+
+        It shows no progress: it is done before a bar could be read, and folders hold thousands of them.
+        """
+        marks = [time.perf_counter()]
+        values = np.array(predicted)[0]
+        marks.append(time.perf_counter())
+        check_finite(values, self._wanted)
+        values[~self._wanted] = self._predictor.bundle.nodata
+        self._writer.write_rows(0, values)
+        marks.append(time.perf_counter())
+        self._timings.compute, self._timings.write = (float(seconds) for seconds in np.diff(marks))
+
+
+def make_maps(
+    items: Sequence[InputItem], begin: Callable[[InputItem], Callable[[], MapResult]]
+) -> tuple[list[MapResult], list[Failure]]:
+    """Make a map of each input.
+
+    Args:
+        items: the inputs.
+        begin: starts a map in this thread; what it returns is called once, in another one, so that reading the next
+            image and computing its map need not wait for the file of this one. At most two are on their way.
+
+    Returns:
+        The maps, and what failed; both in the order of the inputs.
+
+    Raises:
+        BundleError: damaged weights; no other image would fare better.
+    """
+    outcomes: list[Future[MapResult | Failure] | Failure] = []
+    running: list[Future[MapResult | Failure]] = []
+    with ThreadPoolExecutor(1, "map finisher") as finisher:
+        for item in items:
+            begun = _attempt(item, functools.partial(begin, item))
+            if isinstance(begun, tuple):
+                outcomes.append(begun)
+                continue
+            finishing = finisher.submit(_attempt, item, begun)
+            outcomes.append(finishing)
+            wait(running)
+            running = [finishing]
+    results: list[MapResult] = []
+    failures: list[Failure] = []
+    for outcome in outcomes:
+        found = outcome.result() if isinstance(outcome, Future) else outcome
+        if isinstance(found, MapResult):
+            results.append(found)
+        else:
+            failures.append(found)
+    return results, failures
+
+
+def _attempt(item: InputItem, step: Callable[[], Made]) -> Made | Failure:
+    """What a step gives, or its error, told at once."""
+    try:
+        return step()
+    except BundleError:
+        raise
+    except Exception as error:
+        why = maps.reason(item.name, error)
+        log.error("%s: failed: %s", item.name, why, exc_info=not isinstance(error, BiomassError))
+        return item.name, error
 
 
 def _as_digital_numbers(image: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from biomass_jax.errors import TilingError
-from biomass_jax.prediction.tiling import Plan, Tile, TileRow, ramp_window
+from biomass_jax.prediction.tiling import Tile, TilePlan, TileRow, ramp_window
 
 Pair = tuple[int, int]  # (along rows, along columns)
 # One tile as the reference lists it: first row and column, and whether it is used whole or cropped by delta.
@@ -48,8 +48,8 @@ def reference_0_99_tiles(size: Pair, tile: Pair, stride: Pair) -> list[Placed]:
 
 def reference_1_2_plan(
     height: int, width: int, *, tile: Pair, stride: Pair, margin: int, blend: str, padded: bool = True
-) -> Plan:
-    """Plan of terratorch 1.2.11; `padded=False` is its `padding=False`, in which border tiles are used whole.
+) -> TilePlan:
+    """TilePlan of terratorch 1.2.11; `padded=False` is its `padding=False`, in which border tiles are used whole.
 
     Raises:
         TilingError: the raster is smaller than the tile even when padded, or a pixel stays without a prediction.
@@ -70,8 +70,8 @@ def reference_1_2_plan(
     return _plan(name, (height, width), tile, pad, delta, placed, (inner, border))
 
 
-def reference_0_99_plan(height: int, width: int, *, tile: Pair, stride: Pair) -> Plan:
-    """Plan of terratorch 0.99.2: plain mean, crop min(16, (tile - stride) // 2), no padding.
+def reference_0_99_plan(height: int, width: int, *, tile: Pair, stride: Pair) -> TilePlan:
+    """TilePlan of terratorch 0.99.2: plain mean, crop min(16, (tile - stride) // 2), no padding.
 
     Raises:
         TilingError: the raster is smaller than the tile, or a pixel stays without a prediction.
@@ -103,12 +103,12 @@ def _plan(
     delta: int,
     placed: Iterable[Placed],
     weights: tuple[np.ndarray, np.ndarray],
-) -> Plan:
+) -> TilePlan:
     """Sort tiles into rows from north to south and check that they cover the raster."""
     rows: dict[int, list[Tile]] = {}
     for row, column, whole in placed:
         rows.setdefault(row, []).append(Tile(column, 0, 0, BORDER) if whole else Tile(column, delta, delta, INNER))
-    plan = Plan(
+    plan = TilePlan(
         height=size[0],
         width=size[1],
         tile_height=tile[0],
@@ -124,7 +124,7 @@ def _plan(
     return plan
 
 
-def first_gap(plan: Plan) -> Pair | None:
+def first_gap(plan: TilePlan) -> Pair | None:
     """The first pixel (row, column) that no tile of a plan covers, None where all are covered."""
     windows = [plan.window(row, tile)[:2] for row in plan.rows for tile in row.tiles]
     starts = sorted({0, *(rows.start for rows, _ in windows), *(rows.stop for rows, _ in windows)})

@@ -10,8 +10,8 @@ from typing import Any
 
 import jax
 
-from biomass_jax.data import raster
 from biomass_jax.data.bands import parse_band_list
+from biomass_jax.data.raster.inputs import InputItem, find_inputs
 from biomass_jax.errors import PredictionError
 from biomass_jax.prediction import maps
 from biomass_jax.prediction.predictor import Predictor
@@ -48,13 +48,9 @@ def run(config: Any, workdir: Path, *, shardings: Callable[[], dict[str, Any]]) 
         "overwrite": config.overwrite,
         "quicklook": config.quicklook,
     }
-    items = raster.find_inputs(config.inputs)
+    items = find_inputs(config.inputs)
     log.info("%d input%s, maps go to %s", len(items), "" if len(items) == 1 else "s", workdir)
-    predictor = Predictor.open(
-        config.bundle,
-        **shardings(),
-        **{field: config[field] for field in PREDICTOR_FIELDS},
-    )
+    predictor = Predictor.open(config.bundle, **shardings(), **{field: config[field] for field in PREDICTOR_FIELDS})
     mine = map_share(predictor, items[jax.process_index() :: jax.process_count()], workdir, options)
     shares = [Share(**json.loads(data)) for data in processes.gather(json.dumps(dataclasses.asdict(mine)).encode())]
     sum_up(shares, items)
@@ -70,7 +66,7 @@ class Share:
     failures: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
 
-def map_share(predictor: Predictor, items: Sequence[raster.InputItem], workdir: Path, options: dict[str, Any]) -> Share:
+def map_share(predictor: Predictor, items: Sequence[InputItem], workdir: Path, options: dict[str, Any]) -> Share:
     """Map one process's share of the inputs; `options` are those of `Predictor.predict_dir`.
 
     Raises:
@@ -87,7 +83,7 @@ def map_share(predictor: Predictor, items: Sequence[raster.InputItem], workdir: 
     )
 
 
-def sum_up(shares: Sequence[Share], items: Sequence[raster.InputItem]) -> None:
+def sum_up(shares: Sequence[Share], items: Sequence[InputItem]) -> None:
     """Say what all processes did.
 
     Raises:

@@ -6,21 +6,22 @@ Batches run over row ends, so all but the last are full and one compilation serv
 in the plan's order whatever the batch size.
 """
 
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import numpy as np
 
 from biomass_jax.errors import PredictionError
-from biomass_jax.prediction.pipe import Feeder, Sink
-from biomass_jax.prediction.tiling import Blender, Plan, SourceRows, Tile
+from biomass_jax.prediction.tiling import Blender, SourceRows, Tile, TilePlan
 
 # Reads source rows [start, stop) -> pixels (rows, W, C) and bool (rows, W), True where the map gets a value.
 ReadRows = Callable[[int, int], tuple[np.ndarray, np.ndarray]]
 # Starts the forward pass of a batch (B, h, w, C) -> something that np.asarray turns into (B, h, w), waiting if need be.
-Forward = Callable[[np.ndarray], object]
+StartBatch = Callable[[np.ndarray], object]
 WriteRows = Callable[[int, np.ndarray], None]
 
 READ_AHEAD = 2  # batches that wait for the device
@@ -28,8 +29,126 @@ IN_FLIGHT = 2  # batches dispatched and not yet fetched: the device is never idl
 WRITE_BEHIND = 4  # bands of rows that wait for the disk
 
 
+Item = TypeVar("Item")
+
+
+class Broken(Exception):
+    """The other side stopped without an error of its own."""
+
+
+class Pipe(Generic[Item]):
+    """A bounded hand-over between two threads that passes errors on and can be broken off by either side.
+
+    Items in order, at most `size` waiting. After `fail(error)` both sides raise `error` at their next call, so that the
+    first error of a run is the one seen.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._items: deque[Item] = deque()
+        self._closed = False
+        self._error: BaseException | None = None
+        self._changed = threading.Condition()
+
+    def put(self, item: Item) -> None:
+        """Hand an item over, waiting for room."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._error is not None or len(self._items) < self._size)
+            if self._error is not None:
+                raise self._error
+            self._items.append(item)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """No more items: the other side ends after those that wait."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        """Break off; the first error counts, and items that wait are dropped."""
+        with self._changed:
+            self._error = self._error or error
+            self._items.clear()
+            self._changed.notify_all()
+
+    def check(self) -> None:
+        """Raise what the other side failed with, if it did."""
+        with self._changed:
+            if self._error is not None:
+                raise self._error
+
+    def __iter__(self) -> Iterator[Item]:
+        """Items until the other side closes; raises what it failed with."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._error is not None or self._closed or self._items)
+                if self._error is not None:
+                    raise self._error
+                if not self._items:
+                    return
+                item = self._items.popleft()
+                self._changed.notify_all()
+            yield item
+
+
+class Feeder(Generic[Item]):
+    """Runs an iterable in a thread of its own and yields its items here; use as a context manager."""
+
+    def __init__(self, items: Iterable[Item], size: int, name: str) -> None:
+        self._pipe: Pipe[Item] = Pipe(size)
+        self._items = items
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def _run(self) -> None:
+        try:
+            for item in self._items:
+                self._pipe.put(item)
+            self._pipe.close()
+        except BaseException as error:  # raised again in the thread that waits for the items
+            self._pipe.fail(error)
+
+    def __enter__(self) -> Iterator[Item]:
+        self._thread.start()
+        return iter(self._pipe)
+
+    def __exit__(self, *_: object) -> None:
+        self._pipe.fail(Broken())
+        self._thread.join()
+
+
+class Sink(Generic[Item]):
+    """Hands items to a function that runs in a thread of its own; use as a context manager, which waits for the end."""
+
+    def __init__(self, consume: Callable[[Item], None], size: int, name: str) -> None:
+        self._pipe: Pipe[Item] = Pipe(size)
+        self._consume = consume
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self.put = self._pipe.put
+
+    def _run(self) -> None:
+        try:
+            for item in self._pipe:
+                self._consume(item)
+        except BaseException as error:  # raised again in the thread that puts items
+            self._pipe.fail(error)
+
+    def __enter__(self) -> "Sink[Item]":
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._pipe.fail(Broken())
+            self._thread.join()
+            return
+        self._pipe.close()
+        self._thread.join()
+        self._pipe.check()
+
+
 @dataclass
-class Batch:
+class TileBatch:
     """Tiles of one forward pass; `skipped` tiles before its end have no pixel to map."""
 
     images: np.ndarray
@@ -50,7 +169,7 @@ class Timings:
 class _Reader:
     """Source rows in, batches out; the wanted rows go out first, as bool arrays (rows, W)."""
 
-    def __init__(self, plan: Plan, read: ReadRows, batch_size: int, timings: Timings) -> None:
+    def __init__(self, plan: TilePlan, read: ReadRows, batch_size: int, timings: Timings) -> None:
         self._plan = plan
         self._read = read
         self._batch_size = batch_size
@@ -73,10 +192,10 @@ class _Reader:
             for start, wanted in self._wanted
         )
 
-    def items(self) -> Iterator[np.ndarray | Batch]:
+    def items(self) -> Iterator[np.ndarray | TileBatch]:
         """Wanted rows and batches in the order in which the blender needs them."""
         plan, source, firsts = self._plan, SourceRows(self._plan, self._read_rows), self._plan.first_rows()
-        batch: Batch | None = None
+        batch: TileBatch | None = None
         skipped = 0
         for index, row in enumerate(plan.rows):
             source.advance(index)
@@ -90,7 +209,7 @@ class _Reader:
                     continue
                 image = source.cut(index, tile)
                 if batch is None:
-                    batch = Batch(np.zeros((self._batch_size, *image.shape), image.dtype))
+                    batch = TileBatch(np.zeros((self._batch_size, *image.shape), image.dtype))
                 batch.images[len(batch.slots)] = image
                 batch.slots.append((index, tile))
                 if len(batch.slots) == self._batch_size:
@@ -118,7 +237,7 @@ class _Blending:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: TilePlan,
         nodata: float,
         timings: Timings,
         put: Callable[[tuple[int, np.ndarray]], None],
@@ -130,14 +249,14 @@ class _Blending:
         self._advance = advance
         self._blender = Blender(plan)
         self._wanted = np.zeros((0, plan.width), bool)  # of rows that are not finished
-        self._in_flight: deque[tuple[object, Batch]] = deque()
+        self._in_flight: deque[tuple[object, TileBatch]] = deque()
         self._left = plan.count
 
     def expect(self, wanted: np.ndarray) -> None:
         """Which pixels of the next rows get a value."""
         self._wanted = np.concatenate([self._wanted, wanted])
 
-    def dispatched(self, future: object, batch: Batch) -> None:
+    def dispatched(self, future: object, batch: TileBatch) -> None:
         """Note a batch that was sent to the device; blend the oldest one where enough are on their way."""
         self._in_flight.append((future, batch))
         if len(self._in_flight) >= IN_FLIGHT:
@@ -173,9 +292,9 @@ class _Blending:
 
 
 def stream_map(
-    plan: Plan,
+    plan: TilePlan,
     read: ReadRows,
-    forward: Forward,
+    forward: StartBatch,
     write: WriteRows,
     *,
     batch_size: int,
@@ -187,7 +306,7 @@ def stream_map(
     Args:
         plan: from `default_plan` or a reference plan.
         read: see ReadRows; called from a thread of its own, rows in order, each once.
-        forward: see Forward; called from this thread with full batches of `batch_size` (the last padded with zeros).
+        forward: see `StartBatch`; called from this thread with batches of `batch_size`, the last padded with zeros.
         write: called from a thread of its own with (first row, float32 values (rows, W)).
         batch_size: tiles a forward pass.
         nodata: value of pixels that are not wanted.
@@ -211,7 +330,7 @@ def stream_map(
     ):
         blending = _Blending(plan, nodata, timings, sink.put, advance)
         for item in items:
-            if isinstance(item, Batch):
+            if isinstance(item, TileBatch):
                 blending.dispatched(forward(item.images), item)
             else:
                 blending.expect(item)

@@ -43,7 +43,7 @@ class TileRow:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TilePlan:
     """Where tiles lie and how they are weighted, for one raster size.
 
     The padded raster has `pad_top` reflected rows above row 0 and `pad_left` reflected columns left of column 0; below
@@ -138,7 +138,7 @@ def blend_weights(tile: int, stride: int, margin: int, blend: str) -> np.ndarray
     return np.maximum(np.outer(window, window), SMALLEST_WEIGHT).astype(np.float32)
 
 
-def default_plan(height: int, width: int, *, tile: int, stride: int, margin: int, blend: str) -> Plan:
+def default_plan(height: int, width: int, *, tile: int, stride: int, margin: int, blend: str) -> TilePlan:
     """The project's own tiling: every pixel of the raster lies at least `margin` px inside each tile that maps it.
 
     The raster is reflected by `margin` on every side, and further where that is still smaller than a tile. The outer
@@ -148,7 +148,7 @@ def default_plan(height: int, width: int, *, tile: int, stride: int, margin: int
     """
     check_settings(tile, stride, margin, blend, "default")
     tiles = tuple(Tile(column, margin, margin) for column in origins(max(width + 2 * margin, tile), tile, stride))
-    return Plan(
+    return TilePlan(
         height=height,
         width=width,
         tile_height=tile,
@@ -169,7 +169,7 @@ def _span(index: np.ndarray) -> slice | np.ndarray:
 class SourceRows:
     """The source rows that the current row of tiles needs, each read once and dropped when no later tile needs it."""
 
-    def __init__(self, plan: Plan, read_rows: Callable[[int, int], np.ndarray]) -> None:
+    def __init__(self, plan: TilePlan, read_rows: Callable[[int, int], np.ndarray]) -> None:
         """`read_rows(start, stop)` returns source rows (stop - start, width, channels)."""
         self._plan = plan
         self._read_rows = read_rows
@@ -213,7 +213,7 @@ class Blender:
     `finish`. Rows come out in order, each once.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: TilePlan) -> None:
         self._plan = plan
         self._firsts = plan.first_rows()
         self._start = 0

@@ -67,6 +67,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def local_placement() -> dict[str, Any]:
+    """`batch_sharding` and `replicated` over this process's devices, as predictors and scores take them."""
+    mesh = create_mesh()
+    return {"batch_sharding": batch_sharding(mesh), "replicated": replicated(mesh)}
+
+
 def state_shardings(mesh: Mesh, abstract: Any) -> Any:
     """Where each array of a state lies: by the first of `RULES` that fits its path, else by its size.
 

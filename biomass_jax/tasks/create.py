@@ -2,16 +2,19 @@
 
 import dataclasses
 import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from biomass_jax.bundle import Bundle
 from biomass_jax.data import bands, sources
 from biomass_jax.errors import ConfigError
 from biomass_jax.models.build import architecture_of, build_module
 from biomass_jax.models.swin import VARIANTS, SwinFields
-from biomass_jax.tasks import regression as tasks
+from biomass_jax.tasks.base import InputStatistics, Task
+from biomass_jax.tasks.regression import Regression
 from biomass_jax.tasks.simmim import Pretraining
 
 log = logging.getLogger(__name__)
@@ -20,20 +23,9 @@ LABEL = {"name": "agbd", "units": "Mg ha-1"}  # of GeoTIFF folders, which don't 
 REFERENCE_DEGREES = 30.0
 
 
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """What is learnt.
-
-    Attributes:
-        task: see tasks.py.
-        about: the entries of an exported bundle that are known before training.
-    """
-
-    task: tasks.Task
-    about: dict[str, Any]
-
-
-def choose(config: Any, train: sources.Source, loaded: Bundle | None, *, command: str) -> Choice:
+def choose(
+    config: ConfigDict, train: sources.Source, loaded: Bundle | None, *, command: str
+) -> tuple[Task, dict[str, Any]]:
     """The task of `config.mode`.
 
     Args:
@@ -42,11 +34,19 @@ def choose(config: Any, train: sources.Source, loaded: Bundle | None, *, command
         loaded: the bundle of `config.init_from`.
         command: that started the run.
 
+    Returns:
+        the task, and the entries of an exported bundle that are known before training.
+
     Raises:
         ConfigError: fields that don't fit.
     """
-    statistics = choose_statistics(config, train, loaded)
-    task: tasks.Task
+    # The reference counts pixels of no data that are 0 into its statistics.
+    means, stds, kind = choose_statistics(
+        config.data, bands.BAND_NAMES, loaded=loaded, training=lambda: train, reference=config.get("reference", False)
+    )
+    log.info("statistics (%s): means %s, stds %s", kind, np.round(means, 1), np.round(stds, 1))
+    statistics = InputStatistics(train.info.fill, means, stds)
+    task: Task
     if config.mode == "pretrain":
         kind = "simmim"
         task, output = pretraining(config, statistics, train, loaded)
@@ -72,40 +72,55 @@ def choose(config: Any, train: sources.Source, loaded: Bundle | None, *, command
         "source_sha256": loaded.weights_sha256 if loaded else None,
         "command": command,
     }
-    return Choice(task, about)
+    return task, about
 
 
-def choose_statistics(config: Any, train: sources.Source, loaded: Bundle | None) -> tasks.InputStatistics:
-    """Means and stds: explicit ones, the bundle's where weights are loaded, else the data set's.
+def choose_statistics(
+    group: ConfigDict,
+    names: Sequence[str],
+    *,
+    loaded: Bundle | None,
+    training: Callable[[], sources.Source],
+    reference: bool,
+) -> tuple[np.ndarray, np.ndarray, str]:
+    """Means and stds of a model's bands: explicit ones, the bundle's where there is one, else the data set's.
+
+    Args:
+        group: `config.data`.
+        names: the bands.
+        loaded: the bundle whose weights are used.
+        training: opens the training chips, from which the data set's come.
+        reference: count pixels of no data that are 0 into them, as the original does.
+
+    Returns:
+        (bands,) float64 each, digital numbers, and which they are: `explicit`, `bundle` or `dataset`.
 
     Raises:
         ConfigError: what was asked for isn't there.
+        DataError: no training chips to take the data set's from.
     """
-    group = config.data
-    fill = train.info.fill
     if bool(group.means) != bool(group.stds):
         raise ConfigError("config.data.means and config.data.stds go together")
     if group.means:
-        if not len(group.means) == len(group.stds) == len(bands.BAND_NAMES) or min(group.stds) <= 0:
-            raise ConfigError(f"config.data.means and stds: expected {len(bands.BAND_NAMES)} each, stds above 0")
-        return tasks.InputStatistics(fill, np.asarray(group.means, np.float64), np.asarray(group.stds, np.float64))
+        if not len(group.means) == len(group.stds) == len(names) or min(group.stds) <= 0:
+            raise ConfigError(f"config.data.means and stds: expected {len(names)} numbers each, stds above 0")
+        return np.asarray(group.means, np.float64), np.asarray(group.stds, np.float64), "explicit"
     kind = group.statistics or ("bundle" if loaded else "dataset")
     if kind not in ("bundle", "dataset"):
         raise ConfigError(f"config.data.statistics is {kind!r}; expected 'bundle' or 'dataset'")
-    if kind == "bundle":
-        if loaded is None:
-            raise ConfigError("config.data.statistics is 'bundle', but config.init_from names none")
-        means, stds = loaded.meta["input"]["means"], loaded.meta["input"]["stds"]
-    else:
-        # The reference counts pixels of no data that are 0 into its statistics.
-        means, stds = sources.statistics_of(train, reference=config.get("reference", False))
-    log.info("statistics of the %s: means %s, stds %s", kind, np.round(means, 1), np.round(stds, 1))
-    return tasks.InputStatistics(fill, np.asarray(means, np.float64), np.asarray(stds, np.float64))
+    if kind == "dataset":
+        order = [bands.BAND_NAMES.index(name) for name in names]
+        means, stds = sources.statistics_of(training(), reference=reference)
+        return means[order], stds[order], kind
+    if loaded is None:
+        raise ConfigError("config.data.statistics is 'bundle', but config.init_from names none")
+    means, stds = (np.asarray(loaded.meta["input"][name], np.float64) for name in ("means", "stds"))
+    return means, stds, kind
 
 
 def regression(
-    config: Any, statistics: tasks.InputStatistics, train: sources.Source, loaded: Bundle | None
-) -> tuple[tasks.Regression, dict[str, Any]]:
+    config: ConfigDict, statistics: InputStatistics, train: sources.Source, loaded: Bundle | None
+) -> tuple[Regression, dict[str, Any]]:
     """Fine-tuning: the task, and `output` of its bundles."""
     module = build_module("biomass", architecture(config, "biomass", loaded), config.dtype, remat=config.model.remat)
     group, reference = config.augment, config.reference
@@ -134,7 +149,7 @@ def regression(
             "rotate_probability": group.rotate_probability,
             "rotate_label_fill": group.rotate_label_fill,
         }
-    task = tasks.Regression(
+    task = Regression(
         module=module,
         statistics=statistics,
         loss=config.loss,
@@ -149,7 +164,7 @@ def regression(
 
 
 def pretraining(
-    config: Any, statistics: tasks.InputStatistics, train: sources.Source, loaded: Bundle | None
+    config: ConfigDict, statistics: InputStatistics, train: sources.Source, loaded: Bundle | None
 ) -> tuple[Pretraining, dict[str, Any]]:
     """Pretraining: the task, and `output` of its bundles."""
     fields = architecture(config, "simmim", loaded)
@@ -174,7 +189,7 @@ def pretraining(
     return task, {"bands": list(bands.BAND_NAMES), "units": "z-scores", "nodata": None}
 
 
-def architecture(config: Any, task: str, loaded: Bundle | None) -> dict[str, Any]:
+def architecture(config: ConfigDict, task: str, loaded: Bundle | None) -> dict[str, Any]:
     """Fields of the module: the variant's, over them the bundle's, over them those that the config gives.
 
     Of a bundle of another task, or with `load='encoder'`, only the encoder's fields count.

@@ -1,6 +1,6 @@
-"""Checkpoints of a run: the state, and beside it what the host knows (position in the data, counters, the config)."""
+"""What a run keeps: checkpoints of its state and of what the host knows beside it, and its best model as a bundle."""
 
-import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,40 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from biomass_jax import bundle
 from biomass_jax.errors import CheckpointError
+from biomass_jax.runtime.processes import to_host
 from biomass_jax.training.state import TrainState, abstract_state
 
 FOLDER = "checkpoints"
 FIGURES = "figures"
+BEST = "best"
 LOSS = "val/loss"
+
+
+@dataclasses.dataclass
+class HostState:
+    """What the host knows of a run, saved with the state as JSON.
+
+    Attributes:
+        config: of the run.
+        step: steps taken, which is the position in the data too.
+        epoch: epochs ended.
+        window: losses of the steps since the last line.
+        plateau: of `plateau_step`, or None.
+        early_stop: of `early_stop_step`, or None.
+        best: {"step", "loss", "scores"} of the best validation so far, or None.
+        line: of an epoch that ended but isn't written yet, or None.
+    """
+
+    config: dict[str, Any]
+    step: int = 0
+    epoch: int = 0
+    window: list[float] = dataclasses.field(default_factory=list)
+    plateau: dict[str, Any] | None = None
+    early_stop: dict[str, Any] | None = None
+    best: dict[str, Any] | None = None
+    line: dict[str, Any] | None = None
 
 
 class Checkpoints:
@@ -52,20 +80,19 @@ class Checkpoints:
         """Step of the newest whole checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, host: dict[str, Any], *, step: int, loss: float | None) -> None:
+    def save(self, state: TrainState, host: HostState, *, loss: float | None) -> None:
         """Begin to write; returns when the arrays are copied, before they are on disk.
 
         Args:
             state: see `TrainState`.
-            host: plain numbers, texts, lists and dictionaries; may be changed as soon as this returns.
-            step: the state's.
+            host: may be changed as soon as this returns.
             loss: `val/loss` where this is the end of an epoch; a checkpoint without one is never the best.
         """
-        # Orbax turns the host's part into JSON in its own time, by when the run has gone on.
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(copy.deepcopy(host)))
-        self._manager.save(step, args=args, metrics=None if loss is None else {LOSS: loss}, force=True)
+        # A copy: Orbax turns the host's part into JSON in its own time, by when the run has gone on.
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(dataclasses.asdict(host)))
+        self._manager.save(host.step, args=args, metrics=None if loss is None else {LOSS: loss}, force=True)
 
-    def restore(self, state: TrainState, *, step: int) -> tuple[TrainState, dict[str, Any]]:
+    def restore(self, state: TrainState, *, step: int) -> tuple[TrainState, HostState]:
         """Read a checkpoint into the shapes and places of `state`.
 
         Raises:
@@ -89,7 +116,7 @@ class Checkpoints:
                 f"{folder} doesn't fit this config ({first}); go on with the config that it was written with, or "
                 "start in another workdir"
             ) from error
-        return restored.state, restored.host
+        return restored.state, HostState(**restored.host)
 
     def wait(self) -> None:
         """Return when everything begun is on disk."""
@@ -116,3 +143,32 @@ def changed_fields(before: dict[str, Any], now: dict[str, Any], prefix: str = ""
         elif json.dumps(old) != json.dumps(new):
             changes.append(f"{prefix}{name}: was {old!r}, now {new!r}")
     return changes
+
+
+def export_best(workdir: Path, about: dict[str, Any], state: TrainState, best: dict[str, Any]) -> None:
+    """Write `best/` in the workdir, whole or not at all, in place of an earlier one.
+
+    Args:
+        workdir: of the run.
+        about: of `tasks.create.choose`.
+        state: whose weights (averages where they are on) are the best so far.
+        best: {"step", "loss", "scores"}.
+    """
+    variables = to_host(state.evaluated())
+    if jax.process_index() == 0:
+        bundle.save(
+            workdir / BEST,
+            variables,
+            task=about["task"],
+            architecture=about["architecture"],
+            input=about["input"],
+            output=about["output"],
+            training=about["training"] | {"scores": best["scores"], "step": best["step"]},
+            provenance={
+                "source": about["source"],
+                "sha256": about["source_sha256"],
+                "command": about["command"],
+                "versions": bundle.software_versions(),
+            },
+            overwrite=True,
+        )

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,15 +12,68 @@ import numpy as np
 from biomass_jax import figures
 from biomass_jax.errors import TrainingError
 from biomass_jax.pipeline import batches as pipeline
-from biomass_jax.runtime.hosts import exchange, local_rows
+from biomass_jax.pipeline.feed import Feed
+from biomass_jax.runtime.processes import exchange, local_rows
+from biomass_jax.runtime.progress import duration
+from biomass_jax.tasks.base import Task
 from biomass_jax.training import plateau
-from biomass_jax.training.build import Run
-from biomass_jax.training.checkpoint import FIGURES, LOSS
-from biomass_jax.training.export import export_best
-from biomass_jax.training.metrics import Clock, NotFinite, TrainMetrics
-from biomass_jax.training.steps import compiled
+from biomass_jax.training.checkpoint import FIGURES, LOSS, Checkpoints, HostState, export_best
+from biomass_jax.training.monitor import Clock, NotFinite, Profiler, TrainMetrics, Writer
+from biomass_jax.training.state import TrainState
+from biomass_jax.training.steps import Steps, compiled
 
 log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Run:
+    """Everything that the loop works with.
+
+    Attributes:
+        workdir: where the run writes.
+        task: what is learnt.
+        about: entries of an exported bundle that are known before training.
+        steps: compiled functions.
+        state: fresh, loaded or restored.
+        host: what is saved with the state.
+        feed: batches.
+        checkpoints: of the run.
+        writer: of the run.
+        profiler: of the run.
+        batch_size: chips a step over all devices and processes.
+        steps_per_epoch: whole batches in the training split.
+        total_steps: steps of the whole run.
+        log_every: steps between lines.
+        save_every: steps between checkpoints within an epoch; 0 = at its end only.
+        draw_every: epochs between pictures of validation chips; 0 = none.
+    """
+
+    workdir: Path
+    task: Task
+    about: dict[str, Any]
+    steps: Steps
+    state: TrainState
+    host: HostState
+    feed: Feed
+    checkpoints: Checkpoints
+    writer: Writer
+    profiler: Profiler
+    batch_size: int
+    steps_per_epoch: int
+    total_steps: int
+    log_every: int
+    save_every: int
+    draw_every: int
+
+    def draws(self, epoch: int, step: int) -> bool:
+        """Whether the validation after so many epochs and steps makes a picture."""
+        return self.draw_every > 0 and (epoch % self.draw_every == 0 or step == self.total_steps)
+
+    def close(self) -> None:
+        """Finish writing everything."""
+        self.profiler.close()
+        self.checkpoints.close()
+        self.writer.close()
 
 
 class Loop:
@@ -30,7 +84,7 @@ class Loop:
     """
 
     def __init__(self, run: Run, *, stop: Callable[[], bool]) -> None:
-        """Take over what `set_up` made.
+        """Take over a run that is set up.
 
         Args:
             run: see `Run`.
@@ -39,12 +93,12 @@ class Loop:
         self.run, self.stop = run, stop
         self.state, self.host = run.state, run.host
         self._compiled: Any = None
-        self.metrics, self.clock = TrainMetrics(self.host["window"]), Clock()
+        self.metrics, self.clock = TrainMetrics(self.host.window), Clock()
 
     @property
     def step(self) -> int:
         """Steps taken."""
-        return self.host["step"]
+        return self.host.step
 
     def fit(self) -> bool:
         """Train to the end.
@@ -83,7 +137,7 @@ class Loop:
             self._compiled = compiled(run.steps.train, self.state, batch.arrays)
         with jax.transfer_guard("disallow"):  # everything is where the step wants it, or was put there on purpose
             self.state, metrics = self._compiled(self.state, batch.arrays)
-        self.host["step"] += 1
+        self.host.step += 1
         self.metrics.add(self.step, metrics, batch.chips)
         self.clock.step(run.batch_size)
         run.profiler.after_step(self.step)
@@ -100,12 +154,12 @@ class Loop:
 
     def _flush(self) -> None:
         self.metrics.flush()
-        self.host["window"] = self.metrics.losses
+        self.host.window = self.metrics.losses
 
     def _log(self) -> None:
         """The line of the window that ends here."""
         mean, last = self.metrics.mean(), self.metrics.last
-        self.host["window"] = []
+        self.host.window = []
         perf = self.clock.read(self.run.total_steps - self.step)
         values = {"train/loss": mean} | {f"train/{name}": last[name] for name in last if name != "loss"}
         self.run.writer.write(self.step, values | perf)
@@ -116,25 +170,25 @@ class Loop:
             mean,
             perf["perf/chips_per_s"],
             100 * perf["perf/waiting"],
-            _duration(perf["perf/eta_s"]),
+            duration(perf["perf/eta_s"]),
         )
 
     def _end_epoch(self) -> None:
         """Validate, counters, save; the rest is `_finish_epoch`."""
         host = self.host
-        results = self.validate(picture=self.run.draws(host["epoch"] + 1, self.step))
+        results = self.validate(picture=self.run.draws(host.epoch + 1, self.step))
         loss = results[LOSS]
-        if host["plateau"] is not None:
-            host["plateau"] = plateau.plateau_step(host["plateau"], loss)
-            rate = np.float32(host["plateau"]["lr"])
+        if host.plateau is not None:
+            host.plateau = plateau.plateau_step(host.plateau, loss)
+            rate = np.float32(host.plateau["lr"])
             placed = jax.device_put(rate, self.state.learning_rate.sharding)
             self.state = dataclasses.replace(self.state, learning_rate=placed)
-        if host["early_stop"] is not None:
-            host["early_stop"] = plateau.early_stop_step(host["early_stop"], loss)
-        if host["best"] is None or loss < host["best"]["loss"]:
-            host["best"] = {"step": self.step, "loss": loss, "scores": results}
-        host["epoch"] += 1
-        host["line"] = {"epoch": host["epoch"]} | results
+        if host.early_stop is not None:
+            host.early_stop = plateau.early_stop_step(host.early_stop, loss)
+        if host.best is None or loss < host.best["loss"]:
+            host.best = {"step": self.step, "loss": loss, "scores": results}
+        host.epoch += 1
+        host.line = {"epoch": host.epoch} | results
         self._save(loss)
         self._finish_epoch()
         self.clock.restart()
@@ -142,11 +196,11 @@ class Loop:
     def _finish_epoch(self) -> None:
         """Write the line of the epoch that ended at this step, and export the state if it is the best so far."""
         run, host = self.run, self.host
-        if host["line"] is None:
+        if host.line is None:
             return
-        line, host["line"] = host["line"], None
+        line, host.line = host.line, None
         run.writer.write(self.step, line)
-        best = host["best"]["step"] == self.step
+        best = host.best if host.best is not None and host.best["step"] == self.step else None
         log.info(
             "epoch %d, step %d: %s%s",
             line["epoch"],
@@ -156,11 +210,11 @@ class Loop:
         )
         if best:
             run.checkpoints.wait()
-            export_best(run.workdir, run.choice.about, self.state, host["best"])
+            export_best(run.workdir, run.about, self.state, best)
 
     def validate(self, *, picture: bool = False) -> dict[str, Any]:
         """Scores of the validation split, each chip counting once; and a picture of its first chips."""
-        run, scorer = self.run, self.run.choice.task.scorer()
+        run, scorer = self.run, self.run.task.scorer()
         variables = self.state.evaluated()
         for number, batch in enumerate(run.feed.validation()):
             outputs, shown = run.steps.evaluate(variables, batch.arrays, np.int32(number))
@@ -173,7 +227,7 @@ class Loop:
         """A picture in TensorBoard and in `figures/`, the newest in place of the one before."""
         if jax.process_index() == 0:
             titles = [chip.chip_id for chip in chips if chip.chip_id][: len(next(iter(shown.values())))]
-            figure = self.run.choice.task.figure(shown, titles)
+            figure = self.run.task.figure(shown, titles)
             self.run.writer.figure(self.step, "validation", figures.to_array(figure))
             folder = self.run.workdir / FIGURES
             folder.mkdir(exist_ok=True)
@@ -181,16 +235,10 @@ class Loop:
 
     def _save(self, loss: float | None) -> None:
         if self.step != self.run.checkpoints.latest:
-            self.run.checkpoints.save(self.state, self.host, step=self.step, loss=loss)
+            self.run.checkpoints.save(self.state, self.host, loss=loss)
 
     def _done(self) -> bool:
-        early = self.host["early_stop"]
+        early = self.host.early_stop
         if early is not None and early["stop"]:
             return True
         return self.step >= self.run.total_steps
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -105,13 +105,7 @@ def early_stop_init(patience: int, min_delta: float = 0.0) -> dict[str, Any]:
     """
     if patience < 1:
         raise ValueError(f"early stopping's patience must be at least one epoch, found {patience}")
-    return {
-        "patience": int(patience),
-        "min_delta": float(min_delta),
-        "best": math.inf,
-        "wait_count": 0,
-        "stop": False,
-    }
+    return {"patience": int(patience), "min_delta": float(min_delta), "best": math.inf, "wait_count": 0, "stop": False}
 
 
 def early_stop_step(state: Mapping[str, Any], loss: float) -> dict[str, Any]:

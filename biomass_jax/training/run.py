@@ -1,23 +1,52 @@
-"""`config.mode = 'finetune'`: train, validate, keep the best."""
+"""A training run: set up from its config top to bottom, trained and validated by the loop, its best model exported."""
 
+import dataclasses
 import logging
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import optax
+from ml_collections import ConfigDict
 
-from biomass_jax.training.build import build_run
-from biomass_jax.training.export import BEST
-from biomass_jax.training.loop import Loop
-from biomass_jax.training.settings import check_fields
+from biomass_jax import bundle
+from biomass_jax.data import bands, sources
+from biomass_jax.errors import CheckpointError, ConfigError
+from biomass_jax.pipeline import batches as pipeline
+from biomass_jax.pipeline.feed import Feed
+from biomass_jax.runtime import mesh as sharding
+from biomass_jax.tasks.base import Task
+from biomass_jax.tasks.create import choose
+from biomass_jax.training import plateau, schedules
+from biomass_jax.training.checkpoint import BEST, FIGURES, FOLDER, Checkpoints, HostState, changed_fields
+from biomass_jax.training.config import PLATEAU, check_fields
+from biomass_jax.training.loop import Loop, Run
+from biomass_jax.training.monitor import METRICS, Profiler, Writer
+from biomass_jax.training.optimizer import create_optimizer, import_adam, trainable_mask
+from biomass_jax.training.state import TrainState, create_train_state, load_weights, plan_train_state, planned_state
+from biomass_jax.training.steps import Schedule, Steps, StepSettings, compile_steps
 
 log = logging.getLogger(__name__)
 
+# A run may resume with other values of these without a word.
+MAY_CHANGE = (
+    "log_every",
+    "steps",
+    "epochs",
+    "profile",
+    "overwrite",
+    "data.threads",
+    "data.cache",
+    "mesh.",
+    "checkpoint.",
+)
 
-def train_and_evaluate(config: Any, workdir: Path, *, stop: Callable[[], bool]) -> bool:
+
+def train_and_evaluate(config: ConfigDict, workdir: Path, *, stop: Callable[[], bool]) -> bool:
     """Train as the config says, from where the workdir stands.
 
     Args:
@@ -34,12 +63,266 @@ def train_and_evaluate(config: Any, workdir: Path, *, stop: Callable[[], bool]) 
     """
     check_fields(config)
     with jax.default_matmul_precision(config.matmul_precision):
-        run = build_run(config, workdir, command=shlex.join(["python", "-m", "biomass_jax.main", *sys.argv[1:]]))
+        run = set_up(config, workdir, command=shlex.join(["python", "-m", "biomass_jax.main", *sys.argv[1:]]))
         try:
             finished = Loop(run, stop=stop).fit()
         finally:
             run.close()
-    if finished and run.host["best"] is not None:
-        best = run.host["best"]
+    if finished and run.host.best is not None:
+        best = run.host.best
         log.info("finished; the best model, of step %d, val/loss %.5g: %s", best["step"], best["loss"], workdir / BEST)
     return finished
+
+
+def set_up(config: ConfigDict, workdir: Path, *, command: str) -> Run:
+    """Build a run from its config, resumed from the newest checkpoint where the workdir has one.
+
+    Args:
+        config: of configs/finetune_*.py or configs/pretrain_*.py, which `check_fields` has let pass.
+        workdir: where the run writes.
+        command: that started it, for provenance.
+
+    Raises:
+        ConfigError, DataError, MeshError, BundleError, CheckpointError, ProfileError: see there.
+    """
+    profiler = Profiler(config.profile, workdir / "profile")
+    mesh = sharding.create_mesh(jax.devices(), **config.mesh)
+    sharding.check_batch(mesh, config.batch_size, config.optimizer.gradient_accumulation)
+    train, valid = open_splits(config)
+    loaded = bundle.load(config.init_from) if config.init_from else None
+    task, about = choose(config, train, loaded, command=command)
+    steps_per_epoch = pipeline.steps_per_epoch(train, config.batch_size)
+    total_steps = config.steps or config.epochs * steps_per_epoch
+    plan = plan_steps(config, task, mesh, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
+    if config.overwrite:  # as late as this: a config that can't run must not cost an earlier run
+        clear(workdir)
+    checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
+    resumed, planned = checkpoints.latest, planned_state(plan.init, plan.shardings)
+    if mesh.size > 1:
+        log.info("what lies where on %d devices (%s):\n%s", mesh.size, mesh.shape, sharding.state_table(planned))
+    if resumed is None:
+        state, host = create_train_state(plan.init, plan.shardings), plan.host
+        if loaded is not None:
+            state, host = start_from(state, host, loaded, config)
+    else:
+        state, saved = checkpoints.restore(planned, step=resumed)
+        tell_changes(saved.config, plan.host.config, workdir)
+        host = resume_host(saved, plan.host)
+        log.info("%s: resuming from step %d of %d", workdir, resumed, total_steps)
+    data = {name: config.data[name] for name in ("threads", "cache")}
+    return Run(
+        workdir=workdir,
+        task=task,
+        about=about,
+        steps=plan.steps,
+        state=state,
+        host=host,
+        feed=Feed(train, valid, mesh, batch_size=config.batch_size, seed=config.seed, **data),
+        checkpoints=checkpoints,
+        writer=Writer(workdir, resumed=resumed, active=jax.process_index() == 0),
+        profiler=profiler,
+        batch_size=config.batch_size,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        log_every=config.log_every,
+        save_every=config.checkpoint.every_steps or 0,
+        draw_every=config.draw_every,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedRun:
+    """A run's state and steps as they will be; nothing is computed yet.
+
+    Attributes:
+        init: draws the state.
+        shardings: of the state.
+        steps: to be compiled when they are first called.
+        host: of a run that has not begun.
+    """
+
+    init: Callable[[], TrainState]
+    shardings: TrainState
+    steps: Steps
+    host: HostState
+
+
+def plan_steps(
+    config: ConfigDict, task: Task, mesh: sharding.DeviceMesh, *, total_steps: int, steps_per_epoch: int
+) -> PlannedRun:
+    """From config and task to the jitted steps.
+
+    Raises:
+        ConfigError: fields of the model, the optimiser or the schedule.
+    """
+    try:
+        params = jax.eval_shape(task.init, jax.random.key(0))["params"]
+    except ValueError as error:  # heads that don't divide channels, stages that aren't there
+        raise ConfigError(f"config.model: {error}") from error
+    optimizer = make_optimizer(config, params)
+    schedule = make_schedule(config, total_steps, steps_per_epoch)
+    host = fresh_host(config)
+    ema_decay = config.optimizer.ema_decay
+    rate = host.plateau["lr"] if host.plateau else None
+    init, shardings = plan_train_state(task, optimizer, mesh, seed=config.seed, ema=ema_decay > 0, learning_rate=rate)
+    settings = StepSettings(
+        seed=config.seed,
+        accumulation=config.optimizer.gradient_accumulation,
+        ema_decay=ema_decay,
+        trainable=trainable_mask(params, tuple(config.optimizer.freeze)),
+    )
+    return PlannedRun(init, shardings, compile_steps(task, optimizer, schedule, settings, mesh, shardings), host)
+
+
+def open_splits(config: ConfigDict) -> tuple[sources.Source, sources.Source]:
+    """Training and validation chips.
+
+    Raises:
+        ConfigError: no path, or too few training chips for a batch.
+        DataError: see `sources.open_source`.
+    """
+    if not config.data.path:
+        raise ConfigError("config.data.path is not given; add --config.data.path=FOLDER, shards or GeoTIFF folders")
+    train, valid = (_open(config, split) for split in ("train", "val"))
+    for split, source in (("train", train), ("val", valid)):
+        least = config.batch_size if split == "train" else 1
+        if len(source) < least:
+            raise ConfigError(
+                f"{config.data.path}: split {split} has {len(source)} chips; expected at least {least} "
+                f"(config.batch_size is {config.batch_size})"
+            )
+    return train, valid
+
+
+def _open(config: ConfigDict, split: str) -> sources.Source:
+    """A data set, or several with weights, their folders separated by commas."""
+    paths, weights = config.data.path.split(","), tuple(config.data.get("weights", ()))
+    names = bands.parse_band_list(config.data.bands)
+    if weights or len(paths) > 1:
+        if len(weights) != len(paths):
+            raise ConfigError(f"config.data.weights has {len(weights)} numbers, config.data.path {len(paths)} folders")
+        return sources.open_mixture(list(zip(paths, weights, strict=True)), split, bands=names)
+    return sources.open_source(config.data.path, split, bands=names)
+
+
+def make_optimizer(config: ConfigDict, params: dict[str, Any]) -> optax.GradientTransformation:
+    """AdamW as the config has it; `reference` decays every parameter."""
+    group = config.optimizer
+    try:
+        return create_optimizer(
+            params,
+            weight_decay=group.weight_decay,
+            decay="all" if config.get("reference") else group.decay,
+            betas=tuple(group.betas),
+            clip_norm=group.clip_norm or None,
+            layer_decay=group.layer_decay,
+            freeze=tuple(group.freeze),
+        )
+    except ValueError as error:
+        raise ConfigError(f"config.optimizer: {error}") from error
+
+
+def learning_rate(config: ConfigDict) -> float:
+    """The peak rate: scaled by the global batch where the config names the batch that its rate belongs to."""
+    group = config.optimizer
+    scale = config.batch_size / group.reference_batch if group.reference_batch else 1.0
+    return group.learning_rate * scale
+
+
+def make_schedule(config: ConfigDict, total_steps: int, steps_per_epoch: int) -> Schedule:
+    """Learning rate by step; under `plateau` the state's own is used instead.
+
+    Raises:
+        ConfigError: a warm-up or milestones that don't fit the run's length.
+    """
+    group = config.schedule
+    peak = learning_rate(config)
+    scale = peak / config.optimizer.learning_rate if config.optimizer.learning_rate else 1.0
+    try:
+        return schedules.create_schedule(
+            "constant" if group.kind == PLATEAU else group.kind,
+            learning_rate=peak,
+            warmup_steps=round(group.warmup_epochs * steps_per_epoch),
+            warmup_from=group.warmup_from * scale,
+            total_steps=total_steps,
+            min_lr=group.min_lr * scale,
+            milestones=tuple(round(epoch * steps_per_epoch) for epoch in group.milestones),
+            gamma=group.gamma,
+        )
+    except ValueError as error:
+        raise ConfigError(f"config.schedule: {error}") from error
+
+
+def fresh_host(config: ConfigDict) -> HostState:
+    """What the host knows of a run that has not begun."""
+    group = config.schedule
+    rule = {"factor": group.factor, "patience": group.patience, "threshold": group.threshold, "min_lr": group.min_lr}
+    return HostState(
+        config=config.to_dict(),
+        plateau=plateau.plateau_init(learning_rate(config), **rule) if group.kind == PLATEAU else None,
+        early_stop=plateau.early_stop_init(group.stop_patience) if group.stop_patience else None,
+    )
+
+
+def resume_host(saved: HostState, fresh: HostState) -> HostState:
+    """What the host knows of a resumed run: as saved, with the config and the patience of now.
+
+    Raises:
+        CheckpointError: one of the two has a plateau and the other has none.
+    """
+    if (saved.plateau is None) != (fresh.plateau is None):
+        raise CheckpointError(
+            f"config.schedule.kind: a run can't change to {PLATEAU} or from it; go on with the config that the "
+            "checkpoint was written with, or start in another workdir"
+        )
+    before, early = saved.early_stop, fresh.early_stop
+    if before is not None and early is not None:
+        early = before | {"patience": early["patience"], "stop": before["wait_count"] >= early["patience"]}
+    return dataclasses.replace(saved, config=fresh.config, early_stop=early)
+
+
+def start_from(
+    state: TrainState, host: HostState, loaded: bundle.Bundle, config: ConfigDict
+) -> tuple[TrainState, HostState]:
+    """Weights of a bundle, and its optimiser's state where `resume_optimizer` asks for it.
+
+    Raises:
+        ConfigError: the bundle has no optimiser state.
+        BundleError: weights or moments that don't fit.
+    """
+    found = bundle.load_optimizer(loaded) if config.resume_optimizer else None
+    if config.resume_optimizer and found is None:
+        raise ConfigError(
+            f"config.resume_optimizer: {loaded.path} holds no optimizer/; convert the full Lightning file "
+            "(biomass_jax.convert --with-optimizer), or leave resume_optimizer off"
+        )
+    state = load_weights(state, loaded, load=config.load)
+    if found is None:
+        return state, host
+    adam = import_adam(state.opt_state, found["count"], found["mu"], found["nu"])
+    adam = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), adam, state.opt_state)
+    state = dataclasses.replace(state, opt_state=adam)
+    log.info("%s: optimiser's state after %d steps, learning rate %g", loaded.path, found["count"], found["lr"])
+    resumed = plateau.plateau_from_bundle(found) if host.plateau is not None and "plateau" in found else None
+    if resumed is not None:
+        host = dataclasses.replace(host, plateau=resumed)
+        rate = jax.numpy.asarray(resumed["lr"], jax.numpy.float32)
+        placed = jax.device_put(rate, state.learning_rate.sharding)
+        state = dataclasses.replace(state, learning_rate=placed)
+    return state, host
+
+
+def clear(workdir: Path) -> None:
+    """Take an earlier run out of a workdir: checkpoints, lines, events, best bundle, trace."""
+    if jax.process_index() == 0:
+        for name in (FOLDER, BEST, FIGURES, "profile"):
+            shutil.rmtree(workdir / name, ignore_errors=True)
+        for path in (workdir / METRICS, *workdir.glob("events.out.tfevents.*")):
+            path.unlink(missing_ok=True)
+
+
+def tell_changes(before: dict[str, Any], now: dict[str, Any], workdir: Path) -> None:
+    """Warn of fields that make this another run than the one that the checkpoint is of."""
+    for change in changed_fields(before, now):
+        if not change.startswith(MAY_CHANGE):
+            log.warning("%s: the run goes on with another config.%s", workdir, change)

@@ -1,9 +1,7 @@
 """One optimiser step and one evaluation of a batch: pure functions, and the one place that compiles them."""
 
-import ctypes
 import dataclasses
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from biomass_jax.runtime import cpu
 from biomass_jax.runtime import mesh as sharding
 from biomass_jax.training.optimizer import apply_updates
 from biomass_jax.training.state import TrainState
@@ -96,10 +95,6 @@ def accumulated_sums(
     return jax.lax.scan(add, start, (jnp.arange(parts), split))[0]
 
 
-# XLA takes optimization barriers out on CPU before it fuses; by them `models.swin_ops.computed_once` and `remat` work.
-KEEP_BARRIERS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
-
-
 @dataclasses.dataclass(frozen=True)
 class Steps:
     """The compiled functions: `train(state, batch)` (the state is given away) and `evaluate(variables, batch, n)`."""
@@ -128,12 +123,13 @@ def compile_steps(
     """
     rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     step = functools.partial(train_step, task=task, optimizer=optimizer, schedule=schedule, settings=settings)
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
     train = jax.jit(
-        step,
+        cpu.for_training(step) if on_cpu else step,
         in_shardings=(shardings, rows),
         out_shardings=(shardings, whole),
         donate_argnums=0,
-        compiler_options=KEEP_BARRIERS if mesh.devices.flat[0].platform == "cpu" else None,
+        compiler_options=cpu.COMPILER_OPTIONS if on_cpu else None,
     )
     variables = shardings.evaluated()
     evaluate = jax.jit(task.evaluate, in_shardings=(variables, rows, whole), out_shardings=(rows, whole))
@@ -141,13 +137,7 @@ def compile_steps(
 
 
 def compiled(program: Any, *arguments: Any) -> Any:
-    """A jitted function compiled for arguments like these, ahead of its first call.
-
-    glibc keeps what the compiler has freed, 1 GB for Swin-B, on top of which the program would take its own; it is
-    given back in between.
-    """
+    """A jitted function compiled for arguments like these, ahead of its first call."""
     found = program.lower(*arguments).compile()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:
-        trim(0)
+    cpu.give_back_memory()  # the program would take its own on top of what the compiler has freed
     return found

@@ -23,7 +23,7 @@ from data_prep.season import Season, resolve_season
 
 
 @dataclass
-class Plan:
+class DownloadPlan:
     """Files to get.
 
     Attributes:
@@ -60,7 +60,7 @@ def plan_hls(
     season: Season,
     tile: str | None = None,
     max_cloud: float = 100.0,
-) -> Plan:
+) -> DownloadPlan:
     """Choose granules and their needed files; they go to `{out}/hls/{granule}/`.
 
     Args:
@@ -70,7 +70,7 @@ def plan_hls(
         tile: this tile alone.
         max_cloud: largest share of cloud in percent as the archive has it; a granule without one is kept.
     """
-    plan = Plan()
+    plan = DownloadPlan()
     for name, umm in _by_name(answers).items():
         try:
             granule = parse_granule_name(name)
@@ -90,9 +90,9 @@ def plan_hls(
     return plan
 
 
-def plan_gedi(answers: Sequence[Mapping[str, Any]], out: str | os.PathLike[str]) -> Plan:
+def plan_gedi(answers: Sequence[Mapping[str, Any]], out: str | os.PathLike[str]) -> DownloadPlan:
     """The HDF5 file of each orbit; they go to `{out}/gedi/`."""
-    plan = Plan()
+    plan = DownloadPlan()
     for name, umm in _by_name(answers).items():
         files = sorted(file for file in _links(umm) if file.endswith(".h5"))
         _add(plan, name, umm, files[:1] or ["*.h5"], Path(out, "gedi"))
@@ -169,7 +169,7 @@ def _cloud(umm: Mapping[str, Any]) -> float | None:
     return float(umm["CloudCover"]) if "CloudCover" in umm else None
 
 
-def _add(plan: Plan, name: str, umm: Mapping[str, Any], files: Sequence[str], folder: Path) -> None:
+def _add(plan: DownloadPlan, name: str, umm: Mapping[str, Any], files: Sequence[str], folder: Path) -> None:
     links, (exact, total) = _links(umm), _sizes(umm)
     missing = [file for file in files if file not in links]
     if missing:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from biomass_jax.data.raster import check_space, verify_blocks
+from biomass_jax.data.raster.cog import check_space
+from biomass_jax.data.raster.tiff import verify_blocks
 from biomass_jax.errors import PrepError, RasterError
 
 ATTEMPTS = 5

@@ -1,6 +1,6 @@
 """Chips: the cells of a tile's grid with enough labels and little no-data.
 
-`python -m data_prep.chips --out OUT` goes through `OUT/composites/{tile}/*.tif`, each with its label raster
+`python -m data_prep chips --out OUT` goes through `OUT/composites/{tile}/*.tif`, each with its label raster
 `OUT/labels/{tile}/{stem}_agbd.tif` and its table of shots `..._agbd.parquet`, and writes `OUT/chips/chips.parquet`.
 That is an index: pixels stay where they are, and `read_record` reads a chip's window. Splits are drawn afterwards.
 """
@@ -18,17 +18,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rasterio.windows import Window
 
-from biomass_jax.data import bands, raster, records
+from biomass_jax.data import bands, records
+from biomass_jax.data.biomes import Biomes
+from biomass_jax.data.raster.grid import Grid
 from biomass_jax.errors import PrepError
+from biomass_jax.runtime.settings import add_options, options_of
 from data_prep import ground
-from data_prep.biomes import Biomes
 from data_prep.chips import index as chip_index
-from data_prep.chips.windows import ChipReader, TilePair, moved, read_record
+from data_prep.chips.windows import TilePair, moved
 from data_prep.commands import command
+from data_prep.settings import ChipSettings
 
-__all__ = ["Biomes", "ChipReader", "find_pairs", "index_folder", "index_tile", "read_record"]
-MIN_LABELS = 20
-MAX_NODATA = 0.05
+DEFAULT = ChipSettings()
 _NO_SHOTS: dict[str, Any] = {"shot_numbers": [], "agbd_se_sum": 0.0, "agbd_se_shots": 0}
 _SHOT_COLUMNS = ("shot_number", "row", "col", "agbd", "agbd_se")
 
@@ -39,9 +40,9 @@ def index_tile(
     *,
     root: str | os.PathLike[str],
     shots: str | os.PathLike[str] | None = None,
-    min_labels: int = MIN_LABELS,
-    max_nodata: float = MAX_NODATA,
-    size: int = records.CHIP_SIZE,
+    min_labels: int = DEFAULT.min_labels,
+    max_nodata: float = DEFAULT.max_nodata,
+    size: int = DEFAULT.size,
     biomes: Biomes | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """The chips of one composite.
@@ -137,7 +138,7 @@ def _relative(path: Path, root: Path) -> str:
 class _ShotTable:
     """The shots behind a label raster, by row of pixels."""
 
-    def __init__(self, path: str | os.PathLike[str], grid: raster.Grid) -> None:
+    def __init__(self, path: str | os.PathLike[str], grid: Grid) -> None:
         self._path = path
         try:
             table = pq.read_table(path)
@@ -145,7 +146,9 @@ class _ShotTable:
             raise PrepError(f"{path}: no readable Parquet table of shots: {error}") from error
         missing = [name for name in _SHOT_COLUMNS if name not in table.column_names]
         if missing:
-            raise PrepError(f"{path}: a table of shots without {', '.join(missing)}; run data_prep.labels again")
+            raise PrepError(
+                f"{path}: a table of shots without {', '.join(missing)}; run `python -m data_prep labels` again"
+            )
         if table.schema.field("shot_number").type != pa.uint64():
             raise PrepError(f"{path}: shot_number: found {table.schema.field('shot_number').type}, expected uint64")
         self._number, self._row, self._col, self._agbd, self._se = (table[name].to_numpy() for name in _SHOT_COLUMNS)
@@ -172,7 +175,7 @@ class _ShotTable:
             raise PrepError(
                 f"{self._path}: {len(wrong)} pixels of rows {start} to {start + len(label)} differ from {path}: at row "
                 f"{start + row}, col {col} the shots give {expected[row, col]:g}, the label is {label[row, col]:g}; "
-                "expected a table and a raster of one run: run data_prep.labels again"
+                "expected a table and a raster of one run: run `python -m data_prep labels` again"
             )
 
 
@@ -180,9 +183,9 @@ def index_folder(
     out: str | os.PathLike[str],
     *,
     tiles: Sequence[str] = (),
-    min_labels: int = MIN_LABELS,
-    max_nodata: float = MAX_NODATA,
-    size: int = records.CHIP_SIZE,
+    min_labels: int = DEFAULT.min_labels,
+    max_nodata: float = DEFAULT.max_nodata,
+    size: int = DEFAULT.size,
     biomes: str | os.PathLike[str] | None = None,
     biome_field: str = "",
 ) -> dict[str, dict[str, int]]:
@@ -249,7 +252,8 @@ def find_pairs(out: str | os.PathLike[str], tiles: Sequence[str] = ()) -> list[t
     if missing or not pairs:
         raise PrepError(
             f"{root}: found no composite with labels{' for ' + ', '.join(missing) if missing else ''}, expected "
-            "composites/{tile}/*.tif and labels/{tile}/*_agbd.tif; run data_prep.composite and data_prep.labels first"
+            "composites/{tile}/*.tif and labels/{tile}/*_agbd.tif; "
+            "run `python -m data_prep composite` and `python -m data_prep labels` first"
         )
     return pairs
 
@@ -260,22 +264,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data_prep chips", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of prepared data")
     parser.add_argument("--tile", action="append", default=[], help="take only this tile (repeatable)")
-    parser.add_argument("--min-labels", type=int, default=MIN_LABELS, help="fewest labels of a chip")
-    parser.add_argument("--max-nodata", type=float, default=MAX_NODATA, help="largest share of pixels without data")
-    parser.add_argument("--size", type=int, default=records.CHIP_SIZE, help="pixels along a chip's side")
-    parser.add_argument("--biomes", type=Path, help="polygon file that names biomes")
-    parser.add_argument("--biome-field", default="", help="its column with the name")
+    add_options(parser, ChipSettings)
     args = parser.parse_args(argv)
-    if (args.biomes is None) != (args.biome_field == ""):
+    if (args.biomes == "") != (args.biome_field == ""):
         parser.error("--biomes and --biome-field go together")
     counts = index_folder(
         args.out,
         tiles=args.tile,
-        min_labels=args.min_labels,
-        max_nodata=args.max_nodata,
-        size=args.size,
-        biomes=args.biomes,
-        biome_field=args.biome_field,
+        **options_of(args, ChipSettings) | {"biomes": Path(args.biomes) if args.biomes else None},
     )
     for name, found in counts.items():
         print(f"{name}: " + ", ".join(f"{number} {what.replace('_', ' ')}" for what, number in found.items()))

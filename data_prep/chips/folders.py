@@ -1,4 +1,4 @@
-"""The reference's folder layout: `python -m data_prep.chip_folders --out OUT --folders DIR`.
+"""The reference's folder layout: `python -m data_prep chip_folders --out OUT --folders DIR`.
 
 Writes the chips of `OUT/chips/chips.parquet`, whose splits are drawn, as `DIR/{split}_images/T10SFF_144_tile_img.tif`
 and `DIR/{split}_labels/T10SFF_144_tile_label.tif`, float32, for programs that read the published dataset. 144 is the
@@ -16,12 +16,14 @@ import rasterio
 from affine import Affine
 from rasterio.errors import RasterioError
 
-from biomass_jax.data import bands, raster, records
+from biomass_jax.data import bands, records
+from biomass_jax.data.raster.tiff import verify_blocks
 from biomass_jax.errors import PrepError
+from biomass_jax.runtime.files import replacing
 from data_prep.chips import index as chip_index
-from data_prep.chips.splits import SPLITS
 from data_prep.chips.windows import ChipReader
 from data_prep.commands import command
+from data_prep.settings import SPLITS
 
 
 def write_folders(
@@ -45,7 +47,10 @@ def write_folders(
     if season is not None:
         chips = chips[chips["season"] == season]
     if (chips["split"] == "").any() or not len(chips):
-        raise PrepError(f"{path}: found no split drawn for its chips; run data_prep.chips and data_prep.splits first")
+        raise PrepError(
+            f"{path}: found no split drawn for its chips; run `python -m data_prep chips` and `python -m data_prep "
+            "splits` first"
+        )
     seasons = sorted(set(chips["season"]))
     if len(seasons) > 1:
         raise PrepError(
@@ -68,29 +73,26 @@ def _write(path: Path, record: records.Record, kind: str) -> None:
     values = record["image"] if kind == "images" else record["label"][..., None]
     values = np.moveaxis(values, -1, 0).astype(np.float32)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.partial.tif")
     options = {"crs": rasterio.CRS.from_epsg(record["epsg"]), "transform": Affine(*record["transform"])}
     try:
-        with rasterio.open(
-            partial,
-            "w",
-            driver="GTiff",
-            count=len(values),
-            height=values.shape[1],
-            width=values.shape[2],
-            dtype="float32",
-            nodata=bands.FILL,  # of labels too, though theirs is -1: as the published files have it
-            compress="deflate",
-            **options,
-        ) as dst:
-            dst.write(values)
-            dst.descriptions = bands.BAND_NAMES if kind == "images" else ("agbd",)
-        raster.verify_blocks(partial)
-        os.replace(partial, path)
+        with replacing(path, ".tif") as partial:
+            with rasterio.open(
+                partial,
+                "w",
+                driver="GTiff",
+                count=len(values),
+                height=values.shape[1],
+                width=values.shape[2],
+                dtype="float32",
+                nodata=bands.FILL,  # of labels too, though theirs is -1: as the published files have it
+                compress="deflate",
+                **options,
+            ) as dst:
+                dst.write(values)
+                dst.descriptions = bands.BAND_NAMES if kind == "images" else ("agbd",)
+            verify_blocks(partial)
     except (RasterioError, OSError) as error:
         raise PrepError(f"{path}: can't be written: {error}; is the disk full?") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @command

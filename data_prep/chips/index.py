@@ -1,6 +1,5 @@
-"""`chips/chips.parquet`: the index of chips on disk, a GeoParquet table whose bytes depend on its content alone."""
+"""`chips/chips.parquet`: the index of chips on disk, a GeoParquet table."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,14 +8,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pyproj
 import shapely
 
 from biomass_jax.errors import PrepError
+from data_prep import geoparquet
 
 # Mg/ha; the last bin is open. Finer where most labels lie.
 LABEL_EDGES = (0.0, 25.0, 50.0, 75.0, 100.0, 150.0, 200.0, 250.0, 300.0, 400.0, 500.0)
-METADATA_KEY = b"biomass_jax"
 COLUMNS = pa.schema(
     [
         ("geometry", pa.binary()),
@@ -25,7 +23,7 @@ COLUMNS = pa.schema(
         ("row", pa.int32()),
         ("col", pa.int32()),
         ("size", pa.int32()),  # pixels along its side
-        ("split", pa.string()),  # empty until data_prep.splits has drawn it
+        ("split", pa.string()),  # empty until `data_prep splits` has drawn it
         ("biome", pa.string()),
         ("n_labels", pa.int32()),
         ("nodata_share", pa.float64()),
@@ -69,21 +67,14 @@ def write_index(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]],
     outlines = np.array([row["geometry"] for row in rows], object)
     columns = {name: [row[name] for row in rows] for name in COLUMNS.names if name != "geometry"}
     table = pa.table({"geometry": shapely.to_wkb(outlines).tolist(), **columns}, schema=COLUMNS)
-    geo = {
-        "version": "1.0.0",
-        "primary_column": "geometry",
-        "columns": {
-            "geometry": {
-                "encoding": "WKB",
-                "geometry_types": sorted({outline.geom_type for outline in outlines}),
-                "crs": pyproj.CRS.from_epsg(4326).to_json_dict(),
-                "orientation": "counterclockwise",
-                "edges": "planar",
-                **({"bbox": [float(x) for x in shapely.total_bounds(outlines)]} if rows else {}),
-            }
-        },
-    }
-    _write(Path(path), table, {b"geo": json.dumps(geo, sort_keys=True).encode(), METADATA_KEY: _json(metadata)})
+    about = geoparquet.metadata(
+        sorted({outline.geom_type for outline in outlines}),
+        shapely.total_bounds(outlines) if rows else None,
+        metadata,
+        orientation="counterclockwise",
+        edges="planar",
+    )
+    geoparquet.write_table(table.replace_schema_metadata(about), Path(path))
 
 
 def read_index(path: str | os.PathLike[str]) -> Any:
@@ -96,7 +87,7 @@ def read_index(path: str | os.PathLike[str]) -> Any:
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Settings and counts stored in an index: `chips`, and `split` once splits are drawn."""
-    return _metadata(_open(path))
+    return geoparquet.read_settings(_open(path))
 
 
 def set_split(path: str | os.PathLike[str], split: Sequence[str], metadata: Mapping[str, Any]) -> None:
@@ -106,38 +97,20 @@ def set_split(path: str | os.PathLike[str], split: Sequence[str], metadata: Mapp
     table = pq.read_table(path)
     values = pa.array(list(split), pa.string())
     table = table.set_column(table.schema.get_field_index("split"), COLUMNS.field("split"), values)
-    stored = {**_metadata(schema), "split": dict(metadata)}
-    _write(path, table, {b"geo": schema.metadata[b"geo"], METADATA_KEY: _json(stored)})
+    stored = geoparquet.with_settings(schema, {**geoparquet.read_settings(schema), "split": dict(metadata)})
+    geoparquet.write_table(table.replace_schema_metadata(stored), path)
 
 
 def _open(path: str | os.PathLike[str]) -> pa.Schema:
     if not Path(path).is_file():
-        raise PrepError(f"{path}: no such file, expected an index of chips; make it with python -m data_prep.chips")
+        raise PrepError(f"{path}: no such file, expected an index of chips; make it with python -m data_prep chips")
     try:
         schema = pq.read_schema(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise PrepError(f"{path}: not a readable Parquet file ({error}); make it again with data_prep.chips") from error
+        raise PrepError(
+            f"{path}: not a readable Parquet file ({error}); make it again with `data_prep chips`"
+        ) from error
     missing = [name for name in COLUMNS.names if name not in schema.names]
     if missing or b"geo" not in (schema.metadata or {}):
         raise PrepError(f"{path}: no index of chips, it lacks {', '.join(missing) or 'GeoParquet metadata'}")
     return schema
-
-
-def _metadata(schema: pa.Schema) -> dict[str, Any]:
-    return json.loads(schema.metadata.get(METADATA_KEY, b"{}"))
-
-
-def _json(metadata: Mapping[str, Any]) -> bytes:
-    return json.dumps(metadata, sort_keys=True).encode()
-
-
-def _write(path: Path, table: pa.Table, metadata: dict[bytes, bytes]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        pq.write_table(table.replace_schema_metadata(metadata), partial)
-        if pq.read_table(partial).num_rows != table.num_rows:  # a full disk, swallowed
-            raise PrepError(f"{path}: found fewer rows than were written; is the disk full?")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

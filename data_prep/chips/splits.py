@@ -1,6 +1,6 @@
 """Chips to train, val and test by the ground they lie on, never by file.
 
-`python -m data_prep.splits --out OUT` draws the splits of `OUT/chips/chips.parquet` and writes them into it.
+`python -m data_prep splits --out OUT` draws the splits of `OUT/chips/chips.parquet` and writes them into it.
 """
 
 import argparse
@@ -14,23 +14,22 @@ from typing import Any
 import numpy as np
 
 from biomass_jax.errors import PrepError
+from biomass_jax.runtime.settings import add_options, options_of
 from data_prep import ground
 from data_prep.chips import index as chip_index
 from data_prep.commands import command
+from data_prep.settings import SPLIT_KINDS, SPLITS, SplitSettings
 
-SPLITS = ("train", "val", "test")
 DROPPED = "dropped"
-KINDS = ("block", "tile", "random")
-FRACTIONS = {"train": 0.8, "val": 0.1, "test": 0.1}
-BLOCK_KM = 50.0
-BUFFER_M = 0.0
+DEFAULT = SplitSettings()
+FRACTIONS = dict(zip(SPLITS, DEFAULT.fractions, strict=True))
 
 
 def split_by_blocks(
     chips: Any,
     *,
-    block_km: float = BLOCK_KM,
-    buffer_m: float = BUFFER_M,
+    block_km: float = DEFAULT.block_km,
+    buffer_m: float = DEFAULT.buffer_m,
     fractions: Mapping[str, float] | None = None,
     seed: int = 0,
     kind: str = "block",
@@ -61,8 +60,8 @@ def split_by_blocks(
         PrepError: a setting is none of those above.
     """
     fractions = _checked_fractions(FRACTIONS if fractions is None else fractions)
-    if kind not in KINDS:
-        raise PrepError(f"kind: found {kind!r}, expected one of {', '.join(KINDS)}")
+    if kind not in SPLIT_KINDS:
+        raise PrepError(f"kind: found {kind!r}, expected one of {', '.join(SPLIT_KINDS)}")
     if not (np.isfinite(buffer_m) and buffer_m >= 0):
         raise PrepError(f"buffer_m: found {buffer_m}, expected metres from 0 on")
     outlines = np.asarray(chips.geometry, object)
@@ -211,22 +210,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder of prepared data; its chips/chips.parquet is used"
     )
-    parser.add_argument("--kind", choices=KINDS, default="block", help="what goes to one split as a whole")
-    parser.add_argument("--block-km", type=float, default=BLOCK_KM, help="edge of the blocks")
-    parser.add_argument("--buffer-m", type=float, default=BUFFER_M, help="least distance between chips of two splits")
-    parser.add_argument(
-        "--fractions", type=float, nargs=3, metavar=("TRAIN", "VAL", "TEST"), default=list(FRACTIONS.values())
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stratify", default="biome", help="column of the index, or 'none'")
+    add_options(parser, SplitSettings)
     args = parser.parse_args(argv)
-    run(
-        chip_index.path_in(args.out),
-        kind=args.kind,
-        block_km=args.block_km,
-        buffer_m=args.buffer_m,
-        fractions=dict(zip(SPLITS, args.fractions, strict=True)),
-        seed=args.seed,
-        stratify=None if args.stratify == "none" else args.stratify,
-    )
+    chosen = options_of(args, SplitSettings)
+    chosen["fractions"] = dict(zip(SPLITS, args.fractions, strict=True))
+    chosen["stratify"] = None if args.stratify == "none" else args.stratify
+    run(chip_index.path_in(args.out), **chosen)
     return 0

@@ -13,9 +13,10 @@ from affine import Affine
 from rasterio.errors import RasterioError
 from rasterio.windows import Window
 
-from biomass_jax.data import bands, raster, records
+from biomass_jax.data import bands, records
+from biomass_jax.data.raster.grid import Grid, epsg_code
+from biomass_jax.data.raster.tiff import verify_blocks
 from biomass_jax.errors import PrepError
-from data_prep import ground
 
 _TAGS = {"TILE": r"T?(\d{2}[A-Z]{3})", "SEASON": r"(\S+/\S+)", "SENSORS": r"(L30|S30|L30\+S30)"}
 
@@ -60,17 +61,17 @@ class TilePair:
         if kinds != {"int16"} or self._image.nodata not in (None, bands.FILL):
             raise PrepError(
                 f"{self.composite}: found {', '.join(sorted(kinds))} with no-data value {self._image.nodata}, expected "
-                f"int16 {bands.UNITS} with {bands.FILL} as data_prep.composite writes them"
+                f"int16 {bands.UNITS} with {bands.FILL} as `data_prep composite` writes them"
             )
         self.grid, found = (
-            raster.Grid(src.height, src.width, src.crs or None, src.transform) for src in (self._image, self._label)
+            Grid(src.height, src.width, src.crs or None, src.transform) for src in (self._image, self._label)
         )
         if self._label.count != 1 or not found.same_as(self.grid):
             raise PrepError(
                 f"{self.label_path}: found {self._label.count} band(s) of {found.describe()}, expected one on the "
                 f"composite's grid: {self.grid.describe()}"
             )
-        self.epsg = ground.epsg_code(self.grid.crs, str(self.composite))
+        self.epsg = epsg_code(self.grid.crs, str(self.composite))
 
     def __enter__(self) -> Self:
         return self
@@ -103,7 +104,7 @@ class TilePair:
 def _open(path: Path) -> Any:
     if not path.is_file():
         raise PrepError(f"{path}: no such file, expected a composite or label raster")
-    raster.verify_blocks(path, sparse_ok=True)
+    verify_blocks(path, sparse_ok=True)
     try:
         return rasterio.open(path)
     except RasterioError as error:
@@ -120,7 +121,9 @@ def _read(dataset: Any, indexes: Any, window: Window, path: Path) -> np.ndarray:
 def _tag(tags: Mapping[str, str], name: str, path: Path) -> str:
     found = re.fullmatch(_TAGS[name], tags.get(name, ""))
     if found is None or (name == "SEASON" and not records.is_season(found[1])):
-        raise PrepError(f"{path}: tag {name}: found {tags.get(name)!r}, expected what data_prep.composite writes there")
+        raise PrepError(
+            f"{path}: tag {name}: found {tags.get(name)!r}, expected what `data_prep composite` writes there"
+        )
     return found[1]
 
 
@@ -189,7 +192,7 @@ def _window_record(pair: TilePair, row: Mapping[str, Any]) -> records.Record:
     if found != expected:
         raise PrepError(
             f"{pair.composite}: chip {row['chip_id']}: found {found} for {', '.join(fields)}, transform, expected "
-            f"{expected}: a raster was changed after the index was made; run data_prep.chips again"
+            f"{expected}: a raster was changed after the index was made; run `python -m data_prep chips` again"
         )
     return records.Record(
         image=image,

@@ -1,14 +1,15 @@
 """Which GEDI L4A shots are kept: filters in a fixed order, each a setting."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import date
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from data_prep.gedi.names import FULL_POWER_BEAMS
 from data_prep.season import Season
+from data_prep.settings import Filters
 
 Table = dict[str, np.ndarray]
 EPOCH = date(2018, 1, 1)  # of delta_time; no leap second has been since, so UTC counts its seconds
@@ -18,46 +19,12 @@ WRONG_RELEASE, WRONG_ALGORITHM = "002_01", 10  # agbd of this algorithm setting 
 Seasons = Season | Sequence[Season]
 
 
-@dataclass(frozen=True)
-class Filters:
-    """Settings; the defaults are the recommended ones.
-
-    Attributes:
-        algorithm_run_flag: want 1.
-        l4_quality_flag: want 1 (version 3: l2a_quality_flag_rel3 too).
-        outlier_flag: version 3 only: want elev_highestreturn_outlier_flag 0.
-        agbd_valid: want agbd finite and >= 0; 0.0 is a clipped prediction, no fill.
-        degrade_tens, degrade_ones: digits of degrade_flag that are admitted, empty for all (version 3 has
-            degrade_include_flag instead, wanted 1 unless both are empty).
-        algorithm_10: `auto` drops selected_algorithm 10 in `_002_01_` files, whose agbd is wrong there; `drop`, `keep`.
-        leaf_off_flag: want anything but 1; 255 means not applicable (evergreen, grass).
-        sensitivity_min: least sensitivity.
-        full_power_only: no coverage beams.
-        night_only: want the sun below the horizon.
-        max_relative_se: greatest agbd_se / agbd. agbd_se is nearly constant, so this removes *low biomass*.
-        max_agbd: greatest agbd, Mg/ha.
-    """
-
-    algorithm_run_flag: bool = True
-    l4_quality_flag: bool = True
-    outlier_flag: bool = True
-    agbd_valid: bool = True
-    degrade_tens: tuple[int, ...] = (0, 1, 2, 3, 4, 6)
-    degrade_ones: tuple[int, ...] = (0, 3, 8)
-    algorithm_10: Literal["auto", "drop", "keep"] = "auto"
-    leaf_off_flag: bool = True
-    sensitivity_min: float | None = None
-    full_power_only: bool = False
-    night_only: bool = False
-    max_relative_se: float | None = None
-    max_agbd: float | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """The settings for JSON."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-
-
 DEFAULT = Filters()
+
+
+def as_dict(filters: Filters) -> dict[str, Any]:
+    """The settings for JSON."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(filters).items()}
 
 
 class Step(NamedTuple):

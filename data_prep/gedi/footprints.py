@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from biomass_jax.errors import PrepError
+from data_prep import geoparquet
 from data_prep.places import Box, boxes_meet, in_box
 
 # in this order in the file, before the geometry
@@ -30,29 +31,7 @@ COLUMNS: dict[str, pa.DataType] = {
     "leaf_off_flag": pa.uint8(),
     "granule": pa.string(),
 }
-SETTINGS_KEY = b"biomass_jax"  # of the schema's metadata: one JSON text
 _POINT = np.dtype([("order", "u1"), ("kind", "<u4"), ("x", "<f8"), ("y", "<f8")])  # well-known binary, 21 bytes
-_ROW_GROUP = 2**17  # rows; fixed, so that a library's default doesn't change the bytes
-
-# Spelled out, so that the bytes don't depend on the PROJ at hand. Axes are EPSG's; GeoParquet stores x = longitude.
-_EPSG_4326: dict[str, Any] = {
-    "$schema": "https://proj.org/schemas/v0.7/projjson.schema.json",
-    "type": "GeographicCRS",
-    "name": "WGS 84",
-    "datum": {
-        "type": "GeodeticReferenceFrame",
-        "name": "World Geodetic System 1984",
-        "ellipsoid": {"name": "WGS 84", "semi_major_axis": 6378137, "inverse_flattening": 298.257223563},
-    },
-    "coordinate_system": {
-        "subtype": "ellipsoidal",
-        "axis": [
-            {"name": "Geodetic latitude", "abbreviation": "Lat", "direction": "north", "unit": "degree"},
-            {"name": "Geodetic longitude", "abbreviation": "Lon", "direction": "east", "unit": "degree"},
-        ],
-    },
-    "id": {"authority": "EPSG", "code": 4326},
-}
 
 
 def write_footprints(footprints: Mapping[str, np.ndarray], dst: str | os.PathLike[str], metadata: Mapping) -> Path:
@@ -75,43 +54,10 @@ def write_footprints(footprints: Mapping[str, np.ndarray], dst: str | os.PathLik
     schema = pa.schema(
         [pa.field(name, kind, nullable=False) for name, kind in COLUMNS.items()]
         + [pa.field("geometry", pa.binary(), nullable=False)],
-        metadata={
-            b"geo": json.dumps(_geo(lon, lat), sort_keys=True).encode(),
-            SETTINGS_KEY: json.dumps(metadata, sort_keys=True).encode(),
-        },
+        metadata=geoparquet.metadata(["Point"], _box(lon, lat), metadata),
     )
-    write_table(pa.Table.from_arrays([*columns, _points(lon, lat)], schema=schema), dst)
+    geoparquet.write_table(pa.Table.from_arrays([*columns, _points(lon, lat)], schema=schema), dst)
     return dst
-
-
-def write_table(table: pa.Table, dst: Path) -> None:
-    """Write a table as Parquet with fixed settings, beside its place, and rename.
-
-    Raises:
-        PrepError: the folder or the disk doesn't take it.
-    """
-    partial = dst.with_name(f".{dst.name}.partial")
-    try:
-        dst.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            pq.write_table(
-                table,
-                partial,
-                version="2.6",
-                data_page_version="1.0",
-                compression="zstd",
-                compression_level=3,
-                row_group_size=_ROW_GROUP,
-            )
-            with open(partial, "rb") as file:
-                os.fsync(file.fileno())
-            if pq.read_metadata(partial).num_rows != table.num_rows:
-                raise PrepError(f"{dst}: not written whole; is the disk full?")
-            os.replace(partial, dst)
-        finally:
-            partial.unlink(missing_ok=True)
-    except (OSError, pa.ArrowException) as error:
-        raise PrepError(f"{dst}: can't write: {error}") from error
 
 
 def read_footprints(path: str | os.PathLike[str], *, box: Box | None = None) -> dict[str, np.ndarray]:
@@ -153,7 +99,7 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     try:
         metadata = pq.read_schema(path).metadata or {}
-        return json.loads(metadata[SETTINGS_KEY])
+        return json.loads(metadata[geoparquet.SETTINGS_KEY])
     except (OSError, pa.ArrowException) as error:
         raise PrepError(f"{path}: can't be read as Parquet: {error}") from error
     except (KeyError, ValueError) as error:
@@ -183,14 +129,13 @@ def _points(lon: np.ndarray, lat: np.ndarray) -> pa.Array:
     return pa.Array.from_buffers(pa.binary(), len(lon), buffers)
 
 
-def _geo(lon: np.ndarray, lat: np.ndarray) -> dict[str, Any]:
-    column: dict[str, Any] = {"encoding": "WKB", "geometry_types": ["Point"], "crs": _EPSG_4326}
-    if len(lon):
-        west, east = float(lon.min()), float(lon.max())
-        if east - west > 180:  # across the antimeridian: the box's west is the greater number
-            west, east = float(lon[lon > 0].min()), float(lon[lon <= 0].max())
-        column["bbox"] = [west, float(lat.min()), east, float(lat.max())]
-    return {"version": "1.1.0", "primary_column": "geometry", "columns": {"geometry": column}}
+def _box(lon: np.ndarray, lat: np.ndarray) -> Box | None:
+    if not len(lon):
+        return None
+    west, east = float(lon.min()), float(lon.max())
+    if east - west > 180:  # across the antimeridian: the box's west is the greater number
+        west, east = float(lon[lon > 0].min()), float(lon[lon <= 0].max())
+    return west, float(lat.min()), east, float(lat.max())
 
 
 def _check_schema(schema: pa.Schema, path: Path) -> None:
@@ -198,7 +143,7 @@ def _check_schema(schema: pa.Schema, path: Path) -> None:
         if name not in schema.names or schema.field(name).type != kind:
             found = schema.field(name).type if name in schema.names else "nothing"
             raise PrepError(
-                f"{path}: column {name}: found {found}, expected {kind}; write it again with data_prep.gedi"
+                f"{path}: column {name}: found {found}, expected {kind}; write it again with `data_prep gedi`"
             )
 
 

@@ -1,4 +1,4 @@
-"""Footprints to label rasters on the grids of composites: `python -m data_prep.labels --help`."""
+"""Footprints to label rasters on the grids of composites: `python -m data_prep labels --help`."""
 
 import argparse
 import json
@@ -10,14 +10,19 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from biomass_jax.data import bands, raster
+from biomass_jax.data import bands
+from biomass_jax.data.raster.cog import write_cog
+from biomass_jax.data.raster.grid import Grid
+from biomass_jax.data.raster.image import open_image
 from biomass_jax.errors import PrepError
+from biomass_jax.runtime.settings import add_options
 from data_prep.commands import command
-from data_prep.gedi.footprints import SETTINGS_KEY, read_footprints, read_settings, write_table
-from data_prep.geotiff_write import write_cog
+from data_prep.gedi.footprints import read_footprints, read_settings
+from data_prep.geoparquet import SETTINGS_KEY, write_table
 from data_prep.ground import geocentric
 from data_prep.places import boxes_meet, grid_box, grid_centre, transformer
 from data_prep.season import Season
+from data_prep.settings import LabelSettings
 
 NO_LABEL = -1.0
 ShotOwner = Literal["nearest", "all"]
@@ -50,7 +55,7 @@ class Labels(NamedTuple):
     counts: dict[str, int]
 
 
-def pixel_of(lon: np.ndarray, lat: np.ndarray, grid: raster.Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def pixel_of(lon: np.ndarray, lat: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The pixels that contain places, projected with the grid's own CRS.
 
     A pixel reaches from its upper-left corner, which belongs to it, to the next pixels' (PixelIsArea).
@@ -78,7 +83,7 @@ def pixel_of(lon: np.ndarray, lat: np.ndarray, grid: raster.Grid) -> tuple[np.nd
     return np.where(inside, row, -1).astype(np.int64), np.where(inside, col, -1).astype(np.int64), inside
 
 
-def owner_tile(lon: np.ndarray, lat: np.ndarray, tiles: Mapping[str, raster.Grid]) -> np.ndarray:
+def owner_tile(lon: np.ndarray, lat: np.ndarray, tiles: Mapping[str, Grid]) -> np.ndarray:
     """The tile that each place belongs to: of those that contain it, the one whose centre is nearest.
 
     Distances are straight lines through the ellipsoid, so zones and the antimeridian don't matter; of two equally near
@@ -108,11 +113,11 @@ def owner_tile(lon: np.ndarray, lat: np.ndarray, tiles: Mapping[str, raster.Grid
 
 def label_raster(
     footprints: Mapping[str, np.ndarray],
-    grid: raster.Grid,
+    grid: Grid,
     valid: np.ndarray,
     *,
     tile: str = "",
-    tiles: Mapping[str, raster.Grid] | None = None,
+    tiles: Mapping[str, Grid] | None = None,
     shot_owner: ShotOwner = "nearest",
     seasons: Sequence[Season] | None = None,
 ) -> Labels:
@@ -141,7 +146,7 @@ def label_raster(
         first = int(np.flatnonzero(wrong)[0])
         raise PrepError(
             f"footprints: {int(wrong.sum())} with agbd that is negative or not finite, first shot_number "
-            f"{table['shot_number'][first]} with {table['agbd'][first]}; keep data_prep.gedi's filter agbd_valid on"
+            f"{table['shot_number'][first]} with {table['agbd'][first]}; keep `data_prep gedi`'s filter agbd_valid on"
         )
     again = np.zeros(len(table["agbd"]), bool)
     again[1:] = table["shot_number"][1:] == table["shot_number"][:-1]
@@ -186,14 +191,14 @@ def _in_seasons(time: np.ndarray, seasons: Sequence[Season] | None) -> np.ndarra
     return kept
 
 
-def _neighbours(tile: str, grid: raster.Grid, tiles: Mapping[str, raster.Grid]) -> dict[str, raster.Grid]:
+def _neighbours(tile: str, grid: Grid, tiles: Mapping[str, Grid]) -> dict[str, Grid]:
     if tile not in tiles or not tiles[tile].same_as(grid):
         raise PrepError(f"tile {tile!r}: its grid isn't among those of the tiles {sorted(tiles)}")
     box = grid_box(grid)
     return {name: other for name, other in tiles.items() if name == tile or boxes_meet(box, grid_box(other))}
 
 
-def _means(table: Mapping[str, np.ndarray], grid: raster.Grid) -> np.ndarray:
+def _means(table: Mapping[str, np.ndarray], grid: Grid) -> np.ndarray:
     """(H, W) float32; sums run in float64 in the order of the shots, so they don't depend on how these were given."""
     pixels, place = np.unique(table["row"] * grid.width + table["col"], return_inverse=True)
     sums = np.bincount(place.reshape(-1), weights=table["agbd"].astype(np.float64), minlength=len(pixels))
@@ -217,7 +222,7 @@ class Composite(NamedTuple):
     tile: str
     season: Season
     sensors: str
-    grid: raster.Grid
+    grid: Grid
 
 
 def open_composite(path: str | os.PathLike[str]) -> Composite:
@@ -227,17 +232,17 @@ def open_composite(path: str | os.PathLike[str]) -> Composite:
         PrepError: no tag TILE or SEASON.
         RasterError: it can't be read.
     """
-    with raster.open_image(path, model_sensors=()) as source:
+    with open_image(path, model_sensors=()) as source:
         for tag in ("TILE", "SEASON"):
             if not source.tags.get(tag):
-                raise PrepError(f"{path}: no tag {tag}; expected a composite of data_prep.composite")
+                raise PrepError(f"{path}: no tag {tag}; expected a composite of `data_prep composite`")
         tags = source.tags
         return Composite(Path(path), tags["TILE"], Season.parse(tags["SEASON"]), tags.get("SENSORS", ""), source.grid)
 
 
 def read_valid(path: str | os.PathLike[str]) -> np.ndarray:
     """(H, W) bool: where a composite has data, by the rule of `bands.no_data`."""
-    with raster.open_image(path, model_sensors=()) as source:
+    with open_image(path, model_sensors=()) as source:
         valid = np.empty((source.grid.height, source.grid.width), bool)
         for start in range(0, source.grid.height, _ROWS):
             stop = min(start + _ROWS, source.grid.height)
@@ -250,7 +255,7 @@ def write_labels(
     footprints: Iterable[str | os.PathLike[str]],
     folder: str | os.PathLike[str],
     *,
-    tiles: Mapping[str, raster.Grid] | None = None,
+    tiles: Mapping[str, Grid] | None = None,
     shot_owner: ShotOwner = "nearest",
     label_years: int = 0,
 ) -> tuple[Path, dict[str, int]]:
@@ -274,13 +279,7 @@ def write_labels(
     table, gedi = _gather(sorted(map(Path, footprints)), image.grid)
     seasons = image.season.widened(label_years)
     made = label_raster(
-        table,
-        image.grid,
-        read_valid(composite),
-        tile=image.tile,
-        tiles=tiles,
-        shot_owner=shot_owner,
-        seasons=seasons,
+        table, image.grid, read_valid(composite), tile=image.tile, tiles=tiles, shot_owner=shot_owner, seasons=seasons
     )
     settings = {
         "step": "labels",
@@ -304,10 +303,10 @@ def write_labels(
     return dst, made.counts
 
 
-def _gather(paths: Sequence[Path], grid: raster.Grid) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def _gather(paths: Sequence[Path], grid: Grid) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """All footprints in the box around the grid, and what made them."""
     if not paths:
-        raise PrepError("no footprint tables; expected files of data_prep.gedi")
+        raise PrepError("no footprint tables; expected files of `data_prep gedi`")
     box = grid_box(grid)
     tables, filters, versions = [], None, set()
     for path in paths:
@@ -325,13 +324,13 @@ def _gather(paths: Sequence[Path], grid: raster.Grid) -> tuple[dict[str, np.ndar
     return merged, {"product": "GEDI_L4A", "versions": sorted(versions), "filters": filters[0] if filters else None}
 
 
-def tile_grids(composites: Iterable[Composite]) -> dict[str, raster.Grid]:
+def tile_grids(composites: Iterable[Composite]) -> dict[str, Grid]:
     """The grid of each tile.
 
     Raises:
         PrepError: two composites of one tile on different grids.
     """
-    grids: dict[str, raster.Grid] = {}
+    grids: dict[str, Grid] = {}
     for image in composites:
         if not grids.setdefault(image.tile, image.grid).same_as(image.grid):
             raise PrepError(
@@ -352,12 +351,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="prepared data: composites/{tile}/*.tif and footprints/*.parquet are read, labels/ is written",
     )
     parser.add_argument("--tile", action="append", help="only this tile; may be given again (all)")
-    parser.add_argument(
-        "--shot-owner",
-        choices=("nearest", "all"),
-        default="nearest",
-        help="a shot in several tiles belongs to the one whose centre is nearest, or to all as in the reference",
-    )
+    add_options(parser, LabelSettings)
     parser.add_argument("--label-years", type=int, default=0, help="shots of N years before and after too (0)")
     args = parser.parse_args(argv)
     composites = [open_composite(path) for path in sorted(args.out.glob("composites/*/*.tif"))]

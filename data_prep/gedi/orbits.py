@@ -1,4 +1,4 @@
-"""GEDI L4A orbits (HDF5) to footprint tables (GeoParquet): `python -m data_prep.gedi --help`."""
+"""GEDI L4A orbits (HDF5) to footprint tables (GeoParquet): `python -m data_prep gedi --help`."""
 
 import argparse
 import os
@@ -13,24 +13,20 @@ import h5py
 import numpy as np
 
 from biomass_jax.errors import PrepError
+from biomass_jax.runtime.settings import add_options, options_of
 from data_prep.commands import command
-from data_prep.gedi.filters import DEFAULT, EPOCH, Filters, Seasons, Step, Table, steps
-from data_prep.gedi.footprints import read_footprints, write_footprints
+from data_prep.gedi.filters import DEFAULT, EPOCH, Seasons, Step, Table, as_dict, steps
+from data_prep.gedi.footprints import write_footprints
 from data_prep.gedi.names import BEAMS, COLUMNS, FIELDS, Product, naming, product_of
 from data_prep.places import Box, check_box, grid_box, grid_centre, in_box, tile_grid
 from data_prep.season import Season, resolve_season
-
-__all__ = ["Filters", "convert_granule", "find_granules", "read_footprints", "read_granule", "write_footprints"]
+from data_prep.settings import Filters
 
 _BLOCK = 2**14  # rows read at once of a dataset without chunks
 
 
 def read_granule(
-    path: str | os.PathLike[str],
-    *,
-    bbox: Box | None = None,
-    season: Seasons | None = None,
-    filters: Filters = DEFAULT,
+    path: str | os.PathLike[str], *, bbox: Box | None = None, season: Seasons | None = None, filters: Filters = DEFAULT
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """Read the shots of one orbit that the filters leave.
 
@@ -108,7 +104,7 @@ def convert_granule(
         "granule": product.granule,
         "release": product.release,
         "version": product.version,
-        "filters": filters.as_dict(),
+        "filters": as_dict(filters),
         "counts": [[name, count] for name, count in counts.items()],  # their order tells
         "season": [one.text for one in seasons],
         "box": None if bbox is None else list(check_box(bbox)),
@@ -298,12 +294,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     season: list[Season] | None = None
     if args.season is not None:
         season = resolve_season(args.season, latitude).widened(args.label_years)
-    names = Filters.__dataclass_fields__
-    return {"bbox": bbox, "season": season, "filters": Filters(**{name: getattr(args, name) for name in names})}
-
-
-def _digits(text: str) -> tuple[int, ...]:
-    return () if text == "all" else tuple(int(digit) for digit in text.split(","))
+    return {"bbox": bbox, "season": season, "filters": Filters(**options_of(args, Filters))}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -318,19 +309,7 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument("--tile", help="an HLS tile such as 10SFF instead of a box")
     made.add_argument("--season", help="2020-06-01/2020-09-16 (end not included), or a year with --bbox or --tile")
     made.add_argument("--label-years", type=int, default=0, help="the same days of N years before and after too (0)")
-    for name in ("algorithm_run_flag", "l4_quality_flag", "outlier_flag", "agbd_valid", "leaf_off_flag"):
-        made.add_argument(f"--{name.replace('_', '-')}", action=argparse.BooleanOptionalAction, default=True)
-    for name in ("full_power_only", "night_only"):
-        made.add_argument(f"--{name.replace('_', '-')}", action=argparse.BooleanOptionalAction, default=False)
-    for name in ("degrade_tens", "degrade_ones"):
-        default = getattr(DEFAULT, name)
-        text = ",".join(map(str, default))
-        made.add_argument(
-            f"--{name.replace('_', '-')}", type=_digits, default=default, metavar=text, help="digits admitted, or 'all'"
-        )
-    made.add_argument("--algorithm-10", choices=("auto", "drop", "keep"), default="auto", help="auto: drop in 002_01")
-    for name in ("sensitivity_min", "max_relative_se", "max_agbd"):
-        made.add_argument(f"--{name.replace('_', '-')}", type=float, help="off")
+    add_options(made, Filters)
     return made
 
 

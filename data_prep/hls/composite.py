@@ -18,23 +18,26 @@ from typing import NamedTuple
 import numpy as np
 
 from biomass_jax.data.bands import BAND_NAMES, FILL
+from biomass_jax.data.raster.cog import write_cog
 from biomass_jax.errors import PrepError
+from biomass_jax.runtime.settings import add_options, options_of
 from data_prep.commands import command
-from data_prep.geotiff_write import write_cog
 from data_prep.hls import composite_sums as sums
 from data_prep.hls.granules import Granule, Scene, find_scenes, open_scene, parse_granule_name
 from data_prep.places import grid_centre
 from data_prep.season import DEFAULT_TABLE, Season, resolve_season
+from data_prep.settings import CompositeSettings
 
 NAMES = (*BAND_NAMES, "CLEAR_COUNT")
 SENSORS = ("L30", "S30")
 DUPLICATE_MINUTES = 10  # two granules of one sensor and tile less than this apart show one overpass
+DEFAULT = CompositeSettings()
 MEMORY = 512 * 2**20  # bytes for sums or stacks
 MOST_THREADS = 8  # unless told otherwise: each holds blocks of some scenes
 
 
 @dataclass(frozen=True)
-class Report:
+class CompositeReport:
     """What a composite was made of.
 
     Attributes:
@@ -91,15 +94,15 @@ def composite(
     dst: str | os.PathLike[str],
     *,
     season: Season,
-    sensors: Sequence[str] = ("L30",),
-    statistic: str = "mean",
-    min_clear: int = 1,
+    sensors: Sequence[str] = DEFAULT.sensors,
+    statistic: str = DEFAULT.statistic,
+    min_clear: int = DEFAULT.min_clear,
     drop_water: bool = False,
     drop_high_aerosol: bool = False,
     tile: str | None = None,
     threads: int | None = None,
     memory: int = MEMORY,
-) -> Report:
+) -> CompositeReport:
     """Make the composite of a tile.
 
     A pixel of a scene counts where `hls.clear` says so, one mask for all bands. Negative values and those above 10,000
@@ -115,8 +118,8 @@ def composite(
         min_clear: fewest clear scenes of a pixel with values.
         drop_water: leave out water (Fmask bit 5).
         drop_high_aerosol: leave out high aerosol (bits 7-6).
-        tile: the tile that is expected; that of the granules where None.
-        threads: for decoding; one for each core, but at most 8, where None. Each takes 60 MiB.
+        tile: the expected tile; that of the granules where None.
+        threads: for decoding, 60 MiB each; one for each core, but at most 8, where None.
         memory: bytes for sums or stacks; the whole takes about 400 MiB more.
 
     Raises:
@@ -127,12 +130,12 @@ def composite(
     selection = select(scene_folders, season=season, sensors=sensors, tile=tile)
     threads = threads or min(len(os.sched_getaffinity(0)), MOST_THREADS)
     scenes, duplicates = _opened(selection.folders, threads)
-    plan = sums.Plan(tuple(scenes), statistic, min_clear, sums.Mask(drop_water, drop_high_aerosol), threads, memory)
+    mask = sums.Mask(drop_water, drop_high_aerosol)
+    plan = sums.CompositePlan(tuple(scenes), statistic, min_clear, mask, threads, memory)
     counts = sums.Counts(tuple(scene.granule.name for scene in scenes))
     tags = _tags(scenes, season, duplicates)
     path = write_cog(dst, _rows(plan, counts, tags, sensors), scenes[0].grid, "int16", NAMES, FILL, tags)
-    empty = f"{path}: no pixel has {min_clear} clear observations; nothing but fill"
-    return Report(
+    return CompositeReport(
         path=path,
         tile=tags["TILE"],
         season=season.text,
@@ -144,7 +147,7 @@ def composite(
         counts=counts.by_scene,
         pixels=scenes[0].grid.height * scenes[0].grid.width,
         covered=counts.covered,
-        warnings=() if counts.covered else (empty,),
+        warnings=() if counts.covered else (f"{path}: no pixel has {min_clear} clear observations",),
     )
 
 
@@ -159,7 +162,9 @@ def _tags(scenes: Sequence[Scene], season: Season, duplicates: Mapping[str, str]
     }
 
 
-def _rows(plan: sums.Plan, counts: sums.Counts, tags: dict[str, str], sensors: Sequence[str]) -> Iterator[np.ndarray]:
+def _rows(
+    plan: sums.CompositePlan, counts: sums.Counts, tags: dict[str, str], sensors: Sequence[str]
+) -> Iterator[np.ndarray]:
     """The composite's rows; adds settings and counts to the tags, which the writer reads after the last of them."""
     yield from sums.row_bands(plan, counts)
     masked = ["fill", "cloud", "adjacent", "shadow", "snow"]
@@ -290,10 +295,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--tile", help="this tile alone, for example 10SFF")
     parser.add_argument("--sensors", default="L30", help="L30 (default), S30 or L30+S30")
-    parser.add_argument("--statistic", default="mean", choices=("mean", "median"))
-    parser.add_argument("--min-clear", type=int, default=1, help="fewest clear scenes of a pixel (default 1)")
-    parser.add_argument("--drop-water", action="store_true", help="leave out water")
-    parser.add_argument("--drop-high-aerosol", action="store_true", help="leave out high aerosol")
+    add_options(parser, CompositeSettings, without=("sensors",))
     parser.add_argument("--threads", type=int, help="threads for decoding (default: one for each core)")
     return parser
 
@@ -318,11 +320,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             composite_path(args.out, tile, season),
             season=season,
             sensors=args.sensors.split("+"),
-            statistic=args.statistic,
-            min_clear=args.min_clear,
-            drop_water=args.drop_water,
-            drop_high_aerosol=args.drop_high_aerosol,
             threads=args.threads,
+            **options_of(args, CompositeSettings, without=("sensors",)),
         )
         print("\n".join(report.lines()))
     return 0

@@ -10,9 +10,11 @@ from typing import NamedTuple
 import numpy as np
 
 from biomass_jax.data.bands import BAND_NAMES, FILL, UNITS
+from biomass_jax.data.raster.cog import DATA_LAYOUT
 from biomass_jax.errors import PrepError
-from data_prep.geotiff_write import BLOCK
 from data_prep.hls.granules import FMASK_FILL, Buffers, ReadRows, Scene, buffers, clear, observed
+
+BLOCK = DATA_LAYOUT.block  # of composites, in pixels
 
 # |int16| <= 2^15, so the int32 sum of up to 2^16 - 1 scenes can't overflow; the int16 count holds fewer.
 MOST_SCENES = 2**15 - 1
@@ -31,7 +33,7 @@ class Mask(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class CompositePlan:
     """What to do: scenes by time on one grid, `mean` or `median`, and how many threads and bytes to use."""
 
     scenes: tuple[Scene, ...]
@@ -107,7 +109,7 @@ class Counts:
                 )
 
 
-def row_bands(plan: Plan, counts: Counts) -> Iterator[np.ndarray]:
+def row_bands(plan: CompositePlan, counts: Counts) -> Iterator[np.ndarray]:
     """Make the composite, from north to south.
 
     Args:
@@ -154,7 +156,7 @@ def _pool(threads: int) -> Iterator[ThreadPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
-def _mean(plan: Plan, pool: ThreadPoolExecutor, counts: Counts, window: _Window) -> Iterator[np.ndarray]:
+def _mean(plan: CompositePlan, pool: ThreadPoolExecutor, counts: Counts, window: _Window) -> Iterator[np.ndarray]:
     """Rows of a window as `row_bands` yields them: rounded means."""
     shape = (window.bottom - window.top, window.right - window.left)
     sums, number = np.zeros((_BANDS, *shape), np.int32), np.zeros(shape, np.int16)
@@ -215,7 +217,7 @@ def _add(found: list[tuple[np.ndarray, np.ndarray]], sums: np.ndarray, number: n
             number[rows] += keep[rows]
 
 
-def _median(plan: Plan, pool: ThreadPoolExecutor, counts: Counts, window: _Window) -> Iterator[np.ndarray]:
+def _median(plan: CompositePlan, pool: ThreadPoolExecutor, counts: Counts, window: _Window) -> Iterator[np.ndarray]:
     """Rows of a window as `row_bands` yields them: medians, of two middle values their mean, half to even."""
     shape = (window.bottom - window.top, window.right - window.left)
     stack, number = np.empty((len(plan.scenes), _BANDS, *shape), np.int16), np.zeros(shape, np.int16)

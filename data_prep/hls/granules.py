@@ -18,7 +18,8 @@ from rasterio.crs import CRS
 from rasterio.windows import Window
 
 from biomass_jax.data import bands
-from biomass_jax.data.raster import Grid, grid_of, open_quietly, raster_errors, utm_zone, verify_blocks
+from biomass_jax.data.raster.grid import Grid, grid_of, open_quietly, raster_errors, utm_zone
+from biomass_jax.data.raster.tiff import verify_blocks
 from biomass_jax.errors import BandError, PrepError, RasterError
 
 VERSION = "2.0"

@@ -1,4 +1,4 @@
-"""Do labels lie on the pixels that they belong to? `python -m data_prep.check --out OUT` or `--shards DIR`.
+"""Do labels lie on the pixels that they belong to? `python -m data_prep check --out OUT` or `--shards DIR`.
 
 Biomass shows in reflectance, so the log of the labels is fitted to the logs of the six bands, with the labels moved by
 up to three pixels in both directions: the fit has to be best where they are. Rows or columns that are reversed or
@@ -6,7 +6,6 @@ swapped leave nothing of it. For each tile a PNG is written, and the numbers of 
 """
 
 import argparse
-import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,10 +18,11 @@ import numpy as np
 from biomass_jax.data import bands
 from biomass_jax.data.records import Record
 from biomass_jax.errors import PrepError
+from biomass_jax.figures import style
+from biomass_jax.runtime.files import write_json
 from data_prep.chips import index as chip_index
 from data_prep.chips.windows import ChipReader
 from data_prep.commands import command
-from data_prep.inspect import drawing
 
 MAX_SHIFT = 3
 LEAST_DN = 50  # below it reflectance is noise, and a log of it more so; water and shadow reach 0 and less
@@ -217,7 +217,7 @@ def check_records(records: Iterable[Record]) -> list[TileCheck]:
 
 def draw(check: TileCheck, path: str | os.PathLike[str]) -> Path:
     """R2 by shift beside the number of labels of each cell, as PNG."""
-    figure = drawing.new_figure(9.6, 4.6)
+    figure = style.new_figure(9.6, 4.6, facecolor="none")
     left, right = figure.subplots(1, 2)
     reach = MAX_SHIFT + 0.5
     top = max(float(np.nanmax(check.r2)), 0.1) if check.peak else 0.1
@@ -230,18 +230,18 @@ def draw(check: TileCheck, path: str | os.PathLike[str]) -> Path:
         row, col = check.peak
         sides = np.array([(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5), (-0.5, -0.5)]) + (col, row)
         left.plot(*sides.T, color="#f59e0b", linewidth=2)
-    left.set_title(f"R2 of labels moved against the image, {_place(check)}", fontsize=9, color=drawing.INK)
-    left.set_xlabel("columns to the right", fontsize=8, color=drawing.INK)
-    left.set_ylabel("rows down", fontsize=8, color=drawing.INK)
-    drawing.colour_bar(figure, shown, left, "leave-one-out R2", extend="min")
+    left.set_title(f"R2 of labels moved against the image, {_place(check)}", fontsize=9, color=style.GREY)
+    left.set_xlabel("columns to the right", fontsize=8, color=style.GREY)
+    left.set_ylabel("rows down", fontsize=8, color=style.GREY)
+    style.colour_bar(figure, shown, left, "leave-one-out R2", extend="min")
     _draw_counts(figure, right, check)
     for axes in (left, right):
-        drawing.plain(axes)
+        style.quiet_axes(axes)
     labels = f"{check.labels:,} labels in {check.chips} chip{'s' * (check.chips != 1)}"
     if check.labels:
         labels += f", {check.label_min:.3g} to {check.label_max:.4g} Mg/ha, mean {check.label_mean:.4g}"
     title = f"{check.tile}: {labels}; {check.nodata / check.pixels:.2%} of pixels without data"
-    return drawing.save(figure, path, title)
+    return style.save_titled(path, figure, title)
 
 
 def _place(check: TileCheck) -> str:
@@ -256,12 +256,12 @@ def _draw_counts(figure: Any, axes: Any, check: TileCheck) -> None:
     most = max(check.counts.values(), default=1)
     shown = axes.imshow(np.ma.masked_invalid(grid), cmap="cividis", vmin=0, vmax=max(most, 1))
     known = "Labels of each chip in the tile's grid" if len(cells) else "Places in the tile are not known"
-    axes.set_title(known, fontsize=9, color=drawing.INK)
-    axes.set_xlabel("chip column", fontsize=8, color=drawing.INK)
-    axes.set_ylabel("chip row", fontsize=8, color=drawing.INK)
+    axes.set_title(known, fontsize=9, color=style.GREY)
+    axes.set_xlabel("chip column", fontsize=8, color=style.GREY)
+    axes.set_ylabel("chip row", fontsize=8, color=style.GREY)
     for which, length in (("x", grid.shape[1]), ("y", grid.shape[0])):
         axes.set(**{f"{which}ticks": range(0, length, max(1, length // 8))})
-    drawing.colour_bar(figure, shown, axes, "labels")
+    style.colour_bar(figure, shown, axes, "labels")
 
 
 def records_of_index(out: str | os.PathLike[str], tiles: Sequence[str] = ()) -> Iterator[Record]:
@@ -275,10 +275,11 @@ def records_of_index(out: str | os.PathLike[str], tiles: Sequence[str] = ()) -> 
 
 def records_of_shards(folder: str | os.PathLike[str], tiles: Sequence[str] = ()) -> Iterator[Record]:
     """The chips of all splits of a data set of shards; of these tiles alone where there are any."""
-    from data_prep.shards import reader as shard_reader
+    from biomass_jax.data.shards import split_counts
+    from biomass_jax.data.sources import ShardSource
 
-    for split in sorted(shard_reader.split_counts(Path(folder))):
-        for record in shard_reader.read(folder, split):
+    for split in sorted(split_counts(Path(folder))):
+        for record in ShardSource(folder, split):
             if not tiles or record["tile"] in tiles:
                 yield record
 
@@ -295,10 +296,7 @@ def run(records: Iterable[Record], figures: Path) -> list[TileCheck]:
         )
         if check.fault:
             warnings.warn(check.fault, stacklevel=2)
-    text = json.dumps([check.summary() for check in checks], indent=1)
-    partial = figures / ".check.json.partial"
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, figures / "check.json")
+    write_json(figures / "check.json", [check.summary() for check in checks], indent=1)
     return checks
 
 

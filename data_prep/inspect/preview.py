@@ -1,6 +1,6 @@
 """A picture of a chip or a tile with its labels.
 
-`python -m data_prep.preview --out OUT --chip 10SFF_144_2020-06-01` or `--tile 10SFF`; a chip of shards with `--shards`.
+`python -m data_prep preview --out OUT --chip 10SFF_144_2020-06-01` or `--tile 10SFF`; a chip of shards with `--shards`.
 """
 
 import argparse
@@ -12,16 +12,26 @@ from typing import Any
 import numpy as np
 import rasterio
 
-from biomass_jax.data import bands, raster
+from biomass_jax.data import bands
+from biomass_jax.data.raster.image import read_preview, read_tags
 from biomass_jax.data.records import Record
 from biomass_jax.errors import PrepError
+from biomass_jax.figures import style
 from data_prep.chips import cells as chips
 from data_prep.chips import index as chip_index
+from data_prep.chips.windows import read_record
 from data_prep.commands import command
-from data_prep.inspect import drawing
 
 TILE_PIXELS = 915  # of the longer side of a tile's picture: a quarter of an HLS tile
+_RGB = [bands.BAND_NAMES.index(name) for name in ("RED", "GREEN", "BLUE")]
 SPLIT_COLOURS = {"train": "#93c5fd", "val": "#fde047", "test": "#f472b6", "dropped": "#d1d5db", "": "#ffffff"}
+
+
+def colours(image: np.ndarray) -> np.ndarray:
+    """Digital numbers (H, W, 6) -> RGBA (H, W, 4) in 0..1; no-data (`bands.no_data`, or NaN) is transparent."""
+    rgb = image[..., _RGB].astype(np.float64)
+    rgb[bands.no_data(image)] = np.nan
+    return style.stretch(rgb)
 
 
 def draw_chip(record: Record, path: str | os.PathLike[str]) -> Path:
@@ -31,20 +41,20 @@ def draw_chip(record: Record, path: str | os.PathLike[str]) -> Path:
         record: the chip.
         path: the picture.
     """
-    figure = drawing.new_figure(6.8, 6.2)
+    figure = style.new_figure(6.8, 6.2, facecolor="none")
     axes = figure.subplots()
-    axes.imshow(drawing.colours(record["image"]), interpolation="nearest")
+    axes.imshow(colours(record["image"]), interpolation="nearest")
     rows, cols = np.nonzero(record["label"] >= 0)
     labels = record["label"][rows, cols]
     # A point covers about two pixels of a chip of 224: one would be lost in the picture.
     _draw_labels(figure, axes, rows, cols, labels, size=(2 * 330 / record["label"].shape[0]) ** 2)
     missing = bands.no_data(record["image"]).mean()
-    axes.set_title(f"{_labels_text(labels)}, {missing:.1%} without data", fontsize=9, color=drawing.INK)
-    drawing.plain(axes)
+    axes.set_title(f"{_labels_text(labels)}, {missing:.1%} without data", fontsize=9, color=style.GREY)
+    style.quiet_axes(axes)
     about = ", ".join(
         text for text in (record["chip_id"], record["biome"], record["season"], record["sensors"]) if text
     )
-    return drawing.save(figure, path, about)
+    return style.save_titled(path, figure, about)
 
 
 def draw_tile(
@@ -59,19 +69,19 @@ def draw_tile(
         title: what it shows.
         cells: rows of the index with row, col, size, split; None for no outlines.
     """
-    figure = drawing.new_figure(8.4, 7.6)
+    figure = style.new_figure(8.4, 7.6, facecolor="none")
     axes = figure.subplots()
     height, width = label.shape
-    axes.imshow(drawing.colours(image), interpolation="nearest", extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+    axes.imshow(colours(image), interpolation="nearest", extent=(-0.5, width - 0.5, height - 0.5, -0.5))
     rows, cols = np.nonzero(label >= 0)
     labels = label[rows, cols]
     _draw_labels(figure, axes, rows, cols, labels, size=4)
     if cells is not None:
         _draw_cells(axes, cells)
     axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
-    axes.set_title(_labels_text(labels), fontsize=9, color=drawing.INK)
-    drawing.plain(axes)
-    return drawing.save(figure, path, title)
+    axes.set_title(_labels_text(labels), fontsize=9, color=style.GREY)
+    style.quiet_axes(axes)
+    return style.save_titled(path, figure, title)
 
 
 def _labels_text(labels: np.ndarray) -> str:
@@ -86,7 +96,7 @@ def _draw_labels(figure: Any, axes: Any, rows: np.ndarray, cols: np.ndarray, lab
     drawn = axes.scatter(
         cols, rows, c=labels, s=size, marker="s", linewidths=0, cmap="plasma", vmin=0, vmax=top if top > 0 else 1.0
     )
-    drawing.colour_bar(figure, drawn, axes, drawing.LABEL_AXIS, extend="max")
+    style.colour_bar(figure, drawn, axes, "agbd (Mg/ha)", extend="max")
 
 
 def _draw_cells(axes: Any, cells: Any) -> None:
@@ -101,7 +111,7 @@ def _draw_cells(axes: Any, cells: Any) -> None:
             axes.add_patch(Rectangle(corner, side, side, fill=False, edgecolor=colour, linewidth=0.9, label=name))
     if len(cells):
         legend = axes.legend(
-            loc="upper center", bbox_to_anchor=(0.5, -0.04), ncols=5, fontsize=8, labelcolor=drawing.INK, frameon=True
+            loc="upper center", bbox_to_anchor=(0.5, -0.04), ncols=5, fontsize=8, labelcolor=style.GREY, frameon=True
         )
         legend.get_frame().set(facecolor="#374151", edgecolor="none")
         for text in legend.get_texts():
@@ -117,15 +127,16 @@ def find_record(name: str, *, out: Path | None = None, shards: Path | None = Non
     if out is not None:
         frame = chip_index.read_index(chip_index.path_in(out))
         for _, row in frame[frame["chip_id"] == name].iterrows():
-            return chips.read_record(row, out)
+            return read_record(row, out)
         names = frame["chip_id"].tolist()
     else:
-        from data_prep.shards import reader as shard_reader
+        from biomass_jax.data.shards import split_counts
+        from biomass_jax.data.sources import ShardSource
 
         assert shards is not None
         names = []
-        for split in sorted(shard_reader.split_counts(shards)):
-            for record in shard_reader.read(shards, split):
+        for split in sorted(split_counts(shards)):
+            for record in ShardSource(shards, split):
                 if record["chip_id"] == name:
                     return record
                 names.append(record["chip_id"])
@@ -152,7 +163,7 @@ def preview_tile(out: Path, tile: str, path: Path | None = None, *, season: str 
             f"{out}: tile {tile}: found {len(pairs)} seasons ({found}), expected one; name it with --season"
         )
     composite, label_path, _ = pairs[0]
-    image = raster.read_preview(composite, TILE_PIXELS, wanted=bands.BAND_NAMES)
+    image = read_preview(composite, TILE_PIXELS, wanted=bands.BAND_NAMES)
     with rasterio.open(label_path) as source:
         label = source.read(1)
     index = chip_index.path_in(out)
@@ -170,7 +181,7 @@ def preview_tile(out: Path, tile: str, path: Path | None = None, *, season: str 
 
 
 def _season(composite: Path) -> str:
-    return raster.read_tags(composite).get("SEASON", "")
+    return read_tags(composite).get("SEASON", "")
 
 
 @command

@@ -10,18 +10,19 @@ import pyarrow.parquet as pq
 
 from biomass_jax.errors import PrepError
 from data_prep.chips import index as chip_index
-from data_prep.chips.splits import SPLITS
+from data_prep.gedi.filters import as_dict
 from data_prep.gedi.labels import Composite, open_composite
 from data_prep.gedi.names import product_of
-from data_prep.gedi.orbits import Filters, find_granules
+from data_prep.gedi.orbits import find_granules
 from data_prep.hls.composite import composite_path, select
 from data_prep.hls.granules import tile_grid_key
 from data_prep.places import Box, boxes_meet, check_box, grid_box
 from data_prep.prepare import steps
 from data_prep.prepare.download import download_tiles
 from data_prep.prepare.runner import Runner
-from data_prep.prepare.state import Job, State, write_text
+from data_prep.prepare.state import StepJob, StepRecords, write_json
 from data_prep.season import DEFAULT_TABLE, Season, season_of_year
+from data_prep.settings import SPLITS, Filters
 
 WHOLE = "all"  # name of the jobs that take all tiles together
 Say = Callable[[str], None]
@@ -53,7 +54,7 @@ def prepare(
     Raises:
         PrepError: settings that no tile could be made with.
     """
-    runner = Runner(State(out), executor, say)
+    runner = Runner(StepRecords(out), executor, say)
     if config["granules"]["download"]:
         download_tiles(config, runner)
     chain = Chain(config, out, runner, threads)
@@ -66,7 +67,7 @@ def prepare(
     chain.splits_and_shards()
     chain.checks()
     report = chain.report()
-    write_text(out / "report.json", json.dumps(report, indent=1, sort_keys=True) + "\n")
+    write_json(out / "report.json", report)
     return report
 
 
@@ -90,7 +91,7 @@ class Chain:
         settings = dict(self.config["gedi"])
         box: Box | None = check_box(settings["box"]) if settings["box"] else None
         del settings["box"]
-        filters = Filters(**settings).as_dict()
+        filters = as_dict(Filters(**settings))
         seasons = self._shot_seasons()
         folder = Path(self.config["granules"]["gedi"] or self.out / "granules" / "gedi")
         present = {} if not folder.is_dir() or not any(folder.rglob("*.h5")) else _by_name(find_granules([folder]))
@@ -101,7 +102,7 @@ class Chain:
             arguments = {"path": path, "folder": dst.parent, "box": box, "seasons": seasons, "filters": settings}
             chosen = {"box": box and list(box), "seasons": seasons, "filters": filters}
             inputs = () if path is None else (path,)
-            jobs.append(Job("gedi", name, steps.footprints_of_orbit, arguments, chosen, inputs, (dst,)))
+            jobs.append(StepJob("gedi", name, steps.footprints_of_orbit, arguments, chosen, inputs, (dst,)))
         if not jobs:
             self.runner.fail("gedi", WHOLE, f"{folder}: no .h5 files; expected GEDI L4A granules")
         self.runner.run("gedi", jobs, lambda result: _arrows(result["counts"]))
@@ -118,7 +119,7 @@ class Chain:
         for tile, part in self.done["composite"].items():
             self.images[tile] = open_composite(part.job.outputs[0])
 
-    def _composite_job(self, tile: str) -> Job:
+    def _composite_job(self, tile: str) -> StepJob:
         scenes = list(self.granules.get(tile, {}).values())
         season = self._season_of(tile, scenes)
         settings = dict(self.config["composite"])
@@ -132,7 +133,7 @@ class Chain:
         arguments = {"folders": folders, "path": path, "tile": tile, "season": season.text, "settings": settings}
         arguments |= {"threads": self.threads}
         chosen = {"season": season.text, **settings, "sensors": sorted(set(settings["sensors"]))}
-        return Job("composite", tile, steps.composite_of_tile, arguments, chosen, tuple(folders), (path,))
+        return StepJob("composite", tile, steps.composite_of_tile, arguments, chosen, tuple(folders), (path,))
 
     def _season_of(self, tile: str, scenes: Sequence[Path]) -> Season:
         if self.season is not None:
@@ -175,7 +176,7 @@ class Chain:
             arguments |= {"composites": {name: other.path for name, other in beside.items()}}
             outputs = (label, label.with_suffix(".parquet"))
             chosen = settings | {"tiles": grids}
-            jobs.append(Job("labels", tile, steps.labels_of_tile, arguments, chosen, (image.path, *near), outputs))
+            jobs.append(StepJob("labels", tile, steps.labels_of_tile, arguments, chosen, (image.path, *near), outputs))
         self.runner.run("labels", jobs, lambda r: f"{r['counts']['used']:,} shots on {r['counts']['pixels']:,} pixels")
 
     def chips(self) -> None:
@@ -192,7 +193,7 @@ class Chain:
             arguments |= {"biomes": biomes, "biome_field": biome_field}
             inputs = (image, label, shots, *([Path(biomes)] if biomes else []))
             chosen = settings | {"biome_field": biome_field}
-            jobs.append(Job("chips", tile, steps.chips_of_tile, arguments, chosen, inputs, (index,)))
+            jobs.append(StepJob("chips", tile, steps.chips_of_tile, arguments, chosen, inputs, (index,)))
         self.runner.run("chips", jobs, lambda r: f"{r['counts']['kept']} of {r['counts']['cells']} cells")
 
     def splits_and_shards(self) -> None:
@@ -210,7 +211,7 @@ class Chain:
         index = chip_index.path_in(self.out)
         arguments = {"parts": parts, "index": index, "settings": chips, "splits": splits}
         chosen = {"chips": chips, "splits": splits, "parts": list(parts)}
-        job = Job("splits", WHOLE, steps.index_with_splits, arguments, chosen, tuple(parts.values()), (index,))
+        job = StepJob("splits", WHOLE, steps.index_with_splits, arguments, chosen, tuple(parts.values()), (index,))
         self.runner.run("splits", [job], _counts, here=True)
         if not self.done["splits"]:
             return
@@ -220,7 +221,7 @@ class Chain:
         rasters = [
             path for tile in tiles for path in (self.images[tile].path, self.done["labels"][tile].job.outputs[0])
         ]
-        job = Job("shards", WHOLE, steps.shards_of_index, arguments, settings, (index, *rasters), (folder,))
+        job = StepJob("shards", WHOLE, steps.shards_of_index, arguments, settings, (index, *rasters), (folder,))
         self.runner.run("shards", [job], lambda r: f"{_counts(r)} in {len(r['shards'])} files", here=True)
 
     def checks(self) -> None:
@@ -230,7 +231,7 @@ class Chain:
             picture = self.out / "check" / f"{tile}.png"
             inputs = (chip_index.path_in(self.out), self.images[tile].path, self.done["labels"][tile].job.outputs[0])
             arguments = {"out": self.out, "tile": tile, "picture": picture}
-            jobs.append(Job("check", tile, steps.check_of_tile, arguments, {}, inputs, (picture,)))
+            jobs.append(StepJob("check", tile, steps.check_of_tile, arguments, {}, inputs, (picture,)))
         self.runner.run("check", jobs, lambda r: f"labels fit best at a shift of {r['peak']}")
 
     def report(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from data_prep.archive.fetch import OpenUrl, fetch_all
 from data_prep.archive.search import Area, Search, search_archive, search_gedi, search_hls
 from data_prep.gedi.names import product_of
 from data_prep.prepare.runner import Runner
-from data_prep.prepare.state import Job
+from data_prep.prepare.state import StepJob
 from data_prep.season import DEFAULT_TABLE, resolve_season
 
 
@@ -45,7 +45,7 @@ def download_tiles(
             "search": search or search_archive,
             "open_url": open_url,
         }
-        jobs.append(Job("download", tile, download_tile, arguments, settings, (), ()))
+        jobs.append(StepJob("download", tile, download_tile, arguments, settings, (), ()))
     runner.run("download", jobs, lambda r: f"{len(r['scenes'])} scenes, {len(r['orbits'])} orbits", here=True)
 
 

@@ -1,4 +1,4 @@
-"""From granules to shards for a list of tiles, from one config: `python -m data_prep.prepare --help`.
+"""From granules to shards for a list of tiles, from one config: `python -m data_prep prepare --help`.
 
 Each step of each tile is a job with a record under `OUT/state`. A tile whose job fails leaves the others alone; what is
 finished and unchanged is kept; a run may be ended at any moment and started again.

@@ -9,17 +9,17 @@ from typing import Any, NamedTuple
 
 from biomass_jax.errors import BiomassError
 from data_prep.prepare.executors import Outcome, attempt
-from data_prep.prepare.state import Job, Record, State
+from data_prep.prepare.state import StepJob, StepRecord, StepRecords
 
 _DIED = "its worker ended twice before it was done, for want of memory perhaps; run again with fewer workers"
 Describe = Callable[[dict[str, Any]], str]
 
 
-class Part(NamedTuple):
+class FinishedStep(NamedTuple):
     """A finished job and its record."""
 
-    job: Job
-    record: Record
+    job: StepJob
+    record: StepRecord
 
 
 class Runner:
@@ -30,12 +30,12 @@ class Runner:
         errors: {`step name`: why it failed}.
     """
 
-    def __init__(self, state: State, executor: Executor, say: Callable[[str], None]) -> None:
+    def __init__(self, state: StepRecords, executor: Executor, say: Callable[[str], None]) -> None:
         self.state, self.executor, self.say = state, executor, say
-        self.done: dict[str, dict[str, Part]] = {}
+        self.done: dict[str, dict[str, FinishedStep]] = {}
         self.errors: dict[str, str] = {}
 
-    def run(self, step: str, jobs: Sequence[Job], describe: Describe, *, here: bool = False) -> None:
+    def run(self, step: str, jobs: Sequence[StepJob], describe: Describe, *, here: bool = False) -> None:
         """Run the jobs of a step that aren't done yet.
 
         Args:
@@ -45,11 +45,11 @@ class Runner:
             here: in this process, for jobs that use the executor themselves.
         """
         self.done[step] = {}
-        waiting: dict[Future, tuple[Job, dict[str, str]]] = {}
+        waiting: dict[Future, tuple[StepJob, dict[str, str]]] = {}
         kept: list[str] = []
         began = time.monotonic()
 
-        alone: list[tuple[Job, dict[str, str]]] = []
+        alone: list[tuple[StepJob, dict[str, str]]] = []
 
         def take(future: Future, last: bool = False) -> None:
             job, inputs = waiting.pop(future)
@@ -65,7 +65,7 @@ class Runner:
             with self.failing(step, job.name):
                 record = self.state.finished(job)
                 if record is not None:
-                    self.done[step][job.name] = Part(job, record)
+                    self.done[step][job.name] = FinishedStep(job, record)
                     kept.append(job.name)
                     continue
                 inputs = self.state.begin(job)
@@ -96,14 +96,14 @@ class Runner:
         self.errors[f"{step} {name}"] = error
         print(f"error: {step} {name}: {error}", file=sys.stderr)
 
-    def _submit(self, job: Job, here: bool) -> Future:
+    def _submit(self, job: StepJob, here: bool) -> Future:
         if not here:
             return self.executor.submit(attempt, job.function, dict(job.arguments))
         future: Future = Future()
         future.set_result(attempt(job.function, job.arguments))
         return future
 
-    def _take(self, job: Job, inputs: dict[str, str], outcome: Outcome, describe: Describe) -> None:
+    def _take(self, job: StepJob, inputs: dict[str, str], outcome: Outcome, describe: Describe) -> None:
         for text in outcome.warnings:
             print(f"warning: {job.step} {job.name}: {text}", file=sys.stderr)
         if outcome.result is None:
@@ -112,9 +112,9 @@ class Runner:
             return
         with self.failing(job.step, job.name):
             record = self.state.finish(job, inputs, outcome.result, outcome.warnings)
-            self.done[job.step][job.name] = Part(job, record)
+            self.done[job.step][job.name] = FinishedStep(job, record)
 
-    def _fate(self, job: Job, describe: Describe) -> str:
+    def _fate(self, job: StepJob, describe: Describe) -> str:
         part = self.done[job.step].get(job.name)
         return describe(part.record.result) if part else "failed"
 

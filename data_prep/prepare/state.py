@@ -7,7 +7,6 @@ of its record, and its outputs lie where they were written, unchanged.
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,12 +16,13 @@ from typing import Any
 
 from biomass_jax.data.records import SOFTWARE_VERSION
 from biomass_jax.errors import PrepError
+from biomass_jax.runtime import files
 
 SCHEMA = 1
 
 
 @dataclass(frozen=True)
-class Job:
+class StepJob:
     """One step of one tile, orbit or of the whole.
 
     Attributes:
@@ -45,7 +45,7 @@ class Job:
 
 
 @dataclass
-class Record:
+class StepRecord:
     """What is known of a job that finished.
 
     Attributes:
@@ -65,7 +65,7 @@ class Record:
     discarded: list[str] = field(default_factory=list)
 
 
-class State:
+class StepRecords:
     """The records of a folder of prepared data."""
 
     def __init__(self, out: Path) -> None:
@@ -75,11 +75,15 @@ class State:
         """Where a record lies."""
         return self.out / "state" / step / f"{name}.json"
 
-    def read(self, step: str, name: str) -> Record | None:
+    def read(self, step: str, name: str) -> StepRecord | None:
         """A record; None where there is none, or one that can't be read (then the step is done again)."""
         try:
             stored = json.loads(self.path(step, name).read_text(encoding="utf-8"))
-            return Record(**{key: stored[key] for key in Record.__dataclass_fields__}) if self._fits(stored) else None
+            return (
+                StepRecord(**{key: stored[key] for key in StepRecord.__dataclass_fields__})
+                if self._fits(stored)
+                else None
+            )
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -87,7 +91,7 @@ class State:
     def _fits(stored: Any) -> bool:
         return isinstance(stored, dict) and stored.get("schema") == SCHEMA
 
-    def finished(self, job: Job) -> Record | None:
+    def finished(self, job: StepJob) -> StepRecord | None:
         """The job's record if nothing needs to be done.
 
         Raises:
@@ -108,12 +112,12 @@ class State:
             )
         return None
 
-    def begin(self, job: Job) -> dict[str, str]:
+    def begin(self, job: StepJob) -> dict[str, str]:
         """Forget what was known of a job, and take the fingerprints of its inputs."""
         self.path(job.step, job.name).unlink(missing_ok=True)
         return self.fingerprints(job.inputs)
 
-    def finish(self, job: Job, inputs: dict[str, str], result: dict[str, Any], warnings: list[str]) -> Record:
+    def finish(self, job: StepJob, inputs: dict[str, str], result: dict[str, Any], warnings: list[str]) -> StepRecord:
         """Write the record of a job whose outputs are there.
 
         Raises:
@@ -126,7 +130,7 @@ class State:
         for path, mark in outputs.items():
             if not mark:
                 raise PrepError(f"it ended without its output {path}")
-        record = Record(digest(job, inputs), inputs, outputs, result, warnings)
+        record = StepRecord(digest(job, inputs), inputs, outputs, result, warnings)
         self._write(job.step, job.name, record, job.settings)
         return record
 
@@ -156,12 +160,12 @@ class State:
         path, root = path.absolute(), self.out.absolute()
         return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
 
-    def _write(self, step: str, name: str, record: Record, settings: Mapping[str, Any]) -> None:
+    def _write(self, step: str, name: str, record: StepRecord, settings: Mapping[str, Any]) -> None:
         stored = {"schema": SCHEMA, "step": step, "name": name, "settings": settings, **vars(record)}
-        write_text(self.path(step, name), json.dumps(stored, indent=1, sort_keys=True) + "\n")
+        write_json(self.path(step, name), stored)
 
 
-def digest(job: Job, inputs: Mapping[str, str]) -> str:
+def digest(job: StepJob, inputs: Mapping[str, str]) -> str:
     """SHA-256 over a job's settings, the software's version and the fingerprints of inputs."""
     parts = [SCHEMA, job.step, job.name, job.settings, SOFTWARE_VERSION, dict(inputs)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -180,20 +184,15 @@ def fingerprint(path: Path) -> str:
     return hashlib.sha256("\n".join(f"{p.name} {fingerprint(p)}" for p in files).encode()).hexdigest()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small file beside its place and rename it.
+def write_json(path: Path, value: Any) -> None:
+    """Write a record or a report; its folder is made.
 
     Raises:
         PrepError: the disk doesn't take it.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        files.write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
     except OSError as error:
         raise PrepError(f"{path}: not written: {error.strerror or error}") from error
 
@@ -224,6 +223,6 @@ def locked(out: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise PrepError(
-                f"{out}: another run of data_prep.prepare is at work there; wait for it, or stop it"
+                f"{out}: another run of `data_prep prepare` is at work there; wait for it, or stop it"
             ) from error
         yield

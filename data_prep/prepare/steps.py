@@ -84,7 +84,7 @@ def chips_of_tile(
 
 @functools.lru_cache(maxsize=1)
 def _biomes(path: str, field: str) -> Any:
-    from data_prep.biomes import Biomes
+    from biomass_jax.data.biomes import Biomes
 
     return Biomes(path, field)
 

@@ -16,9 +16,12 @@ import numpy as np
 from affine import Affine
 from rasterio.crs import CRS
 
-from biomass_jax.data import bands, raster, records
-from biomass_jax.data.raster import PUBLISHED_BANDS, Pair, describe_pairs, find_pairs, read_pair
+from biomass_jax.data import bands, records
+from biomass_jax.data.raster.chips import PUBLISHED_BANDS, Pair, describe_pairs, find_pairs, read_pair
+from biomass_jax.data.raster.grid import Grid, grid_of, open_quietly, raster_errors
 from biomass_jax.data.records import Record
+from biomass_jax.data.shards import read_metadata, split_counts
+from biomass_jax.data.sources import ShardSource
 from biomass_jax.errors import FractionError, PrepError
 from data_prep.commands import command
 from data_prep.shards import write as shards
@@ -41,7 +44,7 @@ def convert(
     Args:
         folder: holds `train_images`, `train_labels` and so on.
         out: folder of the data set to write.
-        band_list: see `raster.describe_pairs`.
+        band_list: see `describe_pairs`.
         season: see `Record`; the published files don't tell.
         biome: see `Record`, likewise.
         sensors: see `Record`, likewise.
@@ -52,7 +55,7 @@ def convert(
 
     Raises:
         PrepError: see `shards.write_shards`.
-        RasterError: see `raster.find_pairs` and `raster.read_pair`.
+        RasterError: see `find_pairs` and `read_pair`.
     """
     shards.check_free(Path(out), settings.get("overwrite", False))
     found, alone = find_pairs(folder)
@@ -114,15 +117,15 @@ def verify(
         RasterError: a file can't be read.
     """
     found, _ = find_pairs(folder)
-    (source,) = shards.read_metadata(out)["sources"]
+    (source,) = read_metadata(out)["sources"]
     pairs = _described_splits(found, band_list, source["season"])
-    counts = shards.split_counts(Path(out))
+    counts = split_counts(out)
     expected = {split: len(chosen) for split, chosen in pairs.items()}
     if counts != expected:
         raise PrepError(f"{out}: found {counts} chips, expected those of {folder}: {expected}")
     for split, chosen in pairs.items():
         by_id = {pair.chip_id: pair for pair in chosen}
-        for record in shards.read(out, split):
+        for record in ShardSource(out, split):
             pair = by_id.pop(record["chip_id"], None)
             if pair is None:
                 raise PrepError(
@@ -135,16 +138,16 @@ def verify(
 def _compare(record: Record, pair: Pair) -> None:
     """PrepError where a record isn't what the files hold, read by position and not through `read_pair`."""
     names = pair.band_list
-    with raster.raster_errors(str(pair.image)), raster.open_quietly(str(pair.image)) as dataset:
+    with raster_errors(str(pair.image)), open_quietly(str(pair.image)) as dataset:
         names = dataset.descriptions if names is None else names
         image = np.moveaxis(dataset.read([names.index(name) + 1 for name in bands.BAND_NAMES]), 0, -1)
-        grid = raster.grid_of(dataset)
-    with raster.raster_errors(str(pair.label)), raster.open_quietly(str(pair.label)) as dataset:
+        grid = grid_of(dataset)
+    with raster_errors(str(pair.label)), open_quietly(str(pair.label)) as dataset:
         label = dataset.read(1)
         label[~(label >= 0)] = records.NO_LABEL
     crs = CRS.from_epsg(record["epsg"]) if record["epsg"] else None
     height, width = record["label"].shape
-    place = raster.Grid(height, width, crs, Affine(*record["transform"]))
+    place = Grid(height, width, crs, Affine(*record["transform"]))
     if grid.crs is None and crs is not None or grid.crs is not None and not place.same_as(grid, tolerance=0):
         raise PrepError(
             f"{pair.image}: chip {record['chip_id']}: found {place.describe()}, expected {grid.describe()}: write the "

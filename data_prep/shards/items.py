@@ -6,26 +6,27 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
-from biomass_jax.data import raster
+from biomass_jax.data.raster.image import read_tags
 from biomass_jax.data.records import Record
+from biomass_jax.data.shards import split_counts
+from biomass_jax.data.sources import ShardSource
 from biomass_jax.errors import PrepError
 from data_prep.chips import index as chip_index
-from data_prep.chips.splits import SPLITS
 from data_prep.chips.windows import read_record
-from data_prep.shards.reader import read_one, split_counts
+from data_prep.settings import SPLITS
 
 
 def items_of(source: Path, root: Path | None = None) -> dict[str, list[Callable[[], Record]]]:
     """For each split the calls that read its records, from a folder of shards or from chips.parquet.
 
     Args:
-        source: folder of shards, or the index that `data_prep.chips` writes and `data_prep.splits` fills in.
+        source: folder of shards, or the index that `data_prep chips` writes and `data_prep splits` fills in.
         root: folder that the index's paths start from; the one above `chips/` where None.
 
     Raises:
@@ -34,7 +35,7 @@ def items_of(source: Path, root: Path | None = None) -> dict[str, list[Callable[
     if source.suffix != ".parquet":
         folder = os.fspath(source.absolute())
         return {
-            split: [partial(read_one, folder, split, i) for i in range(n)] for split, n in split_counts(source).items()
+            split: [partial(_read_one, folder, split, i) for i in range(n)] for split, n in split_counts(source).items()
         }
     rows = _rows(source)
     root = source.absolute().parent.parent if root is None else root.absolute()
@@ -42,8 +43,16 @@ def items_of(source: Path, root: Path | None = None) -> dict[str, list[Callable[
         split: [partial(read_record, r, root) for r in rows if r["split"] == split] for split in SPLITS
     }
     if not any(found.values()):
-        raise PrepError(f"{source}: none of its {len(rows)} chips has a split; run python -m data_prep.splits first")
+        raise PrepError(f"{source}: none of its {len(rows)} chips has a split; run python -m data_prep splits first")
     return found
+
+
+_open_split = lru_cache(maxsize=4)(ShardSource)
+
+
+def _read_one(folder: str, split: str, index: int) -> Record:
+    """One record of a data set that stays open for the next."""
+    return _open_split(folder, split)[index]
 
 
 def _rows(index: Path) -> list[dict[str, Any]]:
@@ -104,7 +113,7 @@ def _mean_agbd_se(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 
 def _tags(path: Path, settings: str) -> tuple[dict[str, str], dict[str, Any]]:
     """A raster's tags, and what the JSON in one of them holds ({} where it has none)."""
-    tags = raster.read_tags(path)
+    tags = read_tags(path)
     return tags, json.loads(tags.get(settings, "{}"))
 
 

@@ -17,17 +17,20 @@ from pathlib import Path
 from typing import Any
 
 from biomass_jax.data import bands, records
+from biomass_jax.data.shards import METADATA_KEY, verify
+from biomass_jax.data.statistics import SPLIT as STATISTICS_SPLIT
+from biomass_jax.data.statistics import combine, describe
 from biomass_jax.errors import PrepError
+from biomass_jax.runtime.files import replace_folder
+from biomass_jax.runtime.settings import add_options, options_of
 from data_prep.commands import command
 from data_prep.parallel import run_all
+from data_prep.settings import ShardSettings
 from data_prep.shards.items import index_metadata, items_of
-from data_prep.shards.reader import read, read_metadata, split_counts, verify
-from data_prep.shards.statistics import SPLIT as STATISTICS_SPLIT
-from data_prep.shards.statistics import combine, describe
-from data_prep.shards.writer import CODING, METADATA_KEY, Item, Shard, first_shape, write_shard
+from data_prep.shards.writer import CODING, Item, Shard, first_shape, write_shard
 
 NAME, VERSION = "biomass", "1.0.0"  # of the TFDS data set; the record's own version is `schema_version`
-RECORDS_PER_SHARD = 256  # about 100 MB: TFDS's advice, and a few shards for each reading process of a large data set
+DEFAULT = ShardSettings()
 LABEL = {"name": "agbd", "units": "Mg ha-1", "none": records.NO_LABEL}
 _DESCRIPTION = "HLS chips (digital numbers) with GEDI above-ground biomass density; metadata.json tells the rest."
 
@@ -37,7 +40,7 @@ def write_shards(
     out: str | os.PathLike[str],
     *,
     metadata: Mapping[str, Any] | None = None,
-    records_per_shard: int = RECORDS_PER_SHARD,
+    records_per_shard: int = DEFAULT.records_per_shard,
     workers: int = 1,
     executor: Executor | None = None,
     seed: int = 0,
@@ -84,7 +87,7 @@ def write_shards(
         info = _metadata(done, shape, dtype, reference_statistics, dict(metadata or {}))
         info["shard_settings"] = {"seed": seed, "records_per_shard": records_per_shard, "coding": CODING}
         _write_tfds_metadata(temporary, done, shape, dtype, info)
-        _publish(temporary, out)
+        replace_folder(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return info
@@ -222,16 +225,6 @@ def _write_tfds_metadata(
     )
 
 
-def _publish(source: Path, target: Path) -> None:
-    """Give a folder its name; one of that name is put aside first and deleted last."""
-    aside = target.parent / f".{target.name}.old"
-    if target.exists():
-        shutil.rmtree(aside, ignore_errors=True)
-        target.rename(aside)
-    source.rename(target)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; see the module."""
@@ -252,41 +245,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """The flags of `write_shards`, for each command that writes shards."""
-    parser.add_argument("--records-per-shard", type=int, default=RECORDS_PER_SHARD, help="most chips of a shard")
+    add_options(parser, ShardSettings)
     parser.add_argument(
         "--workers", type=int, default=1, help="writing processes; the bytes are the same for any number"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the order of records")
-    parser.add_argument(
-        "--reference-statistics", action="store_true", help="count zeros in means and stds, as the original does"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a data set that is there already")
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """What `add_settings` read, as keywords of `write_shards`."""
-    names = ("records_per_shard", "workers", "seed", "reference_statistics", "overwrite")
-    return {name: getattr(args, name) for name in names}
+    return options_of(args, ShardSettings) | {"workers": args.workers, "overwrite": args.overwrite}
 
 
 def summary(folder: Path, info: Mapping[str, Any]) -> str:
     """One line on what was written."""
     counts = ", ".join(f"{count} {split}" for split, count in info["chips"]["counts"].items())
     return f"{folder}: {counts} chips in {len(info['shards'])} shards"
-
-
-__all__ = [
-    "add_settings",
-    "check_free",
-    "index_metadata",
-    "items_of",
-    "read",
-    "read_metadata",
-    "settings_of",
-    "shard_names",
-    "shard_order",
-    "split_counts",
-    "summary",
-    "verify",
-    "write_shards",
-]

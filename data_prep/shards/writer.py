@@ -8,12 +8,12 @@ from typing import Any
 
 from biomass_jax.data import records
 from biomass_jax.data.records import Record
+from biomass_jax.data.statistics import BandSums, chip_sums, combine
 from biomass_jax.errors import PrepError
-from data_prep.shards.statistics import Sums, chip_sums, combine
+from biomass_jax.runtime.files import sha256_of
 
 # One record a group, so that a chip is read without its neighbours, compressed by zstd's fastest level.
 CODING = "group_size:1,zstd:1"
-METADATA_KEY = "biomass_jax"  # in TFDS's metadata.json
 _FULL = "is the disk full, or a limit on file sizes set (ulimit -f)?"
 
 Item = Record | Callable[[], Record]
@@ -35,7 +35,7 @@ class Shard:
     sha256: str
     num_bytes: int
     chips: tuple[tuple[str, str, str, str], ...]
-    sums: Sums | None
+    sums: BandSums | None
 
 
 def load(item: Item) -> Record:
@@ -80,7 +80,7 @@ def write_shard(
     if _digest_of_records(path, len(chips)) != written.digest():
         raise PrepError(f"{path}: holds other records than were written; {_FULL}")
     total = combine(sums) if reference is not None else None
-    return Shard(path.name, file_sha256(path), num_bytes, tuple(chips), total)
+    return Shard(path.name, sha256_of(path), num_bytes, tuple(chips), total)
 
 
 def _digest_of_records(path: Path, count: int) -> bytes | None:
@@ -99,12 +99,6 @@ def _digest_of_records(path: Path, count: int) -> bytes | None:
     except (RuntimeError, ValueError, IndexError):
         return None
     return digest.digest()
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def first_shape(items: Sequence[Item]) -> tuple[tuple[int, int, int], Any]:

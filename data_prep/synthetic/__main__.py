@@ -1,4 +1,4 @@
-"""Command line: `python -m data_prep.synthetic --out DIR [--world scene|ruler|forest]` writes made-up granules."""
+"""Command line: `python -m data_prep synthetic --out DIR [--world scene|ruler|forest]` writes made-up granules."""
 
 import argparse
 import re

@@ -9,6 +9,8 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from biomass_jax.runtime.files import replacing
+
 EPOCH = datetime(2018, 1, 1)  # of delta_time, UTC
 COVERAGE_BEAMS = ("BEAM0000", "BEAM0001", "BEAM0010", "BEAM0011")
 FULL_POWER_BEAMS = ("BEAM0101", "BEAM0110", "BEAM1000", "BEAM1011")
@@ -113,27 +115,23 @@ def write_gedi(path: Path, beams: Mapping[str, Mapping[str, Any]], *, chunk: int
     if unknown:
         raise ValueError(f"{path}: GEDI L4A knows no {', '.join(unknown)}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with h5py.File(partial, "w") as file:
-            file.attrs["short_name"] = "GEDI_L4A"
-            _write_ancillary(file.create_group("ANCILLARY"))
-            for beam in BEAMS:
-                if beam in beams:
-                    _write_beam(file.create_group(beam), beam, dict(beams[beam]), chunk)
-            attributes = file.create_group("METADATA/DatasetIdentification").attrs
-            for name, text in {
-                "PGEVersion": path.name.split("_")[-2],
-                "VersionID": "02",
-                "abstract": "Made-up shots in the layout of the GEDI L4A standard data product.",
-                "fileName": path.name,
-                "shortName": "GEDI_L4A",
-                "spatialRepresentationType": "along-track",
-            }.items():
-                attributes[name] = text
-        return partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as partial, h5py.File(partial, "w") as file:
+        file.attrs["short_name"] = "GEDI_L4A"
+        _write_ancillary(file.create_group("ANCILLARY"))
+        for beam in BEAMS:
+            if beam in beams:
+                _write_beam(file.create_group(beam), beam, dict(beams[beam]), chunk)
+        attributes = file.create_group("METADATA/DatasetIdentification").attrs
+        for name, text in {
+            "PGEVersion": path.name.split("_")[-2],
+            "VersionID": "02",
+            "abstract": "Made-up shots in the layout of the GEDI L4A standard data product.",
+            "fileName": path.name,
+            "shortName": "GEDI_L4A",
+            "spatialRepresentationType": "along-track",
+        }.items():
+            attributes[name] = text
+    return path
 
 
 def _write_beam(group: h5py.Group, beam: str, shots: dict[str, Any], chunk: int) -> None:

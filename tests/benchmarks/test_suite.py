@@ -4,28 +4,29 @@ import json
 
 import pytest
 
-from benchmarks import common, plots, roofline, run, suite, table, trace, train
-from benchmarks.table import Row, Target
+from benchmarks import common, plots, run, suite, table, train
+from benchmarks.programs import roofline, trace
+from benchmarks.table import TableRow, Target
 
 SETTINGS = suite.Settings("cpu", "cpu", "float32", ("eager",), None, (1,), (4,))
 
 
 def test_a_ratio_compares_the_runs_of_a_round():
     # The machine slows down threefold: medians of each side alone would say the same, the order of rounds doesn't.
-    row = Row("p", "n", "s", [1.0, 3.0, 2.0], [2.0, 4.5, 6.0], [0.5, 1.5, 1.0], less=True)
+    row = TableRow("p", "n", "s", [1.0, 3.0, 2.0], [2.0, 4.5, 6.0], [0.5, 1.5, 1.0], less=True)
     assert row.ratio() == {"min": 1.5, "median": 2.0, "max": 3.0}
     assert row.share() == {"min": 0.5, "median": 0.5, "max": 0.5}
 
 
 def test_more_is_better_where_a_row_says_so():
-    row = Row("p", "n", "chips/s", [30.0, 20.0], [10.0, 10.0], [40.0])
+    row = TableRow("p", "n", "chips/s", [30.0, 20.0], [10.0, 10.0], [40.0])
     assert row.ratio()["median"] == 2.5
     assert row.share()["median"] == pytest.approx(0.625)
 
 
 def test_rounds_that_do_not_match_are_no_ratio():
     with pytest.raises(ValueError, match="shorter"):
-        Row("p", "n", "s", [1.0, 2.0], [1.0]).ratio()
+        TableRow("p", "n", "s", [1.0, 2.0], [1.0]).ratio()
 
 
 @pytest.mark.parametrize(
@@ -39,18 +40,18 @@ def test_rounds_that_do_not_match_are_no_ratio():
     ],
 )
 def test_targets(target, met):
-    assert Row("p", "n", "s", [1.0], [2.0], less=True, target=target).met() is met
+    assert TableRow("p", "n", "s", [1.0], [2.0], less=True, target=target).met() is met
 
 
 def test_a_target_beside_a_rival_that_did_not_run_is_neither_met_nor_missed():
-    row = Row("p", "n", "s", [1.0], target=Target("ratio", ">=", 1.4))
+    row = TableRow("p", "n", "s", [1.0], target=Target("ratio", ">=", 1.4))
     assert row.met() is None
     assert row.cells() == ["p", "n", "1.00 s", "", "", ">= 1.40x", "", ""]
 
 
 def test_the_table(capsys):
     rows = [
-        Row(
+        TableRow(
             "model",
             "forward",
             "s",
@@ -60,7 +61,7 @@ def test_the_table(capsys):
             True,
             Target("ratio", ">=", 1.4),
         ),
-        Row("train", "memory", "GB", [5.2], [3.3], less=True, target=Target("ours", "<", 4)),
+        TableRow("train", "memory", "GB", [5.2], [3.3], less=True, target=Target("ours", "<", 4)),
     ]
     table.show(rows)
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
@@ -187,7 +188,7 @@ def result(rows, **parts):
 
 def test_pictures_are_drawn_from_results(tmp_path, monkeypatch, capsys):
     rows = [
-        Row("model", f"forward, batch {size}", "s", [size * 0.14], [size * 0.2], [size * 0.08], less=True)
+        TableRow("model", f"forward, batch {size}", "s", [size * 0.14], [size * 0.2], [size * 0.08], less=True)
         for size in (8, 1)
     ]
     kinds = dict(zip(trace.KINDS, (0.6, 0.2, 0.1, 0.1), strict=True))

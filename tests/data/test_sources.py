@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from biomass_jax.data import records, sources
+from biomass_jax.data import statistics as stats
+from biomass_jax.data.shards import read_metadata
 from biomass_jax.data.sources import Chip
 from biomass_jax.errors import DataError
-from data_prep.shards import statistics as stats
 from data_prep.shards import write as shards
 from tests.data.chip_sources import Memory
 
@@ -64,7 +65,7 @@ def test_info_of_shards(written):
     assert (info.path, info.split, info.chips, info.splits) == (str(written), "val", 2, {"train": 7, "val": 2})
     assert (info.image_shape, info.image_dtype, info.fill) == ((8, 8, 6), np.int16, -9999.0)
     assert (info.season, info.sensors) == ("2020-06-01/2020-09-16", ("L30",))
-    assert info.metadata == shards.read_metadata(written)
+    assert info.metadata == read_metadata(written)
     assert info.means.tolist() == info.metadata["means"] and info.stds.tolist() == info.metadata["stds"]
     assert info.means.dtype == np.float64
 

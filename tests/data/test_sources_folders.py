@@ -7,10 +7,11 @@ import pytest
 from affine import Affine
 
 from biomass_jax.data import bands, sources
+from biomass_jax.data.shards import read_metadata
+from biomass_jax.data.sources import ShardSource
 from biomass_jax.errors import DataError
 from biomass_jax.pipeline import batches as pipeline
 from data_prep.shards import geotiff
-from data_prep.shards import write as shards
 
 SIZE = 12
 
@@ -48,7 +49,7 @@ def test_records_are_those_of_conversion(put, tmp_path):
     assert (info.chips, info.splits, info.image_shape) == (2, {"train": 2, "val": 1}, (SIZE, SIZE, 6))
     assert (info.image_dtype, info.fill, info.means, info.metadata) == (np.float32, -9999.0, None, {})
     assert info.sensors == ("L30",)
-    expected = {record["chip_id"]: record for record in shards.read(tmp_path / "shards", "train")}
+    expected = {record["chip_id"]: record for record in ShardSource(tmp_path / "shards", "train")}
     for chip, index in zip(source.chips(), (0, 1), strict=True):
         record = source[index]
         assert chip == (record["chip_id"], "10SFF", "unknown")
@@ -57,7 +58,7 @@ def test_records_are_those_of_conversion(put, tmp_path):
         assert record["image"].dtype == np.float32  # what the files hold; shards hold int16
     assert not expected
     means, stds = sources.statistics_of(source)
-    written = shards.read_metadata(tmp_path / "shards")
+    written = read_metadata(tmp_path / "shards")
     assert (means.tolist(), stds.tolist()) == (written["means"], written["stds"])
     again = pickle.loads(pickle.dumps(source))
     np.testing.assert_array_equal(again[1]["image"], source[1]["image"])

@@ -5,8 +5,7 @@ import math
 import jax
 import numpy as np
 
-from biomass_jax.pipeline.augment import random_resized_crop
-from biomass_jax.pipeline.crop import _box, resized_crop
+from biomass_jax.pipeline.augment import _box, random_resized_crop, resized_crop
 
 KEY = jax.random.PRNGKey(0)
 cropped = jax.jit(random_resized_crop, static_argnames="size")

@@ -13,6 +13,7 @@ from data_prep.chips import index as chip_index
 from data_prep.chips import splits
 from data_prep.inspect import check
 from data_prep.shards import write as shards
+from data_prep.shards.items import items_of
 from tests.data_prep.chip_world import SIZE, write_tile
 
 
@@ -135,11 +136,7 @@ def test_numbers_are_pooled_by_tile():
     one[1][4, 4:6] = 0
     one[0][8] = 0  # a row without data: its labels don't count
     found = check.check_records(
-        [
-            record(*other, tile="11SKB", row=16, col=32),
-            record(*one),
-            record(*two, row=32, col=48),
-        ]
+        [record(*other, tile="11SKB", row=16, col=32), record(*one), record(*two, row=32, col=48)]
     )
     assert [tile.tile for tile in found] == ["10SFF", "11SKB"]
     used = np.delete(one[1], 8, axis=0)
@@ -205,7 +202,7 @@ def test_the_command_on_an_index(world, capsys):
 
 
 def test_shards_give_what_the_index_gives(world, tmp_path, capsys):
-    shards.write_shards(shards.items_of(chip_index.path_in(world)), tmp_path / "shards", metadata={})
+    shards.write_shards(items_of(chip_index.path_in(world)), tmp_path / "shards", metadata={})
     assert check.main(["--shards", str(tmp_path / "shards"), "--tile", "T10SGF"]) == 0
     assert check.main(["--out", str(world), "--tile", "10SGF", "--figures", str(tmp_path / "two")]) == 0
     capsys.readouterr()
@@ -216,7 +213,7 @@ def test_shards_give_what_the_index_gives(world, tmp_path, capsys):
 
 def test_the_picture_shows_the_numbers(world, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(check.drawing, "save", lambda figure, path, title: drawn.append((figure, title)))
+    monkeypatch.setattr(check.style, "save_titled", lambda path, figure, title: drawn.append((figure, title)))
     found = check.check_records(check.records_of_index(world, ["10SGF"]))[0]
     check.draw(found, tmp_path / "x.png")
     (figure, title), (left, right, *_) = drawn[0], drawn[0][0].axes

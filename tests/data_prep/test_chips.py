@@ -11,13 +11,13 @@ import pytest
 import rasterio
 import shapely
 
-from biomass_jax.data import records
-from biomass_jax.errors import PrepError
-from data_prep import biomes
+from biomass_jax.data import biomes, records
+from biomass_jax.errors import BiomassError, PrepError
 from data_prep.chips import cells as chips
 from data_prep.chips import folders as chip_folders
 from data_prep.chips import index as chip_index
 from data_prep.chips import splits
+from data_prep.chips.windows import ChipReader, read_record
 from tests.data_prep.chip_world import BANDS, SEASON, SIZE, agbd_se, ramp, scattered, write_tif, write_tile
 
 HEIGHT, WIDTH = 53, 70  # 3 x 4 cells of 16 px; 5 rows and 6 columns are left over
@@ -140,7 +140,7 @@ def test_records_hold_the_window(world):
     frame, _ = index(world)
     image = ramp(HEIGHT, WIDTH)
     for _, row in frame.iterrows():
-        record = chips.read_record(row, world)
+        record = read_record(row, world)
         records.validate(record, image_shape=(SIZE, SIZE, 6), image_dtype=np.int16)
         r, c = row["row"], row["col"]
         expected = np.moveaxis(image[:6, r : r + SIZE, c : c + SIZE], 0, -1).copy()
@@ -167,7 +167,7 @@ def test_a_reader_keeps_a_bounded_number_of_tiles_open(tmp_path):
             origin=origin,
         )
     frame, _ = index(tmp_path)
-    with chips.ChipReader(tmp_path) as reader:
+    with ChipReader(tmp_path) as reader:
         reader.MOST_OPEN = 2
         for _ in range(2):
             for number, (_, row) in enumerate(frame.iterrows()):
@@ -179,9 +179,9 @@ def test_a_reader_keeps_a_bounded_number_of_tiles_open(tmp_path):
 def test_records_of_changed_rasters_are_refused(world):
     frame, _ = index(world)
     write_tile(world, TILE, image=ramp(HEIGHT, WIDTH), shots=SHOTS[:400])
-    with pytest.raises(PrepError, match="run data_prep.chips again"):
+    with pytest.raises(PrepError, match="run .python -m data_prep chips. again"):
         for _, row in frame.iterrows():
-            chips.read_record(row, world)
+            read_record(row, world)
 
 
 def test_biomes_come_from_polygons_at_the_centre(world):
@@ -201,7 +201,7 @@ def test_biomes_come_from_polygons_at_the_centre(world):
         32: ["unknown"],
         48: ["unknown"],
     }
-    with pytest.raises(PrepError, match="found columns name, geometry .*expected BIOME"):
+    with pytest.raises(BiomassError, match="found columns name, geometry .*expected BIOME"):
         index(world, biomes=world / "biomes.gpkg", biome_field="BIOME")
 
 
@@ -219,14 +219,16 @@ def test_shots_that_contradict_the_labels_are_refused(world):
     table = next((world / "labels" / TILE).glob("*.parquet"))
     changed = pq.read_table(table).slice(1)
     pq.write_table(changed, table)
-    with pytest.raises(PrepError, match=r"1 pixels .*the shots give -1, the label is .*run data_prep.labels again"):
+    with pytest.raises(
+        PrepError, match=r"1 pixels .*the shots give -1, the label is .*run .python -m data_prep labels. again"
+    ):
         index(world)
     as_float = changed.set_column(0, "shot_number", changed["shot_number"].cast(pa.float64(), safe=False))
     pq.write_table(as_float, table)
     with pytest.raises(PrepError, match="shot_number: found double, expected uint64"):
         index(world)
     pq.write_table(changed.drop_columns(["agbd_se"]), table)
-    with pytest.raises(PrepError, match=r"without agbd_se; run data_prep\.labels again"):
+    with pytest.raises(PrepError, match=r"without agbd_se; run .python -m data_prep labels. again"):
         index(world)
 
 
@@ -248,7 +250,7 @@ def test_without_shots_there_is_a_warning(world):
 )
 def test_other_composites_are_refused(tmp_path, change, message):
     write_tile(tmp_path, TILE, **({"image": ramp(HEIGHT, WIDTH), "shots": SHOTS} | change))
-    with pytest.raises(PrepError, match=message):
+    with pytest.raises(BiomassError, match=message):
         index(tmp_path)
 
 
@@ -321,7 +323,7 @@ def test_the_reference_layout(world, capsys):
     ]
     assert paths == sorted(expected)
     row = frame.iloc[3]
-    record = chips.read_record(row, world)
+    record = read_record(row, world)
     stem = f"T10SFF_{row['row'] // 16 * 4 + row['col'] // 16}_tile"
     with rasterio.open(world / "published" / f"{row['split']}_images" / f"{stem}_img.tif") as src:
         assert (src.dtypes[0], src.nodata, src.crs.to_epsg()) == ("float32", -9999, 32610)
@@ -348,7 +350,7 @@ def test_the_real_chip_comes_back(samples, tmp_path):
         chips.index_folder(tmp_path)
     (row,) = chip_index.read_index(chip_index.path_in(tmp_path)).to_dict("records")
     assert (row["n_labels"], row["nodata_share"]) == (246, 79 / 224**2)
-    record = chips.read_record(row, tmp_path)
+    record = read_record(row, tmp_path)
     np.testing.assert_array_equal(record["image"], np.moveaxis(image, 0, -1))
     np.testing.assert_array_equal(record["label"], label)
 

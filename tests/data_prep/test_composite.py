@@ -13,7 +13,7 @@ import rasterio
 from rasterio.crs import CRS
 
 from biomass_jax.data.bands import BAND_NAMES
-from biomass_jax.data.raster import open_image
+from biomass_jax.data.raster.image import open_image
 from biomass_jax.errors import PrepError
 from data_prep.hls import composite as module
 from data_prep.hls import composite_sums

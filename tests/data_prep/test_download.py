@@ -11,16 +11,7 @@ from data_prep.archive.download import log_in, main, plan_gedi, plan_hls
 from data_prep.archive.fetch import AccessError
 from data_prep.archive.search import Area, read_area, search_gedi, search_hls
 from data_prep.hls.granules import open_scene
-from tests.data_prep.archive import (
-    GEDI,
-    HLS,
-    SEASON,
-    TEMPORAL,
-    Recorded,
-    answer,
-    hls_files,
-    names_in,
-)
+from tests.data_prep.archive import GEDI, HLS, SEASON, TEMPORAL, Recorded, answer, hls_files, names_in
 
 # searching
 
@@ -29,12 +20,7 @@ def test_a_tile_is_searched_by_name_and_not_by_its_box():
     search = Recorded(answer(HLS))
     found = search_hls(Area(tile="10SFF"), SEASON, sensors=("S30", "L30"), search=search)
     assert search.queries == [
-        {
-            "short_name": f"HLS{sensor}",
-            "version": "2.0",
-            "granule_name": f"HLS.{sensor}.T10SFF.*",
-            "temporal": TEMPORAL,
-        }
+        {"short_name": f"HLS{sensor}", "version": "2.0", "granule_name": f"HLS.{sensor}.T10SFF.*", "temporal": TEMPORAL}
         for sensor in ("L30", "S30")
     ]
     assert len(found) == 2
@@ -163,10 +149,7 @@ def test_a_plan_lists_and_sums(tmp_path):
     assert plan.lines()[0] == f"{GEDI}: 1 files, 245.0 MB"
     assert plan.lines()[-1] == "2 granules, 2 files, 246.0 MB; 0 left out"
     plan = plan_hls([answer(HLS, hls_files(HLS), total=191_349_343)], tmp_path, season=SEASON)
-    assert plan.lines() == [
-        f"{HLS}: 7 files, part of 191.3 MB",
-        "1 granules, 7 files, at most 191.3 MB; 0 left out",
-    ]
+    assert plan.lines() == [f"{HLS}: 7 files, part of 191.3 MB", "1 granules, 7 files, at most 191.3 MB; 0 left out"]
 
 
 # the command

@@ -10,10 +10,10 @@ import rasterio
 from affine import Affine
 from rasterio.crs import CRS
 
+from biomass_jax.data.sources import ShardSource
+from biomass_jax.data.statistics import chip_sums, means_stds
 from biomass_jax.errors import PrepError, RasterError
 from data_prep.shards import geotiff
-from data_prep.shards import write as shards
-from data_prep.shards.statistics import chip_sums, means_stds
 
 SIZE = 224
 UTM10 = CRS.from_epsg(32610)
@@ -64,7 +64,7 @@ def published(tmp_path):
 
 
 def by_id(folder, split):
-    return {record["chip_id"]: record for record in shards.read(folder, split)}
+    return {record["chip_id"]: record for record in ShardSource(folder, split)}
 
 
 def test_chips_come_over_with_their_bands_labels_and_places(published, tmp_path):
@@ -102,7 +102,7 @@ def test_command_with_season_biome_and_verify(published, tmp_path, capsys):
         f"{out}: 2 train, 1 val, 1 test chips in 3 shards",
         f"{out}: 4 chips equal their files, pixel by pixel",
     ]
-    record = shards.read(out, "val")[0]
+    record = ShardSource(out, "val")[0]
     assert (record["chip_id"], record["season"]) == ("10SFF_255_2020-06-01", "2020-06-01/2020-09-16")
     assert record["biome"] == "taiga"
     assert geotiff.main(arguments) == 1
@@ -183,7 +183,7 @@ def test_no_data_stays_as_it_is_and_does_not_count(published, tmp_path):
     (published / "train_images" / "T10SFF_37_tile_img.tif").unlink()
     (published / "train_labels" / "T10SFF_37_tile_label.tif").unlink()
     info = geotiff.convert(published, tmp_path / "out")
-    record = shards.read(tmp_path / "out", "train")[0]
+    record = ShardSource(tmp_path / "out", "train")[0]
     np.testing.assert_array_equal(record["image"], np.moveaxis(image[1:7], 0, -1))
     assert info["stat_pixels"] == SIZE * SIZE - 59
     other = geotiff.convert(published, tmp_path / "zeros", reference_statistics=True)
@@ -198,7 +198,7 @@ def test_what_int16_cannot_hold_becomes_float32(published, tmp_path):
     with pytest.warns(UserWarning, match="T10SFF_255_tile_img.tif: found 0.5, which int16 can't hold .* as float32"):
         info = geotiff.convert(published, tmp_path / "out")
     assert info["chips"]["dtype"] == "float32"
-    record = shards.read(tmp_path / "out", "val")[0]
+    record = ShardSource(tmp_path / "out", "val")[0]
     np.testing.assert_array_equal(record["image"], np.moveaxis(image[1:7], 0, -1), strict=True)
     assert geotiff.verify(published, tmp_path / "out") == 4
 
@@ -208,7 +208,7 @@ def test_named_bands_go_before_the_published_order(tmp_path):
     write_pair(tmp_path / "in", "train", 3, count=6, descriptions=None)
     write(tmp_path / "in/train_images/T10SFF_3_tile_img.tif", make_bands(3, 6), 3, descriptions=names)
     info = geotiff.convert(tmp_path / "in", tmp_path / "out")
-    record = shards.read(tmp_path / "out", "train")[0]
+    record = ShardSource(tmp_path / "out", "train")[0]
     np.testing.assert_array_equal(record["image"][0, 0], np.arange(5, -1, -1) * 1000 + 21)
     assert info["sources"][0]["bands"] == [None]
     assert geotiff.verify(tmp_path / "in", tmp_path / "out") == 1
@@ -222,7 +222,7 @@ def test_a_band_list_of_ones_own(tmp_path, capsys):
     assert "T10SFF_3_tile_img.tif: found 7 bands, not all six named, expected names, or 10 or 11 bands" in message
     listed = "BLUE,None,GREEN,RED,NIR_NARROW,SWIR_1,SWIR_2"
     assert geotiff.main([*arguments, "--bands", listed, "--verify"]) == 0
-    record = shards.read(tmp_path / "out", "train")[0]
+    record = ShardSource(tmp_path / "out", "train")[0]
     np.testing.assert_array_equal(record["image"][0, 0], np.array([0, 2, 3, 4, 5, 6]) * 1000 + 21)
     assert geotiff.main([*arguments, "--overwrite", "--bands", "BLUE,GREEN,RED,NIR_NARROW,SWIR_1,SWIR_2"]) == 1
     assert "the band list has 6 entries" in capsys.readouterr().err
@@ -232,7 +232,7 @@ def test_a_crs_without_code_is_the_utm_zone_it_describes(tmp_path):
     assert NAMELESS.to_epsg(confidence_threshold=100) is None
     write_pair(tmp_path / "in", "train", 3, crs=NAMELESS)
     geotiff.convert(tmp_path / "in", tmp_path / "out")
-    assert shards.read(tmp_path / "out", "train")[0]["epsg"] == 32610
+    assert ShardSource(tmp_path / "out", "train")[0]["epsg"] == 32610
     assert geotiff.verify(tmp_path / "in", tmp_path / "out") == 1
 
 
@@ -242,7 +242,7 @@ def test_names_of_another_form_have_no_place(tmp_path):
         folder = {"img": "train_images", "label": "train_labels"}[kind]
         write(tmp_path / "in" / folder / f"somewhere_{kind}.tif", values, 0, crs=None)
     geotiff.convert(tmp_path / "in", tmp_path / "out")
-    record = shards.read(tmp_path / "out", "train")[0]
+    record = ShardSource(tmp_path / "out", "train")[0]
     fields = [record[name] for name in ("chip_id", "tile", "row", "col", "epsg")]
     assert fields == ["somewhere", "", -1, -1, 0]
     assert not record["transform"].any()
@@ -294,7 +294,7 @@ def test_the_labels_tag_and_nan_mean_no_label(tmp_path):
     label[0, 0], label[0, 1] = -9999, np.nan
     write_pair(tmp_path / "in", "train", 3, label=label)
     geotiff.convert(tmp_path / "in", tmp_path / "out")
-    np.testing.assert_array_equal(shards.read(tmp_path / "out", "train")[0]["label"], make_label(3))
+    np.testing.assert_array_equal(ShardSource(tmp_path / "out", "train")[0]["label"], make_label(3))
     assert geotiff.verify(tmp_path / "in", tmp_path / "out") == 1
 
 
@@ -313,7 +313,7 @@ def test_the_real_chip_makes_a_shard_and_comes_back_equal(samples, tmp_path):
         folder.mkdir(parents=True)
         (folder / f"T14RMR_102_tile_{name}.tif").symlink_to(samples / source)
     info = geotiff.convert(tmp_path / "real", tmp_path / "out")
-    (record,) = shards.read(tmp_path / "out", "train")
+    (record,) = ShardSource(tmp_path / "out", "train")
     assert record["image"].dtype == np.int16
     np.testing.assert_array_equal(record["image"], np.moveaxis(expected, 0, -1))
     np.testing.assert_array_equal(record["label"], agbd, strict=True)

@@ -6,7 +6,8 @@ import pytest
 import rasterio
 import shapely
 
-from biomass_jax.errors import PrepError
+from biomass_jax.data.raster.grid import epsg_code
+from biomass_jax.errors import RasterError
 from data_prep import ground
 from tests.data_prep.chip_world import SIZE
 
@@ -22,10 +23,10 @@ HLS_SOUTHERN = (  # as real HLS files spell a zone without an EPSG code
 @pytest.mark.parametrize(("half", "northing", "code"), [("Northern", 0, 32660), ("Southern", 10000000, 32760)])
 def test_user_defined_utm_has_the_code_of_its_zone(half, northing, code):
     wkt = HLS_SOUTHERN.format(zone=60, half=half, meridian=177, northing=northing)
-    assert ground.epsg_code(rasterio.CRS.from_wkt(wkt), "file") == code
+    assert epsg_code(rasterio.CRS.from_wkt(wkt), "file") == code
     odd = HLS_SOUTHERN.format(zone=60, half=half, meridian=178.5, northing=northing)
-    with pytest.raises(PrepError, match="file: found a CRS without an EPSG code"):
-        ground.epsg_code(rasterio.CRS.from_wkt(odd), "file")
+    with pytest.raises(RasterError, match="file: found a CRS without an EPSG code"):
+        epsg_code(rasterio.CRS.from_wkt(odd), "file")
 
 
 def test_both_forms_of_a_southern_tile_have_one_outline():

@@ -10,12 +10,12 @@ import rasterio
 from affine import Affine
 from rasterio.crs import CRS
 
-from biomass_jax.data.raster import Grid
+from biomass_jax.data.raster.cog import write_cog
+from biomass_jax.data.raster.grid import Grid
 from biomass_jax.errors import PrepError
 from data_prep.gedi import labels
 from data_prep.gedi.footprints import write_footprints
 from data_prep.gedi.labels import label_raster, owner_tile, pixel_of, write_labels
-from data_prep.geotiff_write import write_cog
 from data_prep.places import tile_grid, transformer
 from data_prep.season import Season
 from tests.data_prep.utm_series import to_degrees, to_utm

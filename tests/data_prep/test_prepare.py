@@ -18,7 +18,7 @@ from biomass_jax.errors import PrepError
 from data_prep.prepare import run as prepare
 from data_prep.prepare.executors import SerialExecutor, attempt, open_executor
 from data_prep.prepare.runner import Runner
-from data_prep.prepare.state import Job, State, locked
+from data_prep.prepare.state import StepJob, StepRecords, locked
 from data_prep.synthetic.forest.world import write_forest_world
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -260,7 +260,7 @@ def test_sigterm_stops_with_75(world, tmp_path, monkeypatch, capsys):
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path, capsys):
     with locked(tmp_path):
         assert prepare.main(command(tmp_path)) == 1
-    assert "another run of data_prep.prepare is at work there" in capsys.readouterr().err
+    assert "another run of `data_prep prepare` is at work there" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -303,9 +303,9 @@ def test_a_worker_that_dies_fails_its_own_job_alone(tmp_path):
     made = tmp_path / "made"
     made.mkdir()
     paths = [made / str(number) for number in range(5)]
-    jobs = [Job("step", path.name, ends_its_worker, {"path": path}, {}, (), (path,)) for path in paths]
+    jobs = [StepJob("step", path.name, ends_its_worker, {"path": path}, {}, (), (path,)) for path in paths]
     with open_executor(2) as executor:
-        runner = Runner(State(tmp_path), executor, lambda line: None)
+        runner = Runner(StepRecords(tmp_path), executor, lambda line: None)
         runner.run("step", jobs, str)
     assert list(runner.done["step"]) == ["0", "1", "3", "4"]
     assert list(runner.errors) == ["step 2"]

@@ -5,11 +5,14 @@ import numpy as np
 import pytest
 
 from biomass_jax.errors import PrepError
+from biomass_jax.figures import style
 from data_prep.chips import cells as chips
 from data_prep.chips import index as chip_index
 from data_prep.chips import splits
-from data_prep.inspect import drawing, preview
+from data_prep.chips.windows import read_record
+from data_prep.inspect import preview
 from data_prep.shards import write as shards
+from data_prep.shards.items import items_of
 from tests.data_prep.chip_world import SIZE, ramp, scattered, write_tile
 
 TILE = "10SFF"
@@ -30,7 +33,7 @@ def world(tmp_path_factory):
 @pytest.fixture
 def drawn(monkeypatch):
     figures = []
-    monkeypatch.setattr(drawing, "save", lambda figure, path, title: figures.append((figure, path, title)) or path)
+    monkeypatch.setattr(style, "save_titled", lambda path, figure, title: figures.append((figure, path, title)) or path)
     return figures
 
 
@@ -38,25 +41,25 @@ def test_colours_are_red_green_blue_stretched_and_no_data_is_transparent():
     image = np.zeros((2, 51, 6), np.int16)
     image[0, :, 0], image[0, :, 1], image[0, :, 2] = 100 + np.arange(51), 1000 - np.arange(51), 7  # blue, green, red
     image[0, 50, 4] = -9999
-    found = drawing.colours(image)
+    found = preview.colours(image)
     assert found[1].max() == 0 and found[0, 50].max() == 0
     assert (found[0, :50, 3] == 1).all()
     np.testing.assert_array_equal(found[0, :50, 0], 0)  # red is the same everywhere
     low, high = np.percentile(np.arange(50), [2, 98])
-    expected = np.clip((np.arange(50) - low) / (high - low), 0, 1)
-    np.testing.assert_allclose(found[0, :50, 2], expected)
-    np.testing.assert_allclose(found[0, :50, 1], 1 - expected, atol=1e-12)
+    share = np.clip((np.arange(50) - low) / (high - low), 0, 1)
+    np.testing.assert_allclose(found[0, :50, 2], share**style.GAMMA)
+    np.testing.assert_allclose(found[0, :50, 1], (1 - share) ** style.GAMMA, atol=1e-9)
 
 
 def test_a_chip_with_its_labels(world, drawn):
     frame = chip_index.read_index(chip_index.path_in(world))
     row = frame[(frame["row"] == 16) & (frame["col"] == 16)].iloc[0]
-    record = chips.read_record(row, world)
+    record = read_record(row, world)
     preview.draw_chip(record, "x.png")
     ((figure, _, title),) = drawn
     axes, bar = figure.axes
     assert title == f"{TILE}_5_2020-06-01, unknown, 2020-06-01/2020-09-16, L30"
-    np.testing.assert_array_equal(axes.images[0].get_array(), drawing.colours(record["image"]))
+    np.testing.assert_array_equal(axes.images[0].get_array(), preview.colours(record["image"]))
     (points,) = axes.collections
     found = dict(zip(map(tuple, points.get_offsets().tolist()), points.get_array().tolist(), strict=True))
     assert found == {
@@ -96,7 +99,7 @@ def test_the_command_writes_equal_bytes_from_index_and_shards(world, tmp_path, c
     assert capsys.readouterr().out.strip() == str(path)
     pixels = matplotlib.image.imread(path)
     assert pixels.shape[2] == 4 and pixels[..., 3].min() == 0  # a transparent background
-    shards.write_shards(shards.items_of(chip_index.path_in(world)), tmp_path / "shards", metadata={})
+    shards.write_shards(items_of(chip_index.path_in(world)), tmp_path / "shards", metadata={})
     assert preview.main(["--shards", str(tmp_path / "shards"), "--chip", name, "--png", str(tmp_path / "b.png")]) == 0
     assert (tmp_path / "b.png").read_bytes() == path.read_bytes()
     assert preview.main(["--out", str(world), "--tile", TILE, "--png", str(tmp_path / "tile.png")]) == 0
@@ -120,6 +123,6 @@ def test_what_is_not_there_is_named(world, tmp_path, capsys):
 
 
 def test_a_chip_without_labels_is_drawn(world, drawn):
-    record = chips.read_record(chip_index.read_index(chip_index.path_in(world)).iloc[0], world)
+    record = read_record(chip_index.read_index(chip_index.path_in(world)).iloc[0], world)
     preview.draw_chip(record | {"label": np.full((SIZE, SIZE), -1, np.float32)}, "x.png")
     assert drawn[0][0].axes[0].get_title() == "No labels, 0.0% without data"

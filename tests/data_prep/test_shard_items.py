@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import rasterio
 
+from biomass_jax.data.shards import read_metadata
+from biomass_jax.data.sources import ShardSource
 from biomass_jax.errors import PrepError
 from data_prep.chips import cells as chips
 from data_prep.chips import index as chip_index
 from data_prep.shards import statistics as stats
 from data_prep.shards import write as shards
+from data_prep.shards.items import index_metadata, items_of
 from tests.data_prep.chip_world import SEASON, SIZE, agbd_se, ramp, scattered, write_tile
 
 TILES = {"10SFF": (600000.0, 4200000.0), "10SGF": (699960.0, 4200000.0)}
@@ -50,7 +53,7 @@ def test_command_writes_every_chip_into_its_split(world, capsys):
     assert capsys.readouterr().out == f"{world}/shards: 4 train, 4 val, 2 test chips in 5 shards\n"
     seen = set()
     for split in ("train", "val", "test"):
-        for record in shards.read(world / "shards", split):
+        for record in ShardSource(world / "shards", split):
             number = list(TILES).index(record["tile"])
             row, col = record["row"], record["col"]
             rows, cols = np.mgrid[row : row + SIZE, col : col + SIZE]
@@ -71,7 +74,7 @@ def test_command_writes_every_chip_into_its_split(world, capsys):
 
 def test_metadata_tells_how_chips_were_made(world):
     shards.main(["--out", str(world)])
-    info = shards.read_metadata(world / "shards")
+    info = read_metadata(world / "shards")
     errors = [
         agbd_se(number)
         for tile in range(len(TILES))
@@ -114,7 +117,7 @@ def test_statistics_of_the_index_are_those_of_its_shards(world, capsys):
     capsys.readouterr()
     assert stats.main([str(chip_index.path_in(world))]) == 0
     printed = json.loads(capsys.readouterr().out)
-    info = shards.read_metadata(world / "shards")
+    info = read_metadata(world / "shards")
     names = ("means", "stds", "stat_pixels", "bands")
     assert [printed[name] for name in names] == [info[name] for name in names]
 
@@ -125,7 +128,7 @@ def test_rasters_made_with_different_settings_are_told(world):
     with pytest.warns(
         UserWarning, match="composites were made with different settings, among them .*10SFF.* and .*10SGF"
     ):
-        info = shards.index_metadata(chip_index.path_in(world))
+        info = index_metadata(chip_index.path_in(world))
     assert info["composite"] == [{"statistic": "mean", "sensors": ["L30"]}, {"statistic": "median"}]
 
 
@@ -135,9 +138,9 @@ def test_a_changed_raster_and_missing_splits_are_errors(world, tmp_path):
     with rasterio.open(label, "r+") as dst:
         dst.write(np.full((1, ROWS * SIZE, COLUMNS * SIZE), -1, np.float32))
     with pytest.raises(PrepError, match="10SFF.*a raster was changed after the index was made"):
-        shards.write_shards(shards.items_of(index), tmp_path / "shards")
+        shards.write_shards(items_of(index), tmp_path / "shards")
     chip_index.set_split(index, [""] * 12, {})
     with pytest.raises(PrepError, match="none of its 12 chips has a split; run python -m data_prep.splits first"):
-        shards.items_of(index)
+        items_of(index)
     with pytest.raises(PrepError, match="nowhere/chips.parquet: no such file"):
-        shards.items_of(world / "nowhere" / "chips.parquet")
+        items_of(world / "nowhere" / "chips.parquet")

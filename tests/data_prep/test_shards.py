@@ -15,7 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from biomass_jax.errors import PrepError, RecordError
+from biomass_jax.data.shards import read_metadata, verify
+from biomass_jax.data.sources import ShardSource
+from biomass_jax.errors import DataError, PrepError, RecordError
 from data_prep.shards import write as shards
 from data_prep.shards import writer as shard_writer
 from tests.data.test_records import make_record
@@ -90,7 +92,7 @@ def test_files_are_named_as_tfds_expects_and_of_even_lengths(written):
 
 def test_metadata_has_the_fields_of_the_contract(written):
     folder, splits, info = written
-    assert shards.read_metadata(folder) == info
+    assert read_metadata(folder) == info
     train = np.concatenate([record["image"].reshape(-1, 6) for record in splits["train"]]).astype(np.float64)
     assert info["stat_pixels"] == len(train) == 7 * 64
     np.testing.assert_allclose(info["means"], train.mean(0), rtol=1e-14)
@@ -104,7 +106,7 @@ def test_metadata_has_the_fields_of_the_contract(written):
     assert info["chips"] == {"min_labels": 20, "size": [8, 8], "dtype": "int16", "tiles": ["10SFF"], "counts": counts}
     for shard in info["shards"]:
         assert shard["sha256"] == hashlib.sha256((folder / shard["file"]).read_bytes()).hexdigest()
-    assert shards.verify(folder) == 5
+    assert verify(folder) == 5
 
 
 def test_groups_hold_one_record_and_are_compressed(written):
@@ -148,14 +150,14 @@ def test_any_number_of_workers_and_any_executor_give_equal_bytes(written, tmp_pa
 
 def test_the_seed_alone_gives_the_order(written, tmp_path):
     folder, splits, _ = written
-    ids = [record["chip_id"] for record in shards.read(folder, "train")]
+    ids = [record["chip_id"] for record in ShardSource(folder, "train")]
     given = [record["chip_id"] for record in splits["train"]]
     assert sorted(ids) == sorted(given)
     assert ids != given
     shards.write_shards(splits, tmp_path / "one", records_per_shard=100, seed=5)
-    assert [record["chip_id"] for record in shards.read(tmp_path / "one", "train")] == ids
+    assert [record["chip_id"] for record in ShardSource(tmp_path / "one", "train")] == ids
     shards.write_shards(splits, tmp_path / "other", records_per_shard=100, seed=6)
-    assert [record["chip_id"] for record in shards.read(tmp_path / "other", "train")] != ids
+    assert [record["chip_id"] for record in ShardSource(tmp_path / "other", "train")] != ids
     # SHA-256 of "5/train/0" to "5/train/6", sorted: as every machine and version has it
     names = {hashlib.sha256(f"5/train/{i}".encode()).hexdigest(): given[i] for i in range(7)}
     assert ids == [names[digest] for digest in sorted(names)]
@@ -165,27 +167,26 @@ def test_float32_and_other_sizes(tmp_path):
     record = make_record(16, np.float32)
     record["image"][0, 0, 0] = 0.25
     shards.write_shards({"train": [record]}, tmp_path / "shards")
-    assert_equal(shards.read(tmp_path / "shards", "train")[0], record)
-    assert shards.read_metadata(tmp_path / "shards")["chips"]["dtype"] == "float32"
+    assert_equal(ShardSource(tmp_path / "shards", "train")[0], record)
+    assert read_metadata(tmp_path / "shards")["chips"]["dtype"] == "float32"
 
 
 def test_reading_is_a_sequence(written):
     folder, splits, _ = written
-    source = shards.read(folder, "test")
+    source = ShardSource(folder, "test")
     assert len(source) == len(list(source)) == 3
-    assert_equal(source[-1], source[2])
-    assert [record["chip_id"] for record in source[1:]] == [source[1]["chip_id"], source[2]["chip_id"]]
-    with pytest.raises(IndexError, match="record 3 of 3"):
+    assert [record["chip_id"] for record in source] == [source[i]["chip_id"] for i in range(3)]
+    with pytest.raises(IndexError, match="split test has 3 chips, no chip 3"):
         source[3]
-    with pytest.raises(PrepError, match="split 'dev' is not there; found test, train, val"):
-        shards.read(folder, "dev")
+    with pytest.raises(DataError, match="split 'dev' is not there; found test, train, val"):
+        ShardSource(folder, "dev")
 
 
 def test_an_empty_split_is_left_out_with_a_warning(tmp_path):
     with pytest.warns(UserWarning, match="split val: no chips"):
         info = shards.write_shards(make_splits(val=0), tmp_path / "shards")
     assert info["chips"]["counts"] == {"train": 7, "test": 3}
-    assert len(shards.read(tmp_path / "shards", "train")) == 7
+    assert len(ShardSource(tmp_path / "shards", "train")) == 7
     with (
         pytest.warns(UserWarning),
         pytest.raises(PrepError, match="no records in any split of train, val; nothing to write"),
@@ -260,8 +261,8 @@ def test_a_changed_or_missing_shard_is_found(tmp_path, capsys):
     assert shards.main(["--out", str(tmp_path), "--verify"]) == 1
     assert re.match(r"error: .*biomass-val\S+: found [0-9a-f]{64}, expected a file of sha256", capsys.readouterr().err)
     path.unlink()
-    with pytest.raises(PrepError, match="biomass-val.*: found no file, expected"):
-        shards.verify(tmp_path / "shards")
+    with pytest.raises(DataError, match="biomass-val.*: found no file, expected"):
+        verify(tmp_path / "shards")
 
 
 def test_records_are_compared_with_the_disk_after_writing(tmp_path, monkeypatch):
@@ -288,8 +289,8 @@ def test_metadata_of_another_version_is_refused(tmp_path):
     shards.write_shards(make_splits(), tmp_path / "shards")
     file = tmp_path / "shards" / "metadata.json"
     file.write_text(file.read_text().replace('schema_version\\": 1', 'schema_version\\": 7'))
-    with pytest.raises(PrepError, match="metadata.json: found schema_version 7, expected 1"):
-        shards.read_metadata(tmp_path / "shards")
+    with pytest.raises(DataError, match="metadata.json: found schema_version 7, expected 1"):
+        read_metadata(tmp_path / "shards")
 
 
 KILLED = """
@@ -330,7 +331,7 @@ def test_a_killed_run_leaves_nothing_half_and_no_writers(tmp_path):
         time.sleep(0.02)
     made = [make_record(chip_id=f"a_{index}") for index in range(6)]
     shards.write_shards({"train": made}, tmp_path / "shards")  # over what the killed run left
-    assert len(shards.read(tmp_path / "shards", "train")) == 6
+    assert len(ShardSource(tmp_path / "shards", "train")) == 6
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".shards")]
 
 
@@ -352,7 +353,8 @@ def test_imports_are_light_and_never_tensorflow(tmp_path):
         "heavy = {'tensorflow_datasets', 'array_record', 'tensorflow', 'jax', 'geopandas', 'h5py'}\n"
         "print(sorted(heavy & set(sys.modules)))\n"
         "from tests.data.test_records import make_record\n"
-        "write.write_shards({'train': [make_record()]}, 'shards'); write.read('shards', 'train')[0]\n"
+        "write.write_shards({'train': [make_record()]}, 'shards')\n"
+        "from biomass_jax.data.sources import ShardSource; ShardSource('shards', 'train')[0]\n"
         "print(sorted({m.split('.')[0] for m in sys.modules} & {'tensorflow', 'jax', 'tensorflow_datasets'}))"
     )
     env = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -13,6 +13,7 @@ from data_prep import ground
 from data_prep.chips import cells as chips
 from data_prep.chips import index as chip_index
 from data_prep.chips import splits
+from data_prep.chips.windows import read_record
 from tests.data_prep.chip_world import SIZE, ramp, scattered, write_tile
 
 CHIP = 224
@@ -337,7 +338,7 @@ def test_histograms_count_each_splits_labels(world):
     edges = [*chip_index.LABEL_EDGES, np.inf]
     np.testing.assert_array_equal(sum(np.array(one) for one in found.values()), np.histogram(agbd, edges)[0])
     for name in ("train", "val", "test"):
-        values = [chips.read_record(row, root)["label"] for _, row in frame[frame["split"] == name].iterrows()]
+        values = [read_record(row, root)["label"] for _, row in frame[frame["split"] == name].iterrows()]
         assert found[name] == np.histogram(np.concatenate(values)[np.concatenate(values) >= 0], edges)[0].tolist()
 
 
@@ -372,7 +373,7 @@ def test_wrong_settings_are_refused(settings, message):
 
 def test_without_an_index_the_step_before_is_named(tmp_path, capsys):
     assert splits.main(["--out", str(tmp_path)]) == 1
-    assert "make it with python -m data_prep.chips" in capsys.readouterr().err
+    assert "make it with python -m data_prep chips" in capsys.readouterr().err
     path = chip_index.path_in(tmp_path)
     path.parent.mkdir()
     path.write_bytes(b"PAR1 and no more")

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import rasterio
 
-from biomass_jax.data import raster
+from biomass_jax.data.raster.image import open_image
+from biomass_jax.data.raster.inputs import find_inputs
 from data_prep.synthetic import granule, scene
 from data_prep.synthetic.__main__ import main
 from data_prep.synthetic.landscape import Cover, fractal, make_landscape, share_below
@@ -159,8 +160,8 @@ def test_command_line(tmp_path, capsys):
 
 
 def test_the_reader_of_images_takes_the_granule_as_it_is(folder, land):
-    (item,) = raster.find_inputs(folder)
-    with raster.open_image(item) as image:
+    (item,) = find_inputs(folder)
+    with open_image(item) as image:
         assert (image.sensor, image.season, image.fill) == ("L30", "2020-07-01/2020-07-02", -9999)
         assert (image.grid.height, image.grid.width) == SHAPE
         np.testing.assert_array_equal(image.read_rows(0, SHAPE[0]), scene.digital_numbers(land, seed=3))

@@ -51,6 +51,8 @@ def geoparquet(path: Path) -> Entry:
     """
     table = pq.read_table(path)
     metadata = {key.decode(): json.loads(value) for key, value in (table.schema.metadata or {}).items()}
+    # The text of the CRS depended on PROJ's version, and the two kinds of table named different versions of GeoParquet.
+    metadata.get("geo", {}).pop("version", None)
     for column in metadata.get("geo", {}).get("columns", {}).values():
         column.pop("crs", None)
     digest = hashlib.sha256(_canonical(metadata))

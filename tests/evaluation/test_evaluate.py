@@ -11,10 +11,10 @@ import pytest
 
 from biomass_jax import bundle as bundles
 from biomass_jax.data import bands, sources
-from biomass_jax.errors import BundleError, DataError, EvaluationError
+from biomass_jax.errors import BundleError, ConfigError, DataError, EvaluationError, PredictionError
 from biomass_jax.evaluation import evaluate, report
-from biomass_jax.evaluation.forward import Forward
-from biomass_jax.main import local_shardings
+from biomass_jax.prediction.forward import Forward
+from biomass_jax.runtime.mesh import local_placement
 from tests.data_prep.test_geotiff import write_pair
 from tests.evaluation.worlds import BIOMES, TILES, chip, make_config, write_world
 from tests.prediction.stubs import random_bundle
@@ -40,7 +40,7 @@ def drawn(monkeypatch):
 
 def run(model, path, workdir, **fields):
     workdir.mkdir(parents=True, exist_ok=True)
-    return evaluate.run(make_config(model, path, **fields), workdir, shardings=local_shardings)
+    return evaluate.run(make_config(model, path, **fields), workdir, shardings=local_placement)
 
 
 @pytest.fixture(scope="module")
@@ -154,11 +154,18 @@ def test_statistics_are_chosen(model, world, tmp_path):
     opened = bundles.load(model)
 
     def choose(**fields):
-        return evaluate.choose_statistics(make_config(model, world, **fields), opened)
+        group = make_config(model, world, **fields).data
+        return evaluate.choose_statistics(
+            group,
+            opened.bands,
+            loaded=opened,
+            training=lambda: sources.open_source(world, "train"),
+            reference=fields.get("reference", False),
+        )
 
     means, _, kind = choose()
     assert kind == "bundle"
-    np.testing.assert_array_equal(means, opened.means)
+    np.testing.assert_array_equal(means.astype(np.float32), opened.means)
     means, stds, kind = choose(**{"data.means": (1.0,) * 6, "data.stds": (2.0,) * 6})
     assert (kind, means.tolist(), stds.tolist()) == ("explicit", [1] * 6, [2] * 6)
     means, stds, kind = choose(**{"data.statistics": "dataset"})
@@ -176,11 +183,11 @@ def test_statistics_are_chosen(model, world, tmp_path):
         ({"data.path": None}, EvaluationError, "config.data.path is not given"),
         ({"bundle": "none"}, BundleError, "none: not a model bundle"),
         ({"data.split": "val"}, DataError, "split 'val' is not there"),
-        ({"data.statistics": "own"}, EvaluationError, "config.data.statistics is 'own'"),
-        ({"data.means": (1.0,) * 6}, EvaluationError, "means and config.data.stds go together"),
-        ({"data.means": (1.0,), "data.stds": (1.0,)}, EvaluationError, "expected 6 numbers each"),
-        ({"dtype": "float16"}, EvaluationError, "config.dtype is 'float16'"),
-        ({"matmul_precision": "low"}, EvaluationError, "config.matmul_precision is 'low'"),
+        ({"data.statistics": "own"}, ConfigError, "config.data.statistics is 'own'"),
+        ({"data.means": (1.0,) * 6}, ConfigError, "means and config.data.stds go together"),
+        ({"data.means": (1.0,), "data.stds": (1.0,)}, ConfigError, "expected 6 numbers each"),
+        ({"dtype": "float16"}, PredictionError, "dtype is 'float16'"),
+        ({"matmul_precision": "low"}, PredictionError, "matmul_precision is 'low'"),
         ({"batch_size": 0}, EvaluationError, "config.batch_size is 0"),
         ({"figures.count": -1}, EvaluationError, "config.figures.count is -1"),
         ({"data.biome": "desert"}, ValueError, r"no chip of biome 'desert'; found savanna \(3\), taiga \(3\), unknown"),
@@ -217,9 +224,10 @@ def stub(names, apply, task="biomass"):
 
 
 def test_reference_keeps_labels_without_data():
-    settings = {"fill": -9999, "means": np.zeros(6, np.float32), "stds": np.ones(6, np.float32)}
-    model = stub(bands.BAND_NAMES, lambda variables, x: x[..., 0])
-    forward = Forward(model, keep_labels=True, **settings)
+    model = stub(bands.BAND_NAMES, None)
+    plain = {"means": np.zeros(6, np.float32), "stds": np.ones(6, np.float32)}
+    forward = Forward(model, **plain, model_fn=lambda variables, x: x[..., 0])
+    forward = evaluate.chip_forward(forward, bands.BAND_NAMES, fill=-9999, keep_labels=True)
     _, label, missing = forward(np.zeros((1, 2, 2, 6), np.int16), np.full((1, 2, 2), 7, np.float32))
     assert np.asarray(missing).all()
     assert (np.asarray(label) == 7).all()
@@ -228,11 +236,12 @@ def test_reference_keeps_labels_without_data():
 def test_bands_go_to_the_model_in_its_order():
     names = tuple(reversed(bands.BAND_NAMES))
     forward = Forward(
-        stub(names, lambda variables, x: x[..., 0] * 1000 + x[..., 4]),
-        fill=-9999,
+        stub(names, None),
+        model_fn=lambda variables, x: x[..., 0] * 1000 + x[..., 4],
         means=np.arange(6, dtype=np.float32),
         stds=np.full(6, 2, np.float32),
     )
+    forward = evaluate.chip_forward(forward, names, fill=-9999)
     image = np.broadcast_to(np.arange(1, 7, dtype=np.int16), (1, 2, 2, 6)).copy()
     image[0, 1, 1, 3] = -9999
     prediction, label, missing = forward(image, np.full((1, 2, 2), 7, np.float32))
@@ -243,8 +252,7 @@ def test_bands_go_to_the_model_in_its_order():
 
 
 def test_a_model_that_does_not_fit_is_refused():
-    settings = {"fill": -9999, "means": np.zeros(6), "stds": np.ones(6)}
     with pytest.raises(EvaluationError, match="stub: the model takes bands HH; chips have BLUE"):
-        Forward(stub(("BLUE", "HH"), None), **settings)
-    with pytest.raises(EvaluationError, match="task 'simmim'; scores need one of task 'biomass'"):
-        Forward(stub(bands.BAND_NAMES, None, task="simmim"), **settings)
+        evaluate.check_bands(stub(("BLUE", "HH"), None))
+    with pytest.raises(PredictionError, match="task 'simmim'; maps and scores need one of task 'biomass'"):
+        Forward(stub(bands.BAND_NAMES, None, task="simmim"), means=np.zeros(6), stds=np.ones(6))

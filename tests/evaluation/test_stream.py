@@ -61,7 +61,7 @@ def test_parts_that_travelled_as_bytes_join_in_order():
     assert (picture.rgb == 5).all()
     assert (picture.prediction == 5.5).all()
     assert picture.label[0, 1] == 40
-    nothing = stream.from_bytes(stream.to_bytes(stream.Part()))
+    nothing = stream.from_bytes(stream.to_bytes(stream.ScoredPart()))
     assert stream.join([nothing, *parts])[0].chip_ids == whole.chip_ids
 
 

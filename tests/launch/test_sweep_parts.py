@@ -18,8 +18,8 @@ from optuna.trial import TrialState  # noqa: E402
 
 from launch import sweep_space, sweep_trial  # noqa: E402
 from launch.sweep_space import SweepError  # noqa: E402
-from launch.sweep_study import Plan, SharedStudy  # noqa: E402
-from launch.sweep_trial import Job, read_losses  # noqa: E402
+from launch.sweep_study import SharedStudy, SweepPlan  # noqa: E402
+from launch.sweep_trial import TrialJob, read_losses  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BASE = ROOT / "configs" / "finetune_all_biomes.py"
@@ -32,7 +32,7 @@ def open_study(tmp_path):
     opened = []
 
     def open_it(space=RATE, sampler="random", trials=100, prune_after=None):
-        plan = Plan(space=space, sampler=sampler, seed=0, trials=trials, prune_after=prune_after, described={})
+        plan = SweepPlan(space=space, sampler=sampler, seed=0, trials=trials, prune_after=prune_after, described={})
         opened.append(SharedStudy(tmp_path / "out", None, plan))
         return opened[-1]
 
@@ -219,7 +219,7 @@ time.sleep(600)
 
 def test_a_trials_process_holds_its_lock_and_is_killed_where_it_does_not_leave(open_study, monkeypatch):
     study = open_study()
-    job = Job(study.claim(), study.workdir / "trials" / "0000", slot=0)
+    job = TrialJob(study.claim(), study.workdir / "trials" / "0000", slot=0)
     job.start([sys.executable, "-I", "-S", "-c", STUBBORN], None)
     end = time.monotonic() + 60
     while "deaf" not in job.tail():
@@ -241,7 +241,7 @@ def test_a_trials_process_holds_its_lock_and_is_killed_where_it_does_not_leave(o
 
 def test_sweeps_share_a_database_and_not_their_trials(tmp_path):
     url = f"sqlite:///{tmp_path / 'all.db'}"
-    plan = Plan(space=RATE, sampler="random", seed=0, trials=3, prune_after=None, described={})
+    plan = SweepPlan(space=RATE, sampler="random", seed=0, trials=3, prune_after=None, described={})
     for name in ("one", "other", "one"):
         study = SharedStudy(tmp_path / name, url, plan)
         study.claim()

@@ -216,7 +216,7 @@ def test_a_run_that_is_broken_three_times_comes_to_the_same_end(jobs):
 
     status, said = jobs.run(*command)
     assert status == 0, said
-    assert re.search(r"going on from step \d+ of 48", said)
+    assert re.search(r"resuming from step \d+ of 48", said)
     assert jobs.lines("broken") == jobs.lines("finetune2")
     best = [bundle.read_meta(jobs.folder / name / "best") for name in ("broken", "finetune2")]
     assert best[0]["weights_sha256"] == best[1]["weights_sha256"]

@@ -5,14 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from biomass_jax.models.layers import (
-    BatchNorm,
-    LayerNorm,
-    adaptive_avg_pool,
-    bilinear_matrix,
-    gelu,
-    resize_bilinear,
-)
+from biomass_jax.models.layers import BatchNorm, LayerNorm, adaptive_avg_pool, bilinear_matrix, gelu, resize_bilinear
 from biomass_jax.models.pixel_shuffle import pixel_shuffle
 
 

@@ -9,13 +9,13 @@ tests/training/test_optimizer.py.
 """
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from biomass_jax.bundle import flatten
 from biomass_jax.training.optimizer import apply_updates, create_optimizer
 from tests.parity.torch_names import relative_error, to_variables
+from tests.precision import float64
 
 LEARNING_RATE, WEIGHT_DECAY = 3.1406904191973693e-4, 0.03283253068408954
 # Gradients that are exactly 0 in truth: what is left of them is rounding, in float64 too.
@@ -49,9 +49,7 @@ def in_float32(micro_variables, micro_step):
 
 @pytest.fixture(scope="module")
 def in_float64(micro_variables, make_micro_step):
-    """The same with every float32 of the model a float64."""
-    with pytest.MonkeyPatch.context() as patch, jax.enable_x64(True):
-        patch.setattr(jnp, "float32", jnp.float64)
+    with float64():
         variables = jax.tree.map(lambda x: x.astype(np.float64), micro_variables)
         return four_steps(make_micro_step(np.float64), variables)
 

@@ -20,10 +20,7 @@ def stub_bundle(means=0.0, stds=1.0, sha="f" * 64, nodata=-1.0):
     return SimpleNamespace(
         path=Path("stub"),
         task="biomass",
-        meta={
-            "input": {"sensors": ["L30"]},
-            "output": {"bands": ["agbd"], "units": "Mg ha-1", "nodata": nodata},
-        },
+        meta={"input": {"sensors": ["L30"]}, "output": {"bands": ["agbd"], "units": "Mg ha-1", "nodata": nodata}},
         bands=BAND_NAMES,
         fill=-9999,
         nodata=nodata,

@@ -11,7 +11,7 @@ import rasterio
 from PIL import Image
 
 import biomass_jax
-from biomass_jax.data import raster
+from biomass_jax.data.raster.image import read_tags
 from biomass_jax.errors import BundleError, PredictionError
 from biomass_jax.prediction import maps
 from biomass_jax.runtime.progress import Progress, duration
@@ -123,7 +123,7 @@ def test_a_mask_keeps_its_classes_and_the_share_is_told(stub, scene, tmp_path, c
     share = (30 * 260 + 30 * 130) / (210 * 260)  # of the pixels with data
     assert result.mask_share == pytest.approx(share)
     assert f"the mask keeps {share:.1%} of its data pixels" in caplog.text
-    settings = json.loads(raster.read_tags(result.path)["SETTINGS"])
+    settings = json.loads(read_tags(result.path)["SETTINGS"])
     assert (settings["mask"], settings["mask_keep"]) == (str(mask), [10, 95])
     assert stub().predict_file(scene, tmp_path / "out", mask=mask, mask_keep=[10, 95]).status == "skipped"
     os.utime(mask, ns=(1, 1))

@@ -11,9 +11,10 @@ import pytest
 
 from biomass_jax.data import bands
 from biomass_jax.errors import PredictionError, TilingError
-from biomass_jax.prediction import forward
+from biomass_jax.pipeline.augment import no_data
 from biomass_jax.prediction.predictor import Predictor
 from biomass_jax.prediction.tiling import default_plan
+from biomass_jax.runtime import cpu
 from tests.prediction.stubs import NIR, coded_image, nir, read_map, stub_bundle, write_raster
 
 SIZES = [(223, 223), (224, 224), (225, 225), (500, 437), (460, 700), (223, 300), (30, 500)]
@@ -48,7 +49,7 @@ def test_a_coordinate_coded_raster_comes_back_at_every_pixel(stub, tmp_path, siz
 
 
 def test_small_rasters_are_one_plain_forward_at_their_own_size(stub, tmp_path, monkeypatch):
-    monkeypatch.setattr(forward, "cores", lambda: 4)
+    monkeypatch.setattr(cpu, "cores", lambda: 4)
     shapes = []
 
     def model(variables, x):
@@ -95,7 +96,7 @@ def test_array_is_one_plain_forward_however_large(stub):
 
 @pytest.mark.parametrize(("count", "seen"), [(3, 3), (4, 4), (6, 6), (8, 4), (12, 4)])
 def test_a_cpu_computes_two_images_a_core_at_a_time_where_they_come_out_even(stub, monkeypatch, count, seen):
-    monkeypatch.setattr(forward, "cores", lambda: 2)
+    monkeypatch.setattr(cpu, "cores", lambda: 2)
     shapes = []
 
     def model(variables, x):
@@ -163,7 +164,7 @@ def test_no_data_on_the_device_is_the_table_rule(dtype, fill):
         image[5:7, :, 2] = np.nan
         image[8, :, 3] = -3.4e38
         image[9] = 0.25
-    ours = forward.no_data(jnp.asarray(image), jnp.float32(np.nan if fill is None else fill))
+    ours = no_data(jnp.asarray(image), jnp.float32(np.nan if fill is None else fill))
     expected = bands.no_data(image, fill)
     assert 0 < expected.sum() < expected.size
     np.testing.assert_array_equal(ours, expected)
@@ -256,7 +257,7 @@ def test_wrong_settings_are_refused(stub, settings, error, words):
 def test_a_bundle_without_a_biomass_model_is_refused():
     bundle = stub_bundle()
     bundle.task = "simmim"
-    with pytest.raises(PredictionError, match="a bundle of task 'simmim'; maps need one of task 'biomass'"):
+    with pytest.raises(PredictionError, match="a bundle of task 'simmim'; maps and scores need one of task 'biomass'"):
         Predictor(bundle)
 
 
@@ -265,7 +266,7 @@ def test_precision_is_highest_in_float32_and_default_in_bfloat16(stub):
         return jnp.einsum("bhwc,cd->bhwd", x, jnp.ones((6, 1)))[..., 0]
 
     def precisions(**settings):
-        run = stub(model, **settings)._forward._run
+        run = stub(model, **settings).forward._run
         return str(jax.make_jaxpr(run)({}, jnp.ones((1, 2, 2, 6)), jnp.float32(0)))
 
     assert "Precision.HIGHEST" in precisions()
@@ -295,12 +296,7 @@ def test_values_are_the_same_on_1_and_4_devices(tmp_path, monkeypatch, root):
     for devices in (1, 4):
         monkeypatch.setenv("XLA_FLAGS", f"--xla_force_host_platform_device_count={devices}")
         target, array = tmp_path / f"{devices}.tif", tmp_path / f"{devices}.npy"
-        code = DEVICES.format(
-            devices=devices,
-            source=str(source),
-            target=str(target),
-            array=str(array),
-        )
+        code = DEVICES.format(devices=devices, source=str(source), target=str(target), array=str(array))
         done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         sizes.append(int(done.stdout))

@@ -13,7 +13,7 @@ from biomass_jax.prediction.reference_tiling import (
     reference_1_2_plan,
     reference_1_2_tiles,
 )
-from biomass_jax.prediction.tiling import Blender, Plan, SourceRows, default_plan
+from biomass_jax.prediction.tiling import Blender, SourceRows, TilePlan, default_plan
 
 TILE, STRIDE = (56, 48), (48, 40)
 
@@ -36,7 +36,7 @@ def forward(case, tile):
     return out + np.arange(height)[:, None] / 64 + np.arange(width)[None] / 32
 
 
-def run(case, plan: Plan, image):
+def run(case, plan: TilePlan, image):
     source, blender, done = SourceRows(plan, lambda a, b: image[a:b]), Blender(plan), []
     for index, row in enumerate(plan.rows):
         source.advance(index)
@@ -162,7 +162,7 @@ def test_first_gap_agrees_with_counting():
         tiles = list(rows[drop].tiles)
         del tiles[int(rng.integers(len(tiles)))]
         rows[drop] = type(rows[drop])(rows[drop].row, tuple(tiles))
-        plan = Plan(**(vars(plan) | {"rows": tuple(rows)}))
+        plan = TilePlan(**(vars(plan) | {"rows": tuple(rows)}))
         count = np.zeros((height, width), int)
         for row in plan.rows:
             for tile in row.tiles:

@@ -6,10 +6,10 @@ from pathlib import Path, PurePath
 
 import pytest
 
-from biomass_jax.data.raster import InputItem
+from biomass_jax.data.raster.inputs import InputItem
 from biomass_jax.errors import BundleError, RasterError
 from biomass_jax.prediction.maps import MapResult
-from biomass_jax.prediction.several import make_maps
+from biomass_jax.prediction.predictor import make_maps
 
 
 def items(names):

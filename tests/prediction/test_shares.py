@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from biomass_jax.data import raster
+from biomass_jax.data.raster.inputs import find_inputs
 from biomass_jax.errors import PredictionError, RasterError
-from biomass_jax.prediction import run
+from biomass_jax.prediction import predictor, run
 from biomass_jax.prediction.run import Share, map_share, sum_up
 from tests.prediction.stubs import coded_image, write_raster
 
@@ -39,7 +39,7 @@ def test_shares_are_the_maps_of_one_process(stub, scenes, tmp_path, count):
     predictor = stub(tile=32, stride=24, margin=2)
     with pytest.raises(PredictionError) as failed:
         predictor.predict_dir(scenes, one)
-    items = raster.find_inputs(scenes)
+    items = find_inputs(scenes)
     shares = [map_share(predictor, items[i::count], many, {}) for i in range(count)]
     assert [share.written + len(share.failures) for share in shares] == [len(items[i::count]) for i in range(count)]
     assert len(files(one)) == 5
@@ -61,8 +61,8 @@ def test_a_signed_address_is_opened_whole_and_never_told(stub, tmp_path, monkeyp
         opened.append(item.paths)
         raise RasterError(f"{item.name}: not there")
 
-    monkeypatch.setattr(raster, "open_image", refuse)
-    items = raster.find_inputs("https://host/a/scene.tif?token=secret")
+    monkeypatch.setattr(predictor, "open_image", refuse)
+    items = find_inputs("https://host/a/scene.tif?token=secret")
     share = map_share(stub(), items, tmp_path, {})
     assert opened == [("/vsicurl/https://host/a/scene.tif?token=secret",)]
     assert [name for name, _ in share.failures] == ["https://host/a/scene.tif"]
@@ -70,7 +70,7 @@ def test_a_signed_address_is_opened_whole_and_never_told(stub, tmp_path, monkeyp
 
 
 def test_an_input_that_is_gone_is_a_failure_and_wrong_options_are_not(stub, scenes, tmp_path):
-    items = raster.find_inputs(scenes)
+    items = find_inputs(scenes)
     (scenes / "a.tif").unlink()
     share = map_share(stub(), items, tmp_path / "out", {})
     assert [name for name, _ in share.failures] == [str(scenes / "a.tif"), str(scenes / "broken.tif")]

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from biomass_jax.errors import PredictionError
-from biomass_jax.prediction.pipe import Broken, Feeder, Pipe, Sink
-from biomass_jax.prediction.stream import stream_map
+from biomass_jax.prediction.stream import Broken, Feeder, Pipe, Sink, stream_map
 from biomass_jax.prediction.tiling import default_plan
 
 PLAN = {"tile": 32, "stride": 20, "margin": 3, "blend": "cosine"}

@@ -6,8 +6,8 @@ import pytest
 from biomass_jax.errors import TilingError
 from biomass_jax.prediction.tiling import (
     Blender,
-    Plan,
     SourceRows,
+    TilePlan,
     blend_weights,
     check_settings,
     default_plan,
@@ -19,7 +19,7 @@ from biomass_jax.prediction.tiling import (
 SETTINGS = {"tile": 224, "stride": 192, "margin": 8, "blend": "cosine"}
 
 
-def stream(plan: Plan, image: np.ndarray, function) -> np.ndarray:
+def stream(plan: TilePlan, image: np.ndarray, function) -> np.ndarray:
     """Run a plan as the predictor does, one tile at a time; image (H, W, C) -> (H, W)."""
     reads = []
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from biomass_jax.data import raster
+from biomass_jax.data.raster.image import read_tags
+from biomass_jax.data.raster.tiff import verify_blocks
 from tests.prediction.stubs import coded_image, random_bundle, read_map, write_raster
 
 pytestmark = pytest.mark.slow
@@ -70,8 +71,8 @@ def left(workdir: Path) -> set[str]:
 
 def same(ours: Path, whole: Path) -> None:
     np.testing.assert_array_equal(read_map(ours), read_map(whole))
-    assert raster.read_tags(ours) == raster.read_tags(whole)
-    raster.verify_blocks(ours)
+    assert read_tags(ours) == read_tags(whole)
+    verify_blocks(ours)
 
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])

@@ -14,12 +14,14 @@ import numpy as np
 
 from biomass_jax.data import sources
 from biomass_jax.pipeline import batches as pipeline
-from biomass_jax.runtime import distributed, hosts
+from biomass_jax.pipeline.feed import Feed
 from biomass_jax.runtime import mesh as sharding
-from biomass_jax.tasks import create as choose
-from biomass_jax.training import build, checks, state
+from biomass_jax.runtime import processes
+from biomass_jax.tasks import create
+from biomass_jax.training import config as checks
+from biomass_jax.training import run as training
+from biomass_jax.training import state
 from biomass_jax.training.checkpoint import Checkpoints
-from biomass_jax.training.feed import Feed
 from configs import finetune_all_biomes, pretrain_simmim_swin_b_100ep
 from tests.training import world
 
@@ -66,7 +68,7 @@ def config_of(kind, shards, **fields):
     config = CONFIGS[kind]()
     given = {name.replace("__", "."): value for name, value in fields.items()}
     config.update_from_flattened_dict(COMMON | FIELDS[kind] | {"data.path": str(shards)} | given)
-    checks.check_values(config)
+    checks.check_fields(config)
     return config
 
 
@@ -88,15 +90,15 @@ class World:
         self.config = config
         self.mesh = sharding.create_mesh(jax.devices()[: data * fsdp], data=data, fsdp=fsdp)
         self.train = sources.open_source(config.data.path, "train")
-        self.choice = choose.choose(config, self.train, None, command="")
+        self.task, _ = create.choose(config, self.train, None, command="")
         per_epoch = pipeline.steps_per_epoch(self.train, config.batch_size)
         sizes = {"total_steps": SEEDS * STEPS, "steps_per_epoch": per_epoch}
-        self.plan = build.plan_steps(config, self.choice, self.mesh, **sizes)
+        self.plan = training.plan_steps(config, self.task, self.mesh, **sizes)
         self.planned = state.planned_state(self.plan.init, self.plan.shardings)
         fresh = state.create_train_state(self.plan.init, self.plan.shardings)
         whole = sum(leaf.nbytes for leaf in jax.tree.leaves(fresh))
         self.shares = np.array([sharding.bytes_a_device(self.planned), held(fresh)]) / whole
-        self.drawn = hosts.to_host(fresh)
+        self.drawn = processes.to_host(fresh)
 
     def begin(self, seed, weights):
         """The state with which a seed begins; `weights` of all but the first, which are further on in the schedule."""
@@ -118,7 +120,7 @@ class World:
             seen.append({name: float(value) for name, value in metrics.items()})
             if number == 0:
                 (adam,) = (part for part in now.opt_state if hasattr(part, "mu"))
-                gradients = flat(hosts.to_host(adam.mu))
+                gradients = flat(processes.to_host(adam.mu))
             if number + 1 == SAVED and save is not None:
                 checkpoints = Checkpoints(save, keep=1)
                 checkpoints.save(now, {"step": SAVED}, step=SAVED, loss=None)
@@ -193,14 +195,14 @@ def variants(shards):
 def main(folder, kind, meshes, address=None, number=0):
     """Write what is found on each mesh as `MESH.npz`, its checkpoint as the folder `MESH`."""
     if address:
-        distributed.start(address, 2, int(number))
+        processes.start(address, 2, int(number))
     sharding.SMALLEST_SPLIT = SMALLEST_SPLIT
     if kind == "variants":
         np.savez(folder / "variants.npz", **variants(folder / "shards"))
         return
     names = meshes.split(",")
     worlds = {mesh: World(config_of(kind, folder / "shards"), *map(int, mesh.split("x"))) for mesh in names}
-    weights = other_weights(worlds[names[0]].choice.task)
+    weights = other_weights(worlds[names[0]].task)
     found = {mesh: each.observe(weights, folder / mesh) for mesh, each in worlds.items()}
     for mesh, each in worlds.items():
         found[mesh] |= next_losses(each, mesh, folder)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from biomass_jax import bundle
-from biomass_jax.training import build, run
+from biomass_jax.training import run
 
 
 def train(config, workdir, stop=lambda: False):
@@ -25,7 +25,7 @@ def final_state(workdir, config):
     """Every array of the last checkpoint, by path; the folder is copied, since a run that goes on changes it."""
     copy = workdir.with_name(f"{workdir.name}_copy")
     shutil.copytree(workdir / "checkpoints", copy / "checkpoints")
-    again = build.build_run(config, copy, command="")
+    again = run.set_up(config, copy, command="")
     again.close()
     return {
         jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(again.state)

@@ -34,7 +34,7 @@ def batch(shards):
 
 def inputs(shards, batch, key=0, **fields):
     config = world.configure(finetune_all_biomes.get_config(), **fields)
-    task = choose(config, sources.open_source(shards, "train"), None, command="").task
+    task = choose(config, sources.open_source(shards, "train"), None, command="")[0]
     found = jax.jit(task.inputs)(batch, jax.random.key(key))
     return task, {name: np.asarray(value) for name, value in found.items()}
 

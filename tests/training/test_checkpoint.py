@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 from biomass_jax.errors import CheckpointError
-from biomass_jax.training.build import tell_changes
-from biomass_jax.training.checkpoint import Checkpoints, changed_fields
+from biomass_jax.training.checkpoint import Checkpoints, HostState, changed_fields
 from biomass_jax.training.plateau import early_stop_init
-from biomass_jax.training.settings import resume_host
+from biomass_jax.training.run import resume_host, tell_changes
 from biomass_jax.training.state import TrainState
 from tests.training.test_steps import begin
 
@@ -24,7 +23,7 @@ def state_of(step=0, shape=(3, 2), ema=False):
     return TrainState(jnp.asarray(step, jnp.int32), weights, {}, (jnp.zeros(shape),), averages, jnp.float32(0.1))
 
 
-HOST = {"step": 4, "epoch": 1, "window": [0.1, 2.5], "plateau": {"lr": 0.1, "best": 3.0}, "best": None, "line": None}
+HOST = HostState({"seed": 1}, step=4, epoch=1, window=[0.1, 2.5], plateau={"lr": 0.1, "best": 3.0})
 
 
 @pytest.fixture
@@ -37,7 +36,7 @@ def checkpoints(tmp_path):
 def test_state_and_host_come_back_to_the_bit(checkpoints, tmp_path):
     state = state_of(4, ema=True)
     assert checkpoints.latest is None
-    checkpoints.save(state, HOST, step=4, loss=2.0)
+    checkpoints.save(state, HOST, loss=2.0)
     checkpoints.wait()
     again = Checkpoints(tmp_path, keep=2)
     found, host = again.restore(state_of(ema=True), step=again.latest)
@@ -47,7 +46,7 @@ def test_state_and_host_come_back_to_the_bit(checkpoints, tmp_path):
 
 
 def test_what_the_host_does_after_save_is_not_in_the_checkpoint(checkpoints, monkeypatch):
-    host, changed, dumps = {**HOST, "line": {"epoch": 1}}, threading.Event(), json.dumps
+    host, changed, dumps = dataclasses.replace(HOST, line={"epoch": 1}), threading.Event(), json.dumps
 
     def late(value, *args, **kwargs):
         if isinstance(value, dict) and "window" in value:
@@ -55,25 +54,25 @@ def test_what_the_host_does_after_save_is_not_in_the_checkpoint(checkpoints, mon
         return dumps(value, *args, **kwargs)
 
     monkeypatch.setattr(json, "dumps", late)
-    checkpoints.save(state_of(4), host, step=4, loss=2.0)
-    host["line"] = None
-    host["window"] = []
+    checkpoints.save(state_of(4), host, loss=2.0)
+    host.line = None
+    host.window = []
     changed.set()
     checkpoints.wait()
     _, found = checkpoints.restore(state_of(), step=4)
-    assert (found["line"], found["window"]) == ({"epoch": 1}, HOST["window"])
+    assert (found.line, found.window) == ({"epoch": 1}, HOST.window)
 
 
 def test_the_latest_and_the_best_are_kept(checkpoints):
     for step, loss in ((1, 5.0), (2, 1.0), (3, None), (4, 4.0), (5, 3.0), (6, None)):
-        checkpoints.save(state_of(step), HOST | {"step": step}, step=step, loss=loss)
+        checkpoints.save(state_of(step), dataclasses.replace(HOST, step=step), loss=loss)
     checkpoints.wait()
     assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["step_2", "step_5", "step_6"]
     assert checkpoints.latest == 6
 
 
 def test_a_checkpoint_cut_short_is_not_seen(checkpoints, tmp_path):
-    checkpoints.save(state_of(4), HOST, step=4, loss=2.0)
+    checkpoints.save(state_of(4), HOST, loss=2.0)
     checkpoints.wait()
     (checkpoints.folder / "step_9.orbax-checkpoint-tmp-1").mkdir()
     again = Checkpoints(tmp_path, keep=2)
@@ -88,7 +87,7 @@ def test_another_config_is_told_what_to_do(checkpoints, other, capfd):
         "more": (state_of(ema=True), "ema.params.head.kernel: found none, expected (3, 2)"),
         "less": (dataclasses.replace(state_of(), learning_rate=None), "learning_rate: found (), expected none"),
     }[other]
-    checkpoints.save(state_of(4), HOST, step=4, loss=2.0)
+    checkpoints.save(state_of(4), HOST, loss=2.0)
     checkpoints.wait()
     with pytest.raises(CheckpointError) as caught:
         checkpoints.restore(other, step=4)
@@ -120,27 +119,26 @@ def test_changed_fields_are_named_and_harmless_ones_are_not(tmp_path, caplog):
 
 def test_counters_go_on_and_early_stopping_by_the_new_patience():
     stopped = {"patience": 3, "min_delta": 0.0, "best": 1.0, "wait_count": 3, "stop": True}
-    saved = {"step": 9, "plateau": None, "early_stop": stopped, "config": {"a": 1}}
-    fresh = {"step": 0, "plateau": None, "early_stop": early_stop_init(5), "config": {"a": 2}}
+    saved = HostState({"a": 1}, step=9, early_stop=stopped)
+    fresh = HostState({"a": 2}, early_stop=early_stop_init(5))
     found = resume_host(saved, fresh)
-    assert (found["step"], found["config"]) == (9, {"a": 2})
-    assert found["early_stop"] == stopped | {"patience": 5, "stop": False}
-    assert resume_host(saved, fresh | {"early_stop": None})["early_stop"] is None
-    assert resume_host(saved | {"early_stop": None}, fresh)["early_stop"] == fresh["early_stop"]
-    assert resume_host(saved, fresh | {"early_stop": early_stop_init(2)})["early_stop"]["stop"]
+    assert (found.step, found.config) == (9, {"a": 2})
+    assert found.early_stop == stopped | {"patience": 5, "stop": False}
+    assert resume_host(saved, dataclasses.replace(fresh, early_stop=None)).early_stop is None
+    assert resume_host(dataclasses.replace(saved, early_stop=None), fresh).early_stop == fresh.early_stop
+    assert resume_host(saved, dataclasses.replace(fresh, early_stop=early_stop_init(2))).early_stop["stop"]
 
 
 @pytest.mark.parametrize("which", ["saved", "fresh"])
 def test_a_plateau_is_neither_begun_nor_left_half_way(which):
-    plain = {"plateau": None, "early_stop": None, "config": {}}
-    moved = plain | {"plateau": {"lr": 0.1}}
+    plain, moved = HostState({}), HostState({}, plateau={"lr": 0.1})
     with pytest.raises(CheckpointError, match="config.schedule.kind: .* another workdir"):
         resume_host(*((moved, plain) if which == "saved" else (plain, moved)))
 
 
 def test_a_real_optimisers_state_fits_itself(checkpoints):
     state, _ = begin(freeze=("encoder",), ema=0.9, rate=0.1)
-    checkpoints.save(state, HOST, step=4, loss=2.0)
+    checkpoints.save(state, HOST, loss=2.0)
     checkpoints.wait()
     found, _ = checkpoints.restore(state, step=4)
     assert jax.tree.structure(found) == jax.tree.structure(state)

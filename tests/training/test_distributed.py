@@ -14,8 +14,8 @@ import time
 import pytest
 
 from biomass_jax.errors import DistributedError
-from biomass_jax.runtime import distributed
-from biomass_jax.runtime.distributed import ALONE, AUTOMATIC, check_flags, find_cluster
+from biomass_jax.runtime import processes as distributed
+from biomass_jax.runtime.processes import ALONE, AUTOMATIC, check_flags, find_cluster
 
 SLURM = {
     "SLURM_JOB_ID": "1234",
@@ -196,7 +196,7 @@ def test_a_laptop_starts_without_jax_and_without_the_network(python):
     code = """
 import socket, sys
 socket.socket.connect = lambda *_: sys.exit("connected")
-from biomass_jax.runtime import distributed
+from biomass_jax.runtime import processes as distributed
 distributed.start(); distributed.start(process_count=1)
 distributed.finish(); distributed.abandon(3)
 print("jax" in sys.modules, distributed.place())
@@ -209,7 +209,7 @@ JOIN = """
 import logging, os, signal, sys, time
 import numpy as np
 logging.basicConfig(format="%(message)s", level=logging.INFO)
-from biomass_jax.runtime import distributed
+from biomass_jax.runtime import processes as distributed
 signal.signal(signal.SIGTERM, lambda *_: print("SIGTERM is ours", flush=True))
 address, number = sys.argv[1], int(sys.argv[2])
 distributed.start(*((address, 2, number) if address != "found" else ()))

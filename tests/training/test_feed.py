@@ -12,9 +12,9 @@ import rasterio
 
 from biomass_jax.data import bands, sources
 from biomass_jax.errors import DataError
+from biomass_jax.pipeline.feed import Feed
 from biomass_jax.runtime import mesh as sharding
 from biomass_jax.training import run
-from biomass_jax.training.feed import Feed
 from configs import finetune_all_biomes
 from tests.training import world
 

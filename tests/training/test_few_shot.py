@@ -12,7 +12,7 @@ from biomass_jax.bundle import flatten
 from biomass_jax.convert import __main__ as convert
 from biomass_jax.convert import torch_file
 from biomass_jax.errors import ConfigError
-from biomass_jax.training import build, settings
+from biomass_jax.training import run as training
 from biomass_jax.training.optimizer import export_adam
 from configs import few_shot_taiga
 from tests.training import world
@@ -53,7 +53,7 @@ def begun(model, shards, tmp_path_factory):
 
 
 def begin(config, workdir):
-    run = build.build_run(config, workdir, command="")
+    run = training.set_up(config, workdir, command="")
     run.close()
     return run, jax.tree.map(np.asarray, run.state)
 
@@ -81,7 +81,7 @@ def test_the_owed_step_of_the_plateau_is_made(begun, golden):
     (writer,) = (c for name, c in root["callbacks"].items() if "'save_weights_only': False" in name)
     owed = float(writer["current_score"].array())
     assert owed < scheduler["best"] * (1 - 1e-4)  # a better epoch that the scheduler has not seen
-    found = run.host["plateau"]
+    found = run.host.plateau
     assert (scheduler["num_bad_epochs"], found["num_bad_epochs"]) == (1, 0)
     assert (found["last_epoch"], found["best"]) == (scheduler["last_epoch"] + 1, owed)
     assert math.isclose(found["lr"], 3.1406904191973693e-4, rel_tol=1e-7)  # a bundle's numbers are float32
@@ -90,15 +90,15 @@ def test_the_owed_step_of_the_plateau_is_made(begun, golden):
 def test_statistics_are_those_of_its_own_chips(begun, shards, model):
     run, _ = begun
     metadata = json.loads(json.loads((shards / "metadata.json").read_text())["biomass_jax"])
-    found = run.choice.about["input"]
+    found = run.about["input"]
     assert (found["means"], found["stds"]) == (metadata["means"], metadata["stds"])
     assert found["means"] != bundle.read_meta(model)["input"]["means"]
-    assert run.choice.task.statistics.means.tolist() == metadata["means"]
+    assert run.task.statistics.means.tolist() == metadata["means"]
 
 
 def by_hand(run, before, batch, *, decayed):
     """Loss, and weights after AdamW's seventh step (Loshchilov and Hutter, arXiv 1711.05101) in float64."""
-    task, seed = run.choice.task, few_shot_taiga.get_config().seed
+    task, seed = run.task, few_shot_taiga.get_config().seed
     inputs_key, model_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), 0))
 
     def loss(params):
@@ -159,4 +159,4 @@ def test_a_bundle_without_moments_is_told_what_to_do(golden, shards, tmp_path, c
         convert.main([*arguments, "--with-optimizer", "--no-optimizer"])
     assert convert.main(arguments) == 0
     with pytest.raises(ConfigError, match="holds no optimizer/; convert the full Lightning file"):
-        settings.start_from(None, {}, bundle.load(tmp_path / "bundle"), config_of(tmp_path / "bundle", shards))
+        training.start_from(None, {}, bundle.load(tmp_path / "bundle"), config_of(tmp_path / "bundle", shards))

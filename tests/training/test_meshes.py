@@ -130,6 +130,6 @@ def test_a_run_goes_on_with_other_devices(root, tmp_path, kind):
     said = run(4, **{"mesh.fsdp": 2})
     assert said.count("bytes a device\n") == 1 and "params/encoder/patch_embed/" in said
     said = run(1, epochs=2)
-    assert "going on from step 2 of 4" in said and "bytes a device" not in said
+    assert "resuming from step 2 of 4" in said and "bytes a device" not in said
     steps = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in steps if "train/loss" in line] == [1, 2, 3, 4]

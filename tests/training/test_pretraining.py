@@ -22,8 +22,9 @@ from biomass_jax.convert.input_meta import InputFlags
 from biomass_jax.data import bands, sources
 from biomass_jax.errors import ConfigError, TrainingError
 from biomass_jax.pipeline import masking
-from biomass_jax.training import build, loop
-from biomass_jax.training.settings import make_schedule
+from biomass_jax.training import loop
+from biomass_jax.training import run as training
+from biomass_jax.training.run import make_schedule
 from configs import finetune_all_biomes, pretrain_simmim_swin_b_100ep, pretrain_simmim_swin_b_800ep
 from tests.training import world
 from tests.training.runs import assert_same_run, final_state, lines, train
@@ -80,7 +81,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(unbroken, shards, tmp_path)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(shards, tmp_path):
-    begun = build.build_run(config_of(shards), tmp_path / "run", command="")
+    begun = training.set_up(config_of(shards), tmp_path / "run", command="")
     went = loop.Loop(begun, stop=lambda: False)
     token = begun.state.params["mask_token"]
     params = begun.state.params | {
@@ -114,7 +115,7 @@ def test_sigterm_saves_and_the_same_command_finishes_the_same_run(unbroken, root
     epochs = stopped // 5 + 2
     done = subprocess.run([*command, f"--config.epochs={epochs}"], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert f"going on from step {stopped} of {5 * epochs}" in done.stderr
+    assert f"resuming from step {stopped} of {5 * epochs}" in done.stderr
     assert lines(workdir)[-1]["epoch"] == epochs
     assert bundle.read_meta(workdir / "best")["task"] == "simmim"
 
@@ -160,8 +161,8 @@ def cell_statistics(target, known):
 )
 def test_scores_are_those_of_numpy(shards, tmp_path, fields):
     config = config_of(shards, **fields)
-    begun = build.build_run(config, tmp_path / "run", command="")
-    state, task = jax.tree.map(np.array, begun.state.params), begun.choice.task
+    begun = training.set_up(config, tmp_path / "run", command="")
+    state, task = jax.tree.map(np.array, begun.state.params), begun.task
     scored = loop.Loop(begun, stop=lambda: False)
     found = scored.validate()
     scored.state = dataclasses.replace(scored.state, step=scored.state.step + 3)
@@ -190,7 +191,7 @@ def test_scores_are_those_of_numpy(shards, tmp_path, fields):
 
 def losses_of(config, workdir):
     """Losses of three steps from fresh weights, the weights after them and their scores."""
-    begun = build.build_run(config, workdir, command="")
+    begun = training.set_up(config, workdir, command="")
     batches, losses = begun.feed.batches(start=0), []
     went = loop.Loop(begun, stop=lambda: False)
     for _ in range(3):
@@ -218,7 +219,7 @@ def test_an_epoch_of_several_folders_holds_their_chips_by_weight(tmp_path):
     a = world.write(tmp_path / "a", train=12, val=2, test=0, change=named("a"))
     b = world.write(tmp_path / "b", train=8, val=3, test=0, seed=9, change=named("b"))
     config = config_of(f"{a},{b}", data__weights=(3.0, 1.0))
-    begun = build.build_run(config, tmp_path / "run", command="")
+    begun = training.set_up(config, tmp_path / "run", command="")
     assert begun.steps_per_epoch == 4  # all 12 of a, 4 of b's 8
     batches = begun.feed.batches(start=0)
     seen = []
@@ -235,7 +236,7 @@ def test_an_epoch_of_several_folders_holds_their_chips_by_weight(tmp_path):
     images = [world.make_record("train", i)["image"] for i in range(12)]
     images += [world.make_record("train", i, seed=9)["image"] for i in range(8)]
     means = np.stack(images).reshape(-1, 6).astype(np.float64).mean(0)
-    np.testing.assert_allclose(begun.choice.about["input"]["means"], means, rtol=1e-9)
+    np.testing.assert_allclose(begun.about["input"]["means"], means, rtol=1e-9)
 
 
 @pytest.mark.slow
@@ -244,13 +245,13 @@ def test_the_picture_is_of_validation_chips(unbroken, shards, tmp_path, monkeypa
     real = figures.reconstructions
     monkeypatch.setattr(figures, "reconstructions", lambda panels, **text: drawn.append(panels) or real(panels, **text))
     config = config_of(shards, draw_every=1, init_from=str(unbroken[0] / "best"), normalize_targets=True)
-    begun = build.build_run(config, tmp_path, command="")
+    begun = training.set_up(config, tmp_path, command="")
     loop.Loop(begun, stop=lambda: False).validate(picture=True)
     begun.close()
     assert (tmp_path / "figures" / "validation.png").read_bytes().startswith(b"\x89PNG")
     (panels,) = drawn
     assert [panel.title for panel in panels] == [record["chip_id"] for record in validation_chips(shards)[:3]]
-    task, masks = begun.choice.task, masked_pixels(config)
+    task, masks = begun.task, masked_pixels(config)
     images = np.stack([record["image"] for record in validation_chips(shards)]).astype(np.float32)
     known = ~(np.any(images == -9999, -1) | np.all(images == 0, -1))
     images[~known] = 0
@@ -279,7 +280,7 @@ def finetuned(unbroken, shards, tmp_path_factory):
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    begun = build.build_run(config, tmp_path_factory.mktemp("finetune"), command="")
+    begun = training.set_up(config, tmp_path_factory.mktemp("finetune"), command="")
     begun.close()
     logger.removeHandler(handler)
     logger.setLevel(level)
@@ -301,11 +302,11 @@ def test_fine_tuning_begins_with_the_encoder(finetuned):
     assert set(drawn.split(", ")) == variables.keys() - loaded_paths
     assert set(unused.split(", ")) == flatten(loaded.variables).keys() - loaded_paths
     assert "params/mask_token" in unused and "params/decoder/kernel" in unused
-    fields = begun.choice.task.module
+    fields = begun.task.module
     for name in ("embed_dim", "depths", "num_heads", "mlp_ratio", "window_size", "patch_size", "shift_single_window"):
         value = loaded.meta["architecture"][name]
         assert getattr(fields, name) == (tuple(value) if isinstance(value, list) else value)
-    assert begun.choice.about["input"]["means"] == loaded.meta["input"]["means"]
+    assert begun.about["input"]["means"] == loaded.meta["input"]["means"]
 
 
 def test_the_bundle_goes_back_to_the_official_layout(unbroken, tmp_path):
@@ -333,7 +334,7 @@ def test_sizes_that_do_not_fit_are_an_error_that_names_the_field(shards, tmp_pat
         ({"augment__size": 48}, "encoder_stride"),
     ):
         with pytest.raises(ConfigError, match=named):
-            build.build_run(config_of(shards, **fields), tmp_path / "run", command="")
+            training.set_up(config_of(shards, **fields), tmp_path / "run", command="")
 
 
 def test_rates_are_those_of_the_official_recipes_times_four():

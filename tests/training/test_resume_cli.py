@@ -14,7 +14,8 @@ import pytest
 from biomass_jax import bundle
 from biomass_jax.bundle import flatten
 from biomass_jax.errors import ConfigError
-from biomass_jax.training import build, loop
+from biomass_jax.training import loop
+from biomass_jax.training import run as training
 from configs import finetune_all_biomes, finetune_frozen_encoder
 from tests.prediction.stubs import random_bundle
 from tests.training import world
@@ -67,7 +68,7 @@ def test_sigterm_saves_and_exits_with_75_and_the_same_command_finishes(stopped, 
     epochs = saved // 5 + 2
     status, said = call(root, shards, workdir, epochs=epochs)
     assert status == 0, said
-    assert f"going on from step {saved} of {5 * epochs}" in said
+    assert f"resuming from step {saved} of {5 * epochs}" in said
     assert "another config" not in said  # a run may be made longer or shorter
     found = [line["step"] for line in lines(workdir) if "train/loss" in line]
     assert found == sorted(set(found)) and found[-1] == 5 * epochs
@@ -99,7 +100,7 @@ def test_a_config_that_cannot_run_costs_no_earlier_run(shards, tmp_path):
     config = world.configure(finetune_all_biomes.get_config(), data__path=str(shards), epochs=1, overwrite=True)
     config.optimizer.freeze = ("encodr",)
     with pytest.raises(ConfigError):
-        build.build_run(config, tmp_path, command="")
+        training.set_up(config, tmp_path, command="")
     assert (tmp_path / "best").is_dir()
 
 
@@ -129,7 +130,7 @@ def partial(shards, tmp_path_factory):
             real(workdir, about, state, best)
 
         patch.setattr(loop, "export_best", export)
-        begun = build.build_run(config, folder / "run", command="")
+        begun = training.set_up(config, folder / "run", command="")
         before = jax.tree.map(np.array, begun.state)
         ended = loop.Loop(begun, stop=lambda: False)
         assert ended.fit()

@@ -3,7 +3,8 @@
 import pytest
 
 from biomass_jax.errors import BiomassError
-from biomass_jax.training import build, run
+from biomass_jax.training import run
+from biomass_jax.training import run as training
 from configs import finetune_all_biomes, pretrain_simmim_swin_b_100ep
 from tests.training import world
 
@@ -20,7 +21,7 @@ def computed(monkeypatch):
     def draw(*_):
         raise AssertionError("weights were drawn")
 
-    monkeypatch.setattr(build, "create_train_state", draw)
+    monkeypatch.setattr(training, "create_train_state", draw)
 
 
 def fault(tmp_path, shards, get_config=finetune_all_biomes.get_config, **fields):
@@ -91,7 +92,7 @@ def test_a_value_that_cannot_be_names_its_field(tmp_path, shards, field, value):
         ({"resume_optimizer": True}, "config.resume_optimizer goes with config.init_from"),
         ({"data.statistics": "bundle"}, "config.data.statistics is 'bundle', but config.init_from names none"),
         ({"data.means": (1.0,)}, "config.data.means and config.data.stds go together"),
-        ({"data.means": (1.0,), "data.stds": (1.0,)}, "config.data.means and stds: expected 6 each"),
+        ({"data.means": (1.0,), "data.stds": (1.0,)}, "config.data.means and stds: expected 6 numbers each"),
         ({"data.means": (1.0,) * 6, "data.stds": (0.0,) * 6}, "stds above 0"),
         ({"data.path": None}, "config.data.path is not given"),
         ({"init_from": "nowhere"}, "nowhere: not a model bundle"),

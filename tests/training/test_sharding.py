@@ -11,7 +11,9 @@ from biomass_jax.data import sources
 from biomass_jax.pipeline import batches as pipeline
 from biomass_jax.runtime import mesh as sharding
 from biomass_jax.tasks.create import choose
-from biomass_jax.training import build, loop, state
+from biomass_jax.training import loop, state
+from biomass_jax.training import run as training
+from biomass_jax.training.checkpoint import HostState
 from configs import finetune_all_biomes
 from tests.training import world
 from tests.training.test_steps import batch_of, begin
@@ -92,8 +94,8 @@ def shards(tmp_path_factory):
 
 def test_eight_devices_hold_under_a_fifth_of_swin_b_each(shards):
     config = finetune_all_biomes.get_config()
-    choice = choose(config, sources.open_source(shards, "train"), None, command="")
-    plan = build.plan_steps(config, choice, sharding.create_mesh(), total_steps=10, steps_per_epoch=5)
+    task, _ = choose(config, sources.open_source(shards, "train"), None, command="")
+    plan = training.plan_steps(config, task, sharding.create_mesh(), total_steps=10, steps_per_epoch=5)
     whole = state.planned_state(plan.init, plan.shardings)
     split = state.planned_state(plan.init, sharding.state_shardings(mesh_of(1, 8), whole))
     for name in ("params", "opt_state"):
@@ -106,7 +108,7 @@ def test_a_step_is_given_nothing_that_still_lies_on_the_host():
     now, steps = begin()
     quiet = SimpleNamespace(add=lambda *_: None, step=lambda *_: None, after_step=lambda *_: None)
     run = SimpleNamespace(
-        steps=steps, state=now, host={"step": 0, "window": []}, profiler=quiet, batch_size=8, total_steps=9,
+        steps=steps, state=now, host=HostState({}), profiler=quiet, batch_size=8, total_steps=9,
         log_every=9, steps_per_epoch=9, save_every=0,
     )  # fmt: skip
     found = loop.Loop(run, stop=lambda: False)

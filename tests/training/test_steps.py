@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from biomass_jax.data import sources
-from biomass_jax.models import swin_ops
+from biomass_jax.runtime import cpu
 from biomass_jax.runtime import mesh as sharding
 from biomass_jax.tasks import losses
 from biomass_jax.tasks import regression as tasks
 from biomass_jax.tasks.create import choose
-from biomass_jax.training import plateau, settings
+from biomass_jax.training import plateau
+from biomass_jax.training import run as training
 from biomass_jax.training.optimizer import create_optimizer, trainable_mask
 from biomass_jax.training.schedules import create_schedule
 from biomass_jax.training.state import plan_train_state
@@ -177,13 +178,13 @@ class Kept(Model):
     """The gradient of what is added up reaches it through `computed_once`."""
 
     def __call__(self, x, *, train=False):
-        return super().__call__(swin_ops.computed_once(x + jnp.tanh(x)), train=train)
+        return super().__call__(cpu.computed_once(x + jnp.tanh(x)), train=train)
 
 
 def test_the_step_keeps_what_is_to_be_computed_once():
     state, steps = begin(Stub(module=Kept()))
     text = steps.train.lower(state, batch_of()).compile().as_text()
-    assert "opt-barrier" in text  # without KEEP_BARRIERS, XLA takes it out on CPU
+    assert "opt-barrier" in text  # without cpu.COMPILER_OPTIONS, XLA takes it out on CPU
 
 
 def test_the_rate_of_each_step_is_the_schedules_or_the_states():
@@ -216,7 +217,7 @@ def reference_task(tmp_path_factory):
     """The task of `reference=True` on the small shards."""
     shards = world.write(tmp_path_factory.mktemp("data") / "shards", train=2, val=0, test=0)
     config = world.configure(finetune_all_biomes.get_config(), reference=True, epochs=1)
-    return config, choose(config, sources.open_source(shards, "train"), None, command="").task
+    return config, choose(config, sources.open_source(shards, "train"), None, command="")[0]
 
 
 def test_the_references_loss_of_a_validation_is_the_mean_of_its_batches_by_hand(reference_task):
@@ -260,7 +261,7 @@ def test_the_reference_decays_everything(reference_task):
     for reference in (True, False):
         with config.unlocked():
             config.reference = reference
-        optimizer = settings.make_optimizer(config, params)
+        optimizer = training.make_optimizer(config, params)
         zero = jax.tree.map(np.zeros_like, params)
         updates, _ = optimizer.update(zero, optimizer.init(params), params)
         expected = config.optimizer.weight_decay if reference else 0.0

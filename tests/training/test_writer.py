@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from biomass_jax.training.writer import METRICS, Writer, cut_back
+from biomass_jax.training.monitor import METRICS, Writer, cut_back
 
 
 def write(path, *lines, tail=""):
@@ -97,7 +97,7 @@ def test_tensorboard_does_not_bring_torch(tmp_path):
     """tensorboardX imports what it finds: seconds and hundreds of megabytes for nothing."""
     (tmp_path / "torch.py").write_text("Tensor = None\n")
     code = (
-        "import sys; from biomass_jax.training.writer import summary_writer; summary_writer();"
+        "import sys; from biomass_jax.training.monitor import summary_writer; summary_writer();"
         "print('torch' in sys.modules);"
         "import torch; summary_writer(); print(sys.modules['torch'] is torch)"
     )

@@ -10,7 +10,7 @@ from typing import Any, cast
 from biomass_jax.convert.torch_file import builders as torch_builders
 from biomass_jax.convert.torch_file import pickle as torch_pickle
 from biomass_jax.convert.torch_file import tensor as torch_tensor
-from biomass_jax.convert.torch_file.tensor import MappedFile, Record, Storage, StorageType, item_size, make_tensor
+from biomass_jax.convert.torch_file.tensor import FileRecord, MappedFile, Storage, StorageType, item_size, make_tensor
 from biomass_jax.convert.torch_file.values import Malformed
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -88,7 +88,7 @@ def read_zip(file: MappedFile) -> Parsed:
         if record is None:
             if count:
                 raise Malformed(f"storage {prefix}data/{key} is missing from the archive")
-            record = Record(file, f"{prefix}data/{key}")
+            record = FileRecord(file, f"{prefix}data/{key}")
         if nbytes > record.nbytes:
             raise Malformed(f"storage {record.name} should have {nbytes} bytes, its record has {record.nbytes}")
         record.swapped = swapped
@@ -102,7 +102,7 @@ def read_zip(file: MappedFile) -> Parsed:
     return Parsed(loaded.value, loaded.placeholders)
 
 
-def _is_swapped(record: Record | None) -> bool:
+def _is_swapped(record: FileRecord | None) -> bool:
     """Whether the storages' bytes must be swapped; torch before 2.1 didn't say, and little-endian machines wrote."""
     order = b"little" if record is None else bytes(record.bytes(0, min(record.nbytes, 16)))
     if order not in (b"little", b"big"):
@@ -110,7 +110,7 @@ def _is_swapped(record: Record | None) -> bool:
     return order == b"big"
 
 
-def _records(file: MappedFile) -> dict[str, Record]:
+def _records(file: MappedFile) -> dict[str, FileRecord]:
     """The archive's entries: stored, unencrypted, inside the file, apart from each other, each name once."""
     try:
         with zipfile.ZipFile(cast(Any, file.data)) as archive:  # the map reads like a file; zipfile leaves it open
@@ -118,7 +118,7 @@ def _records(file: MappedFile) -> dict[str, Record]:
             directory = archive.start_dir
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, OSError, EOFError) as exc:
         raise Malformed(f"begins as a zip archive but can't be read as one ({exc}): truncated or damaged") from exc
-    records: dict[str, Record] = {}
+    records: dict[str, FileRecord] = {}
     end = 0
     for entry in sorted(entries, key=lambda entry: entry.header_offset):
         name = entry.filename
@@ -135,7 +135,7 @@ def _records(file: MappedFile) -> dict[str, Record]:
         if end > directory:
             raise Malformed(f"archive entry {name} ({entry.file_size} bytes at {start}) reaches beyond the data")
         # 0: written with torch.serialization.set_crc32_options(False), which leaves the field empty
-        records[name] = Record(file, name, start, entry.file_size, crc=entry.CRC or None)
+        records[name] = FileRecord(file, name, start, entry.file_size, crc=entry.CRC or None)
     return records
 
 
@@ -191,7 +191,7 @@ def read_legacy(file: MappedFile) -> Parsed:
         nbytes = count * item_size(kind.dtype)
         if nbytes > file.size:
             raise Malformed(f"storage {key} should have {nbytes} bytes, the whole file has {file.size}: truncated?")
-        root = roots.setdefault(key, Storage(Record(file, f"storage {key}", nbytes=nbytes), kind.dtype, count))
+        root = roots.setdefault(key, Storage(FileRecord(file, f"storage {key}", nbytes=nbytes), kind.dtype, count))
         if root.nbytes != nbytes:
             raise Malformed(f"storage {key} is given {root.nbytes} bytes in one place and {nbytes} in another")
         return _storage_view(root, kind, count, view)
@@ -277,7 +277,7 @@ def read_safetensors(file: MappedFile) -> Parsed:
         if stop > file.size - base:
             raise Malformed(f"tensor {name!r:.200} ends at {stop}, the data has {file.size - base} bytes: truncated?")
         spans.append((start, stop, name))
-        record = Record(file, repr(name)[:200], base + start, stop - start)
+        record = FileRecord(file, repr(name)[:200], base + start, stop - start)
         strides = [1] * len(shape)
         for axis in range(len(shape) - 2, -1, -1):
             strides[axis] = strides[axis + 1] * shape[axis + 1]

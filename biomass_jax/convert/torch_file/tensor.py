@@ -46,7 +46,7 @@ class MappedFile:
 
 
 @dataclass(eq=False)
-class Record:
+class FileRecord:
     """A run of bytes of the file that holds one root storage.
 
     Attributes:
@@ -86,7 +86,7 @@ class StorageType(Inert):
 class Storage(Inert):
     """`count` elements of `dtype` that begin at byte `start` of a record."""
 
-    record: Record
+    record: FileRecord
     dtype: str
     count: int
     start: int = 0

@@ -1,16 +1,17 @@
-"""Maps on disk: rows in, a checked Cloud-Optimized GeoTIFF out, in memory that doesn't grow with the map's height.
+"""Rasters out: rows in, a checked Cloud-Optimized GeoTIFF out, in memory that doesn't grow with the raster's height.
 
 A COG can't be streamed, so rows go to a plain tiled GeoTIFF beside the target first, which GDAL's COG driver copies.
 GDAL can report success on a full disk: both files are checked block by block against their size, and their values
-against checksums taken while writing, before the map gets its name.
+against checksums taken while writing, before the raster gets its name. Equal input gives equal bytes.
 """
 
 import os
 import shutil
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,16 +19,50 @@ from typing import Any, Self
 import numpy as np
 import rasterio.shutil
 from affine import Affine
+from numpy.typing import DTypeLike
+from rasterio.enums import Resampling
 from rasterio.windows import Window
 
 from biomass_jax.data.raster.grid import Grid, open_quietly, raster_errors
 from biomass_jax.data.raster.tiff import verify_blocks
 from biomass_jax.errors import RasterError
 
-# Deflate is read everywhere; level 1 is within a few percent of level 6 on float32 with predictor 3 and much quicker.
-_COMPRESSION = {"compress": "deflate", "bigtiff": "IF_SAFER"}
-_LEVEL = 1
 _FULL = "is the disk full, or a limit on file sizes set (ulimit -f)?"
+
+
+@dataclass(frozen=True)
+class CogLayout:
+    """How a COG is compressed and blocked.
+
+    Attributes:
+        block: edge of its tiles in pixels, a multiple of 16.
+        compression: GDAL's options of the COG.
+        working: GDAL's options of the working copy.
+        overviews_first: whether overviews are made in the working copy (quicker where that isn't compressed) or by the
+            COG driver. Either way they are means of the valid pixels.
+    """
+
+    block: int
+    compression: Mapping[str, Any]
+    working: Mapping[str, Any] = field(default_factory=dict)
+    overviews_first: bool = False
+
+
+# Deflate is read everywhere; level 1 is within a few percent of level 6 on float32 with predictor 3 and much quicker.
+# With more threads GDAL says nothing when the disk is full: hours of work would be written to nowhere.
+MAP_LAYOUT = CogLayout(
+    block=512,
+    compression={"compress": "deflate", "level": 1, "predictor": "YES"},
+    working={"compress": "deflate", "zlevel": 1, "predictor": 3, "num_threads": 1},
+)
+# On digital numbers zstd takes a third of deflate's time to write, half of it to read, and is no larger; GDAL has it
+# since 2.3. Blocks are HLS's own: a chip of 224 touches at most four.
+DATA_LAYOUT = CogLayout(
+    block=256,
+    compression={"compress": "zstd", "level": 1, "predictor": "YES"},
+    working={"interleave": "band"},  # for the COG driver all the same, and quicker to write and to average
+    overviews_first=True,
+)
 
 
 def check_space(folder: str | os.PathLike[str], needed: int) -> None:
@@ -55,16 +90,15 @@ def check_space(folder: str | os.PathLike[str], needed: int) -> None:
         )
 
 
-def space_needed(grid: Grid) -> int:
-    """Bytes that writing a float32 map takes at its peak: working copy, the COG and overviews twice, compressed."""
-    raw = grid.height * grid.width * 4
-    return int(raw * (1 + 4 / 3 + 1 / 3) * 0.85) + 2**20
+def space_needed(grid: Grid, pixel_bytes: int = 4) -> int:
+    """Bytes that writing takes at its peak: the working copy and the COG, both with overviews, one compressed."""
+    return int(grid.height * grid.width * pixel_bytes * 4 / 3 * (1 + 0.85)) + 2**20
 
 
-class MapWriter:
-    """Writes one float32 map as a COG; a context manager.
+class CogWriter:
+    """Writes one raster as a COG; a context manager.
 
-    Leaving the block without an exception finishes the map (`close`); an exception, or being killed, leaves nothing
+    Leaving the block without an exception finishes the raster (`close`); an exception, or being killed, leaves nothing
     under the target's name. Working files lie beside the target, hidden: `.{stem}.partial.tif`, `.{stem}.cog.tif`.
 
     Attributes:
@@ -76,22 +110,24 @@ class MapWriter:
         dst: str | os.PathLike[str],
         grid: Grid,
         *,
+        dtype: DTypeLike,
+        band_names: Sequence[str],
         nodata: float,
-        description: str,
-        unit: str,
         tags: Mapping[str, str],
-        block: int = 512,
+        units: Sequence[str] = (),
+        layout: CogLayout = DATA_LAYOUT,
     ) -> None:
         """Open the working copy.
 
         Args:
-            dst: the map's path; its folder is made if it isn't there.
-            grid: size and place of the map.
-            nodata: value of pixels without one.
-            description: name of the band.
-            unit: its unit.
-            tags: texts for the file.
-            block: edge of its tiles in pixels, a multiple of 16.
+            dst: the raster's path; its folder is made if it isn't there, a raster of this name is replaced.
+            grid: size and place.
+            dtype: of the file; the rows have to be of it.
+            band_names: description of each band.
+            nodata: one for all bands, as GeoTIFF has it.
+            tags: texts for the file; read after the last rows, so whoever makes those may add counts to it.
+            units: unit of each band, or none.
+            layout: blocks and compression.
 
         Raises:
             RasterError: the folder can't be written to, or has too little room.
@@ -99,26 +135,25 @@ class MapWriter:
         self.path = Path(dst)
         self.grid = grid
         self.seconds = {"write": 0.0, "verify": 0.0, "copy": 0.0}
-        self._block = block
+        self._dtype, self._bands, self._layout, self._tags = np.dtype(dtype), len(band_names), layout, tags
         self._next_row = 0
         self._checksums: list[int] = []
         self._partial = self.path.with_name(f".{self.path.stem}.partial.tif")
         self._cog = self.path.with_name(f".{self.path.stem}.cog.tif")
-        self._nodata = float(nodata)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RasterError(f"{self.path.parent}: can't make this folder: {error.strerror or error}") from error
         if self.path.is_dir():
-            raise RasterError(f"{self.path}: there is a folder of this name; a map can't be written there")
+            raise RasterError(f"{self.path}: there is a folder of this name; a raster can't be written there")
         self._remove_working_files()  # what a killed run left counts neither as room taken nor as data
-        check_space(self.path.parent, space_needed(grid))
-        self._buffer = np.empty((min(block, grid.height), grid.width), np.float32)
+        check_space(self.path.parent, space_needed(grid, self._bands * self._dtype.itemsize))
+        self._buffer = np.empty((self._bands, min(layout.block, grid.height), grid.width), self._dtype)
         self._dataset: Any = None
-        with raster_errors(str(self.path)):
-            self._dataset = self._create(description, unit, tags)
+        with raster_errors(f"{self.path}: writing {self._partial.name}; {_FULL}"):
+            self._dataset = self._create(float(nodata), band_names, units)
 
-    def _create(self, description: str, unit: str, tags: Mapping[str, str]) -> Any:
+    def _create(self, nodata: float, band_names: Sequence[str], units: Sequence[str]) -> Any:
         placed = self.grid.crs is not None or self.grid.transform != Affine.identity()
         dataset = open_quietly(
             str(self._partial),
@@ -126,22 +161,20 @@ class MapWriter:
             driver="GTiff",
             height=self.grid.height,
             width=self.grid.width,
-            count=1,
-            dtype="float32",
-            nodata=self._nodata,
+            count=self._bands,
+            dtype=self._dtype.name,
+            nodata=nodata,
             crs=self.grid.crs,
             transform=self.grid.transform if placed else None,
             tiled=True,
-            blockxsize=self._block,
-            blockysize=self._block,
-            predictor=3,
-            zlevel=_LEVEL,
-            num_threads=1,  # with more, GDAL says nothing when the disk is full: hours of work would go on for nothing
-            **_COMPRESSION,
+            blockxsize=self._layout.block,
+            blockysize=self._layout.block,
+            bigtiff="IF_SAFER",
+            **self._layout.working,
         )
-        dataset.set_band_description(1, description)
-        dataset.set_band_unit(1, unit)
-        dataset.update_tags(**{**{key: str(value) for key, value in tags.items()}, "AREA_OR_POINT": "Area"})
+        dataset.descriptions = tuple(band_names)
+        if units:
+            dataset.units = tuple(units)
         return dataset
 
     def __enter__(self) -> Self:
@@ -155,37 +188,29 @@ class MapWriter:
         else:
             self.abort()
 
-    def write_rows(self, start: int, values: np.ndarray) -> None:
-        """Add rows below those already written.
-
-        Args:
-            start: their first row, which has to be the next one.
-            values: (rows, width) Mg/ha or the no-data value.
+    def write(self, values: np.ndarray) -> None:
+        """Add rows below those already written: (bands, rows, width), of any number of rows.
 
         Raises:
-            RasterError: rows out of order, of another width, not finite, or the disk doesn't take them.
+            RasterError: another dtype or shape, too many rows, or the disk doesn't take them.
         """
-        rows = values.shape[0]
-        if start != self._next_row or values.ndim != 2 or values.shape[1] != self.grid.width:
+        top, block = self._next_row, self._layout.block
+        if values.dtype != self._dtype or values.ndim != 3 or values.shape[::2] != (self._bands, self.grid.width):
             raise RasterError(
-                f"{self.path}: got values {values.shape} for row {start}, expected row {self._next_row} and width "
-                f"{self.grid.width}"
+                f"{self.path}: got {values.dtype} {values.shape} for row {top}, expected {self._dtype} "
+                f"({self._bands}, rows, {self.grid.width})"
             )
-        if start + rows > self.grid.height:
-            raise RasterError(f"{self.path}: rows {start} to {start + rows} of a map with {self.grid.height}")
-        if not np.isfinite(values).all():
-            raise RasterError(
-                f"{self.path}: the model gave values that are not finite in rows {start} to {start + rows}"
-            )
+        if top + values.shape[1] > self.grid.height:
+            raise RasterError(f"{self.path}: rows {top} to {top + values.shape[1]} of a raster with {self.grid.height}")
         began = time.perf_counter()
         done = 0
-        while done < rows:
-            at = self._next_row % self._block
-            take = min(rows - done, self._block - at)
-            self._buffer[at : at + take] = values[done : done + take]
+        while done < values.shape[1]:
+            at = self._next_row % block
+            take = min(values.shape[1] - done, block - at)
+            self._buffer[:, at : at + take] = values[:, done : done + take]
             self._next_row += take
             done += take
-            if self._next_row % self._block == 0 or self._next_row == self.grid.height:
+            if self._next_row % block == 0 or self._next_row == self.grid.height:
                 self._flush(at + take)
         self.seconds["write"] += time.perf_counter() - began
 
@@ -193,22 +218,29 @@ class MapWriter:
         """Write one row of blocks, each of them whole and once, and take their checksums."""
         top = self._next_row - rows
         with raster_errors(f"{self.path}: writing rows {top} to {self._next_row} to {self._partial.name}; {_FULL}"):
-            self._dataset.write(self._buffer[:rows], 1, window=Window(0, top, self.grid.width, rows))
-        for left in range(0, self.grid.width, self._block):
-            self._checksums.append(_checksum(self._buffer[:rows, left : left + self._block]))
+            self._dataset.write(self._buffer[:, :rows], window=Window(0, top, self.grid.width, rows))
+        self._checksums += self._block_checksums(self._buffer[:, :rows])
+
+    def _block_checksums(self, values: np.ndarray) -> list[int]:
+        """Checksums of the blocks of one row of them: (bands, rows, width) -> one of all bands for each."""
+        block = self._layout.block
+        return [
+            zlib.crc32(np.ascontiguousarray(values[..., left : left + block]).data)
+            for left in range(0, values.shape[-1], block)
+        ]
 
     def close(self) -> None:
         """Finish: check the working copy, copy it to a COG, check that, and give it its name.
 
         Raises:
-            RasterError: rows are missing, or a file is not whole (a full disk); no map and no working files are left.
+            RasterError: rows are missing, or a file is not whole (a full disk); no raster, no working files are left.
         """
         if self._dataset is None:
             return
         try:
             if self._next_row != self.grid.height:
                 raise RasterError(f"{self.path}: {self._next_row} of {self.grid.height} rows were written")
-            self._timed("write", self._close_dataset)
+            self._timed("write", self._finish_dataset)
             self._timed("verify", lambda: self._verify(self._partial))
             self._timed("copy", self._copy)
             self._timed("verify", lambda: self._verify(self._cog))
@@ -229,6 +261,21 @@ class MapWriter:
         step()
         self.seconds[what] += time.perf_counter() - began
 
+    def _finish_dataset(self) -> None:
+        tags = {key: str(value) for key, value in self._tags.items()}
+        with raster_errors(f"{self.path}: writing {self._partial.name}; {_FULL}"):
+            self._dataset.update_tags(**{**tags, "AREA_OR_POINT": "Area"})
+            if self._layout.overviews_first:
+                self._dataset.build_overviews(self._overview_factors(), Resampling.average)
+        self._close_dataset()
+
+    def _overview_factors(self) -> list[int]:
+        """2, 4, 8 ... until the smallest overview is one tile."""
+        factors: list[int] = []
+        while max(self.grid.height, self.grid.width) > self._layout.block * 2 ** len(factors):
+            factors.append(2 ** (len(factors) + 1))
+        return factors
+
     def _close_dataset(self) -> None:
         dataset, self._dataset = self._dataset, None
         if dataset is not None:
@@ -237,19 +284,18 @@ class MapWriter:
 
     def _copy(self) -> None:
         """GDAL's COG driver: overviews are means of the valid pixels, because the copy carries the no-data value."""
+        by_driver = {"overviews": "IGNORE_EXISTING", "overview_resampling": "AVERAGE"}
         with raster_errors(f"{self.path}: making the COG; {_FULL}"):
             rasterio.shutil.copy(
                 str(self._partial),
                 str(self._cog),
                 driver="COG",
-                blocksize=self._block,
-                level=_LEVEL,
-                predictor="YES",
-                overviews="IGNORE_EXISTING",
-                overview_resampling="AVERAGE",
+                blocksize=self._layout.block,
                 statistics="NO",
+                bigtiff="IF_SAFER",
                 num_threads="ALL_CPUS",
-                **_COMPRESSION,
+                **({"overviews": "FORCE_USE_EXISTING"} if self._layout.overviews_first else by_driver),
+                **self._layout.compression,
             )
 
     def _verify(self, path: Path) -> None:
@@ -257,19 +303,21 @@ class MapWriter:
             verify_blocks(path)
         except RasterError as error:
             raise RasterError(f"{self.path}: not written whole; {_FULL} {error}") from error
-        checksums = iter(self._checksums)
-        with raster_errors(f"{self.path}: reading back {path.name}"), open_quietly(str(path)) as dataset:
+        block, each = self._layout.block, -(-self.grid.width // self._layout.block)
+        with (
+            raster_errors(f"{self.path}: reading back {path.name}"),
+            open_quietly(str(path), num_threads="ALL_CPUS") as dataset,
+        ):
             if (dataset.height, dataset.width) != (self.grid.height, self.grid.width):
                 raise RasterError(f"{self.path}: {path.name} is {dataset.height} x {dataset.width} pixels")
-            for top in range(0, self.grid.height, self._block):
-                rows = min(self._block, self.grid.height - top)
-                for left in range(0, self.grid.width, self._block):
-                    columns = min(self._block, self.grid.width - left)
-                    block = dataset.read(1, window=Window(left, top, columns, rows))
-                    if _checksum(block) != next(checksums):
+            for index, top in enumerate(range(0, self.grid.height, block)):
+                rows = Window(0, top, self.grid.width, min(block, self.grid.height - top))
+                found = self._block_checksums(dataset.read(window=rows))
+                for place, (one, other) in enumerate(zip(found, self._checksums[index * each :], strict=False)):
+                    if one != other:
                         raise RasterError(
                             f"{self.path}: {path.name} holds other values than were written, in the block at row "
-                            f"{top}, column {left}; {_FULL}"
+                            f"{top}, column {place * block}; {_FULL}"
                         )
 
     def _publish(self) -> None:
@@ -283,7 +331,7 @@ class MapWriter:
             finally:
                 os.close(folder)
         except OSError as error:
-            raise RasterError(f"{self.path}: can't put the map in its place: {error.strerror or error}") from error
+            raise RasterError(f"{self.path}: can't put the raster in its place: {error.strerror or error}") from error
 
     def _remove_working_files(self) -> None:
         with raster_errors(f"{self.path}: removing working files"):
@@ -293,5 +341,87 @@ class MapWriter:
                     name.with_name(name.name + extra).unlink(missing_ok=True)
 
 
-def _checksum(block: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(block).data)
+class MapWriter(CogWriter):
+    """Writes one float32 map as a COG; see `CogWriter`."""
+
+    def __init__(
+        self,
+        dst: str | os.PathLike[str],
+        grid: Grid,
+        *,
+        nodata: float,
+        description: str,
+        unit: str,
+        tags: Mapping[str, str],
+        block: int = MAP_LAYOUT.block,
+    ) -> None:
+        """Open the working copy.
+
+        Args:
+            dst: the map's path; its folder is made if it isn't there.
+            grid: size and place of the map.
+            nodata: value of pixels without one.
+            description: name of the band.
+            unit: its unit.
+            tags: texts for the file.
+            block: edge of its tiles in pixels, a multiple of 16.
+
+        Raises:
+            RasterError: the folder can't be written to, or has too little room.
+        """
+        layout = CogLayout(block, MAP_LAYOUT.compression, MAP_LAYOUT.working)
+        super().__init__(
+            dst, grid, dtype=np.float32, band_names=[description], nodata=nodata, tags=tags, units=[unit], layout=layout
+        )
+
+    def write_rows(self, start: int, values: np.ndarray) -> None:
+        """Add rows below those already written.
+
+        Args:
+            start: their first row, which has to be the next one.
+            values: (rows, width) Mg/ha or the no-data value.
+
+        Raises:
+            RasterError: rows out of order, of another width, not finite, or the disk doesn't take them.
+        """
+        if start != self._next_row or values.ndim != 2 or values.shape[1] != self.grid.width:
+            raise RasterError(
+                f"{self.path}: got values {values.shape} for row {start}, expected row {self._next_row} and width "
+                f"{self.grid.width}"
+            )
+        if not np.isfinite(values).all():
+            stop = start + values.shape[0]
+            raise RasterError(f"{self.path}: the model gave values that are not finite in rows {start} to {stop}")
+        self.write(values[None].astype(np.float32, copy=False))
+
+
+def write_cog(
+    dst: str | os.PathLike[str],
+    arrays_by_row_band: Iterable[np.ndarray],
+    grid: Grid,
+    dtype: DTypeLike,
+    band_names: Sequence[str],
+    nodata: float,
+    tags: Mapping[str, str],
+    *,
+    units: Sequence[str] = (),
+) -> Path:
+    """Write a raster of digital numbers or labels as a COG, in `DATA_LAYOUT`; see `CogWriter` for arguments and errors.
+
+    Args:
+        dst: the raster's path.
+        arrays_by_row_band: (bands, rows, width) arrays from north to south, of any numbers of rows.
+        grid: size and place.
+        dtype: of the file and the arrays.
+        band_names: description of each band.
+        nodata: of all bands.
+        tags: texts for the file; whoever makes the arrays may still add to it.
+        units: unit of each band, or none.
+
+    Returns:
+        `dst`.
+    """
+    with CogWriter(dst, grid, dtype=dtype, band_names=band_names, nodata=nodata, tags=tags, units=units) as writer:
+        for array in arrays_by_row_band:
+            writer.write(array)
+    return writer.path

@@ -107,12 +107,7 @@ def _values(file: BinaryIO, entry: tuple[int, int, bytes], layout: _Layout, size
 
 
 def _check_image(
-    file: BinaryIO,
-    entries: dict[int, tuple[int, int, bytes]],
-    layout: _Layout,
-    size: int,
-    sparse_ok: bool,
-    name: str,
+    file: BinaryIO, entries: dict[int, tuple[int, int, bytes]], layout: _Layout, size: int, sparse_ok: bool, name: str
 ) -> None:
     fields = []
     for tags in (_OFFSETS, _COUNTS):

@@ -11,7 +11,6 @@
                          r2, rmse (Mg/ha) and r2_log (of log biomass)
 """
 
-import json
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pyproj import Transformer
 
+from biomass_jax.runtime.files import write_json
 from data_prep.synthetic.forest.land import Floats, Forest
 from data_prep.synthetic.forest.view import Day, shadowed_biomass, view
 from data_prep.synthetic.gedi_file import BEAMS, granule_name, seconds_since_epoch, shot_numbers, write_gedi
@@ -71,9 +71,7 @@ def write_forest_world(
     shots, plan["gedi"] = _write_orbits(out / "granules" / "gedi", forest, area)
     plan["shots"], plan["kept"] = len(shots["kept"]), int(shots["kept"].sum())
     plan["noise_floor"] = noise_floor(forest, shots, area)
-    partial = out / ".plan.json.partial"
-    partial.write_text(json.dumps(plan, indent=1) + "\n")
-    partial.replace(out / "plan.json")
+    write_json(out / "plan.json", plan, indent=1)
     return plan
 
 

@@ -8,18 +8,15 @@ from numpy.typing import NDArray
 
 from biomass_jax.data.bands import BANDS, FILL
 from data_prep.synthetic.granule import Overpass
-from data_prep.synthetic.ruler.tiles import Tile
+from data_prep.synthetic.ruler.tiles import RulerTile
 from data_prep.synthetic.scene import FMASK_FILL
 
 IN_SEASON = 4  # scenes of a season that count
-UNUSED = {
-    "L30": ("B01", "B09", "B10", "B11"),
-    "S30": ("B01", "B05", "B06", "B07", "B08", "B09", "B10"),
-}
+UNUSED = {"L30": ("B01", "B09", "B10", "B11"), "S30": ("B01", "B05", "B06", "B07", "B08", "B09", "B10")}
 SCENE_POISONS = {"out_of_season": 3000, "other_year": 2000, "other_sensor": 1500, "older_duplicate": 900}
 
 
-class State(NamedTuple):
+class PixelState(NamedTuple):
     """What a pixel of a scene is: its Fmask value, what is added to its digital numbers, which of them are fill."""
 
     fmask: int
@@ -30,21 +27,21 @@ class State(NamedTuple):
 
 STATES = {
     # All that has to be kept: every level of aerosol, water, the unused bit 0, a clear pixel whose Fmask is 0.
-    "climatology": State(0b00_000000, clear=True),
-    "low": State(0b01_000000, clear=True),
-    "average": State(0b10_000000, clear=True),
-    "high": State(0b11_000000, clear=True),
-    "water": State(0b01_100000, clear=True),
-    "cirrus": State(0b01_000001, clear=True),
+    "climatology": PixelState(0b00_000000, clear=True),
+    "low": PixelState(0b01_000000, clear=True),
+    "average": PixelState(0b10_000000, clear=True),
+    "high": PixelState(0b11_000000, clear=True),
+    "water": PixelState(0b01_100000, clear=True),
+    "cirrus": PixelState(0b01_000001, clear=True),
     # All that has to be dropped.
-    "cloud": State(0b11_000010, 7000),
-    "adjacent": State(0b01_000100, 500),
-    "shadow": State(0b10_001000, -400),
-    "snow": State(0b01_010000, 4000),
-    "masked": State(FMASK_FILL, 6000),  # values under an Fmask without
-    "fill": State(FMASK_FILL, fill="all"),
-    "unmasked_fill": State(0b01_000000, fill="all"),
-    "one_band": State(0b01_000000, 250, fill="one"),
+    "cloud": PixelState(0b11_000010, 7000),
+    "adjacent": PixelState(0b01_000100, 500),
+    "shadow": PixelState(0b10_001000, -400),
+    "snow": PixelState(0b01_010000, 4000),
+    "masked": PixelState(FMASK_FILL, 6000),  # values under an Fmask without
+    "fill": PixelState(FMASK_FILL, fill="all"),
+    "unmasked_fill": PixelState(0b01_000000, fill="all"),
+    "one_band": PixelState(0b01_000000, 250, fill="one"),
 }
 # One row a class of pixels, one column a scene of the season. In rows with one clear state that scene is needed.
 PATTERN = [
@@ -69,7 +66,7 @@ PATTERN = [
 NEVER = len(PATTERN) - 1
 
 
-class Scene(NamedTuple):
+class RulerScene(NamedTuple):
     """A granule to be made: what it is there for, when and how it was sensed, which column of PATTERN it shows."""
 
     role: str  # `season` or a key of SCENE_POISONS
@@ -131,7 +128,7 @@ def unused_bands(shape: tuple[int, int], sensor: str) -> dict[str, NDArray[np.in
     return {number: np.full(shape, 20000 + int(number[1:]), np.int16) for number in UNUSED[sensor]}
 
 
-def tile_scenes(tile: Tile, year: int, index: int) -> list[Scene]:
+def tile_scenes(tile: RulerTile, year: int, index: int) -> list[RulerScene]:
     """Return a tile's scenes: those of the season, from its first day to its last, and four that don't count.
 
     Args:
@@ -148,20 +145,20 @@ def tile_scenes(tile: Tile, year: int, index: int) -> list[Scene]:
     first: dict[str, Any] = {"tile": tile.name, "left": tile.left, "top": tile.top, "epsg": tile.epsg}
     first["user_defined"] = tile.user_defined
     scenes = [
-        Scene("season", Overpass(time=passes[k], scale=("file", "band", "both")[k % 3], joined=k == 1, **first), k)
+        RulerScene("season", Overpass(time=passes[k], scale=("file", "band", "both")[k % 3], joined=k == 1, **first), k)
         for k in range(IN_SEASON)
     ]
     if tile.epsg // 100 == 326 and tile.top < 0:  # one scene in the usual southern form
         usual = first | {"epsg": tile.epsg + 100, "top": tile.top + 1e7}
-        scenes[1] = Scene("season", Overpass(time=passes[1], scale="band", joined=True, **usual), 1)
+        scenes[1] = RulerScene("season", Overpass(time=passes[1], scale="band", joined=True, **usual), 1)
     elif tile.user_defined:
-        scenes[2] = Scene("season", Overpass(time=passes[2], scale="both", **first | {"user_defined": False}), 2)
+        scenes[2] = RulerScene("season", Overpass(time=passes[2], scale="both", **first | {"user_defined": False}), 2)
 
     apart = timedelta(minutes=9, seconds=59) if index % 2 else timedelta(seconds=-24)
     processed = scenes[0].overpass.processing_time - timedelta(days=1)
 
-    def other(role: str, when: datetime, **how: Any) -> Scene:
-        return Scene(role, Overpass(time=when, **(first | how)))
+    def other(role: str, when: datetime, **how: Any) -> RulerScene:
+        return RulerScene(role, Overpass(time=when, **(first | how)))
 
     return [
         *scenes,

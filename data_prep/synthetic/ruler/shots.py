@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.synthetic.gedi_file import BEAMS, EPOCH, granule_name, seconds_since_epoch, shot_numbers, write_gedi
-from data_prep.synthetic.ruler.tiles import Tile, clearly_owned
+from data_prep.synthetic.ruler.tiles import RulerTile, clearly_owned
 
 CELL = 112  # pixels: shots are spread evenly over cells of this size
 PIXELS_PER_CELL = 32
@@ -68,7 +68,7 @@ class Shot:
     number: int = 0
 
 
-def tile_shots(tile: Tile, tiles: list[Tile], seen: NDArray[np.bool_], seed: int) -> list[Shot]:
+def tile_shots(tile: RulerTile, tiles: list[RulerTile], seen: NDArray[np.bool_], seed: int) -> list[Shot]:
     """Return a tile's shots, at pixels that it owns, with their longitudes and latitudes.
 
     Args:
@@ -89,7 +89,7 @@ def tile_shots(tile: Tile, tiles: list[Tile], seen: NDArray[np.bool_], seed: int
     return kept
 
 
-def _pixels(tile: Tile, tiles: list[Tile], seen: NDArray[np.bool_], seed: int) -> list[tuple[int, int]]:
+def _pixels(tile: RulerTile, tiles: list[RulerTile], seen: NDArray[np.bool_], seed: int) -> list[tuple[int, int]]:
     """Pixels for shots: some of each cell, and some that no scene sees; all clearly the tile's own."""
     rng = np.random.default_rng([seed, tile.zone, *tile.name.encode()])
     height, width = tile.shape
@@ -159,7 +159,7 @@ def _pixel_shots(pixels: list[tuple[int, int]], tile: str, seen: NDArray[np.bool
             yield shot(kind, poison, "season")
 
 
-def _edge_shots(tile: Tile) -> Iterator[Shot]:
+def _edge_shots(tile: RulerTile) -> Iterator[Shot]:
     """Good shots 0.1 m beyond the four sides: cutting off decimals instead of flooring would let some in."""
     height, width = tile.shape
     sides = {(-1, width // 3): (0.0, -CORNER_M), (height, width // 2): (0.0, CORNER_M)}

@@ -18,7 +18,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Tile:
+class RulerTile:
     """One tile; `left` and `top` are those of its upper-left corner in the CRS `epsg`, metres."""
 
     name: str
@@ -75,7 +75,7 @@ class Tile:
         return date(year - 1, 11, 1), date(year, 4, 1)
 
 
-def ruler_tiles(shape: tuple[int, int]) -> list[Tile]:
+def ruler_tiles(shape: tuple[int, int]) -> list[RulerTile]:
     """Return the six tiles.
 
     10SFF and 10SGF overlap in one zone; 10UGB and 11UKS overlap across a zone boundary; 22JGR lies south of the
@@ -97,12 +97,12 @@ def ruler_tiles(shape: tuple[int, int]) -> list[Tile]:
         return 60 * round(left / 60), 60 * round(top / 60)
 
     return [
-        Tile("10SFF", 32610, right - PIXEL_M * width, 4100040, shape, group=0),
-        Tile("10SGF", 32610, right - PIXEL_M * shared, 4100040, shape, group=0),
-        Tile("10UGB", 32610, *at(boundary[10], 0.75), shape, group=1),
-        Tile("11UKS", 32611, *at(boundary[11], 0.25), shape, group=1),
-        Tile("22JGR", 32622, 699960, 7100020 - 10_000_000, shape, group=2),
-        Tile("01KAB", 32701, *at(dateline, 0.5), shape, user_defined=True, group=3),
+        RulerTile("10SFF", 32610, right - PIXEL_M * width, 4100040, shape, group=0),
+        RulerTile("10SGF", 32610, right - PIXEL_M * shared, 4100040, shape, group=0),
+        RulerTile("10UGB", 32610, *at(boundary[10], 0.75), shape, group=1),
+        RulerTile("11UKS", 32611, *at(boundary[11], 0.25), shape, group=1),
+        RulerTile("22JGR", 32622, 699960, 7100020 - 10_000_000, shape, group=2),
+        RulerTile("01KAB", 32701, *at(dateline, 0.5), shape, user_defined=True, group=3),
     ]
 
 
@@ -110,7 +110,7 @@ def _anchor(epsg: int, lon: float, lat: float) -> tuple[float, float]:
     return Transformer.from_crs(4326, epsg, always_xy=True).transform(lon, lat)
 
 
-def clearly_owned(tile: Tile, tiles: Iterable[Tile], lon: Floats, lat: Floats) -> NDArray[np.bool_]:
+def clearly_owned(tile: RulerTile, tiles: Iterable[RulerTile], lon: Floats, lat: Floats) -> NDArray[np.bool_]:
     """Return whether `tile` is the one, among those that hold a place, with the nearest centre.
 
     False too where another centre is nearly as near, within what ways of measuring distances differ by.

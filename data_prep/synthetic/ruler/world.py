@@ -21,21 +21,18 @@ from typing import Any
 
 import numpy as np
 
+from biomass_jax.runtime.files import write_text
 from data_prep.synthetic.granule import SMALLEST, write_granule
 from data_prep.synthetic.landscape import PIXEL_M
 from data_prep.synthetic.ruler.scenes import SCENE_POISONS, clear_counts, ruler_image, tile_scenes, unused_bands
 from data_prep.synthetic.ruler.shots import Shot, tile_shots, write_orbits
-from data_prep.synthetic.ruler.tiles import Tile, ruler_tiles
+from data_prep.synthetic.ruler.tiles import RulerTile, ruler_tiles
 
 YEAR = 2020
 
 
 def write_ruler_world(
-    out: Path,
-    *,
-    shape: tuple[int, int] = (460, 700),
-    seed: int = 0,
-    tiles: Sequence[str] | None = None,
+    out: Path, *, shape: tuple[int, int] = (460, 700), seed: int = 0, tiles: Sequence[str] | None = None
 ) -> Path:
     """Write HLS granules of six tiles (or some of them), GEDI orbits over them, and what a correct chain makes of them.
 
@@ -76,12 +73,11 @@ def write_ruler_world(
         for shot in sorted((shot for shots in by_group.values() for shot in shots), key=lambda shot: shot.number)
     ]
     path = out / "plan.json"
-    partial = out / ".plan.json.partial"
-    partial.write_text(json.dumps(plan, separators=(",", ":")).replace('],["', '],\n["') + "\n")
-    return partial.replace(path)
+    write_text(path, json.dumps(plan, separators=(",", ":")).replace('],["', '],\n["') + "\n")
+    return path
 
 
-def _write_scenes(folder: Path, tile: Tile, index: int, seed: int) -> list[dict[str, str]]:
+def _write_scenes(folder: Path, tile: RulerTile, index: int, seed: int) -> list[dict[str, str]]:
     written = []
     for scene in tile_scenes(tile, YEAR, index):
         poison = SCENE_POISONS.get(scene.role, 0)
@@ -94,7 +90,7 @@ def _write_scenes(folder: Path, tile: Tile, index: int, seed: int) -> list[dict[
     return written
 
 
-def _tile_plan(tile: Tile, scenes: list[dict[str, str]], counts: np.ndarray, shots: list[Shot]) -> dict[str, Any]:
+def _tile_plan(tile: RulerTile, scenes: list[dict[str, str]], counts: np.ndarray, shots: list[Shot]) -> dict[str, Any]:
     labels = Counter((shot.row, shot.col) for shot in shots if shot.fate == "kept")
     start, stop = tile.season(YEAR)
     return {

@@ -1,0 +1,1 @@
+"""The PyTorch original, rebuilt to race against."""

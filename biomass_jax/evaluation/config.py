@@ -1,0 +1,50 @@
+"""The settings of an evaluation; docs/evaluate.md lists them."""
+
+import dataclasses
+
+from biomass_jax.runtime.settings import Range, group, setting
+
+
+@dataclasses.dataclass
+class EvaluationData:
+    """Which chips are scored."""
+
+    path: str | None = setting(None, "shards, or folders of GeoTIFFs as published")
+    split: str = setting("test", "or val, train")
+    bands: str | None = setting(None, "names of the GeoTIFFs' bands where they don't say, see [maps](maps.md)")
+    statistics: str = setting("bundle", "means and stds: bundle, or dataset, those of the data's train split")
+    means: tuple[float, ...] | None = setting(None, "or explicitly, a number for each band of the model")
+    stds: tuple[float, ...] | None = setting(None, "likewise")
+    threads: int = setting(8, "that read chips", within=Range(1))
+    biome: str | None = setting(None, "slug of the only biome to score")
+    biomes: str | None = setting(None, "polygons that tell biomes: any file that GDAL reads, GeoParquet")
+    biome_field: str | None = setting(None, "their column of names")
+
+
+@dataclasses.dataclass
+class EvaluationFigures:
+    """Which chips are drawn."""
+
+    chips: tuple[str, ...] = setting((), "ids of chips to draw, or their beginnings: `('10SFF_144',)`")
+    count: int = setting(4, "where none are named, so many, evenly spread; 0 for none")
+
+
+@dataclasses.dataclass
+class Evaluate:
+    """Fields of an evaluation."""
+
+    bundle: str | None = setting(None, "folder of the model")
+    data: EvaluationData = group(EvaluationData)
+    reference: bool = setting(False, "score labels on pixels without data too, as the reference did")
+    resamples: int = setting(1000, "draws of tiles for the intervals; 0 gives none", within=Range(0))
+    seed: int = setting(0, "of the draws", within=Range(0))
+    experiment: str | None = setting(None, "name in tables and titles; not given, model and data")
+    figures: EvaluationFigures = group(EvaluationFigures)
+    batch_size: int | None = setting(
+        None, "chips a step, over all devices together; not given, 4 a device on CPUs and 32 elsewhere"
+    )
+    dtype: str = setting("float32", "or bfloat16, inside the model")
+    matmul_precision: str = setting(
+        "highest", "default, high, highest; TPUs and some GPUs round float32 products otherwise"
+    )
+    mode: str | None = setting(None, "what `main` runs")

@@ -1,0 +1,34 @@
+"""The settings of a prediction run; docs/maps.md lists them."""
+
+import dataclasses
+
+from biomass_jax.runtime.settings import setting
+
+
+@dataclasses.dataclass
+class Predict:
+    """Fields of a prediction run."""
+
+    bundle: str | None = setting(None, "folder of the model, from `python -m biomass_jax.convert`")
+    inputs: str | None = setting(None, "what to map, see above")
+    # A text, because flags can't spell a None in a tuple.
+    bands: str | None = setting(None, "names of the files' bands where their descriptions do not say, see above")
+    batch_size: int | None = setting(
+        None, "tiles a step, over all devices together; not given, 4 a device on CPUs and 32 elsewhere"
+    )
+    dtype: str = setting("float32", "or bfloat16, inside the model: faster on TPUs and GPUs, with about 3 digits")
+    matmul_precision: str = setting(
+        "highest", "default, high, highest; TPUs and some GPUs round float32 products otherwise"
+    )
+    tile: int = setting(224, "px, side of a tile: the size that the model was trained on")
+    stride: int = setting(192, "px from one tile to the next")
+    margin: int = setting(8, "px, rim of a tile that is not used")
+    blend: str = setting("cosine", "ramps over the overlap of tiles; none takes their plain mean")
+    tiling: str = setting(
+        "default", "reference_0_99, reference_1_2: the two published algorithms, to compare with their maps"
+    )
+    mask: str | None = setting(None, "a raster of land-cover classes on any grid")
+    mask_keep: tuple[int, ...] = setting((), "its classes to map, as `(10, 95)`; all else becomes no-data")
+    quicklook: bool = setting(False, "a picture beside each map: the image, and biomass with its scale")
+    overwrite: bool = setting(False, "make maps again that are finished")
+    mode: str | None = setting(None, "what `main` runs")

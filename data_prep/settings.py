@@ -1,0 +1,125 @@
+"""The settings of data preparation: configs/prepare.py and the steps' command lines follow from them."""
+
+import dataclasses
+from typing import Literal
+
+from biomass_jax.data import records
+from biomass_jax.runtime.settings import group, setting
+
+SPLITS = ("train", "val", "test")
+SPLIT_KINDS = ("block", "tile", "random")
+
+
+@dataclasses.dataclass(frozen=True)
+class Granules:
+    """Where granules come from."""
+
+    hls: str = setting("", "folder of HLS granules' folders; OUT/granules/hls where empty")
+    gedi: str = setting("", "folder of GEDI L4A files; OUT/granules/gedi where empty")
+    download: bool = setting(False, "get what the tiles need from NASA's archives first")
+    max_cloud: float = setting(100.0, "percent of a scene that is downloaded")
+
+
+@dataclasses.dataclass(frozen=True)
+class CompositeSettings:
+    """Which observations make a composite."""
+
+    sensors: tuple[str, ...] = setting(("L30",), "and, or instead, S30")
+    statistic: str = setting("mean", "mean, median", choices=("mean", "median"))
+    min_clear: int = setting(1, "fewest clear scenes of a pixel")
+    drop_water: bool = setting(False, "leave out water (Fmask bit 5)")
+    drop_high_aerosol: bool = setting(False, "leave out high aerosol (Fmask bits 7-6)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Filters:
+    """Which GEDI shots are kept; the defaults are the recommended ones."""
+
+    algorithm_run_flag: bool = setting(True, "want 1")
+    l4_quality_flag: bool = setting(True, "want 1 (version 3: l2a_quality_flag_rel3 too)")
+    outlier_flag: bool = setting(True, "version 3 alone: want elev_highestreturn_outlier_flag 0")
+    agbd_valid: bool = setting(True, "finite and >= 0; 0.0 is a clipped prediction, no fill")
+    # Version 3 has degrade_include_flag instead, wanted 1 unless both are empty.
+    degrade_tens: tuple[int, ...] = setting((0, 1, 2, 3, 4, 6), "digits of degrade_flag that are admitted, or 'all'")
+    degrade_ones: tuple[int, ...] = setting((0, 3, 8), "likewise")
+    algorithm_10: Literal["auto", "drop", "keep"] = setting(
+        "auto", "auto: drop it in release 002_01, where its agbd is wrong", choices=("auto", "drop", "keep")
+    )
+    leaf_off_flag: bool = setting(True, "want anything but 1; 255 is not applicable (evergreen, grass)")
+    sensitivity_min: float | None = setting(None, "least sensitivity")
+    full_power_only: bool = setting(False, "no coverage beams")
+    night_only: bool = setting(False, "want the sun below the horizon")
+    max_relative_se: float | None = setting(
+        None, "greatest agbd_se / agbd; agbd_se is nearly constant, so this removes low biomass, not bad shots"
+    )
+    max_agbd: float | None = setting(None, "greatest agbd, Mg/ha")
+
+
+@dataclasses.dataclass(frozen=True)
+class GediSettings(Filters):
+    """Which GEDI shots are kept, and where."""
+
+    box: tuple[float, ...] = setting((), "(west, south, east, north) in degrees; whole orbits where empty")
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelSettings:
+    """To which tile a shot belongs."""
+
+    shot_owner: str = setting(
+        "nearest",
+        "a shot in several tiles belongs to the one whose centre is nearest, or to all as in the reference",
+        choices=("nearest", "all"),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ChipSettings:
+    """Which cells of a tile's grid become chips."""
+
+    size: int = setting(records.CHIP_SIZE, "pixels along a chip's side")
+    min_labels: int = setting(20, "fewest labels of a chip")
+    max_nodata: float = setting(0.05, "largest share of pixels without data")
+    biomes: str = setting("", "polygon file that names biomes")
+    biome_field: str = setting("", "its column with the name")
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitSettings:
+    """How chips go to splits."""
+
+    kind: str = setting("block", "what goes to one split as a whole: block, tile, random", choices=SPLIT_KINDS)
+    block_km: float = setting(50.0, "edge of the blocks")
+    buffer_m: float = setting(0.0, "least distance between chips of two splits")
+    fractions: tuple[float, float, float] = setting((0.8, 0.1, 0.1), "of train, val, test")
+    seed: int = setting(0, "of the draw")
+    stratify: str = setting("biome", "a column of the index, or none")
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardSettings:
+    """How chips are written."""
+
+    # About 100 MB: TFDS's advice, and a few shards for each reading process of a large data set.
+    records_per_shard: int = setting(256, "most chips of a shard")
+    seed: int = setting(0, "of the order of records")
+    reference_statistics: bool = setting(False, "count zeros in means and stds, as granite-geospatial-biomass does")
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepare:
+    """Fields of configs/prepare.py."""
+
+    tiles: tuple[str, ...] = setting((), "MGRS tiles as ('10SFF', '10SGF'); all that have granules where empty")
+    season: str | None = setting(None, "a year (dates by each tile's latitude) or START/STOP, STOP excluded")
+    season_table: tuple[tuple[float, str, str, int, int], ...] = setting(
+        (), "(southernmost latitude, 'MM-DD', 'MM-DD', years added to the first, to the second) a line"
+    )
+    label_years: int = setting(0, "shots of the same days of so many years before and after count too")
+    granules: Granules = group(Granules)
+    composite: CompositeSettings = group(CompositeSettings)
+    gedi: GediSettings = group(GediSettings)
+    labels: LabelSettings = group(LabelSettings)
+    chips: ChipSettings = group(ChipSettings)
+    splits: SplitSettings = group(SplitSettings)
+    shards: ShardSettings = group(ShardSettings)
