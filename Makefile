@@ -50,8 +50,8 @@ test-slow: $(STAMP) ## the tests marked slow
 test-long: $(STAMP) ## the tests marked long: meshes, processes, sweeps, what a pretraining learns
 	$(PYTEST) -m long
 
-mutate: $(STAMP) ## put faults into a copy of data preparation; a test has to notice each
-	$(BIN)/python -m tests.mutation.mutate_data_prep
+mutate: $(STAMP) ## put faults into a copy of the packages; a test has to notice each
+	$(BIN)/python -m tests.mutation.mutate
 
 check: $(STAMP) ## formatting, lint, types, import rules
 	$(BIN)/python -m ruff format --check .

@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.mutation.mutate_data_prep import MUTATIONS, ROOT, Mutation, apply
+from tests.mutation.fault import Mutation
+from tests.mutation.mutate import MUTATIONS, ROOT, apply
 
 pytestmark = pytest.mark.slow  # another wording of a source breaks it: for `make test-slow`, not for every change
 
@@ -20,6 +21,10 @@ def test_fault_can_be_put_in_and_its_test_is_there(mutation, tmp_path):
         compile(changed, path, "exec")
     file, name = mutation.test.split("::")
     assert f"def {name.split('[')[0]}(" in (ROOT / file).read_text()
+
+
+def test_faults_have_names_of_their_own():
+    assert len({mutation.name for mutation in MUTATIONS}) == len(MUTATIONS)
 
 
 def test_text_that_is_gone_is_an_error(tmp_path):

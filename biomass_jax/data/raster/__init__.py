@@ -1,1 +1,1 @@
-"""Small shards whose labels follow from the image, for tests of training."""
+"""Rasters in and out: the only part of the package that opens them."""

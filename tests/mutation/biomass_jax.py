@@ -1,0 +1,250 @@
+"""Faults of the model, its training, conversion, maps and scores."""
+
+from tests.mutation.fault import Mutation, in_file
+
+SWIN, SWIN_OPS, LAYERS = (f"biomass_jax/models/{name}.py" for name in ("swin", "swin_ops", "layers"))
+LOSSES, SIMMIM, SCORES = (f"biomass_jax/tasks/{name}.py" for name in ("losses", "simmim", "scores"))
+OPTIMIZER, STATE, STEPS = (f"biomass_jax/training/{name}.py" for name in ("optimizer", "state", "steps"))
+TILING = "biomass_jax/prediction/tiling.py"
+MESH = "biomass_jax/runtime/mesh.py"
+
+MODEL = (
+    Mutation(
+        "shift_the_other_way",
+        "tests/parity/test_encoders.py::test_timm_swin",
+        in_file(SWIN, ("jnp.roll(x, (-shift, -shift), axis=(1, 2))", "jnp.roll(x, (shift, shift), axis=(1, 2))")),
+    ),
+    Mutation(
+        "shifted_windows_see_across_regions",
+        "tests/models/test_swin_ops.py::test_shift_mask_lets_only_true_neighbours_attend",
+        in_file(SWIN_OPS, ("SHIFT_MASK_VALUE = -100.0", "SHIFT_MASK_VALUE = 0.0")),
+    ),
+    Mutation(
+        "merging_by_columns_first",
+        "tests/models/test_swin_ops.py::test_merge_patches_against_a_loop_with_odd_sides",
+        in_file(
+            SWIN_OPS,
+            (
+                "x.transpose(0, 1, 3, 4, 2, 5).reshape(b, h // 2, w",
+                "x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h // 2, w",
+            ),
+        ),
+    ),
+    Mutation(
+        "relative_positions_transposed",
+        "tests/models/test_swin_ops.py::test_relative_position_index_against_a_loop",
+        in_file(SWIN_OPS, ("dy * (2 * window_size - 1) + dx", "dx * (2 * window_size - 1) + dy")),
+    ),
+    Mutation(
+        "drop_path_not_scaled",
+        "tests/models/test_swin_ops.py::test_drop_path_drops_whole_samples_and_keeps_the_mean",
+        in_file(SWIN_OPS, ("jnp.where(kept, x / keep,", "jnp.where(kept, x,")),
+    ),
+    Mutation(
+        "running_variance_biased",
+        "tests/models/test_layers.py::test_batch_norm_normalises_by_the_biased_and_keeps_the_unbiased_variance",
+        in_file(LAYERS, ("(1 - self.momentum) * unbiased", "(1 - self.momentum) * var")),
+    ),
+    Mutation(
+        "gelu_by_tanh",
+        "tests/models/test_layers.py::test_gelu_is_the_erf_form",
+        in_file(
+            LAYERS,
+            ("0.5 * x * (1 + jax.lax.erf(x * np.asarray(0.5**0.5, x.dtype)))", "jax.nn.gelu(x, approximate=True)"),
+        ),
+    ),
+    Mutation(
+        "decoder_corners_not_aligned",
+        "tests/parity/test_micro_model.py::test_every_intermediate",
+        in_file(
+            "biomass_jax/models/upernet.py",
+            ("laterals[i - 1].shape[1:3], align_corners=True", "laterals[i - 1].shape[1:3], align_corners=False"),
+        ),
+    ),
+    Mutation(
+        "pixel_shuffle_transposed",
+        "tests/models/test_layers.py::test_pixel_shuffle_against_a_loop",
+        in_file("biomass_jax/models/pixel_shuffle.py", ("transpose(0, 1, 4, 2, 5, 3)", "transpose(0, 1, 5, 2, 4, 3)")),
+    ),
+)
+
+LOSS = (
+    Mutation(
+        "labels_of_zero_left_out",
+        "tests/training/test_losses.py::test_hand_written_numbers",
+        in_file(LOSSES, ("labelled = label >= 0", "labelled = label > 0")),
+    ),
+    Mutation(
+        "root_of_a_perfect_prediction",
+        "tests/training/test_losses.py::test_a_perfect_prediction_has_a_zero_gradient",
+        in_file(LOSSES, ("jnp.where(perfect, 1, total / (count + EPSILON))", "total / (count + EPSILON)")),
+    ),
+    Mutation(
+        "huber_without_its_half",
+        "tests/training/test_losses.py::test_against_a_loop_with_its_gradient",
+        in_file(LOSSES, ("near * (magnitude - 0.5 * near)", "near * (magnitude - near)")),
+    ),
+    Mutation(
+        "patch_variance_biased",
+        "tests/training/test_pretrain_loss.py::test_patch_statistics_are_those_of_plain_loops",
+        in_file(SIMMIM, ("jnp.maximum(count - 1, 1)", "jnp.maximum(count, 1)")),
+    ),
+    Mutation(
+        "all_bands_must_lack_data",
+        "tests/data/test_transforms.py::test_missing_pixels_are_those_of_the_one_rule",
+        in_file("biomass_jax/pipeline/augment.py", ("jnp.any(missing, axis=-1)", "jnp.all(missing, axis=-1)")),
+    ),
+)
+
+TRAINING = (
+    Mutation(
+        "biases_decay",
+        "tests/training/test_optimizer.py::test_four_steps_against_numpy",
+        in_file(OPTIMIZER, ('_NEVER_DECAYED = ("scale", "bias", ', '_NEVER_DECAYED = ("scale", ')),
+    ),
+    Mutation(
+        "layers_counted_from_the_top",
+        "tests/training/test_optimizer.py::test_layers_of_swin_b_by_name",
+        in_file(OPTIMIZER, ("layer_decay ** (top - layer(path))", "layer_decay ** layer(path)")),
+    ),
+    Mutation(
+        "plateau_an_epoch_early",
+        "tests/training/test_plateau.py::test_plateau_against_a_table_by_hand",
+        in_file("biomass_jax/training/plateau.py", ('> new["patience"]', '>= new["patience"]')),
+    ),
+    Mutation(
+        "owed_plateau_step_not_made",
+        "tests/training/test_plateau.py::test_the_owed_step_is_made_once",
+        in_file("biomass_jax/training/plateau.py", ("else plateau_step(state, owed)", "else state")),
+    ),
+    Mutation(
+        "warm_up_a_step_ahead",
+        "tests/training/test_schedules.py::test_constant_after_a_warm_up",
+        in_file(
+            "biomass_jax/training/schedules.py", ("rising = warmup_from + t *", "rising = warmup_from + (t + 1) *")
+        ),
+    ),
+    Mutation(
+        "accumulation_keeps_the_last_gradient",
+        "tests/training/test_steps.py::test_accumulation_gives_the_step_of_the_whole_batch",
+        in_file(STEPS, ("jax.tree.map(jnp.add, grads, new)", "new")),
+    ),
+    Mutation(
+        "averages_forget_instead_of_keeping",
+        "tests/training/test_steps.py::test_averages_follow_the_weights_and_batch_statistics",
+        in_file(STEPS, ("decay * old + (1 - decay) * value", "(1 - decay) * old + decay * value")),
+    ),
+    Mutation(
+        "frozen_weights_learn",
+        "tests/training/test_steps.py::test_a_frozen_encoder_keeps_every_bit_while_it_draws",
+        in_file(OPTIMIZER, ("return path == name or path.startswith(name", "return path.startswith(name + name")),
+    ),
+    Mutation(
+        "averages_start_from_fresh_weights",
+        "tests/training/test_state.py::test_averages_start_from_the_loaded_weights",
+        in_file(
+            STATE, ("ema = jax.tree.map(jnp.copy, variables) if state.ema is not None else None", "ema = state.ema")
+        ),
+    ),
+    Mutation(
+        "averages_not_scored",
+        "tests/training/test_state.py::test_averages_are_what_is_scored",
+        in_file(STATE, ("return self.ema or {", "return {")),
+    ),
+    Mutation(
+        "trace_a_step_too_long",
+        "tests/training/test_monitor.py::test_a_trace_covers_its_steps_and_no_more",
+        in_file("biomass_jax/training/monitor.py", ("elif step >= self._stop", "elif step > self._stop")),
+    ),
+)
+
+PLACES = (
+    Mutation(
+        "bias_tables_split",
+        "tests/training/test_sharding.py::test_the_table_by_hand",
+        in_file(MESH, ('(r"/relative_position_bias_table$", None),', "")),
+    ),
+    Mutation(
+        "small_arrays_split",
+        "tests/training/test_sharding.py::test_large_arrays_are_split_where_no_rule_says_otherwise",
+        in_file(MESH, ("SMALLEST_SPLIT = 2**14", "SMALLEST_SPLIT = 2**4")),
+    ),
+    Mutation(
+        "edges_repeated_for_reflected",
+        "tests/prediction/test_tiling.py::test_reflection_is_repeated_like_stepwise_mirroring",
+        in_file(
+            TILING,
+            ("return np.where(folded < size, folded, period - folded)", "return np.clip(positions, 0, size - 1)"),
+        ),
+    ),
+    Mutation(
+        "ramps_do_not_sum_to_one",
+        "tests/prediction/test_tiling.py::test_ramps_of_neighbours_sum_to_one",
+        in_file(TILING, ("np.arange(1, ramp + 1) / (ramp + 1)", "np.arange(1, ramp + 1) / ramp")),
+    ),
+    Mutation(
+        "weights_of_old_rows_kept",
+        "tests/prediction/test_tiling.py::test_streaming_equals_a_plain_whole_array_loop",
+        in_file(TILING, ("for accumulator in (self._sum, self._weight):", "for accumulator in (self._sum,):")),
+    ),
+    Mutation(
+        "last_tile_left_out",
+        "tests/prediction/test_tiling.py::test_last_tile_is_moved_back_to_the_end",
+        in_file(TILING, ("if starts[-1] != padded - tile:", "if starts[-1] > padded - tile:")),
+    ),
+)
+
+CONVERTER = (
+    Mutation(
+        "unfolded_channels_in_torchs_order",
+        "tests/convert/test_layouts.py::test_transforms_move_every_element_to_its_place",
+        in_file(
+            "biomass_jax/convert/rows.py", ("2, 2, *x.shape[1:]).swapaxes(0, 2)", "2, 2, *x.shape[1:]).swapaxes(0, 1)")
+        ),
+    ),
+    Mutation(
+        "kernels_transposed_wrongly",
+        "tests/convert/test_layouts.py::test_transforms_move_every_element_to_its_place",
+        in_file(
+            "biomass_jax/convert/rows.py", ("LINEAR_KERNEL = Transform((1, 0))", "LINEAR_KERNEL = Transform((0, 1))")
+        ),
+    ),
+    Mutation(
+        "bias_tables_resized_about_corners",
+        "tests/convert/test_layouts.py::test_bicubic_weights_by_hand",
+        in_file("biomass_jax/convert/resize.py", ("+ half) - half)", ") )")),
+    ),
+)
+
+EVALUATION = (
+    Mutation(
+        "bins_hold_their_upper_edge",
+        "tests/evaluation/test_binwise.py::test_bins_hold_their_lower_edge_and_not_their_upper",
+        in_file("biomass_jax/evaluation/tables.py", ("(values < limits[1])", "(values <= limits[1])")),
+    ),
+    Mutation(
+        "means_of_parts_ignored",
+        "tests/evaluation/test_scores.py::test_parts_merge_in_any_order_and_grouping",
+        in_file(SCORES, (" + shift * shift * (self._n * other._n / total)", "")),
+    ),
+    Mutation(
+        "batches_weigh_alike",
+        "tests/evaluation/test_scores.py::test_the_references_validation_loss_weighs_batches_by_their_chips",
+        in_file(SCORES, ("total += chips * math.sqrt(", "total += math.sqrt(")),
+    ),
+    Mutation(
+        "zero_is_no_label",
+        "tests/evaluation/test_scores.py::test_a_label_of_zero_counts_and_one_value_has_no_r2",
+        in_file(SCORES, ("chosen = label >= 0", "chosen = label > 0")),
+    ),
+    Mutation(
+        "every_tile_drawn_once",
+        "tests/evaluation/test_binwise.py::test_the_interval_covers_the_truth_about_as_often_as_it_says",
+        in_file(
+            "biomass_jax/evaluation/intervals.py",
+            ("rng.integers(len(used), size=len(used))", "rng.permutation(len(used))"),
+        ),
+    ),
+)
+
+MUTATIONS = (*MODEL, *LOSS, *TRAINING, *PLACES, *CONVERTER, *EVALUATION)

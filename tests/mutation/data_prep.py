@@ -1,0 +1,145 @@
+"""Faults of data preparation, each noticed by the ruler world."""
+
+from tests.mutation.fault import Mutation, in_file
+
+RULER = "tests/end_to_end/test_ruler_world.py::"
+COMPOSITES = RULER + "test_composites_hold_every_pixel_and_count_scenes_as_planned[small]"
+PIXELS = RULER + "test_every_pixel_tells_its_own_row_and_column[small]"
+SCENES = RULER + "test_scenes_used_and_pixels_counted_are_as_planned[small]"
+LABELS = RULER + "test_label_rasters_hold_what_was_planned_and_no_poison[small]"
+PLACE = RULER + "test_transform_gives_longitude_and_latitude_to_a_millimetre[small]"
+FILTERS = RULER + "test_filters_drop_what_was_planned[small]"
+SHOTS = RULER + "test_shot_numbers_of_chips_are_exact_and_disjoint_between_splits[small]"
+GROUND = RULER + "test_ground_of_splits_is_disjoint[small]"
+STATISTICS = RULER + "test_statistics_are_of_train_alone[small]"
+SENTINEL = RULER + "test_other_sensor_by_its_own_band_numbers[small-10SFF]"
+
+_CLEAR_BITS = "keep &= fmask & (_MASKED | (WATER if drop_water else 0)) == 0"
+_CLEAR_BANDS = "keep &= image[..., index] != bands.FILL"
+_READ_WINDOW = "image, label = pair.read_image(window), pair.read_label(window)"
+
+MUTATIONS = (
+    Mutation(
+        "round_for_floor",
+        LABELS,
+        in_file(
+            "data_prep/gedi/labels.py", ("col = np.floor(", "col = np.rint("), ("row = np.floor(", "row = np.rint(")
+        ),
+    ),
+    Mutation(
+        "rows_reversed",
+        PIXELS,
+        in_file(
+            "data_prep/chips/windows.py",
+            (_READ_WINDOW, "image, label = pair.read_image(window)[::-1], pair.read_label(window)[::-1]"),
+        ),
+    ),
+    Mutation(
+        "lon_lat_swapped", LABELS, in_file("data_prep/gedi/labels.py", (".transform(lon, lat)", ".transform(lat, lon)"))
+    ),
+    Mutation(
+        "south_without_1e7",
+        COMPOSITES,
+        in_file("biomass_jax/data/raster/grid.py", ('SOUTHERN_NORTHING if fields.get("south") else 0.0', "0.0")),
+    ),
+    Mutation(
+        "x_plus_15_m", LABELS, in_file("data_prep/gedi/labels.py", ("np.asarray(x) - t.c", "np.asarray(x) + 15 - t.c"))
+    ),
+    Mutation("s30_b05_for_nir", SENTINEL, in_file("biomass_jax/data/bands.py", ('"B05", "B8A"', '"B05", "B05"'))),
+    Mutation("fmask_equals_0", COMPOSITES, in_file("data_prep/hls/granules.py", (_CLEAR_BITS, "keep &= fmask == 0"))),
+    Mutation(  # the bits of 255 mask it too; what was observed is counted by it alone
+        "fill_255_not_tested",
+        SCENES,
+        in_file("data_prep/hls/granules.py", ("return fmask != FMASK_FILL", "return np.ones(fmask.shape, bool)")),
+    ),
+    Mutation(  # as a reader does that puts 0 where a file has no data: poison under 255 has to show
+        "fill_255_taken_for_clear",
+        COMPOSITES,
+        in_file(
+            "data_prep/hls/granules.py",
+            ("return fmask != FMASK_FILL", "return np.ones(fmask.shape, bool)"),
+            (_CLEAR_BITS, _CLEAR_BITS.replace("fmask &", "np.where(fmask == FMASK_FILL, 0, fmask) &")),
+        ),
+    ),
+    Mutation(
+        "bit_2_ignored",
+        COMPOSITES,
+        in_file("data_prep/hls/granules.py", ("CLOUD | ADJACENT | SHADOW", "CLOUD | SHADOW")),
+    ),
+    Mutation(
+        "mask_per_band",
+        COMPOSITES,
+        in_file("data_prep/hls/granules.py", (_CLEAR_BANDS, "keep &= True"))
+        + in_file(
+            "data_prep/hls/composite_sums.py",
+            (
+                "keep = clear(image, fmask, *mask)\n",
+                "keep = clear(image, fmask, *mask) & (np.moveaxis(image, -1, 0) != FILL)\n",
+            ),
+            (
+                "np.zeros((_BANDS, *shape), np.int32), np.zeros(shape, np.int16)",
+                "np.zeros((_BANDS, *shape), np.int32), np.zeros((_BANDS, *shape), np.int16)",
+            ),
+            ("sums[:, rows], number[rows])", "sums[:, rows], number[:, rows])"),
+            ("range(0, number.shape[0], _PIECE)", "range(0, number.shape[1], _PIECE)"),
+            ("number[rows] += keep[rows]", "number[:, rows] += keep[:, rows]"),
+            ("np.maximum(number[rows], 1))", "np.maximum(number[:, rows], 1))"),
+            ("out=means), number[rows], ", "out=means), number[:, rows].max(axis=0), "),
+        ),
+    ),
+    Mutation(
+        "scale_applied",
+        COMPOSITES,
+        in_file(
+            "data_prep/hls/granules.py",
+            (
+                "dataset.read(1, window=window, out=out)",
+                "out[...] = np.rint(dataset.read(1, window=window) * dataset.scales[0])",
+            ),
+        ),
+    ),
+    Mutation("fill_averaged", COMPOSITES, in_file("data_prep/hls/granules.py", (_CLEAR_BANDS, "keep &= True"))),
+    Mutation(
+        "hemisphere_swapped",
+        PLACE,
+        in_file("biomass_jax/data/raster/grid.py", ("(32700 if zone[1] else 32600)", "(32600 if zone[1] else 32700)")),
+    ),
+    Mutation(
+        "chip_offset_by_one",
+        PIXELS,
+        in_file("data_prep/chips/windows.py", ("Window(left, top, size, size)", "Window(left + 1, top, size, size)")),
+    ),
+    Mutation(
+        "leaf_off_equals_0",
+        FILTERS,
+        in_file(
+            "data_prep/gedi/filters.py",
+            ('_differs("leaf_off_flag", 1)', '_equals("leaf_off_flag", "leaf_off_flag", 0)'),
+        ),
+    ),
+    Mutation(
+        "shot_number_through_float64",
+        SHOTS,
+        in_file(
+            "data_prep/gedi/labels.py",
+            (
+                "table[name].astype(kind) for",
+                'table[name].astype(np.float64 if name == "shot_number" else kind).astype(kind) for',
+            ),
+        ),
+    ),
+    Mutation(
+        "split_by_file",
+        GROUND,
+        in_file(
+            "data_prep/chips/splits.py",
+            ("return ground.block_names(lon, lat, block_km)", 'return _column(chips, "chip_id")'),
+            ("split[met] = DROPPED", "pass"),
+        ),
+    ),
+    Mutation(
+        "std_of_all_splits",
+        STATISTICS,
+        in_file("data_prep/shards/write.py", ("reference if split == STATISTICS_SPLIT else None", "reference")),
+    ),
+)
