@@ -10,7 +10,7 @@ import rasterio
 
 from biomass_jax import main
 from biomass_jax.data import bands, sources
-from biomass_jax.evaluation import report
+from biomass_jax.evaluation import evaluate
 from biomass_jax.models.build import MODULES
 from biomass_jax.runtime import mesh as sharding
 from biomass_jax.tasks.create import choose
@@ -176,7 +176,7 @@ def test_every_field_of_pretraining_is_read(shards, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_every_field_of_an_evaluation_is_read(finetuned, shards, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "draw", lambda *_: None)
+    monkeypatch.setattr(evaluate, "draw", lambda *_: None)
     config = config_of("evaluate")
     config.update_from_flattened_dict({"bundle": str(finetuned[0] / "best"), "data.path": str(shards)})
     assert unread(config, tmp_path / "run", monkeypatch) == set()

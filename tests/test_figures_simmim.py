@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from biomass_jax import figures
-from biomass_jax.figures.simmim import COMPOSITES, MASKED
+from biomass_jax.figures.examples import COMPOSITES, MASKED
 
 BANDS = ("BLUE", "GREEN", "RED", "NIR_NARROW", "SWIR_1", "SWIR_2")
 TOKEN = 4

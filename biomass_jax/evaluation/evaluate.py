@@ -1,7 +1,11 @@
 """`config.mode = 'evaluate'`: scores of a bundle on a data set, as tables and pictures in the workdir."""
 
+import dataclasses
 import logging
+import os
+from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +14,24 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from biomass_jax import bundle as bundles
+from biomass_jax import figures
+from biomass_jax.bundle import software_versions
 from biomass_jax.data import bands, records, sources
-from biomass_jax.errors import EvaluationError
-from biomass_jax.evaluation import pixels, report
-from biomass_jax.evaluation.biomes import with_biomes
+from biomass_jax.data.biomes import Biomes, centre, folder_biome
+from biomass_jax.data.records import UNKNOWN_BIOME, Record
+from biomass_jax.data.sources import Source
+from biomass_jax.errors import BiomeError, EvaluationError
+from biomass_jax.evaluation import pixels
+from biomass_jax.evaluation import tables as binwise
+from biomass_jax.evaluation.intervals import LEVEL
+from biomass_jax.evaluation.pixels import Picture
 from biomass_jax.pipeline import batches as pipeline
 from biomass_jax.prediction.forward import Forward
 from biomass_jax.runtime import processes
+from biomass_jax.runtime.files import write_json
 from biomass_jax.runtime.progress import Progress
 from biomass_jax.tasks.create import choose_statistics
+from biomass_jax.tasks.scores import SCORES
 
 log = logging.getLogger(__name__)
 
@@ -65,9 +78,9 @@ def run(config: ConfigDict, workdir: Path, *, shardings: Callable[[], dict[str, 
     scored, pictures = pixels.join(gather(part))
     if not len(scored.label):
         raise EvaluationError(f"{group.path}: split {group.split!r} has no labelled pixel in {len(source)} chips")
-    result = report.summarize(scored, config, bundle, source.info, statistics)
+    result = summarize(scored, config, bundle, source.info, statistics)
     if jax.process_index() == 0:
-        report.write(workdir, result, scored, pictures)
+        write(workdir, result, scored, pictures)
     if lost := [name for name in config.figures.chips if not any(_matches(p.chip_id, name) for p in pictures)]:
         raise EvaluationError(
             f"config.figures.chips: no chip {', '.join(lost)} in {group.path}, split {group.split!r}; the tables are "
@@ -190,3 +203,224 @@ def chosen_chips(group: ConfigDict, source: sources.Source) -> list[str]:
 def _matches(chip_id: str, name: str) -> bool:
     """Whether an id is the one asked for, or goes on from it: `10SFF_144` is enough for `10SFF_144_2020-05-01`."""
     return chip_id == name or chip_id.startswith(f"{name}_")
+
+
+READERS = 8  # threads
+
+
+class NamedSource(Source):
+    """Chips of a source with biomes from elsewhere; all of them, or a choice.
+
+    Args:
+        source: the chips.
+        indices: those to keep, in order; None for all.
+        biomes: of the kept ones; None for `default`.
+        default: for records that say `unknown`, where `biomes` is None.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        indices: list[int] | None = None,
+        biomes: list[str] | None = None,
+        default: str = UNKNOWN_BIOME,
+    ) -> None:
+        self._source = source
+        self._indices = indices
+        self._biomes = biomes
+        self._default = default
+        self.info = dataclasses.replace(source.info, chips=len(source) if indices is None else len(indices))
+
+    def _read(self, index: int) -> Record:
+        record = self._source[index if self._indices is None else self._indices[index]]
+        biome = record["biome"] if self._biomes is None else self._biomes[index]
+        if self._biomes is None and biome == UNKNOWN_BIOME:
+            biome = self._default
+        return {**record, "biome": biome}
+
+
+def with_biomes(
+    source: Source,
+    path: str | os.PathLike[str],
+    *,
+    biome: str | None = None,
+    polygons: str | os.PathLike[str] | None = None,
+    field: str | None = None,
+) -> Source:
+    """A source whose chips know their biomes, of one biome where one is asked for.
+
+    Polygons count before the records, and these before the name of a published folder (`taiga_datasplit`). Polygons
+    and the choice of one biome read every chip once before scoring begins.
+
+    Args:
+        source: as `data.sources.open_source` gives it.
+        path: of the data set.
+        biome: slug of the only biome to keep; None for all chips.
+        polygons: file of polygons that name biomes; the one at a chip's centre counts.
+        field: the file's column of names.
+
+    Raises:
+        BiomeError: the biome that was asked for isn't there, or can't be known; chips without a place in polygons;
+            see `Biomes` too.
+    """
+    if bool(polygons) != bool(field):
+        raise BiomeError("config.data.biomes and config.data.biome_field go together: a polygon file, and its column")
+    default = folder_biome(path)
+    if not polygons and not biome:
+        return source if default == UNKNOWN_BIOME else NamedSource(source, default=default)
+    log.info("%s: finding the biomes of %d chips", path, len(source))
+    if polygons:
+        found = Biomes(polygons, str(field)).at(_centres(source, path))
+    else:
+        found = [default if chip.biome == UNKNOWN_BIOME else chip.biome for chip in source.chips()]
+    if not biome:
+        return NamedSource(source, biomes=found)
+    counts = Counter(found)
+    if set(counts) <= {UNKNOWN_BIOME}:
+        raise BiomeError(
+            f"{path}: no chip's biome is known, so {biome!r} can't be chosen; give polygons (config.data.biomes=FILE "
+            "and config.data.biome_field=COLUMN), or a folder named after its biome, such as taiga_datasplit"
+        )
+    if biome not in counts:
+        there = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
+        raise BiomeError(f"{path}: no chip of biome {biome!r}; found {there}")
+    kept = [i for i, name in enumerate(found) if name == biome]
+    return NamedSource(source, indices=kept, biomes=[biome] * len(kept))
+
+
+def _centres(source: Source, path: str | os.PathLike[str]) -> np.ndarray:
+    """(n, 2) longitudes and latitudes of the chips' centres."""
+
+    def place(index: int) -> tuple[float, float]:
+        record = source[index]
+        if not record["epsg"]:
+            raise BiomeError(f"{path}: chip {record['chip_id']} has no coordinates, so no polygon tells its biome")
+        height, width = record["label"].shape
+        return centre(record["epsg"], record["transform"], (height, width))
+
+    with ThreadPoolExecutor(READERS) as pool:
+        return np.array(list(pool.map(place, range(len(source)))), np.float64).reshape(-1, 2)
+
+
+BEST_CONSTANT = "the mean label of the scored pixels, predicted everywhere"
+NOISE_FLOOR = "the mean standard error (agbd_se) of the footprints behind the labels, from the data set's metadata"
+
+
+def summarize(scored: binwise.Scored, config: Any, bundle: Any, info: Any, statistics: str) -> dict[str, Any]:
+    """What `metrics.json` holds.
+
+    Args:
+        scored: the pixels.
+        config: of configs/evaluate.py.
+        bundle: the model.
+        info: `DatasetInfo` of the scored chips.
+        statistics: where means and stds come from.
+    """
+    rows = binwise.tables(scored, resamples=config.resamples, seed=config.seed)
+    whole = rows[0]
+    name, folder = Path(config.bundle).absolute().name, Path(config.data.path).absolute().name
+    what = ", ".join(part for part in (f"{name} on {folder}", info.split, config.data.biome) if part)
+    has_interval = whole["rmse_low"] is not None
+    return {
+        "experiment": config.experiment or what,
+        **{key: whole[key] for key in ("n", "chips", "tiles")},
+        **{f"{score}{end}": whole[f"{score}{end}"] for score in SCORES for end in ("", "_low", "_high")},
+        "best_constant": {"value": whole["best_constant"], "rmse": whole["best_constant_rmse"], "is": BEST_CONSTANT},
+        "noise_floor": {"rmse": noise_floor(info.metadata), "is": NOISE_FLOOR},
+        "interval": {
+            "level": LEVEL,
+            "resamples": config.resamples,
+            "seed": config.seed,
+            "is": f"percentiles over resampled tiles ({whole['tiles']} with labels)"
+            if has_interval
+            else f"none: {whole['tiles']} tile(s) with labels and {config.resamples} resamples; it takes two tiles",
+        },
+        "label": {"name": bundle.meta["output"]["bands"][0], "units": bundle.meta["output"]["units"]},
+        "bundle": {"path": str(config.bundle), "weights_sha256": bundle.weights_sha256},
+        "data": {
+            "path": str(config.data.path),
+            "split": info.split,
+            "chips": len(scored.chip_ids),
+            "biome": config.data.biome,
+            "statistics": statistics,
+        },
+        "settings": {"reference": config.reference, "dtype": config.dtype, "matmul_precision": config.matmul_precision},
+        "software": software_versions(),
+        "tables": rows,
+    }
+
+
+def noise_floor(metadata: dict[str, Any]) -> float | None:
+    """Mean agbd_se in Mg/ha where a data set's metadata has it (`gedi.mean_agbd_se`), else None."""
+    gedi = metadata.get("gedi")
+    value = gedi.get("mean_agbd_se") if isinstance(gedi, dict) else None
+    return None if value is None else float(value)
+
+
+def write(workdir: Path, result: dict[str, Any], scored: binwise.Scored, pictures: Sequence[Picture]) -> None:
+    """Tables, metrics and pictures, each written beside its place and renamed; those of an earlier run are replaced."""
+    rows = result["tables"]
+    binwise.write_reference_table(workdir / "binwise_rmse.csv", rows, result["experiment"])
+    binwise.write_tables(workdir / "scores.csv", rows)
+    write_json(workdir / "metrics.json", result)
+    for line in lines(result):
+        log.info("%s", line)
+    draw(workdir, result, scored, pictures)
+    log.info("tables and figures are in %s", workdir)
+
+
+def draw(workdir: Path, result: dict[str, Any], scored: binwise.Scored, pictures: Sequence[Picture]) -> None:
+    """The pictures."""
+    title, rows = result["experiment"], result["tables"]
+    unit = result["label"]["units"].replace(" ha-1", "/ha")
+    name = result["label"]["name"].upper()
+    values: tuple[Any, ...] = (scored.prediction, scored.label, result)
+    scatter = figures.density_scatter(*values, title=title, name=name, unit=unit)
+    figures.save(workdir / "density_scatter.png", scatter, title)
+    figures.save(workdir / "residual_histogram.png", figures.residual_histogram(*values, title=title, unit=unit), title)
+    tables = {
+        f"{name} of the label": [row for row in rows if row["table"] == "label_bin"],
+        f"{name} predicted": [row for row in rows if row["table"] == "prediction_bin" and (row["n"] or _is_bin(row))],
+    }
+    references = {"Best constant": result["best_constant"]["rmse"], "Noise floor": result["noise_floor"]["rmse"]}
+    bins = figures.error_by_bin(tables, title=title, scores=result, references=references, unit=unit)
+    figures.save(workdir / "error_by_bin.png", bins, title)
+    if pictures:
+        panels = [
+            figures.ChipPanel(picture.rgb, picture.prediction, picture.label, f"{picture.chip_id}, {picture.biome}")
+            for picture in pictures
+        ]
+        chips = figures.chip_panels(panels, title=title, name=name, unit=unit)
+        figures.save(workdir / "chips.png", chips, title)
+
+
+def _is_bin(row: binwise.Row) -> bool:
+    """Not the row of predictions below 0, which most models can't make."""
+    return row["group"] != binwise.bin_name(binwise.BELOW_ZERO)
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """The table that the console shows."""
+    unit = result["label"]["units"]
+    made = [f"{result['experiment']} ({unit}): {result['n']:,} labelled pixels of {result['chips']:,} chips"]
+    made.append(f"{'':24}{'RMSE':>8}{'95 % interval':>19}{'MAE':>8}{'bias':>8}{'R2':>9}{'n':>12}")
+    for row in result["tables"]:
+        if row["table"] in ("all", "label_bin", "biome"):
+            name = {"all": "all", "label_bin": "label ", "biome": "biome "}[row["table"]]
+            label = name if row["table"] == "all" else f"{name}{row['group']}"
+            ends = f"{row['rmse_low']:.2f} to {row['rmse_high']:.2f}" if row["rmse_low"] is not None else ""
+            cells = [_cell(row[score], 2) for score in ("mae", "bias")]
+            made.append(
+                f"{label:24}{_cell(row['rmse'], 2):>8}{ends:>19}{cells[0]:>8}{cells[1]:>8}{_cell(row['r2'], 3):>9}"
+                f"{row['n']:>12,}"
+            )
+    constant, floor = result["best_constant"], result["noise_floor"]["rmse"]
+    made.append(f"best constant {constant['value']:.2f}: RMSE {constant['rmse']:.2f} ({constant['is']})")
+    made.append(f"noise floor: {'not known' if floor is None else f'{floor:.2f}'} ({result['noise_floor']['is']})")
+    made.append(f"interval: {result['interval']['is']}")
+    return made
+
+
+def _cell(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"

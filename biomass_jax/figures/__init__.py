@@ -3,12 +3,16 @@
 `quicklook` writes a file; the others give a matplotlib figure, for `save` or `to_array`.
 """
 
-from biomass_jax.figures.chips import ChipPanel, chip_panels
-from biomass_jax.figures.comparison import by_training_size
-from biomass_jax.figures.curves import training_curves
+from biomass_jax.figures.curves import by_training_size, training_curves
+from biomass_jax.figures.examples import (
+    ChipPanel,
+    ReconstructionPanel,
+    chip_panels,
+    reconstruction_pictures,
+    reconstructions,
+)
 from biomass_jax.figures.maps import maps_side_by_side, quicklook
 from biomass_jax.figures.scores import density_scatter, error_by_bin, residual_histogram
-from biomass_jax.figures.simmim import ReconstructionPanel, reconstruction_pictures, reconstructions
 from biomass_jax.figures.style import save, stretch, to_array
 
 __all__ = [

@@ -116,7 +116,7 @@ def compile_steps(
     Args:
         task: of tasks.py.
         optimizer: of optimizer.py.
-        schedule: of schedules.py.
+        schedule: of optimizer.py.
         settings: see `StepSettings`.
         mesh: of sharding.py.
         shardings: of `plan_train_state`.

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from biomass_jax.errors import STOPPED, PrepError, Stopped
 from data_prep.commands import command
 from data_prep.prepare.chain import prepare
-from data_prep.prepare.executors import open_executor
+from data_prep.prepare.runner import open_executor
 from data_prep.prepare.state import locked
 
 

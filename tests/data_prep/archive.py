@@ -9,8 +9,7 @@ import numpy as np
 import requests
 
 from data_prep.season import Season
-from data_prep.synthetic.granule import write_granule
-from data_prep.synthetic.hls_tags import Overpass
+from data_prep.synthetic.granule import Overpass, write_granule
 
 SEASON = Season.parse("2020-06-01/2020-09-16")
 HLS = "HLS.L30.T10SFF.2020183T184512.v2.0"

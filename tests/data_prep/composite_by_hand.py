@@ -10,8 +10,7 @@ import rasterio
 
 from data_prep.hls.granules import find_scenes
 from data_prep.season import Season
-from data_prep.synthetic.granule import write_granule
-from data_prep.synthetic.hls_tags import Overpass
+from data_prep.synthetic.granule import Overpass, write_granule
 
 SEASON = Season.parse("2020-06-01/2020-09-16")
 SHAPE = (23, 31)

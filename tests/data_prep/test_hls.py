@@ -11,8 +11,7 @@ from rasterio.crs import CRS
 
 from biomass_jax.errors import PrepError
 from data_prep.hls import granules as hls
-from data_prep.synthetic.granule import write_granule
-from data_prep.synthetic.hls_tags import Overpass
+from data_prep.synthetic.granule import Overpass, write_granule
 
 L30 = "HLS.L30.T10SFF.2020183T184512.v2.0"
 S30 = "HLS.S30.T10SFF.2020183T184512.v2.0"

@@ -16,8 +16,7 @@ import pytest
 
 from biomass_jax.errors import PrepError
 from data_prep.prepare import run as prepare
-from data_prep.prepare.executors import SerialExecutor, attempt, open_executor
-from data_prep.prepare.runner import Runner
+from data_prep.prepare.runner import Runner, SerialExecutor, attempt, open_executor
 from data_prep.prepare.state import StepJob, StepRecords, locked
 from data_prep.synthetic.forest.world import write_forest_world
 
@@ -192,8 +191,8 @@ class Archive:
 
 def test_granules_are_downloaded_where_none_are_given(world, tmp_path, plain, monkeypatch, capsys):
     archive = Archive(world)
-    monkeypatch.setattr("data_prep.prepare.download.search_archive", archive.search)
-    monkeypatch.setattr("data_prep.prepare.download.log_in", lambda: archive.open_url)
+    monkeypatch.setattr("data_prep.prepare.chain.search_archive", archive.search)
+    monkeypatch.setattr("data_prep.prepare.chain.log_in", lambda: archive.open_url)
     line = command(tmp_path, "--config.granules.download=true", "--config.tiles=('T10SFF', '10SGF')")
     assert prepare.main([*line, "--discard-granules"]) == 0
     assert len(archive.asked) == len(set(archive.asked)) == 4 * 7 + 2
@@ -286,7 +285,7 @@ def test_an_unknown_config_and_an_absent_scheduler_are_named(tmp_path, monkeypat
     with pytest.raises(PrepError, match="absent.py: no such file"):
         prepare.read_config(str(tmp_path / "absent.py"))
     pytest.importorskip("distributed")
-    monkeypatch.setattr("data_prep.prepare.executors.CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr("data_prep.prepare.runner.CONNECT_SECONDS", 0.2)
     with pytest.raises(PrepError, match="no Dask scheduler answers"), open_executor(1, "tcp://127.0.0.1:9"):
         pass
 

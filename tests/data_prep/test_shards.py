@@ -18,8 +18,8 @@ import pytest
 from biomass_jax.data.shards import read_metadata, verify
 from biomass_jax.data.sources import ShardSource
 from biomass_jax.errors import DataError, PrepError, RecordError
+from data_prep.shards import write as shard_writer
 from data_prep.shards import write as shards
-from data_prep.shards import writer as shard_writer
 from tests.data.test_records import make_record
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,7 +12,7 @@ import pytest
 from biomass_jax import bundle as bundles
 from biomass_jax.data import bands, sources
 from biomass_jax.errors import BundleError, ConfigError, DataError, EvaluationError, PredictionError
-from biomass_jax.evaluation import evaluate, report
+from biomass_jax.evaluation import evaluate
 from biomass_jax.prediction.forward import Forward
 from biomass_jax.runtime.mesh import local_placement
 from tests.data_prep.test_geotiff import write_pair
@@ -34,7 +34,7 @@ def model(tmp_path_factory):
 def drawn(monkeypatch):
     """Ids of the chips that would be drawn: pictures cost more than scores here; `result` makes them all."""
     seen = []
-    monkeypatch.setattr(report, "draw", lambda workdir, result, scored, pictures: seen.extend(pictures))
+    monkeypatch.setattr(evaluate, "draw", lambda workdir, result, scored, pictures: seen.extend(pictures))
     return seen
 
 
@@ -100,7 +100,7 @@ def test_files_hold_what_was_found(result):
         "scores.csv",
         "binwise_rmse.csv",
     }
-    said = "\n".join(report.lines(found))
+    said = "\n".join(evaluate.lines(found))
     assert f"{found['rmse']:.2f}" in said
     assert "best constant" in said
     assert "noise floor: not known" in said
@@ -211,9 +211,9 @@ def test_data_without_labels_and_in_other_units(model, tmp_path):
 
 
 def test_the_noise_floor_comes_from_the_metadata():
-    assert report.noise_floor({"gedi": {"mean_agbd_se": 8.25}}) == 8.25
-    assert report.noise_floor({"gedi": [{"mean_agbd_se": 8.25}]}) is None  # rasters made differently
-    assert report.noise_floor({}) is None
+    assert evaluate.noise_floor({"gedi": {"mean_agbd_se": 8.25}}) == 8.25
+    assert evaluate.noise_floor({"gedi": [{"mean_agbd_se": 8.25}]}) is None  # rasters made differently
+    assert evaluate.noise_floor({}) is None
 
 
 def stub(names, apply, task="biomass"):

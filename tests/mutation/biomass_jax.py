@@ -3,7 +3,7 @@
 from tests.mutation.fault import Mutation, in_file
 
 SWIN, SWIN_OPS, LAYERS = (f"biomass_jax/models/{name}.py" for name in ("swin", "swin_ops", "layers"))
-LOSSES, SIMMIM, SCORES = (f"biomass_jax/tasks/{name}.py" for name in ("losses", "simmim", "scores"))
+LOSSES, SCORES = (f"biomass_jax/tasks/{name}.py" for name in ("losses", "scores"))
 OPTIMIZER, STATE, STEPS = (f"biomass_jax/training/{name}.py" for name in ("optimizer", "state", "steps"))
 TILING = "biomass_jax/prediction/tiling.py"
 MESH = "biomass_jax/runtime/mesh.py"
@@ -87,7 +87,7 @@ LOSS = (
     Mutation(
         "patch_variance_biased",
         "tests/training/test_pretrain_loss.py::test_patch_statistics_are_those_of_plain_loops",
-        in_file(SIMMIM, ("jnp.maximum(count - 1, 1)", "jnp.maximum(count, 1)")),
+        in_file(LOSSES, ("jnp.maximum(count - 1, 1)", "jnp.maximum(count, 1)")),
     ),
     Mutation(
         "all_bands_must_lack_data",
@@ -121,7 +121,7 @@ TRAINING = (
         "warm_up_a_step_ahead",
         "tests/training/test_schedules.py::test_constant_after_a_warm_up",
         in_file(
-            "biomass_jax/training/schedules.py", ("rising = warmup_from + t *", "rising = warmup_from + (t + 1) *")
+            "biomass_jax/training/optimizer.py", ("rising = warmup_from + t *", "rising = warmup_from + (t + 1) *")
         ),
     ),
     Mutation(
@@ -135,7 +135,7 @@ TRAINING = (
         in_file(STEPS, ("decay * old + (1 - decay) * value", "(1 - decay) * old + decay * value")),
     ),
     Mutation(
-        "frozen_weights_learn",
+        "freezing_takes_no_names_below",
         "tests/training/test_steps.py::test_a_frozen_encoder_keeps_every_bit_while_it_draws",
         in_file(OPTIMIZER, ("return path == name or path.startswith(name", "return path.startswith(name + name")),
     ),
@@ -161,7 +161,7 @@ TRAINING = (
 PLACES = (
     Mutation(
         "bias_tables_split",
-        "tests/training/test_sharding.py::test_the_table_by_hand",
+        "tests/training/test_sharding.py::test_what_is_picked_by_rows_or_used_whole_is_not_split",
         in_file(MESH, ('(r"/relative_position_bias_table$", None),', "")),
     ),
     Mutation(

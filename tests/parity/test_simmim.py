@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from biomass_jax.models.simmim import SimMIM
-from biomass_jax.tasks.simmim import simmim_finish, simmim_loss_sums
+from biomass_jax.tasks.losses import simmim_finish, simmim_loss_sums
 from tests.parity.torch_names import relative_error, to_variables
 
 CASES = {"c6_img96_w3": 3, "c3_img192_w6_official": 6}  # name -> window

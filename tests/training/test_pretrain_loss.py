@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from biomass_jax.tasks.simmim import patch_statistics, simmim_chip_sums, simmim_finish, simmim_loss_sums
+from biomass_jax.tasks.losses import patch_statistics, simmim_chip_sums, simmim_finish, simmim_loss_sums
 
 PATCH = 2
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from biomass_jax.training.schedules import create_schedule
+from biomass_jax.training.optimizer import create_schedule
 
 
 def rates(steps, kind, **settings):

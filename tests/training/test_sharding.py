@@ -67,6 +67,17 @@ def test_an_axis_that_a_rule_names_must_be_divisible():
     assert jax.tree.leaves(specs(sharding.state_shardings(mesh_of(1, 8), kernel))) == [WHOLE]
 
 
+def test_what_is_picked_by_rows_or_used_whole_is_not_split():
+    arrays = {
+        "blocks_0": {"attn": {"relative_position_bias_table": shape(528, 48)}, "norm": {"scale": shape(2**15)}},
+        "batch_stats": {"mean": shape(2**15)},
+    }
+    assert set(jax.tree.leaves(specs(sharding.state_shardings(mesh_of(1, 8), {"params": arrays})))) == {WHOLE}
+    # the same shapes under names without a rule
+    others = {"head": {"kernel": shape(528, 48), "other": shape(2**15)}}
+    assert WHOLE not in jax.tree.leaves(specs(sharding.state_shardings(mesh_of(1, 8), {"params": others})))
+
+
 def test_the_table_by_hand():
     mesh = mesh_of(1, 4)
     over, whole = NamedSharding(mesh, PartitionSpec(None, "fsdp")), NamedSharding(mesh, WHOLE)

@@ -16,8 +16,7 @@ from biomass_jax.tasks import regression as tasks
 from biomass_jax.tasks.create import choose
 from biomass_jax.training import plateau
 from biomass_jax.training import run as training
-from biomass_jax.training.optimizer import create_optimizer, trainable_mask
-from biomass_jax.training.schedules import create_schedule
+from biomass_jax.training.optimizer import create_optimizer, create_schedule, trainable_mask
 from biomass_jax.training.state import plan_train_state
 from biomass_jax.training.steps import StepSettings, compile_steps
 from configs import finetune_all_biomes
