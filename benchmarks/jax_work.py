@@ -36,13 +36,6 @@ def memory() -> float:
     return stats["peak_bytes_in_use"] / 2**30 if "peak_bytes_in_use" in stats else common.peak_rss_gib()
 
 
-def compile_timed(lowered: Any) -> tuple[Any, float]:
-    """The program, and how long it took."""
-    found: list[Any] = []
-    seconds = common.timed(lambda: found.append(lowered.compile()))
-    return found[0], seconds
-
-
 def reference(bundle: str, shared: str, count: int = 2) -> tuple[dict[str, Any], Once]:
     """Images, our output and the architecture, for `torch_rival.check`."""
     from biomass_jax import bundle as bundles

@@ -32,7 +32,7 @@ class Feed:
         Args:
             train: training chips.
             valid: validation chips.
-            mesh: of sharding.py.
+            mesh: of `runtime.mesh`.
             batch_size: chips a batch over all devices and processes.
             seed: of the order of training chips.
             threads: that read chips.

@@ -46,28 +46,22 @@ def reference_0_99_tiles(size: Pair, tile: Pair, stride: Pair) -> list[Placed]:
     ]
 
 
-def reference_1_2_plan(
-    height: int, width: int, *, tile: Pair, stride: Pair, margin: int, blend: str, padded: bool = True
-) -> TilePlan:
-    """TilePlan of terratorch 1.2.11; `padded=False` is its `padding=False`, in which border tiles are used whole.
+def reference_1_2_plan(height: int, width: int, *, tile: Pair, stride: Pair, margin: int, blend: str) -> TilePlan:
+    """TilePlan of terratorch 1.2.11 with its padding, so that every tile is cropped.
 
     Raises:
         TilingError: the raster is smaller than the tile even when padded, or a pixel stays without a prediction.
     """
     delta = min(margin, (tile[0] - stride[0]) // 2, (tile[1] - stride[1]) // 2)
-    pad = delta if padded else 0
     name = "reference_1_2"
-    if pad >= min(height, width):
-        raise _failure(name, height, width, f"it reflects {pad} px, which needs a side of at least {pad + 1} px")
-    size = (height + 2 * pad, width + 2 * pad)
+    if delta >= min(height, width):
+        raise _failure(name, height, width, f"it reflects {delta} px, which needs a side of at least {delta + 1} px")
+    size = (height + 2 * delta, width + 2 * delta)
     if size[0] < tile[0] or size[1] < tile[1]:
-        raise _failure(name, height, width, f"with its {pad} px of padding that is smaller than the tile {tile}")
-    placed = reference_1_2_tiles(size, tile, stride)
-    if padded:  # every tile is cropped then
-        placed = [(row, column, False) for row, column, _ in placed]
-    inner = _weights_1_2(tile, stride, delta, blend)
-    border = _weights_1_2(tile, stride, 0, blend)
-    return _plan(name, (height, width), tile, pad, delta, placed, (inner, border))
+        raise _failure(name, height, width, f"with its {delta} px of padding that is smaller than the tile {tile}")
+    placed = [(row, column, False) for row, column, _ in reference_1_2_tiles(size, tile, stride)]
+    weights = _weights_1_2(tile, stride, delta, blend)
+    return _plan(name, (height, width), tile, delta, delta, placed, (weights, weights))
 
 
 def reference_0_99_plan(height: int, width: int, *, tile: Pair, stride: Pair) -> TilePlan:

@@ -38,10 +38,9 @@ def loss_sums(
     if prediction.shape != label.shape:  # broadcasting would make a plausible number of it
         raise ValueError(f"prediction {prediction.shape} and label {label.shape} must have the same shape")
     labelled = label >= 0
-    # Replaced before the arithmetic as well as after it: 0 times the gradient of a NaN is NaN.
+    # Replaced before the arithmetic: 0 times the gradient of a NaN is NaN. Every loss of 0 is 0.
     error = jnp.where(labelled, prediction.astype(jnp.float32) - label.astype(jnp.float32), 0)
-    error = jnp.where(labelled, _pixel_loss(error, kind, huber_delta), 0)
-    return error.sum(), labelled.sum(dtype=jnp.float32)
+    return _pixel_loss(error, kind, huber_delta).sum(), labelled.sum(dtype=jnp.float32)
 
 
 def finish(total: jax.Array, count: jax.Array, kind: str) -> jax.Array:

@@ -33,13 +33,12 @@ class RegressionSums:
         """Labelled pixels."""
         return self._n
 
-    def add(self, prediction: np.ndarray, label: np.ndarray, mask: np.ndarray | None = None) -> Self:
+    def add(self, prediction: np.ndarray, label: np.ndarray) -> Self:
         """Add the pixels that have a label.
 
         Args:
             prediction: of any shape.
             label: of the same shape; below 0 for none.
-            mask: of the same shape or one that broadcasts to it; False leaves out.
 
         Raises:
             ValueError: other shapes.
@@ -48,8 +47,6 @@ class RegressionSums:
         if prediction.shape != label.shape:
             raise ValueError(f"predictions have shape {prediction.shape}, labels {label.shape}; expected the same")
         chosen = label >= 0
-        if mask is not None:
-            chosen = chosen & np.broadcast_to(mask, label.shape)
         truth = label[chosen].astype(np.float64)
         if not truth.size:
             return self

@@ -226,19 +226,6 @@ def import_adam(opt_state: Any, count: Any, mu: Tree, nu: Tree) -> Any:
     return jax.tree.map(lambda part: new if _is_adam(part) else part, opt_state, is_leaf=_is_adam)
 
 
-def export_adam(opt_state: Any, params: Tree) -> tuple[Any, Tree, Tree]:
-    """(count, mu, nu) of a state of `create_optimizer`, both shaped like `params`: zeros for what is frozen."""
-    state = _adam(opt_state)
-
-    def whole(moments: Tree) -> Tree:
-        found = _flat(moments)
-        return jax.tree.map_with_path(
-            lambda path, p: found[_name(path)] if _name(path) in found else jnp.zeros(p.shape, p.dtype), params
-        )
-
-    return state.count, whole(state.mu), whole(state.nu)
-
-
 def _scale_by_name(scales: dict[str, float]) -> optax.GradientTransformation:
     # By name, since the tree that arrives here lacks what is frozen.
     return optax.stateless(lambda updates, _: jax.tree.map_with_path(lambda p, u: scales[_name(p)] * u, updates))

@@ -57,9 +57,9 @@ def plan_train_state(
     """How a fresh state is drawn and where it belongs, from its shapes alone.
 
     Args:
-        task: of tasks.py.
+        task: see `tasks.base.Task`.
         optimizer: of optimizer.py.
-        mesh: of sharding.py.
+        mesh: of `runtime.mesh`.
         seed: of the weights.
         ema: keep averages of the weights.
         learning_rate: the first one, where validation moves it.

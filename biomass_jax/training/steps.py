@@ -114,11 +114,11 @@ def compile_steps(
     """Jit both steps for a mesh.
 
     Args:
-        task: of tasks.py.
+        task: see `tasks.base.Task`.
         optimizer: of optimizer.py.
         schedule: of optimizer.py.
         settings: see `StepSettings`.
-        mesh: of sharding.py.
+        mesh: of `runtime.mesh`.
         shardings: of `plan_train_state`.
     """
     rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from rasterio.windows import Window
 
 from biomass_jax.data import bands
 from biomass_jax.data.raster.grid import Grid, grid_of, open_quietly, raster_errors, utm_zone
+from biomass_jax.data.raster.inputs import granule_name
 from biomass_jax.data.raster.tiff import verify_blocks
 from biomass_jax.errors import BandError, PrepError, RasterError
 
@@ -28,7 +29,6 @@ FMASK_FILL = 255
 CLOUD, ADJACENT, SHADOW, SNOW, WATER = (1 << bit for bit in range(1, 6))
 HIGH_AEROSOL = 0b11 << 6
 _MASKED = CLOUD | ADJACENT | SHADOW | SNOW
-_NAME = re.compile(r"HLS\.([LS]30)\.T(\d{2}[C-HJ-NP-X][A-Z]{2})\.(\d{7}T\d{6})\.v(\d+\.\d+)")
 _TILE_IN_TAG = re.compile(r"(?<![A-Z0-9])T?(\d{2}[C-X][A-Z]{2})(?![A-Z0-9])")
 _TILE_TAGS = ("SENTINEL2_TILEID", "TILE_ID")  # of L30, of S30
 _SENSOR_TAGS = ("SENSOR", "SPACECRAFT_NAME")
@@ -61,22 +61,24 @@ def parse_granule_name(name: str) -> Granule:
     Raises:
         PrepError: not an HLS name, an impossible date, or another version than 2.0.
     """
-    match = _NAME.match(name)
-    if match is None or name[match.end() : match.end() + 1] not in ("", "."):
+    found = granule_name(name) if "/" not in name else None
+    if found is None or found.tile[2] not in "CDEFGHJKLMNPQRSTUVWX" or name[len(found.granule) :][:1] not in ("", "."):
         raise PrepError(f"{name}: not an HLS granule's name; expected one like HLS.L30.T10SFF.2020183T184512.v2.0")
-    sensor, tile, stamp, version = match.groups()
-    if version != VERSION:
-        raise PrepError(f"{match[0]}: HLS version {version}, expected v{VERSION}; other versions have other numbers")
+    if found.version != VERSION:
+        raise PrepError(
+            f"{found.granule}: HLS version {found.version}, expected v{VERSION}; other versions have other numbers"
+        )
     try:
-        clock = datetime.strptime(stamp[8:], "%H%M%S")
-        day = datetime(int(stamp[:4]), 1, 1, tzinfo=UTC) + timedelta(days=int(stamp[4:7]) - 1)
-        if day.year != int(stamp[:4]):
+        acquired = datetime.strptime(f"{found.date}{found.time}+0000", "%Y%j%H%M%S%z").astimezone(UTC)
+        if acquired.year != int(found.date[:4]):  # day 366 of other years
             raise ValueError("day of the year")
     except ValueError as error:
-        raise PrepError(f"{match[0]}: {stamp} is no date; expected year, day of the year, T, time (UTC)") from error
-    if not 1 <= int(tile[:2]) <= 60:
-        raise PrepError(f"{match[0]}: tile {tile} is in no UTM zone; expected 01 to 60")
-    return Granule(sensor, tile, day.replace(hour=clock.hour, minute=clock.minute, second=clock.second), match[0])
+        raise PrepError(
+            f"{found.granule}: {found.date}T{found.time} is no date; expected year, day of the year, T, time (UTC)"
+        ) from error
+    if not 1 <= int(found.tile[:2]) <= 60:
+        raise PrepError(f"{found.granule}: tile {found.tile} is in no UTM zone; expected 01 to 60")
+    return Granule(found.sensor, found.tile, acquired, found.granule)
 
 
 def needed_layers(sensor: str) -> tuple[str, ...]:

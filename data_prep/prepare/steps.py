@@ -16,8 +16,6 @@ from data_prep.hls.granules import Granule, open_scene, parse_granule_name
 from data_prep.places import Box, grid_centre
 from data_prep.season import Season
 
-LARGEST_INDEX = 10**7  # chips; more than all land holds in many years
-
 
 def footprints_of_orbit(
     path: Path, folder: Path, box: Box | None, seasons: Sequence[str], filters: Mapping[str, Any]

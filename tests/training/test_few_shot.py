@@ -13,9 +13,9 @@ from biomass_jax.convert import __main__ as convert
 from biomass_jax.convert import torch_file
 from biomass_jax.errors import ConfigError
 from biomass_jax.training import run as training
-from biomass_jax.training.optimizer import export_adam
 from configs import few_shot_taiga
 from tests.training import world
+from tests.training.moments import export_adam
 
 NORM_OR_BIAS = ("scale", "bias", "relative_position_bias_table")
 # Their true gradient is 0: a softmax is blind to what is added to all its keys, the batch's mean takes the rest.

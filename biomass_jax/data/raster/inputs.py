@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from biomass_jax.errors import RasterError
 
 _GRANULE = re.compile(
-    r"(?P<granule>HLS\.(?P<sensor>[LS]30)\.T(?P<tile>\d{2}[A-Z]{3})\.(?P<date>\d{7})T\d{6}\.v\d+\.\d+)"
+    r"(?P<granule>HLS\.(?P<sensor>[LS]30)\.T(?P<tile>\d{2}[A-Z]{3})\.(?P<date>\d{7})T(?P<time>\d{6})\.v(?P<version>\d+\.\d+))"
     r"(?:\.(?P<layer>[A-Za-z0-9]+))?(?:$|[._-])"
 )
 _SCHEMES = {"http": "/vsicurl/http://", "https": "/vsicurl/https://", "s3": "/vsis3/", "gs": "/vsigs/"}
@@ -38,12 +38,14 @@ class InputItem:
 
 @dataclass(frozen=True)
 class GranuleName:
-    """What the name of an HLS file tells: granule, sensor, MGRS tile, day of the year, and layer (`B04`, `Fmask`)."""
+    """What the name of an HLS file tells: granule, sensor, MGRS tile, day of the year, time, layer (`B04`, `Fmask`)."""
 
     granule: str
     sensor: str
     tile: str
     date: str
+    time: str
+    version: str
     layer: str | None
 
     @property
@@ -64,7 +66,7 @@ def granule_name(path: str) -> GranuleName | None:
     layer = match["layer"]
     if layer is not None and layer.casefold() in ("tif", "tiff", "vrt"):
         layer = None
-    return GranuleName(match["granule"], match["sensor"], match["tile"], match["date"], layer)
+    return GranuleName(**match.groupdict() | {"layer": layer})
 
 
 def find_inputs(spec: str | os.PathLike[str]) -> list[InputItem]:
