@@ -29,7 +29,12 @@ def names_used(module: str) -> Iterator[str]:
             base = package[: len(package) - node.level + 1] if node.level else []
             origin = ".".join([*base, *([node.module] if node.module else [])])
             yield from (f"{origin}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in MODULES:
+
+
+def named_in_tables(module: str) -> Iterator[str]:
+    """Modules that a table of commands names in its strings."""
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in MODULES:
             yield node.value
 
 
@@ -59,11 +64,8 @@ def through_faces(module: str) -> Iterator[str]:
 
 def imports() -> dict[str, set[str]]:
     """Module -> the modules of ours that it imports, at the top or inside functions."""
-    found = {}
-    for module in MODULES:
-        direct = {module_of(name) for name in names_used(module)} | set(through_faces(module))
-        found[module] = {name for name in direct if name and name != module}
-    return found
+    found = {module: {module_of(name) for name in names_used(module)} for module in MODULES}
+    return {module: {name for name in names if name and name != module} for module, names in found.items()}
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
@@ -95,19 +97,27 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
 
 
 def single_importers() -> dict[str, str]:
-    """Modules of the packages with one importer -> it. Packages and commands (`__main__`) have none by nature."""
+    """Modules of the packages that one other module imports -> that one.
+
+    Left out is what has a single importer by nature: packages, commands, and what a door opens, which is a table of
+    commands or a config file. A package that passes names on is no user of them; who takes them from it is.
+    """
     users = defaultdict(set)
     for module, others in imports().items():
-        for other in others:
+        for other in {*others, *through_faces(module), *named_in_tables(module)} - {module}:
             users[other].add(module)
-    # A package that only passes names on is no user of them.
     single = {}
     for module, path in MODULES.items():
-        if module.split(".")[0] in PRODUCT and path.name not in ("__init__.py", "__main__.py"):
-            whose = {user for user in users[module] if MODULES[user].name != "__init__.py" or user.count(".") == 0}
-            if len(whose) == 1:
-                (single[module],) = whose
+        whose = {user for user in users[module] if MODULES[user].name != "__init__.py"}
+        inside = module.split(".")[0] in PRODUCT and path.name not in ("__init__.py", "__main__.py")
+        if inside and len(whose) == 1 and not any(map(is_door, whose)):
+            (single[module],) = whose
     return single
+
+
+def is_door(module: str) -> bool:
+    """Whether a module is a table of commands or a config."""
+    return module == "biomass_jax.main" or module.endswith(".__main__") or module.startswith("configs.")
 
 
 def modules_in_folders() -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The import rules of CONTRIBUTING.md ("Layers"), read from the sources, and the sizes of files and functions."""
+"""The import rules of CONTRIBUTING.md ("Layers"), and how large files, functions and folders may be."""
 
 import ast
 import subprocess
@@ -8,10 +8,33 @@ from pathlib import Path
 
 import pytest
 
+from tests import house
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("biomass_jax", "data_prep", "configs", "benchmarks", "launch", "tests")
 MOST_FILE_LINES = 500
 MOST_FUNCTION_LINES = 60
+MOST_MODULES_IN_A_FOLDER = 14
+MOST_PRODUCT_LINES = 24_850  # of biomass_jax and data_prep; lower it when they shrink
+# Modules that one other module imports stand for an idea of their own, or belong to that one.
+OF_THEIR_OWN = {
+    "biomass_jax.convert.torch_file.pickle": "safe against hostile files; read and tested by itself",
+    "biomass_jax.convert.torch_file.write": "the other direction of the file formats",
+    "biomass_jax.evaluation.tables": "scores of pixels as numbers, without a model or a run",
+    "biomass_jax.models.attention": "where another kernel for attention goes",
+    "biomass_jax.models.biomass": "the model",
+    "biomass_jax.models.simmim": "the other model",
+    "biomass_jax.models.upernet": "the decoder of the literature",
+    "biomass_jax.prediction.stream": "threads and bounded memory, without JAX",
+    "biomass_jax.tasks.regression": "one task a module",
+    "biomass_jax.tasks.simmim": "one task a module",
+    "biomass_jax.training.loop": "what happens step by step, once a run is set up",
+    "data_prep.hls.composite_sums": "the arithmetic of composites, without files",
+    "data_prep.prepare.chain": "the order of the steps",
+    "data_prep.prepare.steps": "what workers call by name",
+    "data_prep.synthetic.ruler.shots": "the labels of the ruler world, beside its images",
+}
+MOST_OF_THEIR_OWN = 15
 
 # From the bottom up: a part may import the parts of the lines above its own, and itself.
 LAYERS: tuple[set[str], ...] = (
@@ -152,6 +175,33 @@ def test_imports_go_one_way():
 def test_files_and_functions_stay_short():
     found = [fault for path, source in sources() for fault in too_long(path, source)]
     assert not found, "\n" + "\n".join(found)
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    assert house.circles(house.imports()) == []
+
+
+def test_a_circle_is_seen():
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": set()}
+    assert house.circles(graph) == [["a", "b", "c"]]
+    assert house.circles(graph | {"c": set()}) == []
+
+
+def test_folders_stay_small():
+    assert {folder: n for folder, n in house.modules_in_folders().items() if n > MOST_MODULES_IN_A_FOLDER} == {}
+
+
+def test_a_module_with_one_importer_has_a_reason():
+    assert set(house.single_importers()) == set(OF_THEIR_OWN)
+    assert len(OF_THEIR_OWN) <= MOST_OF_THEIR_OWN
+
+
+def test_public_classes_have_names_of_their_own():
+    assert {name: where for name, where in house.classes_by_name().items() if len(where) > 1} == {}
+
+
+def test_the_packages_do_not_grow_unseen():
+    assert house.product_lines() <= MOST_PRODUCT_LINES
 
 
 def test_every_folder_is_read():

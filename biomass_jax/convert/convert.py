@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from biomass_jax import bundle
-from biomass_jax.convert import architecture, declared, hub, input_meta, layouts, tensors, torch_file
+from biomass_jax.convert import architecture, declared, hub, input_meta, layouts, torch_file
 from biomass_jax.convert.resize import resize_bias_table
 from biomass_jax.convert.rows import Layout, Match, match, name_list
 from biomass_jax.convert.torch_file import TorchTensor
@@ -129,12 +129,12 @@ def read(source: str | Path, *, config: str | Path | None = None, options: Optio
     options = options or Options()
     path = _local(source)
     file = torch_file.read(path)
-    state = tensors.state_dict(file.root, path.name)
+    state = architecture.state_dict(file.root, path.name)
     keys = match(layouts.detect(state), state)
     said = declared.read(file.root, _local(config) if config else None, source=path.name)
-    fields = tensors.check(keys, state)
+    fields = architecture.check(keys, state)
     fields, meta = _complete(keys, fields, said, options, path.name)
-    variables = tensors.variables(keys, state)
+    variables = architecture.variables(keys, state)
     optimizer = read_optimizer(file.root, keys) if options.optimizer else None
     if optimizer is None and options.need_optimizer:
         raise ConvertError(
@@ -162,7 +162,9 @@ def _complete(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """All fields and the input entry; one error asks for everything that is missing."""
     layout = keys.layout
-    fields, missing = architecture.complete(layout, fields, tensors.pool_modules(keys.tensors), said, options.model)
+    fields, missing = architecture.complete(
+        layout, fields, architecture.pool_modules(keys.tensors), said, options.model
+    )
     meta, unknown = input_meta.build(said, options.input, fields["in_channels"])
     if missing or unknown:
         raise ConvertError(

@@ -21,10 +21,9 @@ from biomass_jax.data.biomes import Biomes, centre, folder_biome
 from biomass_jax.data.records import UNKNOWN_BIOME, Record
 from biomass_jax.data.sources import Source
 from biomass_jax.errors import BiomeError, EvaluationError
-from biomass_jax.evaluation import pixels
-from biomass_jax.evaluation import tables as binwise
+from biomass_jax.evaluation import tables
 from biomass_jax.evaluation.intervals import LEVEL
-from biomass_jax.evaluation.pixels import Picture
+from biomass_jax.evaluation.tables import Picture
 from biomass_jax.pipeline import batches as pipeline
 from biomass_jax.prediction.forward import Forward
 from biomass_jax.runtime import processes
@@ -75,7 +74,7 @@ def run(config: ConfigDict, workdir: Path, *, shardings: Callable[[], dict[str, 
     wanted = chosen_chips(config.figures, source)
     on_chips = chip_forward(forward, bundle.bands, fill=source.info.fill, keep_labels=config.reference)
     part = score(source, on_chips, batch_size(forward, config.batch_size), group.threads, wanted)
-    scored, pictures = pixels.join(gather(part))
+    scored, pictures = tables.join(gather(part))
     if not len(scored.label):
         raise EvaluationError(f"{group.path}: split {group.split!r} has no labelled pixel in {len(source)} chips")
     result = summarize(scored, config, bundle, source.info, statistics)
@@ -109,7 +108,7 @@ def batch_size(forward: Forward, given: int | None) -> int:
 
 def chip_forward(
     forward: Forward, names: Sequence[str], *, fill: float | None, keep_labels: bool = False
-) -> pixels.ChipForward:
+) -> tables.ChipForward:
     """The forward pass of chips and labels.
 
     Args:
@@ -135,8 +134,8 @@ def chip_forward(
 
 
 def score(
-    source: sources.Source, forward: pixels.ChipForward, size: int, threads: int, wanted: list[str]
-) -> pixels.ScoredPart:
+    source: sources.Source, forward: tables.ChipForward, size: int, threads: int, wanted: list[str]
+) -> tables.ScoredPart:
     """This process's rows of every batch, predicted.
 
     Args:
@@ -151,7 +150,7 @@ def score(
         source, batch_size=size, process_index=jax.process_index(), process_count=count, threads=threads
     )
     with Progress("scoring", -(-len(source) // count), terminal=False, every=15.0) as shown:
-        return pixels.score_batches(
+        return tables.score_batches(
             batches,
             forward,
             wanted=lambda chip_id: any(_matches(chip_id, name) for name in wanted),
@@ -159,11 +158,11 @@ def score(
         )
 
 
-def gather(part: pixels.ScoredPart) -> list[pixels.ScoredPart]:
+def gather(part: tables.ScoredPart) -> list[tables.ScoredPart]:
     """The parts of all processes, in their order, at each of them. They travel as bytes: JAX would round float64."""
     if jax.process_count() == 1:
         return [part]
-    return [pixels.from_bytes(data) for data in processes.gather(pixels.to_bytes(part))]
+    return [tables.from_bytes(data) for data in processes.gather(tables.to_bytes(part))]
 
 
 def check_bands(bundle: bundles.Bundle) -> None:
@@ -307,7 +306,7 @@ BEST_CONSTANT = "the mean label of the scored pixels, predicted everywhere"
 NOISE_FLOOR = "the mean standard error (agbd_se) of the footprints behind the labels, from the data set's metadata"
 
 
-def summarize(scored: binwise.Scored, config: Any, bundle: Any, info: Any, statistics: str) -> dict[str, Any]:
+def summarize(scored: tables.Scored, config: Any, bundle: Any, info: Any, statistics: str) -> dict[str, Any]:
     """What `metrics.json` holds.
 
     Args:
@@ -317,7 +316,7 @@ def summarize(scored: binwise.Scored, config: Any, bundle: Any, info: Any, stati
         info: `DatasetInfo` of the scored chips.
         statistics: where means and stds come from.
     """
-    rows = binwise.tables(scored, resamples=config.resamples, seed=config.seed)
+    rows = tables.tables(scored, resamples=config.resamples, seed=config.seed)
     whole = rows[0]
     name, folder = Path(config.bundle).absolute().name, Path(config.data.path).absolute().name
     what = ", ".join(part for part in (f"{name} on {folder}", info.split, config.data.biome) if part)
@@ -358,11 +357,11 @@ def noise_floor(metadata: dict[str, Any]) -> float | None:
     return None if value is None else float(value)
 
 
-def write(workdir: Path, result: dict[str, Any], scored: binwise.Scored, pictures: Sequence[Picture]) -> None:
+def write(workdir: Path, result: dict[str, Any], scored: tables.Scored, pictures: Sequence[Picture]) -> None:
     """Tables, metrics and pictures, each written beside its place and renamed; those of an earlier run are replaced."""
     rows = result["tables"]
-    binwise.write_reference_table(workdir / "binwise_rmse.csv", rows, result["experiment"])
-    binwise.write_tables(workdir / "scores.csv", rows)
+    tables.write_reference_table(workdir / "binwise_rmse.csv", rows, result["experiment"])
+    tables.write_tables(workdir / "scores.csv", rows)
     write_json(workdir / "metrics.json", result)
     for line in lines(result):
         log.info("%s", line)
@@ -370,7 +369,7 @@ def write(workdir: Path, result: dict[str, Any], scored: binwise.Scored, picture
     log.info("tables and figures are in %s", workdir)
 
 
-def draw(workdir: Path, result: dict[str, Any], scored: binwise.Scored, pictures: Sequence[Picture]) -> None:
+def draw(workdir: Path, result: dict[str, Any], scored: tables.Scored, pictures: Sequence[Picture]) -> None:
     """The pictures."""
     title, rows = result["experiment"], result["tables"]
     unit = result["label"]["units"].replace(" ha-1", "/ha")
@@ -395,9 +394,9 @@ def draw(workdir: Path, result: dict[str, Any], scored: binwise.Scored, pictures
         figures.save(workdir / "chips.png", chips, title)
 
 
-def _is_bin(row: binwise.Row) -> bool:
+def _is_bin(row: tables.Row) -> bool:
     """Not the row of predictions below 0, which most models can't make."""
-    return row["group"] != binwise.bin_name(binwise.BELOW_ZERO)
+    return row["group"] != tables.bin_name(tables.BELOW_ZERO)
 
 
 def lines(result: dict[str, Any]) -> list[str]:

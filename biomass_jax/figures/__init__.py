@@ -3,7 +3,6 @@
 `quicklook` writes a file; the others give a matplotlib figure, for `save` or `to_array`.
 """
 
-from biomass_jax.figures.curves import by_training_size, training_curves
 from biomass_jax.figures.examples import (
     ChipPanel,
     ReconstructionPanel,
@@ -12,7 +11,13 @@ from biomass_jax.figures.examples import (
     reconstructions,
 )
 from biomass_jax.figures.maps import maps_side_by_side, quicklook
-from biomass_jax.figures.scores import density_scatter, error_by_bin, residual_histogram
+from biomass_jax.figures.scores import (
+    by_training_size,
+    density_scatter,
+    error_by_bin,
+    residual_histogram,
+    training_curves,
+)
 from biomass_jax.figures.style import save, stretch, to_array
 
 __all__ = [

@@ -11,8 +11,7 @@ import numpy as np
 
 from biomass_jax import figures
 from biomass_jax.data.bands import no_data, parse_band_list
-from biomass_jax.data.raster.image import ImageSource, read_preview, read_tags
-from biomass_jax.data.raster.mask import MaskSource
+from biomass_jax.data.raster.image import ImageSource, MaskSource, read_preview, read_tags
 from biomass_jax.data.raster.tiff import verify_blocks
 from biomass_jax.errors import BiomassError, PredictionError, RasterError
 from biomass_jax.version import __version__

@@ -1,4 +1,4 @@
-"""Runs jobs: keeps what is done, hands the rest to an executor, writes records, tells what happens."""
+"""Runs jobs in this process, a pool or a Dask cluster: keeps what is done, writes records, tells what happens."""
 
 import multiprocessing
 import sys

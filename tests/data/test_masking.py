@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from biomass_jax.pipeline.masking import block_mask
+from biomass_jax.tasks.simmim import block_mask
 
 DRAWS = 10_000
 
@@ -89,7 +89,7 @@ def test_a_chips_mask_does_not_depend_on_the_batch_size():
 _ON_DEVICES = """
 import sys
 import jax, numpy as np
-from biomass_jax.pipeline.masking import block_mask
+from biomass_jax.tasks.simmim import block_mask
 from biomass_jax.runtime.mesh import batch_sharding, create_mesh
 assert len(jax.devices()) == int(sys.argv[1])
 sharding = batch_sharding(create_mesh())

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from biomass_jax.pipeline import augment as transforms
-from biomass_jax.pipeline.rotate import rotate
+from biomass_jax.pipeline.augment import rotate
 
 DEGREES = [0.0, 17.0, -29.5, 133.0]
 rotated = jax.jit(rotate, static_argnames=("label_mode", "label_fill"))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from biomass_jax.errors import EvaluationError
-from biomass_jax.evaluation import pixels as stream
+from biomass_jax.evaluation import tables as stream
 from biomass_jax.pipeline.batches import Batch, Chip
 
 

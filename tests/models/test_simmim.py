@@ -6,7 +6,7 @@ import pytest
 
 from biomass_jax.models.build import abstract_variables
 from biomass_jax.models.simmim import SimMIM
-from biomass_jax.pipeline.masking import block_mask
+from biomass_jax.tasks.simmim import block_mask
 
 SIDE = (64, 96)  # px; the last map has 2 x 3 tokens
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from biomass_jax.data import sources
-from biomass_jax.pipeline import masking
+from biomass_jax.tasks import simmim
 from biomass_jax.training.run import train_and_evaluate
 from configs import demo_pretrain
 from data_prep.shards import write as shards
@@ -27,7 +27,7 @@ def loss_of_the_mean(folder, config):
     for number in range(len(source) // config.batch_size):
         key = jax.random.fold_in(jax.random.key(config.seed), number)
         cells = {"mask_patch_size": config.mask_patch_size, "patch_size": 1, "ratio": config.mask_ratio}
-        masks = np.asarray(masking.block_mask(key, config.batch_size, SIDE, SIDE, **cells)) == 1
+        masks = np.asarray(simmim.block_mask(key, config.batch_size, SIDE, SIDE, **cells)) == 1
         for row, mask in enumerate(masks):
             image = source[number * config.batch_size + row]["image"]
             counted = mask & (image != -9999).all(-1) & (image != 0).any(-1)

@@ -21,7 +21,7 @@ from biomass_jax.convert.convert import Options, nested, read
 from biomass_jax.convert.input_meta import InputFlags
 from biomass_jax.data import bands, sources
 from biomass_jax.errors import ConfigError, TrainingError
-from biomass_jax.pipeline import masking
+from biomass_jax.tasks import simmim
 from biomass_jax.training import loop
 from biomass_jax.training import run as training
 from biomass_jax.training.run import make_schedule
@@ -131,7 +131,7 @@ def masked_pixels(config):
     key = jax.random.key(config.seed)
     drawn = []
     for number, count in enumerate((4, VAL - 4)):
-        mask = masking.block_mask(
+        mask = simmim.block_mask(
             jax.random.fold_in(key, number), 4, world.SIDE, world.SIDE, mask_patch_size=CELL, ratio=config.mask_ratio
         )
         drawn.append(np.asarray(mask)[:count].repeat(4, axis=1).repeat(4, axis=2) == 1)
