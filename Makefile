@@ -32,7 +32,7 @@ setup: $(STAMP) ## set up .venv (the other targets do so by themselves)
 $(STAMP): setup.py pyproject.toml .ci/setup_venv $(wildcard constraints/*.txt)
 	@bash .ci/setup_venv "$(PYTHON)" "$(VENV)"
 
-demo: $(STAMP) ## a made-up forest to training shards, a model, scores, a map: demo_out/
+demo: $(STAMP) ## a synthetic forest to training shards, a model, scores, a map: demo_out/
 	@$(BIN)/python -m launch.demo
 
 # Two processes, each with its own share of the tests: most of them wait for one core.

@@ -1,6 +1,6 @@
 """Data preparation: composites, footprints, shards; each beside the plainest way to read or do the same.
 
-`python -m benchmarks.run --only prep`. Composites: see benchmarks/composite.py. Footprints: one made-up orbit of 8
+`python -m benchmarks.run --only prep`. Composites: see benchmarks/composite.py. Footprints: one synthetic orbit of 8
 beams in the layout of the real files. Chips are like real ones: digital numbers with texture and noise, 250 labels
 each; GeoTIFFs as the published data set has them (10 bands, float32, LZW, by pixel). Each measurement has a process of
 its own.

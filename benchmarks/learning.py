@@ -1,8 +1,8 @@
 """What the demo's model learns, and what it can't: `python -m benchmarks.learning --shards demo_out/shards`.
 
-The demo's config is trained three times: on the made-up forest as it is, with the labels of each chip given to another
-chip, and with the labels moved by one pixel. The first has to come below 60 % of the best constant's RMSE, the second
-must not, and the third has to be at least 15 % worse than the first; a picture holds all three with the best constant
+The demo's config is trained three times: on the synthetic forest as it is, with each chip's labels given to
+another chip, and with the labels moved by one pixel. The first has to come below 60 % of the best constant's RMSE,
+the second must not, and the third has to be at least 15 % worse than the first; a picture holds all three with the best constant
 and the noise floor. Make the shards by `make demo`.
 """
 
@@ -78,7 +78,7 @@ def best_constant(shards_folder: str) -> float:
 def main() -> None:
     """Print the table, write JSON and the picture."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shards", default="demo_out/shards", help="of a made-up forest")
+    parser.add_argument("--shards", default="demo_out/shards", help="of a synthetic forest")
     parser.add_argument("--plan", type=Path, help="plan.json of the forest, for its noise floor (beside the shards)")
     parser.add_argument("--epochs", type=int, help="instead of the config's")
     parser.add_argument("--json", type=Path, default=common.FOLDER / "learning.json")

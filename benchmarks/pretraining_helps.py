@@ -1,6 +1,6 @@
 """Does pretraining help where labels are few? `python -m benchmarks.pretraining_helps`.
 
-The demo's model is pretrained on all chips of a made-up forest without their labels, then fine-tuned on some of the
+The demo's model is pretrained on all chips of a synthetic forest without their labels, then fine-tuned on some of the
 chips with labels, and from scratch on the same ones: same steps, statistics and seeds, each chip repeated until an
 epoch is as long as with all of them. The score is the last one, at the cosine's end, so nothing is chosen by
 validation. The linear probe is a ridge regression of a chip's mean biomass on the frozen encoder's pooled stage
@@ -178,8 +178,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--chips", nargs="+", default=["20", "100", "all"], help="labelled training chips")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--shards", help="with labels; instead of a made-up forest")
-    parser.add_argument("--train", type=int, default=160, help="training chips of the made-up forest")
+    parser.add_argument("--shards", help="with labels; instead of a synthetic forest")
+    parser.add_argument("--train", type=int, default=160, help="training chips of the synthetic forest")
     parser.add_argument("--val", type=int, default=24, help="its validation chips")
     parser.add_argument("--side", type=int, default=112, help="px of its chips, a multiple of 56")
     parser.add_argument("--pretrain-steps", type=int, default=300)

@@ -120,7 +120,7 @@ def weights(source: str) -> str:
 
 
 def make_chip(index: int) -> tuple[np.ndarray, np.ndarray]:
-    """A made-up chip: (10, 224, 224) float32 digital numbers, as integers, and (224, 224) float32 labels."""
+    """A synthetic chip: (10, 224, 224) float32 digital numbers, as integers, and (224, 224) float32 labels."""
     rng = np.random.default_rng(index)
     rows, cols = np.mgrid[:SIDE, :SIDE] / SIDE
     image = np.empty((10, SIDE, SIDE), np.float32)

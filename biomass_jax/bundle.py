@@ -1,6 +1,6 @@
 """A model on disk: weights, architecture, bands, statistics and where they came from.
 
-A bundle is a folder with `bundle.json`, Orbax `variables/` and, where training is to go on from it, Orbax `optimizer/`.
+A bundle is a folder with `bundle.json`, Orbax `variables/` and, to train further, Orbax `optimizer/`.
 Nothing else is needed to make a map. Reading `bundle.json` alone (`read_meta`) does not start JAX.
 """
 
@@ -13,7 +13,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from flax import linen as nn
 
 from biomass_jax.errors import BundleError
 from biomass_jax.runtime.files import replace_folder
@@ -117,14 +119,12 @@ def software_versions() -> dict[str, str]:
     return {"biomass_jax": __version__, "python": sys.version.split()[0]} | {name: version(name) for name in names}
 
 
-def compute_check(module: Any, variables: dict[str, Any]) -> dict[str, Any]:
+def compute_check(module: nn.Module, variables: dict[str, Any]) -> dict[str, Any]:
     """Summary of the module's output on a fixed input: {input_seed, input_shape, mean, std, min, max, values}.
 
     The input is `dummy_inputs`, z-scored noise. A final ReLU is left off, since it could turn every value into 0; of an
     encoder the last feature map counts. `values` are 16 values spread evenly over the flattened output.
     """
-    import jax
-
     from biomass_jax.models.build import CHECK_SEED, dummy_inputs
 
     inputs = dummy_inputs(module)
@@ -168,14 +168,12 @@ def save(
         output: bands, units, nodata.
         training: dataset, season, scores.
         provenance: source, sha256, command, versions.
-        optimizer: {count, mu, nu, lr, plateau} to go on training from, `mu` and `nu` shaped like params.
+        optimizer: {count, mu, nu, lr, plateau} to continue training from, `mu` and `nu` shaped like params.
         overwrite: replace a bundle that is there.
 
     Raises:
         BundleError: the folder exists, the variables do not fit the architecture, or they give no finite output.
     """
-    import jax
-
     from biomass_jax.models.build import abstract_variables, architecture_of
 
     path = Path(path)
@@ -205,7 +203,6 @@ def save(
 
 def _write(path: Path, meta: dict[str, Any], trees: dict[str, Any]) -> Path:
     """Write the folder under another name and rename it when it is whole."""
-    import jax
     import orbax.checkpoint as ocp
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -258,7 +255,7 @@ def read_meta(path: str | os.PathLike[str]) -> dict[str, Any]:
     return meta
 
 
-def load(path: str | os.PathLike[str], sharding: Any = None, *, background: bool = False) -> Bundle:
+def load(path: str | os.PathLike[str], sharding: object = None, *, background: bool = False) -> Bundle:
     """Open a bundle written on any number of devices.
 
     Args:
@@ -278,7 +275,7 @@ def load(path: str | os.PathLike[str], sharding: Any = None, *, background: bool
     return bundle
 
 
-def _read_variables(path: str | os.PathLike[str], meta: dict[str, Any], sharding: Any) -> dict[str, Any]:
+def _read_variables(path: str | os.PathLike[str], meta: dict[str, Any], sharding: object) -> dict[str, Any]:
     from biomass_jax.models.build import abstract_variables
 
     abstract = _without_empty(abstract_variables(_build(path, meta["task"], meta["architecture"])))
@@ -291,7 +288,7 @@ def _read_variables(path: str | os.PathLike[str], meta: dict[str, Any], sharding
     return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
 
-def load_optimizer(bundle: Bundle, sharding: Any = None) -> dict[str, Any] | None:
+def load_optimizer(bundle: Bundle, sharding: object = None) -> dict[str, Any] | None:
     """The optimiser's state of a bundle, {count, mu, nu, lr, plateau}, or None where it has none.
 
     Raises:
@@ -343,7 +340,6 @@ def _build(path: str | os.PathLike[str], task: str, architecture: dict[str, Any]
 
 def _stored_shapes(folder: Path) -> dict[str, Any]:
     """What an Orbax folder holds, as a tree of `jax.ShapeDtypeStruct`."""
-    import jax
     import orbax.checkpoint as ocp
 
     try:
@@ -354,8 +350,7 @@ def _stored_shapes(folder: Path) -> dict[str, Any]:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored)
 
 
-def _restore(folder: Path, abstract: Any, sharding: Any) -> Any:
-    import jax
+def _restore(folder: Path, abstract: Any, sharding: object) -> Any:
     import orbax.checkpoint as ocp
 
     if sharding is None:

@@ -87,7 +87,7 @@ class ProfileError(BiomassError):
 
 
 class TrainingError(BiomassError):
-    """A run that can't go on; the message says where it stands and what to do."""
+    """A run that can't continue; the message says where it stands and what to do."""
 
 
 class TilingError(BiomassError):

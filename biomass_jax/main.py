@@ -1,6 +1,6 @@
 """Run one config: `python -m biomass_jax.main --config configs/X.py --workdir DIR [--config.field=value]`.
 
-Exit codes: 0 finished, 75 stopped by SIGTERM (give the same command again to go on), anything else failed.
+Exit codes: 0 finished, 75 stopped by SIGTERM (give the same command again to resume), anything else failed.
 """
 
 import difflib
@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from absl import app, flags
 from absl import logging as absl_logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from biomass_jax.errors import STOPPED, BiomassError, Stopped, UsageError
 from biomass_jax.runtime.files import write_json
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
     MODES[config.mode](config, workdir)
 
 
-def predict(config: Any, workdir: Path) -> None:
+def predict(config: object, workdir: Path) -> None:
     """Maps, on all local devices."""
     from biomass_jax.prediction.run import run
     from biomass_jax.runtime.mesh import local_placement
@@ -71,8 +71,8 @@ def predict(config: Any, workdir: Path) -> None:
     run(config, workdir, shardings=local_placement)
 
 
-def train(config: Any, workdir: Path) -> None:
-    """Train on all devices, or go on with what the workdir holds."""
+def train(config: object, workdir: Path) -> None:
+    """Train on all devices, or resume from what the workdir holds."""
     from biomass_jax.runtime.processes import Together
     from biomass_jax.training.run import train_and_evaluate
 
@@ -80,7 +80,7 @@ def train(config: Any, workdir: Path) -> None:
         raise Stopped
 
 
-def evaluate(config: Any, workdir: Path) -> None:
+def evaluate(config: object, workdir: Path) -> None:
     """Scores, on the local devices of each process."""
     from biomass_jax.evaluation.evaluate import run
     from biomass_jax.runtime.mesh import local_placement
@@ -113,7 +113,7 @@ MODES: dict[str, Callable[[Any, Path], None]] = {
 }
 
 
-def check_paths(config: Any) -> None:
+def check_paths(config: ConfigDict) -> None:
     """Refuse a bucket's address where a folder is meant; inputs of `predict` may be addresses."""
     from biomass_jax.runtime.files import check_local
 
@@ -124,7 +124,7 @@ def check_paths(config: Any) -> None:
         check_local(config.data.get("path"), "config.data.path")
 
 
-def forget_none(config: Any) -> None:
+def forget_none(config: ConfigDict) -> None:
     """`--config.field=None` of a text gives the word; it means that the field is not given."""
     for name, value in config.items():
         if hasattr(value, "items"):
@@ -133,7 +133,7 @@ def forget_none(config: Any) -> None:
             config[name] = None
 
 
-def write_config(config: Any, workdir: Path) -> None:
+def write_config(config: ConfigDict, workdir: Path) -> None:
     """`config.json`: what the run was started with."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -191,7 +191,7 @@ def cli() -> NoReturn:
     try:
         app.run(main, flags_parser=parse_flags)
     except Stopped:
-        log.warning("stopped by SIGTERM after %.0f s; give the same command again to go on", time.monotonic() - began)
+        log.warning("stopped by SIGTERM after %.0f s; give the same command again to resume", time.monotonic() - began)
         from biomass_jax.runtime import processes as distributed
 
         distributed.finish()

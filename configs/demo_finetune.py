@@ -1,4 +1,4 @@
-"""A tiny model on the demo's made-up forest: about a minute on two cores.
+"""A tiny model on the demo's synthetic forest: about a minute on two cores.
 
     make demo
     python -m biomass_jax.main --config configs/demo_finetune.py --workdir demo_out/finetune
@@ -20,7 +20,7 @@ def get_config() -> config_dict.ConfigDict:
     config.epochs = 18
     config.log_every = 2
     config.draw_every = 9
-    # Half of the made-up forest's variance is between neighbouring pixels: a token a pixel learns that in seconds.
+    # Half of the synthetic forest's variance is between neighbouring pixels: a token a pixel learns that in seconds.
     config.model.patch_size = 1
     config.model.upscale_layers = 0
     config.model.embed_dim = 8

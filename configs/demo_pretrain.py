@@ -1,4 +1,4 @@
-"""Pretrain the demo's tiny model on its made-up forest: well under a minute on two cores.
+"""Pretrain the demo's tiny model on its synthetic forest: well under a minute on two cores.
 
     make demo
     python -m biomass_jax.main --config configs/demo_pretrain.py --workdir demo_out/pretrain

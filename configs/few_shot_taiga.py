@@ -4,8 +4,8 @@
     python -m biomass_jax.main --config configs/few_shot_taiga.py --workdir OUT \
         --config.data.path=granite-geospatial-biomass-datasets/taiga_datasplit --config.init_from=MODEL
 
-The reference *resumes* its all-biome run: Adam's moments, the learning rate and the plateau go on, the means and stds
-are those of the biome's own training chips. The all-biome run had used 114 of its 300 epochs.
+The reference *resumes* its all-biome run: Adam's moments, the learning rate and the plateau continue, the means and
+stds are those of the biome's own training chips. The all-biome run had used 114 of its 300 epochs.
 
 Hardware: as finetune_all_biomes.py. Expected: the reference's validation RMSE fell from 31.08 to 28.55 Mg/ha.
 --config.reference=True: as finetune_all_biomes.py, and pixels of no data that are 0 count into means and stds.

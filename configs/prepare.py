@@ -3,7 +3,7 @@
     python -m data_prep prepare --config configs/prepare.py --out OUT --config.season=2020
 
 Reads OUT/granules/hls and OUT/granules/gedi unless other folders are named, and leaves training shards in OUT/shards.
-What is finished is kept, so that a stopped run goes on where it was when the same command is given again.
+What is finished is kept, so that a stopped run resumes where it was when the same command is given again.
 """
 
 from ml_collections import config_dict

@@ -4,7 +4,6 @@ import functools
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from biomass_jax.errors import BiomassError
 
@@ -14,7 +13,7 @@ Main = Callable[[Sequence[str] | None], int]
 def command(main: Main) -> Callable[..., int]:
     """A `main(argv) -> int` whose known errors and warnings reach the user as one line each."""
 
-    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+    def show(message: Warning | str, *_: object, **__: object) -> None:
         print(f"warning: {message}", file=sys.stderr)
 
     @functools.wraps(main)

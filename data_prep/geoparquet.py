@@ -37,7 +37,7 @@ _EPSG_4326: dict[str, Any] = {
 
 
 def metadata(
-    geometry_types: Sequence[str], box: Sequence[float] | None, settings: Mapping[str, Any], **column: Any
+    geometry_types: Sequence[str], box: Sequence[float] | None, settings: Mapping[str, Any], **column: object
 ) -> dict[bytes, bytes]:
     """Metadata of a schema whose column `geometry` holds well-known binary in EPSG:4326, longitude first.
 
@@ -88,5 +88,5 @@ def write_table(table: pa.Table, dst: Path) -> None:
         raise PrepError(f"{dst}: can't write: {error}") from error
 
 
-def _json(value: Any) -> bytes:
+def _json(value: object) -> bytes:
     return json.dumps(value, sort_keys=True).encode()

@@ -129,7 +129,7 @@ def meets(outlines: Any, others: Any, *, buffer_m: float = 0.0) -> np.ndarray:
     return met
 
 
-def _corners(outlines: Any) -> np.ndarray:
+def _corners(outlines: object) -> np.ndarray:
     """(n, points, 3) geocentric metres; outlines with fewer points repeat their last."""
     outlines = np.asarray(outlines, object)
     points, owner = shapely.get_coordinates(outlines, return_index=True)

@@ -51,12 +51,12 @@ def _results(executor: Executor, function: Callable[..., Result], tasks: Sequenc
 
 
 def end_with_parent() -> None:
-    """End this worker when its parent is gone: a killed run must not go on writing beside the next."""
+    """End this worker when its parent is gone: a killed run must not keep writing beside the next."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
 
 
-def _end_after(parent: Any) -> None:
+def _end_after(parent: multiprocessing.process.BaseProcess) -> None:
     parent.join()
     os._exit(1)

@@ -1,4 +1,4 @@
-"""The main jobs on made-up data, as a user would run them: `make demo`, or `python -m launch.demo [--out demo_out]`.
+"""The main jobs on synthetic data, as a user would run them: `make demo`, or `python -m launch.demo [--out demo_out]`.
 
 Each command is printed before it runs, so it can be copied. What an earlier demo left in the folder is made anew.
 """
@@ -122,7 +122,7 @@ def run(title: str, command: list[str]) -> None:
 
 
 def beside_truth(out: Path) -> tuple[Path, float]:
-    """Draw the map beside the made-up forest's own biomass; the picture, and the map's R2."""
+    """Draw the map beside the synthetic forest's own biomass; the picture, and the map's R2."""
     import json
 
     from biomass_jax import figures
@@ -138,7 +138,7 @@ def beside_truth(out: Path) -> tuple[Path, float]:
     residual = np.var(found[known] - truth[known]) + np.mean(found[known] - truth[known]) ** 2
     r2 = float(1 - residual / np.var(truth[known]))
     picture = ROOT / out / "biomass" / "beside_truth.png"
-    panels = {f"Map, R2 {r2:.2f}": found, "The made-up forest": truth}
+    panels = {f"Map, R2 {r2:.2f}": found, "The synthetic forest": truth}
     figures.save(picture, figures.maps_side_by_side(panels, name="agbd", unit="Mg/ha", zoom=160))
     return picture, r2
 
@@ -162,7 +162,7 @@ def summary(out: Path) -> str:
             f"picture    {out / 'preview' / TILE}.png",
             f"model      {out / 'finetune' / 'best'}: val/rmse {best['val/rmse']:.1f} Mg/ha, R2 {best['val/r2']:.2f}",
             f"scores     {out / 'scores'}",
-            f"map        {out / 'biomass'}: R2 {r2:.2f} against the made-up forest",
+            f"map        {out / 'biomass'}: R2 {r2:.2f} against the synthetic forest",
             f"picture    {picture}",
             f"another    {out / 'maps'}: by a PyTorch checkpoint that is a toy; its numbers mean nothing",
             "README.md shows how to map with the released model.",
@@ -172,7 +172,7 @@ def summary(out: Path) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run all stages; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m launch.demo", description="The main job on made-up data.")
+    parser = argparse.ArgumentParser(prog="python -m launch.demo", description="The main job on synthetic data.")
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for everything (demo_out)")
     out = parser.parse_args(argv).out
     began = time.monotonic()

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Does it work on this accelerator, and how fast? launch/smoke.sh [--small] [--out DIR]
-# Devices; made-up training data; two steps of the full Swin-B in bfloat16; a map by the model that they made; chips/s.
+# Devices; synthetic training data; two steps of the full Swin-B in bfloat16; a map by the model that they made; chips/s.
 # About five minutes on one accelerator. --small takes a tiny model instead, for machines without one.
 set -euo pipefail
 
@@ -34,7 +34,7 @@ stage "Devices"
 "$python" -c 'import jax; print("JAX", jax.__version__, *jax.devices())'
 devices=$("$python" -c 'import jax; print(jax.device_count())')
 
-stage "Training data of a made-up forest"
+stage "Training data of a synthetic forest"
 if [[ ! -f $world/report.json ]]; then
     "$python" -m data_prep.synthetic --world forest --size 900x1120 --out "$world"
     "$python" -m data_prep.prepare --config configs/prepare.py --out "$world" --config.season=2020 --config.splits.block_km=7

@@ -3,10 +3,10 @@
     python -m launch.sweep --config configs/finetune_all_biomes.py --space configs/sweeps/finetune.py --workdir OUT \
         --trials 50 [--parallel 4] [--prune] [--config.field=value ...]
 
-The same command goes on with a sweep that was stopped or killed; given on several machines at once, for example as a
+The same command resumes with a sweep that was stopped or killed; given on several machines at once, for example as a
 Slurm array, they share the work. See docs/sweeps.md.
 
-Exit codes: 0 finished, 75 stopped by SIGTERM or Ctrl-C (give the same command again to go on), anything else failed.
+Exit codes: 0 finished, 75 stopped by SIGTERM or Ctrl-C (give the same command again to resume), anything else failed.
 """
 
 import argparse
@@ -104,7 +104,7 @@ class Sweep:
         job = TrialJob(claim, self.shared.workdir / "trials" / f"{claim.trial.number:04d}", slot=slot)
         self.jobs.append(job)
         values = ", ".join(f"{name} {short(value)}" for name, value in claim.trial.params.items())
-        log.info("trial %d%s: %s", claim.trial.number, " goes on" if job.folder.exists() else "", values)
+        log.info("trial %d%s: %s", claim.trial.number, " resumes" if job.folder.exists() else "", values)
         self._start(job)
         return True
 
@@ -135,9 +135,9 @@ class Sweep:
             log.info("trial %d: finished, val/loss %.5g", job.trial.number, best)
             self._finish(job, TrialState.COMPLETE, best)
         elif self.signals:
-            self._leave(job)  # it stays as running: the next sweep finds that nobody holds it, and goes on with it
+            self._leave(job)  # it stays as running: the next sweep finds that nobody holds it, and resumes it
         elif code == STOPPED:
-            log.info("trial %d: was stopped from outside; goes on", job.trial.number)
+            log.info("trial %d: was stopped from outside; resumes", job.trial.number)
             self._start(job)
         else:
             self._crashed(job, code)
@@ -242,7 +242,7 @@ def make_plan(arguments: argparse.Namespace, overrides: list[str]) -> SweepPlan:
     if config.mode not in MODES:
         raise SweepError(f"{arguments.config}: mode is {config.mode!r}; expected one of {', '.join(MODES)}")
     if config.get("overwrite"):
-        raise SweepError("overwrite=True would begin a trial anew each time that it goes on; leave it off")
+        raise SweepError("overwrite=True would begin a trial anew each time that it resumes; leave it off")
     space = load_space(arguments.space, arguments.sampler)
     check_space(space, arguments.config, overrides, arguments.space)
     trials = arguments.trials
@@ -291,7 +291,7 @@ def main(argv: Sequence[str], *, program: Sequence[str] = PROGRAM) -> int:
             for number, handler in before.items():
                 signal.signal(number, handler)
         if not finished:
-            log.warning("stopped; give the same command again to go on")
+            log.warning("stopped; give the same command again to resume")
             return STOPPED
         return 0 if report(shared, arguments.config, overrides) else 1
 

@@ -44,7 +44,7 @@ class TrialJob:
         self._told: float | None = None
 
     def start(self, command: Sequence[str], device: str | None) -> None:
-        """Start the trial's process, or start it again: it goes on with what its workdir holds.
+        """Start the trial's process, or start it again: it resumes from what its workdir holds.
 
         Args:
             command: program and arguments.

@@ -9,7 +9,7 @@ usage: launch/tpu_pod.sh --name NAME --zone ZONE [options] ACTION [arguments of 
   create  ask for the slice as a queued resource and wait for it; a slice of this name that is there is taken
   sync    copy what is committed in the checkout to all workers, install, mount the bucket
   run     python -m biomass_jax.main with the arguments, on all workers; again while it runs: follow its log
-  stop    SIGTERM: the run saves and ends with 75; run again to go on
+  stop    SIGTERM: the run saves and ends with 75; run again to resume
   delete  give the slice back
   all     create, sync, run
 

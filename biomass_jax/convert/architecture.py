@@ -178,7 +178,7 @@ def complete(
     result = dict(fields)
     missing: list[str] = []
 
-    def ask(field: str, name: str, flag: str, given: Any, convert: Any = float) -> None:
+    def ask(field: str, name: str, flag: str, given: object, convert: object = float) -> None:
         value = _one_value(name, flag, given, declared, convert)
         if value is None:
             missing.append(f"{field} ({flag})")
@@ -226,19 +226,19 @@ def _one_value(name: str, flag: str, given: Any, declared: Declared, convert: An
     return asked
 
 
-def _rate(value: Any, where: str) -> float:
+def _rate(value: object, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
         raise ConvertError(f"{where} is {value!r}; expected a number of at least 0 and below 1")
     return float(value)
 
 
-def _final_relu(value: Any, where: str) -> bool:
+def _final_relu(value: object, where: str) -> bool:
     if not isinstance(value, str | None) or value not in _FINAL_RELU:
         raise ConvertError(f"{where} is {value!r}; expected torch.nn.ReLU or none")
     return _FINAL_RELU[value]
 
 
-def _scales(value: Any, where: str) -> tuple[int, ...]:
+def _scales(value: object, where: str) -> tuple[int, ...]:
     if not isinstance(value, list | tuple) or not all(type(v) is int and v > 0 for v in value):
         raise ConvertError(f"{where} is {value!r}; expected positive whole numbers")
     return tuple(value)
@@ -247,7 +247,7 @@ def _scales(value: Any, where: str) -> tuple[int, ...]:
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
-def state_dict(root: Any, name: str) -> dict[str, TorchTensor]:
+def state_dict(root: object, name: str) -> dict[str, TorchTensor]:
     """The dict of tensors in a checkpoint: the root itself, or what lies under `state_dict` or `model`.
 
     Raises:

@@ -382,7 +382,7 @@ def _plateau(root: Mapping[str, Any]) -> dict[str, Any]:
     return {"plateau": plateau}
 
 
-def _last_score(root: Mapping[str, Any], monitor: Any) -> float:
+def _last_score(root: Mapping[str, Any], monitor: object) -> float:
     """The monitored loss of the epoch at whose end the file was saved, as the checkpoint callback recorded it."""
     callbacks = root.get("callbacks")
     for callback in callbacks.values() if isinstance(callbacks, Mapping) else ():

@@ -45,7 +45,7 @@ class Declared:
         return [f"{name}={self.model[name].value!r}" for name in names]
 
 
-def read(root: Any, config: Path | None, *, source: str) -> Declared:
+def read(root: object, config: Path | None, *, source: str) -> Declared:
     """Gather what a checkpoint (its root object) and a config.yaml declare.
 
     Raises:
@@ -66,7 +66,7 @@ def read(root: Any, config: Path | None, *, source: str) -> Declared:
     return declared
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Any:
     """A value as nested dicts, lists and scalars; what is none of these stays as it is.
 
     A namespace that was not built gives its fields, an enumeration's member (terratorch's band names) its value.
@@ -83,7 +83,7 @@ def plain(value: Any) -> Any:
     return value
 
 
-def is_plain(value: Any, *, finite: bool = False) -> bool:
+def is_plain(value: object, *, finite: bool = False) -> bool:
     """Whether a value is nested dicts, lists and scalars alone; with `finite`, also without NaN and infinities."""
     if isinstance(value, Mapping):
         return all(isinstance(key, str) and is_plain(item, finite=finite) for key, item in value.items())
@@ -94,7 +94,7 @@ def is_plain(value: Any, *, finite: bool = False) -> bool:
     return isinstance(value, _SCALARS)
 
 
-def _mapping(value: Any) -> dict[str, Any]:
+def _mapping(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
@@ -132,7 +132,7 @@ MODEL_NAMES = (
 DESCRIBING = frozenset(DATA_NAMES + MODEL_NAMES)
 
 
-def _inside(tree: Any, *names: str) -> dict[str, Any]:
+def _inside(tree: object, *names: str) -> dict[str, Any]:
     for name in names:
         tree = tree.get(name) if isinstance(tree, dict) else None
     return _mapping(tree)
@@ -144,7 +144,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     class Loader(yaml.SafeLoader):
         """SafeLoader that keeps a tagged value as a placeholder instead of failing on it or building it."""
 
-    def inert(loader: Any, suffix: str, node: Any) -> Placeholder:
+    def inert(loader: object, suffix: str, node: Any) -> Placeholder:
         return Placeholder(f"{node.tag}")
 
     Loader.add_multi_constructor("", inert)

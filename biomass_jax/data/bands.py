@@ -281,7 +281,7 @@ def _only(indexes: list[int], name: str, where: str, found: str) -> int:
     return indexes[0]
 
 
-def _listed_name(entry: Any, value: Iterable[Any]) -> str | None:
+def _listed_name(entry: object, value: Iterable[Any]) -> str | None:
     text = "" if entry is None else str(entry).strip().strip("'\"").strip()
     if text.casefold() in ("", "none"):
         return None

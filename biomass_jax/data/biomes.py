@@ -6,7 +6,6 @@ Polygons need the libraries of the extra `prep` (geopandas, shapely, pyproj), wh
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -59,7 +58,7 @@ class Biomes:
         return [self._slugs[found[i]] if i in found else records.UNKNOWN_BIOME for i in range(len(places))]
 
 
-def slug(value: Any) -> str:
+def slug(value: object) -> str:
     """`boreal-forests-taiga` for 'Boreal Forests/Taiga'; `unknown` where no letter or digit is left."""
     text = "" if value is None or value != value else str(value)
     return re.sub(r"[^a-z0-9]+", "-", text.casefold()).strip("-") or records.UNKNOWN_BIOME

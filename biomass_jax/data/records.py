@@ -66,7 +66,7 @@ class Record(TypedDict):
 FIELDS: tuple[str, ...] = tuple(Record.__annotations__)
 
 
-def features(image_shape: tuple[int, int, int] = (CHIP_SIZE, CHIP_SIZE, 6), image_dtype: Any = np.int16) -> Any:
+def features(image_shape: tuple[int, int, int] = (CHIP_SIZE, CHIP_SIZE, 6), image_dtype: object = np.int16) -> Any:
     """The record's fields as TFDS features.
 
     Args:
@@ -123,7 +123,9 @@ def chip_id(tile: str, row: int, col: int, width: int, season_start: str, size: 
     return "_".join(part for part in (tile, str(cell), season_start) if part)
 
 
-def validate(record: Mapping[str, Any], *, image_shape: tuple[int, ...] | None = None, image_dtype: Any = None) -> None:
+def validate(
+    record: Mapping[str, Any], *, image_shape: tuple[int, ...] | None = None, image_dtype: object = None
+) -> None:
     """Check a record before it is written.
 
     Args:
@@ -147,7 +149,7 @@ def validate(record: Mapping[str, Any], *, image_shape: tuple[int, ...] | None =
         raise RecordError(f"{name}: field {field}: {fault}")
 
 
-def _faults(record: Mapping[str, Any], shape: tuple[int, ...] | None, dtype: Any) -> Any:
+def _faults(record: Mapping[str, Any], shape: tuple[int, ...] | None, dtype: object) -> Any:
     """(field, what was found and what was expected), one after another."""
     for field in _TEXT_FIELDS:
         if not isinstance(record[field], str):
@@ -227,7 +229,7 @@ def is_season(text: str) -> bool:
     return start < stop
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     return f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
 
 

@@ -119,7 +119,7 @@ def chip_of(record: Record) -> Chip:
     return Chip(record["chip_id"], record["tile"], record["biome"])
 
 
-def open_source(path: str | os.PathLike[str], split: str, *, bands: Any = None) -> Source:
+def open_source(path: str | os.PathLike[str], split: str, *, bands: object = None) -> Source:
     """Open one split of a data set.
 
     Args:
@@ -183,7 +183,7 @@ class ShardSource(Source):
         return ShardSource, (self.info.path, self.info.split)  # file handles stay behind
 
 
-def _six(values: Any, path: str | os.PathLike[str], name: str) -> np.ndarray | None:
+def _six(values: object, path: str | os.PathLike[str], name: str) -> np.ndarray | None:
     if values is None:
         return None
     array = np.asarray(values, np.float64)
@@ -200,7 +200,7 @@ class FolderSource(Source):
     before training begins.
     """
 
-    def __init__(self, path: str | os.PathLike[str], split: str, *, bands: Any = None) -> None:
+    def __init__(self, path: str | os.PathLike[str], split: str, *, bands: object = None) -> None:
         """Find the files and read their headers; DataError as for `open_source`."""
         self._arguments = (os.fspath(path), split, bands)
         root = Path(path)
@@ -257,7 +257,7 @@ class FolderSource(Source):
         return _open_folder, self._arguments
 
 
-def _open_folder(path: str, split: str, bands: Any) -> FolderSource:
+def _open_folder(path: str, split: str, bands: object) -> FolderSource:
     return FolderSource(path, split, bands=bands)
 
 
@@ -325,7 +325,7 @@ class Mixture(Source):
         return record
 
 
-def open_mixture(parts: Sequence[tuple[str | os.PathLike[str], float]], split: str, *, bands: Any = None) -> Mixture:
+def open_mixture(parts: Sequence[tuple[str | os.PathLike[str], float]], split: str, *, bands: object = None) -> Mixture:
     """Open several data sets as one, for pretraining.
 
     Args:

@@ -200,7 +200,7 @@ def chosen_chips(group: ConfigDict, source: sources.Source) -> list[str]:
 
 
 def _matches(chip_id: str, name: str) -> bool:
-    """Whether an id is the one asked for, or goes on from it: `10SFF_144` is enough for `10SFF_144_2020-05-01`."""
+    """Whether an id is the one asked for, or begins with it: `10SFF_144` is enough for `10SFF_144_2020-05-01`."""
     return chip_id == name or chip_id.startswith(f"{name}_")
 
 
@@ -306,7 +306,9 @@ BEST_CONSTANT = "the mean label of the scored pixels, predicted everywhere"
 NOISE_FLOOR = "the mean standard error (agbd_se) of the footprints behind the labels, from the data set's metadata"
 
 
-def summarize(scored: tables.Scored, config: Any, bundle: Any, info: Any, statistics: str) -> dict[str, Any]:
+def summarize(
+    scored: tables.Scored, config: ConfigDict, bundle: bundles.Bundle, info: sources.DatasetInfo, statistics: str
+) -> dict[str, Any]:
     """What `metrics.json` holds.
 
     Args:

@@ -60,7 +60,7 @@ def _fields(module: type[nn.Module]) -> list[str]:
     return [field.name for field in dataclasses.fields(module) if field.name not in other]
 
 
-def dummy_inputs(module: Any) -> tuple[np.ndarray, ...]:
+def dummy_inputs(module: nn.Module) -> tuple[np.ndarray, ...]:
     """A fixed batch of one z-scored image, float32 (1, 96, 96, bands), and for SimMIM its mask (1, 24, 24)."""
     rng = np.random.default_rng(CHECK_SEED)
     image = rng.standard_normal((1, _SIDE, _SIDE, module.in_channels), np.float32)
@@ -70,7 +70,7 @@ def dummy_inputs(module: Any) -> tuple[np.ndarray, ...]:
     return image, (rng.random((1, cells, cells)) < 0.6).astype(np.float32)
 
 
-def abstract_variables(module: Any) -> dict[str, Any]:
+def abstract_variables(module: object) -> dict[str, Any]:
     """Shapes and dtypes of a module's variables, without computing them.
 
     Returns:
@@ -82,7 +82,7 @@ def abstract_variables(module: Any) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=8)
-def _traced_shapes(module: Any) -> dict[str, Any]:
+def _traced_shapes(module: nn.Module) -> dict[str, Any]:
     """Traces one block a stage, a quarter of the time for Swin-B: all blocks of a stage have the same shapes."""
     shallow = module.clone(depths=tuple(min(depth, 1) for depth in module.depths))
     shapes = jax.eval_shape(lambda: shallow.init(jax.random.key(0), *dummy_inputs(module)))

@@ -76,7 +76,7 @@ def merge_patches(x: jax.Array) -> jax.Array:
     return x.transpose(0, 1, 3, 4, 2, 5).reshape(b, h // 2, w // 2, 4 * c)
 
 
-def patch_product(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **options: Any) -> jax.Array:
+def patch_product(x: jax.Array, kernel: jax.Array, strides: object, padding: object, **options: Any) -> jax.Array:
     """A convolution whose stride is its kernel as one matrix product: x [B, H, W, C], kernel [p, p, C, E] -> [..., E].
 
     Takes `jax.lax.conv_general_dilated`'s arguments for a Flax module, H and W being multiples of p. On CPU it rounds

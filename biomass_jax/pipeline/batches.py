@@ -173,7 +173,7 @@ def _seed(seed: int, use: int) -> int:
 class _ProcessRows(grain.MapDataset[int]):
     """The rows of one process of each global batch."""
 
-    def __init__(self, parent: Any, batch_size: int, process_index: int, process_count: int) -> None:
+    def __init__(self, parent: object, batch_size: int, process_index: int, process_count: int) -> None:
         super().__init__(parent)
         self._batch, self._rows = batch_size, batch_size // process_count
         self._first = process_index * self._rows
@@ -190,7 +190,7 @@ class _ProcessRows(grain.MapDataset[int]):
 
 
 def _read_ahead(
-    order: Any,
+    order: object,
     source: Source,
     batch_size: int,
     process_index: int,

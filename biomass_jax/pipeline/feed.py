@@ -36,7 +36,7 @@ class Feed:
             batch_size: chips a batch over all devices and processes.
             seed: of the order of training chips.
             threads: that read chips.
-            cache: `host` reads as training goes on, `device` keeps all chips on each device (one process only).
+            cache: `host` reads as training proceeds, `device` keeps all chips on each device (one process only).
 
         Raises:
             DataError: an unknown cache, or `device` with several processes.

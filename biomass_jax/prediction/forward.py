@@ -139,7 +139,7 @@ class Forward:
         scalar = np.asarray(np.nan if fill is None else fill, np.float32)  # traced: files don't recompile
         return program.result()(self._variables, batch, jax.device_put(scalar, self._replicated))
 
-    def _predict(self, variables: Any, images: jax.Array, fill: jax.Array) -> jax.Array:
+    def _predict(self, variables: object, images: jax.Array, fill: jax.Array) -> jax.Array:
         """(B, H, W, bands) digital numbers -> (B, H, W) float32, on one CPU part by part where they come out even."""
         part = cpu.images_at_once() if self.platform == "cpu" and self.devices == 1 else len(images)
         if len(images) <= part or len(images) % part:
@@ -147,7 +147,7 @@ class Forward:
         parts = images.reshape(-1, part, *images.shape[1:])
         return jax.lax.map(lambda some: self._predict_part(variables, some, fill), parts).reshape(images.shape[:-1])
 
-    def _predict_part(self, variables: Any, images: jax.Array, fill: jax.Array) -> jax.Array:
+    def _predict_part(self, variables: object, images: jax.Array, fill: jax.Array) -> jax.Array:
         """(B, H, W, bands) digital numbers -> (B, H, W) float32; no-data pixels are 0 before z-scoring."""
         present = jnp.where(no_data(images, fill)[..., None], 0, images).astype(jnp.float32)
         with jax.default_matmul_precision(self._precision):

@@ -68,8 +68,8 @@ class Predictor:
         tiling: str = "default",
         dtype: str = "float32",
         matmul_precision: str = "highest",
-        batch_sharding: Any = None,
-        replicated: Any = None,
+        batch_sharding: jax.sharding.Sharding | None = None,
+        replicated: jax.sharding.Sharding | None = None,
         model_fn: ModelFunction | None = None,
     ) -> None:
         check_settings(tile, stride, margin, blend, tiling)
@@ -153,7 +153,7 @@ class Predictor:
         return _OneMap(self, items[0], dst, MapOptions(**options)).finish()
 
     def predict_dir(
-        self, src: str | os.PathLike[str], dst: str | os.PathLike[str] = ".", **options: Any
+        self, src: str | os.PathLike[str], dst: str | os.PathLike[str] = ".", **options: object
     ) -> list[MapResult]:
         """Map every image of a folder, pattern or path; sub-folders are mirrored below `dst`.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
 from biomass_jax.data.bands import parse_band_list
 from biomass_jax.data.raster.inputs import InputItem, find_inputs
@@ -23,7 +24,7 @@ log = logging.getLogger(__name__)
 PREDICTOR_FIELDS = ("batch_size", "tile", "stride", "margin", "blend", "tiling", "dtype", "matmul_precision")
 
 
-def run(config: Any, workdir: Path, *, shardings: Callable[[], dict[str, Any]]) -> None:
+def run(config: ConfigDict, workdir: Path, *, shardings: Callable[[], dict[str, Any]]) -> None:
     """Map `config.inputs` with `config.bundle` into `workdir`.
 
     Of n processes, number i maps every n-th input from the i-th on, in the order of their maps' names; each input has

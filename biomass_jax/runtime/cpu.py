@@ -75,7 +75,9 @@ def computed_once(x: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(x) if _training.get() else x
 
 
-def dense(x: jax.Array, kernel: jax.Array, dimensions: Any, precision: Any = None, **options: Any) -> jax.Array:
+def dense(
+    x: jax.Array, kernel: jax.Array, dimensions: Any, precision: jax.lax.PrecisionLike = None, **options: Any
+) -> jax.Array:
     """For `nn.Dense(dot_general=...)`: x [..., K], kernel [K, N] -> [..., N]."""
     if not _training.get():
         return jax.lax.dot_general(x, kernel, dimensions, precision=precision, **options)
@@ -83,22 +85,22 @@ def dense(x: jax.Array, kernel: jax.Array, dimensions: Any, precision: Any = Non
     return rows.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-def _precision(given: Any) -> Any:
+def _precision(given: object) -> Any:
     """The precision that holds where the forward pass is traced: the backward pass may be traced outside of it."""
     return given or jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x: jax.Array, kernel: jax.Array, precision: Any) -> jax.Array:
+def _product(x: jax.Array, kernel: jax.Array, precision: jax.lax.PrecisionLike) -> jax.Array:
     """x [M, K], kernel [K, N] -> [M, N]."""
     return jnp.dot(x, kernel, precision=precision)
 
 
-def _product_forward(x: jax.Array, kernel: jax.Array, precision: Any) -> tuple[jax.Array, Any]:
+def _product_forward(x: jax.Array, kernel: jax.Array, precision: jax.lax.PrecisionLike) -> tuple[jax.Array, Any]:
     return jnp.dot(x, kernel, precision=precision), (x, kernel)
 
 
-def _product_backward(precision: Any, saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _product_backward(precision: jax.lax.PrecisionLike, saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
     return jnp.dot(g, kernel.T, precision=precision), _gradient_of_kernel(x, g, precision)
 
@@ -106,13 +108,19 @@ def _product_backward(precision: Any, saved: Any, g: jax.Array) -> tuple[jax.Arr
 _product.defvjp(_product_forward, _product_backward)
 
 
-def _gradient_of_kernel(x: jax.Array, g: jax.Array, precision: Any) -> jax.Array:
+def _gradient_of_kernel(x: jax.Array, g: jax.Array, precision: jax.lax.PrecisionLike) -> jax.Array:
     """x [M, K], g [M, N] -> [K, N]; XLA would transpose g, or walk through x column by column."""
     return jnp.dot(jax.lax.optimization_barrier(x.T), g, precision=precision)
 
 
 def convolution(
-    x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, *, precision: Any = None, **options: Any
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: Any,
+    padding: Any,
+    *,
+    precision: jax.lax.PrecisionLike = None,
+    **options: Any,
 ) -> jax.Array:
     """For `nn.Conv(conv_general_dilated=...)`: x [B, H, W, C], kernel [k, k, C, N] -> [B, H', W', N]."""
     dilated = {*strides, *options["lhs_dilation"], *options["rhs_dilation"], options["feature_group_count"]} != {1}
@@ -123,16 +131,16 @@ def convolution(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _convolution(x: jax.Array, kernel: jax.Array, precision: Any) -> jax.Array:
+def _convolution(x: jax.Array, kernel: jax.Array, precision: jax.lax.PrecisionLike) -> jax.Array:
     numbers = ("NHWC", "HWIO", "NHWC")
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers, precision=precision)
 
 
-def _convolution_forward(x: jax.Array, kernel: jax.Array, precision: Any) -> tuple[jax.Array, Any]:
+def _convolution_forward(x: jax.Array, kernel: jax.Array, precision: object) -> tuple[jax.Array, Any]:
     return _convolution(x, kernel, precision), (x, kernel)
 
 
-def _convolution_backward(precision: Any, saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _convolution_backward(precision: jax.lax.PrecisionLike, saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The kernel's gradient offset by offset: k * k products, twice as fast as XLA's convolution of a large map."""
     x, kernel = saved
     of_x = jax.vjp(lambda x: _convolution.fun(x, kernel, precision), x)[1](g)[0]

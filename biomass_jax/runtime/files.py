@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 from biomass_jax.errors import StorageError
 
@@ -80,7 +79,7 @@ def write_text(path: str | PathLike[str], text: str) -> None:
         partial.write_text(text, encoding="utf-8", newline="")
 
 
-def write_json(path: str | PathLike[str], value: Any, *, indent: int | None = 2) -> None:
+def write_json(path: str | PathLike[str], value: object, *, indent: int | None = 2) -> None:
     """Write a JSON file whole, with a newline at its end; see `replacing`.
 
     Raises:

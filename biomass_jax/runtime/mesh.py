@@ -73,7 +73,7 @@ def local_placement() -> dict[str, Any]:
     return {"batch_sharding": batch_sharding(mesh), "replicated": replicated(mesh)}
 
 
-def state_shardings(mesh: Mesh, abstract: Any) -> Any:
+def state_shardings(mesh: Mesh, abstract: object) -> Any:
     """Where each array of a state lies: by the first of `RULES` that fits its path, else by its size.
 
     Without a rule an array of `SMALLEST_SPLIT` numbers or more is split over `fsdp` along its largest divisible
@@ -100,7 +100,7 @@ def state_shardings(mesh: Mesh, abstract: Any) -> Any:
     return jax.tree.map_with_path(place, abstract)
 
 
-def bytes_a_device(tree: Any) -> int:
+def bytes_a_device(tree: object) -> int:
     """Bytes of a tree's arrays, or of their shapes with shardings, that one device holds."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 

@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from biomass_jax.errors import DistributedError
@@ -256,7 +257,7 @@ def abandon(code: int) -> None:
         return
     log.error(
         "process %d of %d ends here, and the others within a minute; the first that failed says why. The same command "
-        "goes on from the last checkpoint",
+        "resumes from the last checkpoint",
         *_place,
     )
     logging.shutdown()
@@ -297,7 +298,7 @@ def _exchange(data: np.ndarray) -> list[bytes]:
     return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
 
 
-def local_rows(array: Any) -> np.ndarray:
+def local_rows(array: jax.Array) -> np.ndarray:
     """This process's rows of an array that is split by rows over the devices, in order."""
     if isinstance(array, np.ndarray) or array.is_fully_addressable:
         return np.asarray(array)
@@ -313,7 +314,7 @@ def exchange(vector: np.ndarray) -> list[np.ndarray]:
     return [np.frombuffer(data, np.float64) for data in gather(np.asarray(vector, np.float64).tobytes())]
 
 
-def to_host(tree: Any) -> Any:
+def to_host(tree: object) -> Any:
     """A tree of device arrays as NumPy, array by array, so that no device holds more than one of them whole."""
     import jax
     from jax.experimental import multihost_utils

@@ -39,7 +39,7 @@ class Range:
         return f"a number {start} {'to' if self.ends[1] == ']' else 'to below'} {self.high:g}"
 
 
-def setting(default: Any, help: str = "", *, choices: Choices = (), within: Range | None = None) -> Any:
+def setting(default: object, help: str = "", *, choices: Choices = (), within: Range | None = None) -> Any:
     """A field of a group of settings.
 
     Args:

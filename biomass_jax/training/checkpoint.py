@@ -113,7 +113,7 @@ class Checkpoints:
         except (ValueError, KeyError, TypeError) as error:
             first = str(error).strip().splitlines()[0][:300]
             raise CheckpointError(
-                f"{folder} doesn't fit this config ({first}); go on with the config that it was written with, or "
+                f"{folder} doesn't fit this config ({first}); resume with the config that it was written with, or "
                 "start in another workdir"
             ) from error
         return restored.state, HostState(**restored.host)
@@ -127,7 +127,7 @@ class Checkpoints:
         self._manager.close()
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+def _shapes(tree: object) -> dict[str, tuple[int, ...]]:
     """Shape of each array by its dotted name."""
     leaves = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in leaves}

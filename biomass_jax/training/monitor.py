@@ -126,11 +126,11 @@ class Writer:
     """Writes scalars and figures of one run; on processes other than the first, nothing."""
 
     def __init__(self, workdir: Path, *, resumed: int | None, active: bool = True) -> None:
-        """Open the files, cut back to where the run goes on.
+        """Open the files, cut back to where the run resumes.
 
         Args:
             workdir: of the run.
-            resumed: step of the checkpoint that the run goes on from; None = a new run.
+            resumed: step of the checkpoint that the run resumes from; None = a new run.
             active: whether this process writes at all.
         """
         self._active = active
@@ -189,7 +189,7 @@ def cut_back(path: Path, step: int) -> None:
     write_text(path, "".join(kept))
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -195,7 +195,7 @@ def layer_scales(params: Tree, layer_decay: float) -> Tree:
     return _by_name(lambda path: layer_decay ** (top - layer(path)), params)
 
 
-def import_adam(opt_state: Any, count: Any, mu: Tree, nu: Tree) -> Any:
+def import_adam(opt_state: object, count: object, mu: Tree, nu: Tree) -> Any:
     """Put moments from elsewhere into a state of `create_optimizer`.
 
     Args:
@@ -231,16 +231,16 @@ def _scale_by_name(scales: dict[str, float]) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, _: jax.tree.map_with_path(lambda p, u: scales[_name(p)] * u, updates))
 
 
-def _adam(opt_state: Any) -> optax.ScaleByAdamState:
+def _adam(opt_state: object) -> optax.ScaleByAdamState:
     (state,) = (part for part in jax.tree.leaves(opt_state, is_leaf=_is_adam) if _is_adam(part))
     return state
 
 
-def _is_adam(part: Any) -> bool:
+def _is_adam(part: object) -> bool:
     return isinstance(part, optax.ScaleByAdamState)
 
 
-def _like(old: jax.Array, value: Any) -> jax.Array:
+def _like(old: jax.Array, value: object) -> jax.Array:
     value = value if isinstance(value, jax.Array) else np.asarray(value)
     # Never the caller's own memory: the step donates its state.
     return jax.device_put(value.astype(old.dtype), old.sharding, may_alias=False)

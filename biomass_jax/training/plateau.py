@@ -1,6 +1,6 @@
 """Learning rate on a plateau and early stopping: plain dictionaries of Python numbers, advanced once an epoch.
 
-They are part of a run's state, so a resumed run goes on counting; values that come back from a checkpoint as NumPy or
+They are part of a run's state, so a resumed run continues counting; values that come back from a checkpoint as NumPy or
 JAX scalars are taken as well.
 """
 
@@ -80,7 +80,7 @@ def plateau_step(state: Mapping[str, Any], loss: float) -> dict[str, Any]:
 
 
 def plateau_from_bundle(optimizer: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The state to go on with from a bundle's optimiser {lr, plateau, ...}; None where it had no plateau.
+    """The state to continue with from a bundle's optimiser {lr, plateau, ...}; None where it had no plateau.
 
     Lightning saves an epoch before its scheduler has seen that epoch's loss (`owed_loss`, NaN where nothing is owed):
     that one step is made here.

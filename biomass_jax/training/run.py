@@ -272,7 +272,7 @@ def resume_host(saved: HostState, fresh: HostState) -> HostState:
     """
     if (saved.plateau is None) != (fresh.plateau is None):
         raise CheckpointError(
-            f"config.schedule.kind: a run can't change to {PLATEAU} or from it; go on with the config that the "
+            f"config.schedule.kind: a run can't change to {PLATEAU} or from it; resume with the config that the "
             "checkpoint was written with, or start in another workdir"
         )
     before, early = saved.early_stop, fresh.early_stop
@@ -325,4 +325,4 @@ def tell_changes(before: dict[str, Any], now: dict[str, Any], workdir: Path) -> 
     """Warn of fields that make this another run than the one that the checkpoint is of."""
     for change in changed_fields(before, now):
         if not change.startswith(MAY_CHANGE):
-            log.warning("%s: the run goes on with another config.%s", workdir, change)
+            log.warning("%s: the run resumes with another config.%s", workdir, change)

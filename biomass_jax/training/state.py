@@ -14,6 +14,7 @@ import optax
 from biomass_jax.bundle import Bundle, flatten
 from biomass_jax.errors import BundleError
 from biomass_jax.runtime import mesh as sharding
+from biomass_jax.tasks.base import Task
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class TrainState:
 
 
 def plan_train_state(
-    task: Any,
+    task: Task,
     optimizer: optax.GradientTransformation,
     mesh: sharding.DeviceMesh,
     *,

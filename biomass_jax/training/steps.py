@@ -11,6 +11,7 @@ import optax
 
 from biomass_jax.runtime import cpu
 from biomass_jax.runtime import mesh as sharding
+from biomass_jax.tasks.base import Task
 from biomass_jax.training.optimizer import apply_updates
 from biomass_jax.training.state import TrainState
 
@@ -39,7 +40,7 @@ def train_step(
     state: TrainState,
     batch: dict[str, jax.Array],
     *,
-    task: Any,
+    task: Task,
     optimizer: optax.GradientTransformation,
     schedule: Schedule,
     settings: StepSettings,
@@ -66,11 +67,11 @@ def train_step(
 
 
 def accumulated_sums(
-    state: TrainState, inputs: dict[str, jax.Array], key: jax.Array, *, task: Any, settings: StepSettings
+    state: TrainState, inputs: dict[str, jax.Array], key: jax.Array, *, task: Task, settings: StepSettings
 ) -> tuple[jax.Array, jax.Array, Any, Any]:
     """(total, count, gradient of total, batch statistics) over all micro-batches of a batch."""
 
-    def sums(params: Any, batch_stats: Any, rows: Any, number: Any) -> tuple[jax.Array, Any]:
+    def sums(params: object, batch_stats: Any, rows: Any, number: Any) -> tuple[jax.Array, Any]:
         params = jax.tree.map(lambda p, on: p if on else jax.lax.stop_gradient(p), params, settings.trainable)
         variables = {"params": params, "batch_stats": batch_stats}
         total, count, batch_stats = task.loss_sums(variables, rows, jax.random.fold_in(key, number))
@@ -104,7 +105,7 @@ class Steps:
 
 
 def compile_steps(
-    task: Any,
+    task: Task,
     optimizer: optax.GradientTransformation,
     schedule: Schedule,
     settings: StepSettings,

@@ -1,4 +1,4 @@
-"""Files over HTTP: what is interrupted goes on where it ended, and a file gets its name once it is whole and checked.
+"""Files over HTTP: what is interrupted resumes where it ended, and a file gets its name once it is whole and checked.
 
 A file arrives as `.{name}.part` beside its place; `.{name}.part.json` says of which version on the server it is a part.
 """
@@ -155,7 +155,7 @@ def fetch(
     pause: float = PAUSE,
     sleep: Callable[[float], None] = time.sleep,
 ) -> int:
-    """Get one file, going on with what an earlier attempt or run left of it.
+    """Get one file, resuming from what an earlier attempt or run left of it.
 
     Returns:
         Bytes received now.
@@ -176,7 +176,7 @@ def fetch(
             return received
         except _Again as error:
             if attempt == attempts:
-                raise PrepError(f"{wanted.path}: {error} ({attempts} attempts); start again to go on") from error
+                raise PrepError(f"{wanted.path}: {error} ({attempts} attempts); start again to resume") from error
             sleep(min(error.pause if error.pause is not None else pause * 2 ** (attempt - 1), LONGEST_PAUSE))
     raise PrepError(f"{wanted.path}: attempts is {attempts}, expected at least 1")
 

@@ -80,7 +80,7 @@ def search_gedi(area: Area, seasons: Sequence[Season], *, search: Search) -> lis
     return answers
 
 
-def search_archive(**query: Any) -> Sequence[Mapping[str, Any]]:
+def search_archive(**query: object) -> Sequence[Mapping[str, Any]]:
     """`earthaccess.search_data` for all answers there are."""
     import earthaccess
 
@@ -134,7 +134,7 @@ def _temporal(season: Season) -> tuple[str, str]:
     return f"{start:%Y-%m-%dT%H:%M:%SZ}", f"{stop - timedelta(seconds=1):%Y-%m-%dT%H:%M:%SZ}"
 
 
-def _ask(search: Search, **query: Any) -> Sequence[Mapping[str, Any]]:
+def _ask(search: Search, **query: object) -> Sequence[Mapping[str, Any]]:
     try:
         return search(**query)
     except (RuntimeError, OSError) as error:  # what earthaccess raises for a failed search

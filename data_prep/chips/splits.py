@@ -113,7 +113,7 @@ def _column(chips: Any, name: str) -> np.ndarray:
     return np.array([str(value) for value in chips[name]], object)
 
 
-def _block_names(chips: Any, outlines: np.ndarray, kind: str, block_km: float) -> np.ndarray:
+def _block_names(chips: object, outlines: np.ndarray, kind: str, block_km: float) -> np.ndarray:
     if kind == "block":
         lon, lat = ground.centres(outlines).T
         return ground.block_names(lon, lat, block_km)

@@ -11,6 +11,7 @@ import numpy as np
 import rasterio
 from affine import Affine
 from rasterio.errors import RasterioError
+from rasterio.io import DatasetReader
 from rasterio.windows import Window
 
 from biomass_jax.data import bands, records
@@ -111,7 +112,7 @@ def _open(path: Path) -> Any:
         raise PrepError(f"{path}: can't be opened: {error}") from error
 
 
-def _read(dataset: Any, indexes: Any, window: Window, path: Path) -> np.ndarray:
+def _read(dataset: DatasetReader, indexes: Any, window: Window, path: Path) -> np.ndarray:
     try:
         return dataset.read(indexes, window=window)
     except RasterioError as error:

@@ -10,11 +10,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from affine import Affine
 from rasterio.crs import CRS
+from rasterio.io import DatasetReader
 from rasterio.windows import Window
 
 from biomass_jax.data import bands
@@ -293,7 +293,7 @@ def _resolve(layers: Sequence[str], granule: Granule, folder: Path, long_names: 
         raise PrepError(str(error)) from error
 
 
-def _check_file(path: Path, dataset: Any, *, is_fmask: bool) -> None:
+def _check_file(path: Path, dataset: DatasetReader, *, is_fmask: bool) -> None:
     dtype, fill = ("uint8", FMASK_FILL) if is_fmask else ("int16", bands.FILL)
     if dataset.count != 1:
         raise PrepError(f"{path}: {dataset.count} bands, expected 1")

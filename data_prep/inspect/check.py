@@ -248,7 +248,7 @@ def _place(check: TileCheck) -> str:
     return "too few labels" if check.peak is None else f"best at {check.peak}"
 
 
-def _draw_counts(figure: Any, axes: Any, check: TileCheck) -> None:
+def _draw_counts(figure: object, axes: Any, check: TileCheck) -> None:
     cells = np.array(list(check.counts), int).reshape(-1, 2)
     grid = np.full(cells.max(axis=0) + 1 if len(cells) else (1, 1), np.nan)
     for (row, col), count in check.counts.items():

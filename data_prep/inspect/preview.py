@@ -58,7 +58,7 @@ def draw_chip(record: Record, path: str | os.PathLike[str]) -> Path:
 
 
 def draw_tile(
-    image: np.ndarray, label: np.ndarray, path: str | os.PathLike[str], *, title: str, cells: Any = None
+    image: np.ndarray, label: np.ndarray, path: str | os.PathLike[str], *, title: str, cells: object = None
 ) -> Path:
     """A tile in red, green and blue with its labels and the outlines of its chips, as PNG.
 
@@ -90,7 +90,9 @@ def _labels_text(labels: np.ndarray) -> str:
     return f"{labels.size:,} labels, {labels.min():.3g} to {labels.max():.4g} Mg/ha"
 
 
-def _draw_labels(figure: Any, axes: Any, rows: np.ndarray, cols: np.ndarray, labels: np.ndarray, size: float) -> None:
+def _draw_labels(
+    figure: object, axes: Any, rows: np.ndarray, cols: np.ndarray, labels: np.ndarray, size: float
+) -> None:
     """Points from 0 to the 99th percentile, so that a few extreme labels don't darken the rest."""
     top = float(np.percentile(labels, 99)) if labels.size else 1.0
     drawn = axes.scatter(

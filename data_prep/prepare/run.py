@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m data_prep prepare",
         description="HLS granules and GEDI orbits to training shards, for a list of tiles.",
-        epilog="Exit codes: 0 finished, 75 stopped by SIGTERM (the same command goes on), 1 something failed.",
+        epilog="Exit codes: 0 finished, 75 stopped by SIGTERM (the same command resumes), 1 something failed.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, help="configs/prepare.py; change a field by --config.field=value")
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with locked(args.out), open_executor(args.workers, args.scheduler) as executor:
                 report = prepare(config, args.out, executor, discard=args.discard_granules, threads=threads)
         except Stopped:
-            print("stopped by SIGTERM; give the same command again to go on", file=sys.stderr)
+            print("stopped by SIGTERM; give the same command again to resume", file=sys.stderr)
             return STOPPED
     print(f"{table(report)}\n{args.out / 'report.json'}: done in {time.monotonic() - began:.0f} s")
     return 1 if report["errors"] else 0
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _sigterm_stops() -> Iterator[None]:
-    def stop(*_: Any) -> NoReturn:
+    def stop(*_: object) -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not disturb the end
         raise Stopped
 

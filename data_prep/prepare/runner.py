@@ -21,7 +21,7 @@ CONNECT_SECONDS = 30
 class SerialExecutor(Executor):
     """Runs each task in this process when it is submitted."""
 
-    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
+    def submit(self, function: Callable[..., Any], /, *args: object, **kwargs: object) -> Future:
         """A future that is done already."""
         future: Future = Future()
         try:
@@ -43,7 +43,7 @@ class ProcessExecutor(Executor):
         context = multiprocessing.get_context("spawn")
         return ProcessPoolExecutor(self._workers, context, initializer=end_with_parent)
 
-    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
+    def submit(self, function: Callable[..., Any], /, *args: object, **kwargs: object) -> Future:
         """A future; BrokenExecutor in it if the pool breaks before it is done."""
         try:
             return self._pool.submit(function, *args, **kwargs)

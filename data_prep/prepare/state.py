@@ -88,7 +88,7 @@ class StepRecords:
             return None
 
     @staticmethod
-    def _fits(stored: Any) -> bool:
+    def _fits(stored: object) -> bool:
         return isinstance(stored, dict) and stored.get("schema") == SCHEMA
 
     def finished(self, job: StepJob) -> StepRecord | None:
@@ -184,7 +184,7 @@ def fingerprint(path: Path) -> str:
     return hashlib.sha256("\n".join(f"{p.name} {fingerprint(p)}" for p in files).encode()).hexdigest()
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Write a record or a report; its folder is made.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Command line: `python -m data_prep synthetic --out DIR [--world scene|ruler|forest]` writes made-up granules."""
+"""Command line: `python -m data_prep synthetic --out DIR [--world scene|ruler|forest]` writes synthetic granules."""
 
 import argparse
 import re
@@ -18,7 +18,7 @@ def parse_size(text: str) -> tuple[int, int]:
 def main(argv: list[str] | None = None) -> None:
     """Write one granule and print its folder, or a world of granules and orbits and print where its plan is."""
     parser = argparse.ArgumentParser(
-        prog="python -m data_prep synthetic", description="Write made-up HLS granules, and GEDI orbits over them."
+        prog="python -m data_prep synthetic", description="Write synthetic HLS granules, and GEDI orbits over them."
     )
     parser.add_argument("--out", type=Path, required=True, help="folder that takes what is written")
     parser.add_argument(

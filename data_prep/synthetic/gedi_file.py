@@ -125,7 +125,7 @@ def write_gedi(path: Path, beams: Mapping[str, Mapping[str, Any]], *, chunk: int
         for name, text in {
             "PGEVersion": path.name.split("_")[-2],
             "VersionID": "02",
-            "abstract": "Made-up shots in the layout of the GEDI L4A standard data product.",
+            "abstract": "Synthetic shots in the layout of the GEDI L4A standard data product.",
             "fileName": path.name,
             "shortName": "GEDI_L4A",
             "spatialRepresentationType": "along-track",
@@ -152,7 +152,7 @@ def _write_beam(group: h5py.Group, beam: str, shots: dict[str, Any], chunk: int)
     prediction["alpha"], prediction["max_nvar"], prediction["predictor_offset"] = 0.1, 4, 100
 
 
-def _create(group: h5py.Group, name: str, values: np.ndarray, dtype: Any, chunk: int) -> h5py.Dataset:
+def _create(group: h5py.Group, name: str, values: np.ndarray, dtype: object, chunk: int) -> h5py.Dataset:
     layout = {"maxshape": (None, *values.shape[1:]), "chunks": (chunk, *[1] * (values.ndim - 1))}
     return group.create_dataset(name, data=values, dtype=dtype, compression="gzip", compression_opts=4, **layout)
 

@@ -1,4 +1,4 @@
-"""A made-up piece of land on a 30 m grid: terrain, land cover and the biomass that grows on it.
+"""A synthetic piece of land on a 30 m grid: terrain, land cover and the biomass that grows on it.
 
 Everything here is a pure function of a shape and a seed. What a satellite would see of it is in `scene.py`.
 """

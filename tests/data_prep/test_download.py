@@ -241,7 +241,7 @@ def logging_in(monkeypatch, *outcomes):
 
     def session():
         made = requests.Session()
-        made.headers["Authorization"] = "Bearer made-up"
+        made.headers["Authorization"] = "Bearer synthetic"
         return made
 
     monkeypatch.setattr(earthaccess, "login", login)
@@ -256,7 +256,7 @@ def test_environment_then_netrc_and_each_request_is_authorised(server, monkeypat
     response = open_url(f"{server.url}/a.bin", {"Range": "bytes=1-"})
     assert strategies == ["environment", "netrc"]
     assert (response.status_code, response.content) == (206, b"bc")
-    assert response.request.headers["Authorization"] == "Bearer made-up"
+    assert response.request.headers["Authorization"] == "Bearer synthetic"
 
 
 def test_a_login_that_is_refused_or_out_of_reach(monkeypatch):

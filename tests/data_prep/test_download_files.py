@@ -41,7 +41,7 @@ def test_a_dropped_connection_goes_on_where_it_ended(server, open_url, tmp_path)
 def test_a_later_run_goes_on_too(server, open_url, tmp_path):
     body = np.random.default_rng(0).bytes(4 * CHUNK)
     server.files["/a.bin"], server.faults["/a.bin"] = body, ["drop"]
-    with pytest.raises(PrepError, match=r"a\.bin: .*\(1 attempts\); start again to go on"):
+    with pytest.raises(PrepError, match=r"a\.bin: .*\(1 attempts\); start again to resume"):
         get(server, open_url, tmp_path / "a.bin", attempts=1)
     assert names_in(tmp_path) == [".a.bin.part", ".a.bin.part.json"]
     assert get(server, open_url, tmp_path / "a.bin") == (2 * CHUNK, [])

@@ -37,8 +37,8 @@ Entry = dict[str, Any]  # sha256, and for what training computes `numbers` {name
 def file_bytes(path: Path) -> Entry:
     """The file as it is.
 
-    Composites, labels, shards and made-up granules hold no time, version or path of ours: tests of `data_prep` ask that
-    a second run writes the same bytes.
+    Composites, labels, shards and synthetic granules hold no time, version or path of ours: tests of `data_prep` ask
+    that a second run writes the same bytes.
     """
     with path.open("rb") as file:
         return {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -89,6 +89,6 @@ def test_demo_makes_shards_a_map_and_pictures(tmp_path, capsys):
     lines = [json.loads(line) for line in (tmp_path / "finetune" / "metrics.jsonl").read_text().splitlines()]
     assert sum("train/loss" in line for line in lines) >= 20
     scores = json.loads((tmp_path / "scores" / "metrics.json").read_text())
-    # what the made-up forest allows: a model of single pixels has an R2 of 0.88
+    # what the synthetic forest allows: a model of single pixels has an R2 of 0.88
     assert 0.5 < float(re.search(r"biomass: R2 (0\.\d+)", done.stdout)[1]) < 0.97
     assert scores["r2"] > 0.5

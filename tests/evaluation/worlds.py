@@ -1,4 +1,4 @@
-"""Chips of a small made-up data set, as shards, and the config that scores them."""
+"""Chips of a small synthetic data set, as shards, and the config that scores them."""
 
 from pathlib import Path
 

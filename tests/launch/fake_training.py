@@ -1,4 +1,4 @@
-"""Stands in for `biomass_jax.main` in tests of sweeps: takes its arguments, writes losses, goes on, stops on SIGTERM.
+"""Stands in for `biomass_jax.main` in tests of sweeps: takes its arguments, writes losses, resumes, stops on SIGTERM.
 
 An epoch's loss is (log10(optimizer.learning_rate) + 3)^2 + |epoch - 2|, lowest in the second. It needs no package, so
 that it starts at once.

@@ -191,7 +191,7 @@ def test_a_sweep_that_was_killed_or_stopped_goes_on_and_loses_nothing(world, how
     again = world.start(*arguments)
     output, _ = again.communicate(timeout=120)
     assert again.returncode == 0, output
-    assert "trial 3 goes on" in output
+    assert "trial 3 resumes" in output
     trials = world.trials()
     assert states(trials) == ["COMPLETE"] * 6
     assert [trial.params for trial in trials] == sweep_grid(world, 0)

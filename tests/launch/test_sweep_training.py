@@ -44,7 +44,7 @@ def test_a_sweep_of_trainings_killed_half_way_ends_and_its_best_config_runs(tmp_
     first.communicate()
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert again.returncode == 0, again.stderr
-    assert re.search(r"trial [01] goes on", again.stderr)
+    assert re.search(r"trial [01] resumes", again.stderr)
     assert "3 trials finished, 0 pruned, 0 failed" in again.stderr
     assert len(again.stdout.splitlines()) == 4
 

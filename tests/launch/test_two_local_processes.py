@@ -186,7 +186,7 @@ def wait_for_step(jobs, launcher, workdir, step):
 
 
 def test_a_run_that_is_broken_three_times_comes_to_the_same_end(jobs):
-    """Stopped by SIGTERM, then one process killed, then the coordinator; each time the same command goes on."""
+    """Stopped by SIGTERM, then one process killed, then the coordinator; each time the same command resumes."""
     command = (2, "broken", FINETUNE, *jobs.finetuning())
     launcher = jobs.start(*command)
     wait_for_step(jobs, launcher, "broken", 3)

@@ -22,7 +22,7 @@ def lines(workdir):
 
 
 def final_state(workdir, config):
-    """Every array of the last checkpoint, by path; the folder is copied, since a run that goes on changes it."""
+    """Every array of the last checkpoint, by path; the folder is copied, since a resumed run changes it."""
     copy = workdir.with_name(f"{workdir.name}_copy")
     shutil.copytree(workdir / "checkpoints", copy / "checkpoints")
     again = run.set_up(config, copy, command="")

@@ -111,7 +111,7 @@ def test_changed_fields_are_named_and_harmless_ones_are_not(tmp_path, caplog):
     tell_changes(before, now, tmp_path)
     said = [record.getMessage() for record in caplog.records]
     assert said == [
-        f"{tmp_path}: the run goes on with another config.{change}"
+        f"{tmp_path}: the run resumes with another config.{change}"
         for change in changes
         if "threads" not in change and "log_every" not in change
     ]

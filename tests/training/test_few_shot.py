@@ -1,4 +1,4 @@
-"""The reference's few-shot run: its all-biome checkpoint goes on, moments, learning rate and plateau with it."""
+"""The reference's few-shot run: its all-biome checkpoint continues, moments, learning rate and plateau with it."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The demo's model pretrained on made-up scenes without labels, against predicting each band's mean."""
+"""The demo's model pretrained on synthetic scenes without labels, against predicting each band's mean."""
 
 import json
 

@@ -61,7 +61,7 @@ def stopped(root, shards, tmp_path_factory):
 def test_sigterm_saves_and_exits_with_75_and_the_same_command_finishes(stopped, root, shards):
     workdir, status, said = stopped
     assert status == 75, said
-    assert "stopping at step" in said and "give the same command again to go on" in said
+    assert "stopping at step" in said and "give the same command again to resume" in said
     (saved,) = {int(path.name[5:]) for path in (workdir / "checkpoints").iterdir()} & {
         int(said.split("stopping at step ")[1].split(":")[0])
     }
@@ -75,14 +75,14 @@ def test_sigterm_saves_and_exits_with_75_and_the_same_command_finishes(stopped, 
 
     status, said = call(root, shards, workdir, epochs=epochs, **{"optimizer.weight_decay": 0.5})
     assert status == 0
-    assert "the run goes on with another config.optimizer.weight_decay: was 0.03283253068408954, now 0.5" in said
+    assert "the run resumes with another config.optimizer.weight_decay: was 0.03283253068408954, now 0.5" in said
 
     status, said = call(root, shards, workdir, **{"model.embed_dim": 16})
     assert status == 1
     assert "doesn't fit this config" in said and "start in another workdir" in said and "Traceback" not in said
 
     status, said = call(root, shards, workdir, epochs=1, overwrite=True)
-    assert status == 0 and "going on" not in said
+    assert status == 0 and "resuming" not in said
     assert [line["step"] for line in lines(workdir)] == [2, 4, 5, 5]
     assert bundle.read_meta(workdir / "best")["training"]["step"] == 5
 

@@ -60,7 +60,7 @@ def test_two_processes_with_two_devices_each_train_as_one_device_does(root, tmp_
     two = dict(np.load(folder / f"{mesh}.npz"))
     assert_same_training(one, two)
     assert two["split"] > 5
-    # A checkpoint of one process goes on in two, and the other way round.
+    # A checkpoint of one process resumes in two, and the other way round.
     np.testing.assert_allclose(two["next/1x1"], one["loss/0"][meshes.SAVED], rtol=1e-5)
     here = meshes.World(meshes.config_of(kind, folder / "shards"), 1, 1)
     np.testing.assert_allclose(here.next_loss(folder / mesh)[0], two["loss/0"][meshes.SAVED], rtol=1e-5)

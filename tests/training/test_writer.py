@@ -1,4 +1,4 @@
-"""`metrics.jsonl` and TensorBoard events: what is written, and what a run that goes on cuts back."""
+"""`metrics.jsonl` and TensorBoard events: what is written, and what a resumed run cuts back."""
 
 import json
 import os

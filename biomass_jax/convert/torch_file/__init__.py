@@ -111,7 +111,7 @@ def read(path: str | os.PathLike[str]) -> TorchFile:
     return TorchFile(path, form, parsed.root, placeholders, mapped, parsed.metadata)
 
 
-def flatten(root: Any) -> dict[str, Any]:
+def flatten(root: object) -> dict[str, Any]:
     """Every leaf of nested dicts, lists and tuples under its dotted key ('state_dict.encoder.norm.weight').
 
     Tensors, plain values, sets, placeholders and empty containers are leaves. Where two leaves would share a key, the
@@ -134,7 +134,7 @@ def flatten(root: Any) -> dict[str, Any]:
     return leaves
 
 
-def _children(node: Any) -> Iterator[tuple[str, Any]]:
+def _children(node: object) -> Iterator[tuple[str, Any]]:
     if isinstance(node, dict):
         for key, value in node.items():
             yield (key if isinstance(key, str) else repr(key)[:80]), value
@@ -143,7 +143,7 @@ def _children(node: Any) -> Iterator[tuple[str, Any]]:
             yield str(index), value
 
 
-def _check_tree(root: Any) -> list[str]:
+def _check_tree(root: object) -> list[str]:
     """Refuse trees that a recursive reader couldn't walk: cyclic, too deep, or huge by sharing one part many times.
 
     Returns:

@@ -22,15 +22,15 @@ def _items(values: Any) -> list[Any]:
     return list(values)
 
 
-def _set(values: Any = ()) -> set[Any]:
+def _set(values: object = ()) -> set[Any]:
     return set(checked(_items(values)))
 
 
-def _frozenset(values: Any = ()) -> frozenset[Any]:
+def _frozenset(values: object = ()) -> frozenset[Any]:
     return frozenset(_set(values))
 
 
-def _mapping(*args: Any) -> dict[Any, Any]:
+def _mapping(*args: object) -> dict[Any, Any]:
     """dict and its subclasses: nothing, a mapping, or (key, value) pairs."""
     values = args[0] if args else {}
     return fill({}, list(values.items()) if type(values) is dict else [(key, value) for key, value in _items(values)])
@@ -44,23 +44,23 @@ def _bytes(values: Any = b"") -> bytes:
     raise Malformed(f"bytes are made from a {type(values).__name__}")  # bytes(10**12) would be a terabyte
 
 
-def _complex(real: Any, imag: Any) -> Any:
+def _complex(real: object, imag: object) -> Any:
     return complex(real, imag) if type(real) is float and type(imag) is float else NotImplemented
 
 
-def _encode(text: Any, encoding: Any = "utf-8") -> Any:
+def _encode(text: object, encoding: object = "utf-8") -> Any:
     """_codecs.encode, by which protocol 2 writes bytes."""
     if type(text) is not str or encoding not in ("latin1", "latin-1", "utf-8", "ascii"):
         return NotImplemented
     return text.encode(encoding)
 
 
-def _numpy_dtype(code: Any, *_: Any) -> Any:
+def _numpy_dtype(code: object, *_: object) -> Any:
     known = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16"}
     return NumpyDtype(code) if type(code) is str and code in known else NotImplemented
 
 
-def _numpy_scalar(dtype: Any, raw: Any = None) -> Any:
+def _numpy_scalar(dtype: object, raw: object = None) -> Any:
     """A NumPy scalar as the plain Python number of the same value."""
     if type(raw) is str:  # Python 2 bytes that happened to be UTF-8
         raw = raw.encode()
@@ -73,7 +73,7 @@ def _numpy_scalar(dtype: Any, raw: Any = None) -> Any:
     return values[0].item()
 
 
-def _reconstructor(cls: Any, *_: Any) -> Any:
+def _reconstructor(cls: object, *_: object) -> Any:
     """copyreg._reconstructor: objects of protocols 0 and 1."""
     return Placeholder(cls.class_name, ()) if isinstance(cls, Placeholder) else NotImplemented
 
@@ -151,7 +151,7 @@ def _load(buffer: Any, start: int, stop: int, persistent: Callable[[Any], Any]) 
     )
 
 
-def _no_persistent(saved: Any) -> Any:
+def _no_persistent(saved: object) -> Any:
     raise Malformed("a storage is named where none may be")
 
 
@@ -175,7 +175,7 @@ def read_zip(file: MappedFile) -> Parsed:
         raise Malformed("is a TorchScript archive; save the model's state_dict() with torch.save instead")
     swapped = _is_swapped(records.get(f"{prefix}byteorder"))
 
-    def persistent(saved: Any) -> Storage:
+    def persistent(saved: object) -> Storage:
         kind, key, count = _storage_id(saved, 5)
         nbytes = count * item_size(kind.dtype)
         record = records.get(f"{prefix}data/{key}")
@@ -244,7 +244,7 @@ def _data_start(file: MappedFile, entry: zipfile.ZipInfo, directory: int) -> int
     return offset + 30 + header[9] + header[10]
 
 
-def _storage_id(saved: Any, length: int) -> tuple[StorageType, str, int]:
+def _storage_id(saved: object, length: int) -> tuple[StorageType, str, int]:
     """Check ('storage', type, key, location, count, ...); returns type, key and count."""
     if type(saved) is not tuple or len(saved) != length or saved[0] != "storage":
         raise Malformed("a persistent id isn't the ('storage', type, key, location, count) that torch writes")
@@ -276,7 +276,7 @@ def read_legacy(file: MappedFile) -> Parsed:
     """
     roots: dict[str, Storage] = {}
 
-    def persistent(saved: Any) -> Any:
+    def persistent(saved: object) -> Any:
         if type(saved) is tuple and len(saved) == 4 and saved[0] == "module":
             return saved[1]  # a class with its source text; the text isn't looked at
         # the sixth entry came with 0.2 or so; None since 0.4
@@ -304,7 +304,7 @@ def read_legacy(file: MappedFile) -> Parsed:
     return Parsed(loaded.value, loaded.placeholders)
 
 
-def _storage_view(root: Storage, kind: StorageType, count: int, view: Any) -> Storage:
+def _storage_view(root: Storage, kind: StorageType, count: int, view: object) -> Storage:
     """The storage itself, or its part by an older file's (key, offset, count)."""
     if view is None:
         return Storage(root.record, kind.dtype, count)
@@ -316,7 +316,7 @@ def _storage_view(root: Storage, kind: StorageType, count: int, view: Any) -> St
     return Storage(root.record, kind.dtype, length, start=offset * item_size(kind.dtype))
 
 
-def _place_storages(file: MappedFile, keys: Any, position: int, roots: dict[str, Storage]) -> None:
+def _place_storages(file: MappedFile, keys: object, position: int, roots: dict[str, Storage]) -> None:
     """Find each storage's bytes in the stream, in the order of the keys."""
     if type(keys) is not list or {type(key) for key in keys} - {str, int}:
         raise Malformed("its list of storage keys is no list of strings")
@@ -405,7 +405,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _entry(name: str, entry: Any) -> tuple[str, list[int], list[int]]:
+def _entry(name: str, entry: object) -> tuple[str, list[int], list[int]]:
     """dtype, shape and byte range of a header entry, checked for type and sign."""
     if type(entry) is not dict or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise Malformed(f"tensor {name!r:.200} isn't described by dtype, shape and data_offsets")

@@ -112,14 +112,14 @@ class _Machine:
         self.pos, start = end + 1, self.pos
         return self.buffer[start:end]
 
-    def push(self, value: Any) -> None:
+    def push(self, value: object) -> None:
         self.stack.append(value)
 
     def pop_mark(self) -> list[Any]:
         items, self.stack = self.stack, self.marked.pop()
         return items
 
-    def name(self, module: Any, name: Any) -> Any:
+    def name(self, module: object, name: object) -> Any:
         """What a class or function name of the file stands for here."""
         if type(module) is not str or type(name) is not str or len(module) + len(name) > MAX_LINE:
             raise Malformed("a class name is not a short string")

@@ -206,30 +206,43 @@ def make_tensor(
     return tensor
 
 
-def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any) -> Any:
+def _rebuild_tensor(storage: object, offset: object, shape: object, strides: object) -> Any:
     return make_tensor(storage, offset, shape, strides)
 
 
 def _rebuild_tensor_v2(
-    storage: Any, offset: Any, shape: Any, strides: Any, grad: Any = None, hooks: Any = None, metadata: Any = None
+    storage: object,
+    offset: object,
+    shape: object,
+    strides: object,
+    grad: object = None,
+    hooks: object = None,
+    metadata: object = None,
 ) -> Any:
     return make_tensor(storage, offset, shape, strides, metadata=metadata)
 
 
 def _rebuild_tensor_v3(
-    storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, metadata: Any = None
+    storage: object,
+    offset: object,
+    shape: object,
+    strides: object,
+    grad: object,
+    hooks: object,
+    dtype: object,
+    metadata: object = None,
 ) -> Any:
     if type(dtype) is not str or not dtype.startswith("torch."):
         return NotImplemented  # a dtype newer than this reader
     return make_tensor(storage, offset, shape, strides, dtype.removeprefix("torch."), metadata)
 
 
-def _same_tensor(data: Any, *_: Any) -> Any:
+def _same_tensor(data: object, *_: object) -> Any:
     """A Parameter, or a tensor moved to a device: the tensor itself."""
     return data if isinstance(data, TorchTensor) else NotImplemented
 
 
-def _rebuild_from_type(function: Any, cls: Any, args: Any, state: Any = None) -> Any:
+def _rebuild_from_type(function: object, cls: object, args: object, state: object = None) -> Any:
     """A tensor with Python attributes, or of a subclass: the plain tensor where a builder of ours makes it."""
     builder = BUILDERS.get(getattr(function, "class_name", ""))
     if builder is None or type(args) is not tuple or builder is _rebuild_from_type:
@@ -241,7 +254,7 @@ def _size(values: Any = ()) -> Any:
     return tuple(values) if type(values) in (list, tuple) else NotImplemented
 
 
-def _device(kind: Any, index: Any = None) -> Any:
+def _device(kind: object, index: object = None) -> Any:
     if type(kind) is not str or type(index) not in (int, type(None)):
         return NotImplemented
     return kind if index is None else f"{kind}:{index}"

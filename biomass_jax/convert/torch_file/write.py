@@ -27,7 +27,7 @@ _STORAGE_NAMES = {
 }
 
 
-def write(path: str | os.PathLike[str], root: Any) -> None:
+def write(path: str | os.PathLike[str], root: object) -> None:
     """Write `root` as a zip file that `torch.load(path, weights_only=True)` accepts.
 
     Dicts and OrderedDicts keep their class and order; an array that appears twice becomes one storage shared by two
@@ -86,13 +86,13 @@ class _Pickler:
         self.keys: dict[int, int] = {}  # id of an array -> its storage; `storages` keeps the arrays alive
         self.open: set[int] = set()
 
-    def dump(self, root: Any) -> bytes:
+    def dump(self, root: object) -> bytes:
         self.out.write(b"\x80\x02")
         self.emit(root, "root")
         self.out.write(b".")
         return self.out.getvalue()
 
-    def emit(self, value: Any, place: str) -> None:
+    def emit(self, value: object, place: str) -> None:
         """Write one value's opcodes."""
         if value is None or isinstance(value, bool):
             self.out.write({None: b"N", True: b"\x88", False: b"\x89"}[value])

@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -256,7 +256,7 @@ class CogWriter:
             self._close_dataset()
         self._remove_working_files()
 
-    def _timed(self, what: str, step: Any) -> None:
+    def _timed(self, what: str, step: Callable[[], None]) -> None:
         began = time.perf_counter()
         step()
         self.seconds[what] += time.perf_counter() - began

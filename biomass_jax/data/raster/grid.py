@@ -123,13 +123,13 @@ def raster_errors(name: str) -> Iterator[None]:
         raise RasterError(f"{name}: {error.__cause__ or error}") from error
 
 
-def open_quietly(path: str, mode: str = "r", **options: Any) -> Any:
+def open_quietly(path: str, mode: str = "r", **options: object) -> Any:
     """`rasterio.open` without its warning about a raster without a georeference, which the callers report."""
     with _OPENING, warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         return rasterio.open(path, mode, **options)
 
 
-def grid_of(dataset: Any) -> Grid:
+def grid_of(dataset: rasterio.DatasetReader) -> Grid:
     """The grid of an open dataset."""
     return Grid(dataset.height, dataset.width, dataset.crs or None, dataset.transform)

@@ -45,7 +45,7 @@ class ImageSource:
         self,
         item: InputItem,
         *,
-        band_list: Any = None,
+        band_list: object = None,
         fill: float | None = None,
         wanted: Sequence[str] = bands.BAND_NAMES,
         model_sensors: Sequence[str] = ("L30",),
@@ -261,7 +261,7 @@ class ImageSource:
 def open_image(
     item: InputItem | str | os.PathLike[str],
     *,
-    band_list: Any = None,
+    band_list: object = None,
     fill: float | None = None,
     wanted: Sequence[str] = bands.BAND_NAMES,
     model_sensors: Sequence[str] = ("L30",),
@@ -291,7 +291,7 @@ def read_preview(
     source: InputItem | str | os.PathLike[str],
     max_size: int,
     *,
-    band_list: Any = None,
+    band_list: object = None,
     fill: float | None = None,
     wanted: Sequence[str] | None = None,
 ) -> np.ndarray:
@@ -334,7 +334,7 @@ def _granule_paths(item: InputItem, wanted: Sequence[str], granule: GranuleName)
     return [item.paths[index - 1] for index in selection.indexes]
 
 
-def _claimed_sensor(dataset: Any, granule: GranuleName | None, name: str) -> str | None:
+def _claimed_sensor(dataset: rasterio.DatasetReader, granule: GranuleName | None, name: str) -> str | None:
     """The sensor that the granule's name or a tag tells; RasterError where they disagree."""
     tags = dataset.tags()
     by_tag = None
@@ -358,7 +358,7 @@ def _base_name(path: str) -> str:
     return PurePath(path.split("?", 1)[0] if path.startswith("/vsicurl") else path).name
 
 
-def _remote_size(dataset: Any) -> int:
+def _remote_size(dataset: rasterio.DatasetReader) -> int:
     """Bytes up to the end of the last block that the header of a remote TIFF tells of, else the size unpacked."""
     ends = [0]
     for index, (height, width) in zip(dataset.indexes, dataset.block_shapes, strict=True):

@@ -177,7 +177,7 @@ def tile_scenes(tile: RulerTile, year: int, index: int) -> list[RulerScene]:
     apart = timedelta(minutes=9, seconds=59) if index % 2 else timedelta(seconds=-24)
     processed = scenes[0].overpass.processing_time - timedelta(days=1)
 
-    def other(role: str, when: datetime, **how: Any) -> RulerScene:
+    def other(role: str, when: datetime, **how: object) -> RulerScene:
         return RulerScene(role, Overpass(time=when, **(first | how)))
 
     return [
