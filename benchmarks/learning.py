@@ -2,8 +2,8 @@
 
 The demo's config is trained three times: on the synthetic forest as it is, with each chip's labels given to
 another chip, and with the labels moved by one pixel. The first has to come below 60 % of the best constant's RMSE,
-the second must not, and the third has to be at least 15 % worse than the first; a picture holds all three with the best constant
-and the noise floor. Make the shards by `make demo`.
+the second must not, and the third has to be at least 15 % worse than the first; a picture holds all three with the
+best constant and the noise floor. Make the shards by `make demo`.
 """
 
 import argparse
