@@ -5,7 +5,7 @@
 
 Expected: val/loss 0.74, where predicting each band's mean gives 0.81: most of the forest differs from pixel to pixel,
 which nothing around tells. On scenes with fields and clouds 300 steps come below half of that mean's loss
-(tests/training/test_pretrain_learns.py).
+(tests/training/test_run_pretraining_learns.py).
 """
 
 from ml_collections import config_dict

@@ -35,6 +35,7 @@ OF_THEIR_OWN = {
     "data_prep.synthetic.ruler.shots": "the labels of the ruler world, beside its images",
 }
 MOST_OF_THEIR_OWN = 15
+NOT_MIRRORED = {"parity", "reliability", "end_to_end", "mutation"}  # about the whole
 
 # From the bottom up: a part may import the parts of the lines above its own, and itself.
 LAYERS: tuple[set[str], ...] = (
@@ -198,6 +199,21 @@ def test_a_module_with_one_importer_has_a_reason():
 
 def test_public_classes_have_names_of_their_own():
     assert {name: where for name, where in house.classes_by_name().items() if len(where) > 1} == {}
+
+
+def test_tests_lie_as_the_packages_do():
+    """`tests/data/raster/test_image_mask.py` is about a module, or a folder, `image` of `biomass_jax/data/raster`."""
+    lost = []
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        folder = path.parent.relative_to(ROOT / "tests")
+        top = folder.parts[0] if folder.parts else "biomass_jax"
+        if top not in NOT_MIRRORED:
+            source = ROOT / ("" if top in FOLDERS else "biomass_jax") / folder
+            about = path.stem.removeprefix("test_")
+            names = {other.stem.strip("_") for other in source.iterdir() if other.suffix == ".py" or other.is_dir()}
+            if folder.parts and not any(f"{about}_".startswith(f"{name}_") for name in names):
+                lost.append(path.relative_to(ROOT).as_posix())
+    assert not lost
 
 
 def test_the_packages_do_not_grow_unseen():

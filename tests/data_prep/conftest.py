@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.data_prep.archive import asking, granule_files, orbit_file, serving
+from tests.data_prep.archive_server import asking, granule_files, orbit_file, serving
 
 
 @pytest.fixture

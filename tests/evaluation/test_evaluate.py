@@ -15,7 +15,7 @@ from biomass_jax.errors import BundleError, ConfigError, DataError, EvaluationEr
 from biomass_jax.evaluation import evaluate
 from biomass_jax.prediction.forward import Forward
 from biomass_jax.runtime.mesh import local_placement
-from tests.data_prep.test_geotiff import write_pair
+from tests.data_prep.shards.test_geotiff import write_pair
 from tests.evaluation.worlds import BIOMES, TILES, chip, make_config, write_world
 from tests.prediction.stubs import random_bundle
 

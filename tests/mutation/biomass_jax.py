@@ -71,27 +71,27 @@ MODEL = (
 LOSS = (
     Mutation(
         "labels_of_zero_left_out",
-        "tests/training/test_losses.py::test_hand_written_numbers",
+        "tests/tasks/test_losses.py::test_hand_written_numbers",
         in_file(LOSSES, ("labelled = label >= 0", "labelled = label > 0")),
     ),
     Mutation(
         "root_of_a_perfect_prediction",
-        "tests/training/test_losses.py::test_a_perfect_prediction_has_a_zero_gradient",
+        "tests/tasks/test_losses.py::test_a_perfect_prediction_has_a_zero_gradient",
         in_file(LOSSES, ("jnp.where(perfect, 1, total / (count + EPSILON))", "total / (count + EPSILON)")),
     ),
     Mutation(
         "huber_without_its_half",
-        "tests/training/test_losses.py::test_against_a_loop_with_its_gradient",
+        "tests/tasks/test_losses.py::test_against_a_loop_with_its_gradient",
         in_file(LOSSES, ("near * (magnitude - 0.5 * near)", "near * (magnitude - near)")),
     ),
     Mutation(
         "patch_variance_biased",
-        "tests/training/test_pretrain_loss.py::test_patch_statistics_are_those_of_plain_loops",
+        "tests/tasks/test_losses_simmim.py::test_patch_statistics_are_those_of_plain_loops",
         in_file(LOSSES, ("jnp.maximum(count - 1, 1)", "jnp.maximum(count, 1)")),
     ),
     Mutation(
         "all_bands_must_lack_data",
-        "tests/data/test_transforms.py::test_missing_pixels_are_those_of_the_one_rule",
+        "tests/pipeline/test_augment.py::test_missing_pixels_are_those_of_the_one_rule",
         in_file("biomass_jax/pipeline/augment.py", ("jnp.any(missing, axis=-1)", "jnp.all(missing, axis=-1)")),
     ),
 )
@@ -119,7 +119,7 @@ TRAINING = (
     ),
     Mutation(
         "warm_up_a_step_ahead",
-        "tests/training/test_schedules.py::test_constant_after_a_warm_up",
+        "tests/training/test_optimizer_schedules.py::test_constant_after_a_warm_up",
         in_file(
             "biomass_jax/training/optimizer.py", ("rising = warmup_from + t *", "rising = warmup_from + (t + 1) *")
         ),
@@ -161,12 +161,12 @@ TRAINING = (
 PLACES = (
     Mutation(
         "bias_tables_split",
-        "tests/training/test_sharding.py::test_what_is_picked_by_rows_or_used_whole_is_not_split",
+        "tests/runtime/test_mesh.py::test_what_is_picked_by_rows_or_used_whole_is_not_split",
         in_file(MESH, ('(r"/relative_position_bias_table$", None),', "")),
     ),
     Mutation(
         "small_arrays_split",
-        "tests/training/test_sharding.py::test_large_arrays_are_split_where_no_rule_says_otherwise",
+        "tests/runtime/test_mesh.py::test_large_arrays_are_split_where_no_rule_says_otherwise",
         in_file(MESH, ("SMALLEST_SPLIT = 2**14", "SMALLEST_SPLIT = 2**4")),
     ),
     Mutation(
@@ -219,27 +219,27 @@ CONVERTER = (
 EVALUATION = (
     Mutation(
         "bins_hold_their_upper_edge",
-        "tests/evaluation/test_binwise.py::test_bins_hold_their_lower_edge_and_not_their_upper",
+        "tests/evaluation/test_tables.py::test_bins_hold_their_lower_edge_and_not_their_upper",
         in_file("biomass_jax/evaluation/tables.py", ("(values < limits[1])", "(values <= limits[1])")),
     ),
     Mutation(
         "means_of_parts_ignored",
-        "tests/evaluation/test_scores.py::test_parts_merge_in_any_order_and_grouping",
+        "tests/tasks/test_scores.py::test_parts_merge_in_any_order_and_grouping",
         in_file(SCORES, (" + shift * shift * (self._n * other._n / total)", "")),
     ),
     Mutation(
         "batches_weigh_alike",
-        "tests/evaluation/test_scores.py::test_the_references_validation_loss_weighs_batches_by_their_chips",
+        "tests/tasks/test_scores.py::test_the_references_validation_loss_weighs_batches_by_their_chips",
         in_file(SCORES, ("total += chips * math.sqrt(", "total += math.sqrt(")),
     ),
     Mutation(
         "zero_is_no_label",
-        "tests/evaluation/test_scores.py::test_a_label_of_zero_counts_and_one_value_has_no_r2",
+        "tests/tasks/test_scores.py::test_a_label_of_zero_counts_and_one_value_has_no_r2",
         in_file(SCORES, ("chosen = label >= 0", "chosen = label > 0")),
     ),
     Mutation(
         "every_tile_drawn_once",
-        "tests/evaluation/test_binwise.py::test_the_interval_covers_the_truth_about_as_often_as_it_says",
+        "tests/evaluation/test_tables.py::test_the_interval_covers_the_truth_about_as_often_as_it_says",
         in_file(
             "biomass_jax/evaluation/intervals.py",
             ("rng.integers(len(used), size=len(used))", "rng.permutation(len(used))"),

@@ -119,7 +119,7 @@ import sys
 from pathlib import Path
 import jax
 assert jax.device_count() == int(sys.argv[3])
-from tests.training.test_feed import trained
+from tests.pipeline.test_feed import trained
 trained(sys.argv[1], Path(sys.argv[2]), batch_size=8, log_every=1, **eval(sys.argv[4]))
 """
 

@@ -20,7 +20,7 @@ from data_prep.prepare.runner import Runner, SerialExecutor, attempt, open_execu
 from data_prep.prepare.state import StepJob, StepRecords, locked
 from data_prep.synthetic.forest.world import write_forest_world
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 CONFIG = ROOT / "configs" / "prepare.py"
 TILES = ("10SFF", "10SGF")
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from biomass_jax import bundle
+from tests.runtime.test_processes import free_port
 from tests.training import meshes, world
-from tests.training.test_distributed import free_port
-from tests.training.test_meshes import assert_same_training, observe, write
+from tests.training.test_run_meshes import assert_same_training, observe, write
 
 pytestmark = pytest.mark.long
 

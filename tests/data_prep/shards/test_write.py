@@ -22,7 +22,7 @@ from data_prep.shards import write as shard_writer
 from data_prep.shards import write as shards
 from tests.data.test_records import make_record
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def make_splits(train=7, val=2, test=3, size=8):

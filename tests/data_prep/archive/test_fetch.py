@@ -6,7 +6,7 @@ import pytest
 
 from biomass_jax.errors import PrepError
 from data_prep.archive.fetch import AccessError, Wanted, fetch, fetch_all
-from tests.data_prep.archive import CHUNK, names_in
+from tests.data_prep.archive_server import CHUNK, names_in
 
 
 def get(server, open_url, path, **settings):

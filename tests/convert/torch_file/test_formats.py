@@ -16,7 +16,7 @@ from biomass_jax.convert.torch_file import formats as torch_formats
 from biomass_jax.convert.torch_file import tensor as torch_tensor
 from biomass_jax.errors import TorchFileError
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 WIDENED = ("bfloat16", "float8_e4m3fn", "float8_e5m2")  # kept as float32 in expected.npz
 
 

@@ -11,7 +11,7 @@ from data_prep.archive.download import log_in, main, plan_gedi, plan_hls
 from data_prep.archive.fetch import AccessError
 from data_prep.archive.search import Area, read_area, search_gedi, search_hls
 from data_prep.hls.granules import open_scene
-from tests.data_prep.archive import GEDI, HLS, SEASON, TEMPORAL, Recorded, answer, hls_files, names_in
+from tests.data_prep.archive_server import GEDI, HLS, SEASON, TEMPORAL, Recorded, answer, hls_files, names_in
 
 # searching
 
