@@ -17,7 +17,6 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from biomass_jax.errors import DistributedError
@@ -298,7 +297,7 @@ def _exchange(data: np.ndarray) -> list[bytes]:
     return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
 
 
-def local_rows(array: jax.Array) -> np.ndarray:
+def local_rows(array: Any) -> np.ndarray:
     """This process's rows of an array that is split by rows over the devices, in order."""
     if isinstance(array, np.ndarray) or array.is_fully_addressable:
         return np.asarray(array)
