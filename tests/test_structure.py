@@ -319,3 +319,18 @@ def test_data_prep_never_brings_jax_in():
     loaded = loaded_by("import " + ", ".join(modules))
     assert "data_prep" in loaded
     assert not loaded & {*JAX_FAMILY, *NEVER}
+
+
+def test_parameters_say_what_they_are():
+    """`Any` lets every mistake pass; it is for what really may be anything, or comes from a library without types."""
+    functions = [
+        node
+        for module, tree in house.TREES.items()
+        if module.split(".")[0] in house.PRODUCT
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    given = [argument for node in functions for argument in ast.walk(node.args) if isinstance(argument, ast.arg)]
+    assert (
+        sum(argument.annotation is not None and ast.unparse(argument.annotation) == "Any" for argument in given) < 100
+    )
