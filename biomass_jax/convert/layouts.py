@@ -158,8 +158,6 @@ TIMM = Layout(
     shift_single_window=False,
 )
 
-LAYOUTS = {layout.name: layout for layout in (GRANITE, SIMMIM, SIMMIM_ENCODER, MICROSOFT, TIMM)}
-
 
 def detect(keys: Iterable[str]) -> Layout:
     """The layout of a checkpoint, from its keys.
