@@ -1,6 +1,6 @@
 """Forward pass and training step of Swin-B + UPerNet on 224 x 224 chips, over batch sizes, beside the rival's.
 
-`python -m benchmarks.model` is `python -m benchmarks.run --only model --rival none`.
+`python -m benchmarks.run --only model`; with `--rival none` ours alone.
 """
 
 from typing import Any

@@ -32,6 +32,8 @@ _FINAL_RELU = {
     None: False,
 }
 
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+
 
 @dataclass(frozen=True)
 class ModelFlags:
@@ -242,9 +244,6 @@ def _scales(value: object, where: str) -> tuple[int, ...]:
     if not isinstance(value, list | tuple) or not all(type(v) is int and v > 0 for v in value):
         raise ConvertError(f"{where} is {value!r}; expected positive whole numbers")
     return tuple(value)
-
-
-_FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 def state_dict(root: object, name: str) -> dict[str, TorchTensor]:

@@ -19,6 +19,9 @@ from biomass_jax.convert.rows import Layout, Match, match, name_list
 from biomass_jax.convert.torch_file import TorchTensor
 from biomass_jax.errors import ConvertError
 
+_HOW_TO_SKIP = "; --no-optimizer converts the weights alone"
+_PLATEAU = ("factor", "patience", "threshold", "cooldown", "cooldown_counter", "best", "num_bad_epochs", "last_epoch")
+
 
 @dataclass(frozen=True)
 class Options:
@@ -279,10 +282,6 @@ def _report(found: Converted, saved: Path) -> ConversionReport:
         lines.append(("not built", name_list(file.placeholders)))
     lines += [("sha256", file.sha256), ("weights", bundle.read_meta(saved)["weights_sha256"]), ("bundle", str(saved))]
     return ConversionReport(saved, tuple(lines))
-
-
-_HOW_TO_SKIP = "; --no-optimizer converts the weights alone"
-_PLATEAU = ("factor", "patience", "threshold", "cooldown", "cooldown_counter", "best", "num_bad_epochs", "last_epoch")
 
 
 def read_optimizer(root: Any, match: Match) -> dict[str, Any] | None:

@@ -34,9 +34,13 @@ from biomass_jax.tasks.scores import SCORES
 
 log = logging.getLogger(__name__)
 
+READERS = 8  # threads
+BEST_CONSTANT = "the mean label of the scored pixels, predicted everywhere"
+NOISE_FLOOR = "the mean standard error (agbd_se) of the footprints behind the labels, from the data set's metadata"
+
 
 def run(config: ConfigDict, workdir: Path, *, shardings: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Score `config.bundle` on `config.data` and write `report`'s files into `workdir`.
+    """Score `config.bundle` on `config.data` and write tables, metrics and pictures into `workdir`.
 
     Every process scores its rows of each batch on its own devices; the first one writes.
 
@@ -204,9 +208,6 @@ def _matches(chip_id: str, name: str) -> bool:
     return chip_id == name or chip_id.startswith(f"{name}_")
 
 
-READERS = 8  # threads
-
-
 class NamedSource(Source):
     """Chips of a source with biomes from elsewhere; all of them, or a choice.
 
@@ -302,10 +303,6 @@ def _centres(source: Source, path: str | os.PathLike[str]) -> np.ndarray:
         return np.array(list(pool.map(place, range(len(source)))), np.float64).reshape(-1, 2)
 
 
-BEST_CONSTANT = "the mean label of the scored pixels, predicted everywhere"
-NOISE_FLOOR = "the mean standard error (agbd_se) of the footprints behind the labels, from the data set's metadata"
-
-
 def summarize(
     scored: tables.Scored, config: ConfigDict, bundle: bundles.Bundle, info: sources.DatasetInfo, statistics: str
 ) -> dict[str, Any]:
@@ -380,19 +377,19 @@ def draw(workdir: Path, result: dict[str, Any], scored: tables.Scored, pictures:
     scatter = figures.density_scatter(*values, title=title, name=name, unit=unit)
     figures.save(workdir / "density_scatter.png", scatter, title)
     figures.save(workdir / "residual_histogram.png", figures.residual_histogram(*values, title=title, unit=unit), title)
-    tables = {
+    panels = {
         f"{name} of the label": [row for row in rows if row["table"] == "label_bin"],
         f"{name} predicted": [row for row in rows if row["table"] == "prediction_bin" and (row["n"] or _is_bin(row))],
     }
     references = {"Best constant": result["best_constant"]["rmse"], "Noise floor": result["noise_floor"]["rmse"]}
-    bins = figures.error_by_bin(tables, title=title, scores=result, references=references, unit=unit)
+    bins = figures.error_by_bin(panels, title=title, scores=result, references=references, unit=unit)
     figures.save(workdir / "error_by_bin.png", bins, title)
     if pictures:
-        panels = [
+        rows_of_chips = [
             figures.ChipPanel(picture.rgb, picture.prediction, picture.label, f"{picture.chip_id}, {picture.biome}")
             for picture in pictures
         ]
-        chips = figures.chip_panels(panels, title=title, name=name, unit=unit)
+        chips = figures.chip_panels(rows_of_chips, title=title, name=name, unit=unit)
         figures.save(workdir / "chips.png", chips, title)
 
 

@@ -25,6 +25,23 @@ from biomass_jax.tasks.scores import SCORES, RegressionSums
 
 RGB = tuple(BAND_NAMES.index(name) for name in ("RED", "GREEN", "BLUE"))
 
+Bin = tuple[float, float]
+# Mg/ha, [low, high). The first four are the reference's, in its order.
+BINS: tuple[Bin, ...] = ((0, 100), (100, 200), (200, 300), (0, 300), (300, math.inf))
+BELOW_ZERO: Bin = (-math.inf, 0)  # only predictions, of a model without a final ReLU
+UNKNOWN = "unknown"
+COLUMNS = (
+    "table",
+    "group",
+    "n",
+    "chips",
+    "tiles",
+    *(f"{score}{end}" for score in SCORES for end in ("", "_low", "_high")),
+    "best_constant",
+    "best_constant_rmse",
+)
+Row = dict[str, Any]
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -197,25 +214,6 @@ def from_bytes(data: bytes) -> ScoredPart:
                 for index, names in enumerate(about["pictures"])
             ],
         )
-
-
-Bin = tuple[float, float]
-# Mg/ha, [low, high). The first four are the reference's, in its order.
-BINS: tuple[Bin, ...] = ((0, 100), (100, 200), (200, 300), (0, 300), (300, math.inf))
-BELOW_ZERO: Bin = (-math.inf, 0)  # only predictions, of a model without a final ReLU
-UNKNOWN = "unknown"
-
-COLUMNS = (
-    "table",
-    "group",
-    "n",
-    "chips",
-    "tiles",
-    *(f"{score}{end}" for score in SCORES for end in ("", "_low", "_high")),
-    "best_constant",
-    "best_constant_rmse",
-)
-Row = dict[str, Any]
 
 
 def bin_name(limits: Bin) -> str:

@@ -10,6 +10,12 @@ from biomass_jax.figures.style import image_axes, new_figure, stretch
 
 CHIP_PANEL = 3.1  # inches
 
+PANEL = 2.2  # inches
+MASKED = 0.5  # grey of a cell that the model did not see
+# Red, green and blue of the picture, by band. Forest, clouds and burnt ground differ most in the second.
+COMPOSITES = {"RGB": ("RED", "GREEN", "BLUE"), "SWIR": ("SWIR_2", "NIR_NARROW", "RED")}
+STEPS = ("input", "masked", "reconstruction")
+
 
 @dataclass(frozen=True)
 class ChipPanel:
@@ -73,13 +79,6 @@ def _limits(prediction: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     bottoms = [min(0.0, float(np.percentile(values, 2))) for values in shown if values.size]
     low, high = min(bottoms, default=0.0), max(tops, default=1.0)
     return {"vmin": low, "vmax": high if high > low else low + 1}
-
-
-PANEL = 2.2  # inches
-MASKED = 0.5  # grey of a cell that the model did not see
-# Red, green and blue of the picture, by band. Forest, clouds and burnt ground differ most in the second.
-COMPOSITES = {"RGB": ("RED", "GREEN", "BLUE"), "SWIR": ("SWIR_2", "NIR_NARROW", "RED")}
-STEPS = ("input", "masked", "reconstruction")
 
 
 @dataclass(frozen=True)

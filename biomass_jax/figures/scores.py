@@ -15,6 +15,10 @@ from biomass_jax.figures.style import COLOURS, GREY, new_figure, plot_axes
 CELLS = 100  # of the density scatter, along each side
 MOST_SHOWN = 99.9  # percentile of labels and predictions that a scatter reaches to
 
+FILE = "metrics.jsonl"
+# Panels from left to right: what the axis is called, and the fields drawn thin and thick.
+PANELS = (("Loss", "train/loss", "val/loss"), ("Validation RMSE (Mg/ha)", "", "val/rmse"))
+
 
 def density_scatter(
     prediction: np.ndarray,
@@ -162,11 +166,6 @@ def _round_up(value: float) -> float:
         return 1.0
     power = 10.0 ** math.floor(math.log10(value))
     return next((step * power for step in (1, 2, 3, 4, 5, 6, 8) if value <= step * power), 10 * power)
-
-
-FILE = "metrics.jsonl"
-# Panels from left to right: what the axis is called, and the fields drawn thin and thick.
-PANELS = (("Loss", "train/loss", "val/loss"), ("Validation RMSE (Mg/ha)", "", "val/rmse"))
 
 
 def training_curves(

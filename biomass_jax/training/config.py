@@ -128,7 +128,7 @@ class ScheduleSettings:
     """The learning rate over a run."""
 
     kind: str = setting(
-        "cosine", "plateau, constant, cosine, multistep", choices="biomass_jax.training.optimizer:KINDS"
+        "cosine", "plateau, constant, cosine, multistep", choices="biomass_jax.training.optimizer:SCHEDULES"
     )
     warmup_epochs: float = setting(0.0, "linear, for each kind but plateau", within=_FROM_0)
     warmup_from: float = setting(0.0, "rate of the first step", within=_FROM_0)

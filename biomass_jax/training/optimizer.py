@@ -1,7 +1,7 @@
-"""AdamW by parameter name: what decays, what is frozen, how fast each layer learns; moments in and out.
+"""The learning rate by step, and AdamW by parameter name: what decays, what is frozen, how fast each layer learns.
 
-The transformation gives directions without the learning rate, so that one compiled step serves every rate:
-new p = p - lr * u (`apply_updates`).
+What validation decides about the rate is in plateau.py. The optimiser gives directions without the learning rate, so
+that one compiled step serves every rate: new p = p - lr * u (`apply_updates`).
 """
 
 import math
@@ -14,7 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-KINDS = ("constant", "plateau", "cosine", "multistep")
+SCHEDULES = ("constant", "plateau", "cosine", "multistep")
+
+DECAYS = ("weights", "all")
+# By the last part of the name: norms, biases, bias tables and the mask token (microsoft/SimMIM, optimizer.py).
+_NEVER_DECAYED = ("scale", "bias", "relative_position_bias_table", "mask_token")
+Tree = Any  # parameters, or what has their structure
 
 
 def create_schedule(
@@ -40,7 +45,7 @@ def create_schedule(
       MultiStepLRScheduler).
 
     Args:
-        kind: one of `KINDS`.
+        kind: one of `SCHEDULES`.
         learning_rate: the highest rate.
         warmup_steps: 0 for none.
         warmup_from: rate of step 0 of a warm-up.
@@ -52,8 +57,8 @@ def create_schedule(
     Raises:
         ValueError: unknown kind, a warm-up that outlasts the cosine or a milestone, or milestones that do not increase.
     """
-    if kind not in KINDS:
-        raise ValueError(f"unknown schedule {kind!r}; expected one of {', '.join(KINDS)}")
+    if kind not in SCHEDULES:
+        raise ValueError(f"unknown schedule {kind!r}; expected one of {', '.join(SCHEDULES)}")
     if kind == "cosine" and not warmup_steps < total_steps:
         raise ValueError(f"cosine schedule: the warm-up of {warmup_steps} steps must be shorter than all {total_steps}")
     if kind == "multistep" and not _increasing([warmup_steps - 1, *milestones]):
@@ -79,13 +84,6 @@ def create_schedule(
 
 def _increasing(values: Sequence[int]) -> bool:
     return all(low < high for low, high in zip(values, values[1:], strict=False))
-
-
-DECAYS = ("weights", "all")
-# By the last part of the name: norms, biases, bias tables and the mask token (microsoft/SimMIM, optimizer.py).
-_NEVER_DECAYED = ("scale", "bias", "relative_position_bias_table", "mask_token")
-
-Tree = Any  # parameters, or what has their structure
 
 
 def create_optimizer(

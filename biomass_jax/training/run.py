@@ -21,12 +21,12 @@ from biomass_jax.pipeline.feed import Feed
 from biomass_jax.runtime import mesh as sharding
 from biomass_jax.tasks.base import Task
 from biomass_jax.tasks.create import choose
-from biomass_jax.training import optimizer, plateau
+from biomass_jax.training import plateau
 from biomass_jax.training.checkpoint import BEST, FIGURES, FOLDER, Checkpoints, HostState, changed_fields
 from biomass_jax.training.config import PLATEAU, check_fields
 from biomass_jax.training.loop import Loop, Run
 from biomass_jax.training.monitor import METRICS, Profiler, Writer
-from biomass_jax.training.optimizer import create_optimizer, import_adam, trainable_mask
+from biomass_jax.training.optimizer import create_optimizer, create_schedule, import_adam, trainable_mask
 from biomass_jax.training.state import TrainState, create_train_state, load_weights, plan_train_state, planned_state
 from biomass_jax.training.steps import Schedule, Steps, StepSettings, compile_steps
 
@@ -239,7 +239,7 @@ def make_schedule(config: ConfigDict, total_steps: int, steps_per_epoch: int) ->
     peak = learning_rate(config)
     scale = peak / config.optimizer.learning_rate if config.optimizer.learning_rate else 1.0
     try:
-        return optimizer.create_schedule(
+        return create_schedule(
             "constant" if group.kind == PLATEAU else group.kind,
             learning_rate=peak,
             warmup_steps=round(group.warmup_epochs * steps_per_epoch),

@@ -17,6 +17,9 @@ from data_prep.prepare.state import StepJob, StepRecord, StepRecords
 
 CONNECT_SECONDS = 30
 
+_DIED = "its worker ended twice before it was done, for want of memory perhaps; run again with fewer workers"
+Describe = Callable[[dict[str, Any]], str]
+
 
 class SerialExecutor(Executor):
     """Runs each task in this process when it is submitted."""
@@ -138,10 +141,6 @@ def attempt(function: Callable[..., dict[str, Any]], arguments: Mapping[str, Any
     return Outcome(result, error, trace, list(dict.fromkeys(said)))
 
 
-_DIED = "its worker ended twice before it was done, for want of memory perhaps; run again with fewer workers"
-Describe = Callable[[dict[str, Any]], str]
-
-
 class FinishedStep(NamedTuple):
     """A finished job and its record."""
 
@@ -153,7 +152,7 @@ class Runner:
     """Jobs and what became of them.
 
     Attributes:
-        done: {step: {name: Part}} of finished jobs.
+        done: {step: {name: FinishedStep}}.
         errors: {`step name`: why it failed}.
     """
 

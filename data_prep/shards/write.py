@@ -36,6 +36,11 @@ _FULL = "is the disk full, or a limit on file sizes set (ulimit -f)?"
 
 Item = Record | Callable[[], Record]
 
+NAME, VERSION = "biomass", "1.0.0"  # of the TFDS data set; the record's own version is `schema_version`
+DEFAULT = ShardSettings()
+LABEL = {"name": "agbd", "units": "Mg ha-1", "none": records.NO_LABEL}
+_DESCRIPTION = "HLS chips (digital numbers) with GEDI above-ground biomass density; metadata.json tells the rest."
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -71,7 +76,7 @@ def write_shard(
         items: records, or calls that read one each, in the order of the shard.
         shape: (H, W, 6) of every image.
         dtype: of every image.
-        reference: None for no statistics, else as for `stats.chip_sums`.
+        reference: None for no statistics, else as for `statistics.chip_sums`.
 
     Raises:
         RecordError: a record is not valid, or not of that shape and dtype.
@@ -126,12 +131,6 @@ def first_shape(items: Sequence[Item]) -> tuple[tuple[int, int, int], Any]:
     return record["image"].shape, record["image"].dtype.name
 
 
-NAME, VERSION = "biomass", "1.0.0"  # of the TFDS data set; the record's own version is `schema_version`
-DEFAULT = ShardSettings()
-LABEL = {"name": "agbd", "units": "Mg ha-1", "none": records.NO_LABEL}
-_DESCRIPTION = "HLS chips (digital numbers) with GEDI above-ground biomass density; metadata.json tells the rest."
-
-
 def write_shards(
     split_records: Mapping[str, Iterable[Item]],
     out: str | os.PathLike[str],
@@ -155,7 +154,7 @@ def write_shards(
         workers: writing processes.
         executor: writes instead of own processes, on machines that share the folder.
         seed: of the record order.
-        reference_statistics: see `stats.chip_sums`.
+        reference_statistics: see `statistics.chip_sums`.
         overwrite: replace a data set that is already there.
 
     Returns:

@@ -33,6 +33,8 @@ _USER_DEFINED_UTM = (
     'PARAMETER["false_easting",500000],PARAMETER["false_northing",{northing}],UNIT["Meter",1]]'
 )
 
+SMALLEST = 32  # pixels; a landscape needs some room
+
 
 @dataclass(frozen=True)
 class Overpass:
@@ -138,11 +140,6 @@ def _s30_tags(overpass: Overpass) -> dict[str, str]:
         "SPACECRAFT_NAME": "Sentinel-2A",
         "TILE_ID": f"S2A_OPER_MSI_L1C_TL_EPAE_{start}_A026000_T{overpass.tile}_N02.09",
     }
-
-
-SMALLEST = 32  # pixels; a landscape needs some room
-
-__all__ = ["SMALLEST", "Overpass", "write_granule", "write_scene"]
 
 
 def write_scene(out: Path, *, shape: tuple[int, int] = (460, 700), seed: int = 0) -> Path:

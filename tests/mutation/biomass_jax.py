@@ -135,9 +135,9 @@ TRAINING = (
         in_file(STEPS, ("decay * old + (1 - decay) * value", "(1 - decay) * old + decay * value")),
     ),
     Mutation(
-        "freezing_takes_no_names_below",
+        "frozen_weights_decay",
         "tests/training/test_steps.py::test_a_frozen_encoder_keeps_every_bit_while_it_draws",
-        in_file(OPTIMIZER, ("return path == name or path.startswith(name", "return path.startswith(name + name")),
+        in_file(OPTIMIZER, ('"frozen": optax.set_to_zero()', '"frozen": optimizer')),
     ),
     Mutation(
         "averages_start_from_fresh_weights",

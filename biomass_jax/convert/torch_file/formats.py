@@ -15,6 +15,29 @@ from biomass_jax.convert.torch_file import tensor as torch_tensor
 from biomass_jax.convert.torch_file.tensor import FileRecord, MappedFile, Storage, StorageType, item_size, make_tensor
 from biomass_jax.convert.torch_file.values import Malformed, NumpyDtype, Placeholder, checked, fill
 
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+LEGACY_PROTOCOL = 1001
+MAX_HEADER_BYTES = 64 << 20
+_SAFETENSORS_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+}
+
 
 def _items(values: Any) -> list[Any]:
     if type(values) not in (list, tuple, set, frozenset):
@@ -107,30 +130,7 @@ BUILDERS: dict[str, Callable[..., Any]] = {
 }
 
 
-LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-LEGACY_PROTOCOL = 1001
-MAX_HEADER_BYTES = 64 << 20
-
 _BUILDERS = BUILDERS | torch_tensor.BUILDERS
-_SAFETENSORS_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U64": "uint64",
-    "U32": "uint32",
-    "U16": "uint16",
-    "U8": "uint8",
-    "BOOL": "bool",
-    "C64": "complex64",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E8M0": "float8_e8m0fnu",
-}
 
 
 @dataclass

@@ -35,6 +35,8 @@ IN_SEASON = 4  # scenes of a season that count
 UNUSED = {"L30": ("B01", "B09", "B10", "B11"), "S30": ("B01", "B05", "B06", "B07", "B08", "B09", "B10")}
 SCENE_POISONS = {"out_of_season": 3000, "other_year": 2000, "other_sensor": 1500, "older_duplicate": 900}
 
+YEAR = 2020
+
 
 class PixelState(NamedTuple):
     """What a pixel of a scene is: its Fmask value, what is added to its digital numbers, which of them are fill."""
@@ -192,9 +194,6 @@ def tile_scenes(tile: RulerTile, year: int, index: int) -> list[RulerScene]:
 def _outside(start: date, stop: date, index: int) -> date:
     """The day before the season, or the first day after it."""
     return stop if index % 2 == 0 else start - timedelta(days=1)
-
-
-YEAR = 2020
 
 
 def write_ruler_world(
