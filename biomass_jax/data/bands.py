@@ -75,20 +75,18 @@ def no_data(image: np.ndarray, fill: float | None = None) -> np.ndarray:
         bool (...), True where there is no data.
     """
     image = np.asarray(image)
+    floating = np.issubdtype(image.dtype, np.floating)
     fills = {float(FILL)} if fill is None or np.isnan(fill) else {float(FILL), float(fill)}
+    marks = [image.dtype.type(value) if floating else int(value) for value in fills if floating or value.is_integer()]
     missing = np.zeros(image.shape[:-1], bool)
     zero = np.ones(image.shape[:-1], bool)
     for index in range(image.shape[-1]):  # band by band: temporaries of one band, not of six
         band = image[..., index]
         zero &= band == 0
-        if np.issubdtype(image.dtype, np.floating):
+        for mark in marks:
+            missing |= band == mark
+        if floating:
             missing |= np.isnan(band)
-            for value in fills:
-                missing |= band == image.dtype.type(value)
-        else:
-            for value in fills:
-                if value.is_integer():
-                    missing |= band == int(value)
     return missing | zero
 
 
@@ -109,8 +107,7 @@ def parse_band_list(value: Any) -> tuple[str | None, ...] | None:
     if not isinstance(value, str) and len(value) == 1 and isinstance(value[0], str) and "," in value[0]:
         value = value[0]  # a flag parser's wrapping of `None,BLUE,...`
     if isinstance(value, str):
-        value = value.strip().strip("()[]").strip()
-        value = value.removesuffix(",").split(",")
+        value = value.strip().strip("()[]").strip().removesuffix(",").split(",")
     names = tuple(_listed_name(entry, value) for entry in value)
     used = [name for name in names if name is not None]
     if not used:
@@ -154,10 +151,16 @@ def resolve(
     found = f"it has {len(descriptions)} bands: {_show(descriptions)}"
     numbers = [_number(text) for text in descriptions]
     sensor = _known_sensor(numbers, long_names, sensor, where, found)
-    if requested is not None:
-        indexes = _pick_requested(requested, wanted, len(descriptions), where, found)
+    names = [_canonical(text) for text in descriptions] if requested is None else requested
+    if len(names) != len(descriptions):
+        raise BandError(
+            f"{where}the band list has {len(names)} entries ({_show(names)}), but {found}; "
+            "give one entry for each band, None for an unused one"
+        )
+    if requested is not None or any(name in wanted for name in names):
+        indexes = _find(names, wanted, wanted, where, found)
     else:
-        indexes = _pick_described(descriptions, numbers, wanted, sensor, where, found)
+        indexes = _find(numbers, _numbers_of(wanted, numbers, sensor, where, found), wanted, where, found)
     _check_choice(indexes, wanted, descriptions, numbers, long_names, sensor, where)
     named = all(_canonical(descriptions[i]) is not None for i in indexes)
     unverified = None
@@ -187,7 +190,7 @@ def _known_sensor(
     numbers: Sequence[str | None], long_names: Sequence[str | None], sensor: str | None, where: str, found: str
 ) -> str | None:
     """The sensor as claimed, else as the bands tell; BandError where they contradict the claim."""
-    signs = sorted(_S30_ONLY_NUMBERS.intersection(number for number in numbers if number))
+    signs = sorted(_S30_ONLY_NUMBERS & {number for number in numbers if number})
     signs += [str(name) for name in long_names if _plain(name) in _S30_ONLY_LONG_NAMES]
     if signs and sensor == "L30":
         raise BandError(
@@ -197,28 +200,24 @@ def _known_sensor(
     return "S30" if signs and sensor is None else sensor
 
 
-def _pick_requested(
-    requested: Sequence[str | None], wanted: Sequence[str], count: int, where: str, found: str
+def _find(
+    names: Sequence[str | None], sought: Sequence[str], wanted: Sequence[str], where: str, found: str
 ) -> list[int]:
-    if len(requested) != count:
-        raise BandError(
-            f"{where}the band list has {len(requested)} entries ({_show(requested)}), but {found}; "
-            "give one entry for each band, None for an unused one"
-        )
-    return [_only([i for i, name in enumerate(requested) if name == want], want, where, found) for want in wanted]
+    """The place of each sought name, whose band is called as in `wanted`; BandError where it isn't there once."""
+    indexes = []
+    for name, want in zip(sought, wanted, strict=True):
+        places = [i for i, other in enumerate(names) if other == name]
+        if len(places) != 1:
+            what = "not found" if not places else f"found {len(places)} times, at bands {[i + 1 for i in places]}"
+            raise BandError(f"{where}band {want} {what}; {found}")
+        indexes += places
+    return indexes
 
 
-def _pick_described(
-    descriptions: Sequence[str | None],
-    numbers: Sequence[str | None],
-    wanted: Sequence[str],
-    sensor: str | None,
-    where: str,
-    found: str,
-) -> list[int]:
-    names = [_canonical(text) for text in descriptions]
-    if any(name in wanted for name in names):
-        return [_only([i for i, name in enumerate(names) if name == want], want, where, found) for want in wanted]
+def _numbers_of(
+    wanted: Sequence[str], numbers: Sequence[str | None], sensor: str | None, where: str, found: str
+) -> list[str]:
+    """HLS's numbers of the wanted bands; BandError where those of the file can't tell its bands."""
     if not any(numbers):
         raise BandError(
             f"{where}no band description is a band name ({', '.join(wanted)}) or an HLS band number; {found}. "
@@ -232,16 +231,11 @@ def _pick_described(
     by_name = _BY_SENSOR[sensor or "L30"]
     missing = [f"{by_name[want]} ({want})" for want in wanted if by_name[want] not in numbers]
     if missing:
-        raise BandError(f"{where}{_missing_hint(sensor, numbers)}{', '.join(missing)} not found; {found}")
-    return [
-        _only([i for i, number in enumerate(numbers) if number == by_name[want]], want, where, found) for want in wanted
-    ]
-
-
-def _missing_hint(sensor: str | None, numbers: Sequence[str | None]) -> str:
-    if sensor == "S30" and {"B05", "B06", "B07"}.intersection(n for n in numbers if n):
-        return "an S30 file with the band numbers of L30 (B05, B06, B07 are red edges on S30): "
-    return f"bands of {sensor or 'L30'}: "
+        hint = f"bands of {sensor or 'L30'}: "
+        if sensor == "S30" and not {"B05", "B06", "B07"}.isdisjoint(numbers):
+            hint = "an S30 file with the band numbers of L30 (B05, B06, B07 are red edges on S30): "
+        raise BandError(f"{where}{hint}{', '.join(missing)} not found; {found}")
+    return [by_name[want] for want in wanted]
 
 
 def _check_choice(
@@ -272,13 +266,6 @@ def _check_choice(
                 f"{where}band {index + 1} is taken as {name}, but the file calls it {descriptions[index]!r}; "
                 f"expected for {sensor or 'L30'}: {expected}. Check the sensor and the band list"
             )
-
-
-def _only(indexes: list[int], name: str, where: str, found: str) -> int:
-    if len(indexes) != 1:
-        what = "not found" if not indexes else f"found {len(indexes)} times, at bands {[i + 1 for i in indexes]}"
-        raise BandError(f"{where}band {name} {what}; {found}")
-    return indexes[0]
 
 
 def _listed_name(entry: object, value: Iterable[Any]) -> str | None:
