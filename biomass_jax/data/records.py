@@ -66,6 +66,7 @@ class Record(TypedDict):
 FIELDS: tuple[str, ...] = tuple(Record.__annotations__)
 
 
+@lru_cache(maxsize=4)
 def features(image_shape: tuple[int, int, int] = (CHIP_SIZE, CHIP_SIZE, 6), image_dtype: object = np.int16) -> Any:
     """The record's fields as TFDS features.
 
@@ -91,7 +92,11 @@ def features(image_shape: tuple[int, int, int] = (CHIP_SIZE, CHIP_SIZE, 6), imag
 
 def encode(record: Record) -> bytes:
     """The bytes in a shard of a record that passed `validate`; equal records give equal bytes in every process."""
-    return _stable_bytes(_features_of(record["image"].shape, record["image"].dtype.str).serialize_example(record))
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    example = features(record["image"].shape, record["image"].dtype).serialize_example(record)
+    # TFDS leaves the fields as the process's hash table has them.
+    return tf_example_pb2.Example.FromString(example).SerializeToString(deterministic=True)
 
 
 def from_example(example: Mapping[str, Any]) -> Record:
@@ -137,14 +142,10 @@ def validate(
         RecordError: a field is missing, unknown, or not what `Record` says; the message names the chip.
     """
     name = f"chip {record.get('chip_id')!r}"
-    missing, unknown = set(FIELDS) - set(record), set(record) - set(FIELDS)
-    if missing or unknown:
-        found = [
-            f"{kind} {', '.join(sorted(names))}"
-            for kind, names in (("missing", missing), ("unknown", unknown))
-            if names
-        ]
-        raise RecordError(f"{name}: fields {'; '.join(found)}; expected {', '.join(FIELDS)}")
+    odd = {"missing": set(FIELDS) - set(record), "unknown": set(record) - set(FIELDS)}
+    if any(odd.values()):
+        found = "; ".join(f"{kind} {', '.join(sorted(names))}" for kind, names in odd.items() if names)
+        raise RecordError(f"{name}: fields {found}; expected {', '.join(FIELDS)}")
     for field, fault in _faults(record, image_shape, image_dtype):
         raise RecordError(f"{name}: field {field}: {fault}")
 
@@ -220,26 +221,12 @@ def _text_faults(record: Mapping[str, Any]) -> Any:
 
 def is_season(text: str) -> bool:
     """Whether a text is `YYYY-MM-DD/YYYY-MM-DD` with the first day earlier."""
-    if not re.fullmatch(r"\d{4}-\d{2}-\d{2}/\d{4}-\d{2}-\d{2}", text):
-        return False
     try:
         start, stop = (datetime.date.fromisoformat(part) for part in text.split("/"))
     except ValueError:
         return False
-    return start < stop
+    return start < stop and text == f"{start}/{stop}"  # `fromisoformat` reads 20200601 and weeks too
 
 
 def _kind(value: object) -> str:
     return f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
-
-
-@lru_cache(maxsize=4)
-def _features_of(shape: tuple[int, int, int], dtype: str) -> Any:
-    return features(shape, np.dtype(dtype))
-
-
-def _stable_bytes(example: bytes) -> bytes:
-    """The same protocol buffer with its fields in one order; TFDS leaves them as the process's hash table has them."""
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    return tf_example_pb2.Example.FromString(example).SerializeToString(deterministic=True)
