@@ -4,10 +4,10 @@ Each chip gives exact sums, which are added as Python numbers of any size; nothi
 """
 
 import math
+import operator
 from collections.abc import Iterable
-from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,8 +18,7 @@ SPLIT = "train"  # statistics that saw the other splits would carry them into tr
 _BANDS = len(bands.BAND_NAMES)
 
 
-@dataclass(frozen=True)
-class BandSums:
+class BandSums(NamedTuple):
     """Sums over pixels of one or more chips, six of each; the sums of no chip by default.
 
     Attributes:
@@ -69,13 +68,10 @@ def _total_and_squares(values: np.ndarray) -> tuple[int | Fraction, int | Fracti
 
 def combine(parts: Iterable[BandSums]) -> BandSums:
     """Sums of several chips together; their order does not matter."""
-    counts, totals, squares = [0] * _BANDS, [Fraction(0)] * _BANDS, [Fraction(0)] * _BANDS
+    total = BandSums()
     for part in parts:
-        for band in range(_BANDS):
-            counts[band] += part.counts[band]
-            totals[band] += part.totals[band]
-            squares[band] += part.squares[band]
-    return BandSums(tuple(counts), tuple(totals), tuple(squares))
+        total = BandSums(*(tuple(map(operator.add, mine, its)) for mine, its in zip(total, part, strict=True)))
+    return total
 
 
 def means_stds(sums: BandSums, where: str = "") -> tuple[list[float], list[float]]:
