@@ -70,7 +70,7 @@ def compile_step(case: Case) -> tuple[Any, Any]:
     from biomass_jax.training.state import planned_state
 
     config = run_config(case)
-    info = DatasetInfo("synthetic", "train", 0, {}, (SIDE, SIDE, 6), np.dtype(np.int16), -9999.0)
+    info = DatasetInfo("synthetic", "train", 0, (SIDE, SIDE, 6), np.dtype(np.int16), -9999.0)
     mesh = sharding.create_mesh(jax.devices(), **config.mesh)
     described: Any = _Chips(info)
     task, _ = choose(config, described, None, command="")

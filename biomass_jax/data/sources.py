@@ -16,7 +16,7 @@ import numpy as np
 
 from biomass_jax.data import bands as band_table
 from biomass_jax.data import records
-from biomass_jax.data.raster.chips import describe_pairs, read_pair, split_files
+from biomass_jax.data.raster.chips import IMAGE_SUFFIX, describe_pairs, pair_files, read_pair
 from biomass_jax.data.records import Record
 from biomass_jax.data.shards import read_metadata
 from biomass_jax.data.statistics import chip_sums, combine, means_stds
@@ -43,7 +43,6 @@ class DatasetInfo:
         path: as it was asked for.
         split: name.
         chips: in this split.
-        splits: chips of every split that is there.
         image_shape: (H, W, 6) of every chip.
         image_dtype: int16 or float32.
         fill: value of no-data besides the rule's own, digital numbers.
@@ -57,7 +56,6 @@ class DatasetInfo:
     path: str
     split: str
     chips: int
-    splits: dict[str, int]
     image_shape: tuple[int, int, int]
     image_dtype: np.dtype
     fill: float
@@ -166,7 +164,6 @@ class ShardSource(Source):
             path=os.fspath(path),
             split=split,
             chips=splits[split],
-            splits=splits,
             image_shape=tuple(builder.info.features["image"].shape),
             image_dtype=np.dtype(builder.info.features["image"].np_dtype),
             fill=float(metadata["fill"]),
@@ -202,12 +199,15 @@ class FolderSource(Source):
 
     def __init__(self, path: str | os.PathLike[str], split: str, *, bands: object = None) -> None:
         """Find the files and read their headers; DataError as for `open_source`."""
-        self._arguments = (os.fspath(path), split, bands)
         root = Path(path)
-        splits = {name: len(_paired(root, name)[0]) for name in _splits(root)}
+        splits = sorted(folder.name.removesuffix("_images") for folder in root.glob("[!.]*_images") if folder.is_dir())
         if split not in splits:
-            raise DataError(f"{path}: split {split!r} is not there; found {', '.join(sorted(splits)) or 'none'}")
-        paths, alone = _paired(root, split)
+            raise DataError(f"{path}: split {split!r} is not there; found {', '.join(splits) or 'none'}")
+        pairs, alone = pair_files(root, split)
+        paths: list[tuple[Path, Path | None]] = [*pairs]
+        if not (root / f"{split}_labels").is_dir():
+            paths = [(root / name, None) for name in alone if name.endswith(IMAGE_SUFFIX)]
+            alone = [name for name in alone if not name.endswith(IMAGE_SUFFIX)]
         if not paths:
             raise DataError(
                 f"{path}: split {split}: found no chip, expected T10SFF_144_tile_img.tif in {split}_images, and "
@@ -215,8 +215,9 @@ class FolderSource(Source):
             )
         if alone:
             more = f" and {len(alone) - _SHOWN} more" if len(alone) > _SHOWN else ""
-            shown = ", ".join(f"{file.parent.name}/{file.name}" for file in alone[:_SHOWN])
-            warnings.warn(f"{path}: {len(alone)} files without a partner: {shown}{more}", stacklevel=3)
+            warnings.warn(
+                f"{path}: {len(alone)} files without a partner: {', '.join(alone[:_SHOWN])}{more}", stacklevel=3
+            )
         try:
             self._pairs = describe_pairs(paths, band_list=band_table.parse_band_list(bands))
         except (BandError, RasterError) as error:
@@ -229,7 +230,6 @@ class FolderSource(Source):
             path=os.fspath(path),
             split=split,
             chips=len(self._pairs),
-            splits=splits,
             image_shape=(first.grid.height, first.grid.width, len(band_table.BAND_NAMES)),
             image_dtype=np.dtype("int16" if dtypes == {"int16"} else "float32"),
             fill=float(band_table.FILL),
@@ -252,26 +252,6 @@ class FolderSource(Source):
         record = read_pair(self._pairs[index], dtype=dtype, sensors=_SENSORS, check_units=new)
         self._checked.add(index)
         return record
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _open_folder, self._arguments
-
-
-def _open_folder(path: str, split: str, bands: object) -> FolderSource:
-    return FolderSource(path, split, bands=bands)
-
-
-def _splits(root: Path) -> list[str]:
-    return sorted(folder.name.removesuffix("_images") for folder in root.glob("[!.]*_images") if folder.is_dir())
-
-
-def _paired(root: Path, split: str) -> tuple[list[tuple[Path, Path | None]], list[Path]]:
-    """Images with their labels, and the files that have no partner."""
-    images, labels, odd = split_files(root, split)
-    if not (root / f"{split}_labels").is_dir():
-        return [(image, None) for image in images.values()], odd
-    alone = odd + [images[stem] for stem in images.keys() - labels] + [labels[stem] for stem in labels.keys() - images]
-    return [(images[stem], labels[stem]) for stem in sorted(images.keys() & labels.keys())], sorted(alone)
 
 
 class Mixture(Source):
@@ -303,7 +283,6 @@ class Mixture(Source):
             infos[0],
             path=where,
             chips=int(self._starts[-1]),
-            splits={infos[0].split: int(self._starts[-1])},
             image_dtype=np.result_type(*(info.image_dtype for info in infos)),
             means=infos[0].means if len(infos) == 1 else None,
             stds=infos[0].stds if len(infos) == 1 else None,
@@ -339,14 +318,13 @@ def open_mixture(parts: Sequence[tuple[str | os.PathLike[str], float]], split: s
     return Mixture([(open_source(path, split, bands=bands), weight) for path, weight in parts])
 
 
-def statistics_of(source: Source, *, reference: bool = False, threads: int = _READERS) -> tuple[np.ndarray, np.ndarray]:
+def statistics_of(source: Source, *, reference: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Means and standard deviations of the bands over training chips, as `data_prep stats` has them, to the last bit.
 
     Args:
         source: of the training split. Where its metadata hold statistics made with the same `reference`, they are
             taken; else every chip is read.
         reference: count as granite-geospatial-biomass did: all values but -9999 and NaN, pixels of zeros among them.
-        threads: that read.
 
     Returns:
         (6,) float64 each, in digital numbers; the population's standard deviation.
@@ -360,7 +338,7 @@ def statistics_of(source: Source, *, reference: bool = False, threads: int = _RE
         return info.means, info.stds
     if info.split != "train":
         raise DataError(f"{info.path}: statistics come from split train, found {info.split}; open that one")
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(_READERS) as pool:
         parts = pool.map(lambda index: chip_sums(source[index]["image"], reference=reference), range(len(source)))
         means, stds = means_stds(combine(parts), where=f"{info.path}: ")
     return np.array(means), np.array(stds)

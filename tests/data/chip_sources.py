@@ -30,13 +30,7 @@ class Memory(Source):
     def __init__(self, count, *, first=0, size=4, dtype=np.int16, path="memory", wrong=()):
         self.first, self.size, self.dtype, self.wrong = first, size, np.dtype(dtype), wrong
         self.info = DatasetInfo(
-            path=path,
-            split="train",
-            chips=count,
-            splits={"train": count},
-            image_shape=(size, size, 6),
-            image_dtype=self.dtype,
-            fill=-9999.0,
+            path=path, split="train", chips=count, image_shape=(size, size, 6), image_dtype=self.dtype, fill=-9999.0
         )
 
     def _read(self, index):

@@ -62,7 +62,7 @@ def test_records_come_back_from_shards(written):
 
 def test_info_of_shards(written):
     info = sources.open_source(written, "val").info
-    assert (info.path, info.split, info.chips, info.splits) == (str(written), "val", 2, {"train": 7, "val": 2})
+    assert (info.path, info.split, info.chips) == (str(written), "val", 2)
     assert (info.image_shape, info.image_dtype, info.fill) == ((8, 8, 6), np.int16, -9999.0)
     assert (info.season, info.sensors) == ("2020-06-01/2020-09-16", ("L30",))
     assert info.metadata == read_metadata(written)

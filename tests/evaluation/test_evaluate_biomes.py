@@ -18,9 +18,7 @@ class Listed(Source):
 
     def __init__(self, records):
         self._records = records
-        self.info = DatasetInfo(
-            "world", "test", len(records), {"test": len(records)}, (32, 32, 6), np.dtype("i2"), -9999
-        )
+        self.info = DatasetInfo("world", "test", len(records), (32, 32, 6), np.dtype("i2"), -9999)
 
     def _read(self, index):
         return self._records[index]

@@ -26,7 +26,8 @@ TILE_WIDTH = 3660  # of an HLS tile: 16 chips of 224 px a row
 PUBLISHED_BANDS = (None, *bands.BAND_NAMES, None, None, None, None)
 PUBLISHED_COUNTS = (10, 11)
 _STEM = re.compile(r"T?(?P<tile>\d{2}[A-Z]{3})_(?P<cell>\d+)(_tile)?")
-_SUFFIXES = {"images": "_img.tif", "labels": "_label.tif"}
+IMAGE_SUFFIX = "_img.tif"
+_SUFFIXES = {"images": IMAGE_SUFFIX, "labels": "_label.tif"}
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,6 @@ class Pair:
         grid: of the image.
         dtype: int16 where all bands are stored so, else float32.
         tile: from the name, "" where it has another form.
-        cell: from the name, -1 likewise.
         chip_id: `{tile}_{cell}`, else the name, with the season's start behind it where a season is given.
         row: of the chip in its tile, -1 where unknown.
         col: of the chip in its tile, -1 where unknown.
@@ -52,10 +52,9 @@ class Pair:
     grid: Grid
     dtype: str
     tile: str
-    cell: int
     chip_id: str
-    row: int = records.UNKNOWN_PLACE
-    col: int = records.UNKNOWN_PLACE
+    row: int
+    col: int
 
 
 def find_pairs(folder: str | os.PathLike[str]) -> tuple[dict[str, list[tuple[Path, Path]]], list[str]]:
@@ -71,11 +70,9 @@ def find_pairs(folder: str | os.PathLike[str]) -> tuple[dict[str, list[tuple[Pat
     found: dict[str, list[tuple[Path, Path]]] = {}
     alone: list[str] = []
     for split in SPLITS:
-        images, labels, odd = split_files(root, split)
-        alone += [_relative(path, root) for path in odd]
-        alone += [_relative(path, root) for stem, path in images.items() if stem not in labels]
-        alone += [_relative(path, root) for stem, path in labels.items() if stem not in images]
-        if pairs := [(images[stem], labels[stem]) for stem in sorted(images.keys() & labels.keys())]:
+        pairs, odd = pair_files(root, split)
+        alone += odd
+        if pairs:
             found[split] = pairs
     if not found:
         raise RasterError(
@@ -90,19 +87,17 @@ def find_pairs(folder: str | os.PathLike[str]) -> tuple[dict[str, list[tuple[Pat
     return found, sorted(alone)
 
 
-def split_files(folder: str | os.PathLike[str], split: str) -> tuple[dict[str, Path], dict[str, Path], list[Path]]:
-    """Images and labels of one split by stem, sorted; and the GeoTIFFs beside them that are called otherwise."""
-    found, odd = [], []
+def pair_files(root: Path, split: str) -> tuple[list[tuple[Path, Path]], list[str]]:
+    """Images and labels of one split, sorted by stem; and the GeoTIFFs without a partner, relative to `root`."""
+    odd, found = [], []
     for kind, suffix in _SUFFIXES.items():
-        files = [path for path in sorted(Path(folder, f"{split}_{kind}").glob("[!.]*.tif")) if path.is_file()]
+        files = [path for path in (root / f"{split}_{kind}").glob("[!.]*.tif") if path.is_file()]
         odd += [path for path in files if not path.name.endswith(suffix)]
         found.append({path.name.removesuffix(suffix): path for path in files if path.name.endswith(suffix)})
     images, labels = found
-    return images, labels, odd
-
-
-def _relative(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix()
+    pairs = [(images[stem], labels[stem]) for stem in sorted(images.keys() & labels.keys())]
+    odd += [(images | labels)[stem] for stem in images.keys() ^ labels.keys()]
+    return pairs, sorted(path.relative_to(root).as_posix() for path in odd)
 
 
 def describe_pairs(
@@ -150,16 +145,16 @@ def _described(image: Path, label: Path | None, band_list: tuple[str | None, ...
                 "config.bands of a run"
             )
         band_list = PUBLISHED_BANDS[:count]
-    stem = image.name.removesuffix(_SUFFIXES["images"])
-    match = _STEM.fullmatch(stem)
-    name = f"{match['tile']}_{int(match['cell'])}" if match else stem
-    pair = Pair(image, label, band_list, grid, dtype, "", -1, "_".join(part for part in (name, start) if part))
-    if match is None:
-        return pair
-    size = grid.height
-    row, col = (index * size for index in divmod(int(match["cell"]), max(TILE_WIDTH // size, 1)))
-    pair = replace(pair, tile=match["tile"], cell=int(match["cell"]))
-    return pair if max(row, col) + size > TILE_WIDTH else replace(pair, row=row, col=col)
+    name = image.name.removesuffix(IMAGE_SUFFIX)
+    tile, row, col = "", records.UNKNOWN_PLACE, records.UNKNOWN_PLACE
+    if match := _STEM.fullmatch(name):
+        tile, cell, size = match["tile"], int(match["cell"]), grid.height
+        name = f"{tile}_{cell}"
+        down, right = (index * size for index in divmod(cell, max(TILE_WIDTH // size, 1)))
+        if max(down, right) + size <= TILE_WIDTH:
+            row, col = down, right
+    chip_id = "_".join(part for part in (name, start) if part)
+    return Pair(image, label, band_list, grid, dtype, tile, chip_id, row, col)
 
 
 def read_pair(
