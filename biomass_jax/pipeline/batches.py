@@ -1,4 +1,4 @@
-"""Batches for this process, in an order that depends on the seed alone.
+"""Batches for this process, in an order that depends on the seed alone; for a run, on the devices.
 
 Process p of n gets rows [p B/n, (p + 1) B/n) of each global batch, in the order in which one process would read it, so
 that neither the order nor a resumed run depends on how many processes there are. Threads read and decode ahead.
@@ -18,9 +18,9 @@ import numpy as np
 from biomass_jax.data import records
 from biomass_jax.data.sources import Chip, Source, chip_of
 from biomass_jax.errors import DataError
+from biomass_jax.runtime.mesh import DeviceMesh, batch_sharding
 
-__all__ = ["Batch", "Batches", "Chip", "DeviceCache", "eval_batches", "place", "steps_per_epoch", "train_batches"]
-
+CACHES = ("host", "device")
 _NO_CHIP = Chip("", "", "")
 _PADDING = -1  # number of a row without a chip
 _BATCHES_AHEAD = 2
@@ -41,15 +41,10 @@ class Batch(NamedTuple):
 
 
 class Batches(Iterator[Batch]):
-    """Batches one after another, read ahead by threads.
+    """Batches one after another, read ahead by threads."""
 
-    Attributes:
-        steps_per_epoch: global batches in an epoch.
-    """
-
-    def __init__(self, dataset: Any, steps_per_epoch: int, start: int = 0) -> None:
+    def __init__(self, dataset: Any, start: int = 0) -> None:
         """Begin with global batch `start` of a Grain data set whose elements are batches."""
-        self.steps_per_epoch = steps_per_epoch
         self._held = [iter(dataset)]
         grain.experimental.set_next_index(self._held[0], start)
         # Grain's iterators fail noisily when the interpreter ends before they do.
@@ -122,7 +117,7 @@ def train_batches(
     steps = steps_per_epoch(source, batch_size)
     order = _epoch(source, seed)[: steps * batch_size].repeat()
     dataset = _read_ahead(order, source, batch_size, process_index, process_count, threads, indices_only, False)
-    return Batches(dataset, steps, start)
+    return Batches(dataset, start)
 
 
 def eval_batches(
@@ -145,7 +140,7 @@ def eval_batches(
     steps = -(-len(source) // batch_size)
     order = grain.MapDataset.range(steps * batch_size).map(lambda index: index if index < len(source) else _PADDING)
     dataset = _read_ahead(order, source, batch_size, process_index, process_count, threads, indices_only, True)
-    return Batches(dataset, steps)
+    return Batches(dataset)
 
 
 def _check_split(batch_size: int, process_count: int) -> None:
@@ -255,22 +250,15 @@ class DeviceCache:
     The chips are split over the devices, so that together they hold the source once.
     """
 
-    def __init__(self, source: Source, sharding: jax.sharding.Sharding, *, threads: int = 8) -> None:
-        """Read every chip.
-
-        Args:
-            source: chips.
-            sharding: of the rows of a batch over the devices.
-            threads: that read.
+    def __init__(self, source: Source, sharding: jax.sharding.Sharding) -> None:
+        """Read every chip; its batches' rows are split over the devices by `sharding`.
 
         Raises:
-            DataError: several processes, or a chip can't be read.
+            DataError: a chip can't be read.
         """
-        if jax.process_count() > 1:
-            raise DataError(f"{source.info.path}: data.cache='device' takes one process, found {jax.process_count()}")
         count = len(source)
         rows = -(-count // len(sharding.device_set)) * len(sharding.device_set)
-        self._arrays = place(_read_all(source, rows, threads), sharding)
+        self._arrays = place(_read_all(source, rows), sharding)
         self._pick = jax.jit(_pick, out_shardings=sharding)
 
     def batch(self, indices: np.ndarray) -> dict[str, jax.Array]:
@@ -278,13 +266,13 @@ class DeviceCache:
         return self._pick(self._arrays, np.asarray(indices, np.int32))
 
 
-def _read_all(source: Source, rows: int, threads: int) -> dict[str, np.ndarray]:
+def _read_all(source: Source, rows: int) -> dict[str, np.ndarray]:
     """Images and labels of all chips, padded to `rows`; the source keeps their names."""
     chips: list[Chip] = []
     size = min(rows, 64)
     image = np.zeros((rows, *source.info.image_shape), source.info.image_dtype)
     label = np.full(image.shape[:3], records.NO_LABEL, np.float32)
-    for number, batch in enumerate(eval_batches(source, batch_size=size, threads=threads)):
+    for number, batch in enumerate(eval_batches(source, batch_size=size)):
         valid = int(batch.arrays["valid"].sum())
         place_of = slice(number * size, number * size + valid)
         image[place_of], label[place_of] = batch.arrays["image"][:valid], batch.arrays["label"][:valid]
@@ -297,3 +285,56 @@ def _pick(arrays: dict[str, jax.Array], indices: jax.Array) -> dict[str, jax.Arr
     fills = {"image": 0, "label": records.NO_LABEL}
     there = jnp.where(indices < 0, arrays["image"].shape[0], indices)  # a negative one would count from the end
     return {name: values.at[there].get(mode="fill", fill_value=fills[name]) for name, values in arrays.items()}
+
+
+class Feed:
+    """Training and validation batches of a run, on the devices."""
+
+    def __init__(
+        self, train: Source, valid: Source, mesh: DeviceMesh, *, batch_size: int, seed: int, threads: int, cache: str
+    ) -> None:
+        """Get ready to read; with `cache='device'`, read everything now.
+
+        Args:
+            train: training chips.
+            valid: validation chips.
+            mesh: of `runtime.mesh`.
+            batch_size: chips a batch over all devices and processes.
+            seed: of the order of training chips.
+            threads: that read chips.
+            cache: `host` reads as training proceeds, `device` keeps all chips on the devices (one process only).
+
+        Raises:
+            DataError: `device` with several processes.
+        """
+        if cache == "device" and jax.process_count() > 1:
+            raise DataError(f"config.data.cache is 'device', and {jax.process_count()} processes run; it takes one")
+        self._sources = {"train": train, "valid": valid}
+        self._rows = batch_sharding(mesh)
+        self._settings: dict[str, Any] = {
+            "batch_size": batch_size,
+            "threads": threads,
+            "process_index": jax.process_index(),
+            "process_count": jax.process_count(),
+            "indices_only": cache == "device",
+        }
+        self._seed = seed
+        self._caches: dict[str, DeviceCache] = {}
+        if cache == "device":
+            self._caches = {name: DeviceCache(source, self._rows) for name, source in self._sources.items()}
+
+    def batches(self, *, start: int) -> Iterator[Batch]:
+        """Training batches from the global batch `start` on, without end."""
+        found = train_batches(self._sources["train"], seed=self._seed, start=start, **self._settings)
+        return self._place("train", found)
+
+    def validation(self) -> Iterator[Batch]:
+        """Validation batches; each chip once, the last batch padded, `valid` says where."""
+        return self._place("valid", eval_batches(self._sources["valid"], **self._settings))
+
+    def _place(self, name: str, batches: Iterator[Batch]) -> Iterator[Batch]:
+        cache = self._caches.get(name)
+        for batch in batches:
+            arrays = dict(batch.arrays)
+            chips = cache.batch(arrays.pop("index")) if cache else {}
+            yield batch._replace(arrays=chips | place(arrays, self._rows))

@@ -82,7 +82,7 @@ class DataSettings:
     stds: tuple[float, ...] | None = setting(None, "six numbers")
     threads: int = setting(8, "that read chips", within=_FROM_1)
     cache: str = setting(
-        "host", "device: all chips lie on the device (one process)", choices="biomass_jax.pipeline.feed:CACHES"
+        "host", "device: all chips lie on the device (one process)", choices="biomass_jax.pipeline.batches:CACHES"
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from biomass_jax import figures
 from biomass_jax.errors import TrainingError
 from biomass_jax.pipeline import batches as pipeline
-from biomass_jax.pipeline.feed import Feed
+from biomass_jax.pipeline.batches import Feed
 from biomass_jax.runtime.processes import exchange, local_rows
 from biomass_jax.runtime.progress import duration
 from biomass_jax.tasks.base import Task

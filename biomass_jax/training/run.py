@@ -17,7 +17,7 @@ from biomass_jax import bundle
 from biomass_jax.data import bands, sources
 from biomass_jax.errors import CheckpointError, ConfigError
 from biomass_jax.pipeline import batches as pipeline
-from biomass_jax.pipeline.feed import Feed
+from biomass_jax.pipeline.batches import Feed
 from biomass_jax.runtime import mesh as sharding
 from biomass_jax.tasks.base import Task
 from biomass_jax.tasks.create import choose

@@ -14,7 +14,7 @@ import numpy as np
 
 from biomass_jax.data import sources
 from biomass_jax.pipeline import batches as pipeline
-from biomass_jax.pipeline.feed import Feed
+from biomass_jax.pipeline.batches import Feed
 from biomass_jax.runtime import mesh as sharding
 from biomass_jax.runtime import processes
 from biomass_jax.tasks import create

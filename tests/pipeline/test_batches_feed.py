@@ -11,8 +11,7 @@ import pytest
 import rasterio
 
 from biomass_jax.data import bands, sources
-from biomass_jax.errors import DataError
-from biomass_jax.pipeline.feed import Feed
+from biomass_jax.pipeline.batches import Feed
 from biomass_jax.runtime import mesh as sharding
 from biomass_jax.training import run
 from configs import finetune_all_biomes
@@ -83,11 +82,6 @@ def test_folders_give_the_pixels_of_the_shards(shards, folders):
     np.testing.assert_allclose(found, sources.statistics_of(sources.open_source(shards, "train")), rtol=1e-12)
 
 
-def test_an_unknown_cache_is_an_error(shards):
-    with pytest.raises(DataError, match="config.data.cache is 'ram'; expected one of host, device"):
-        feed_of(shards, "ram")
-
-
 def losses(workdir):
     lines = [json.loads(text) for text in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if not name.startswith("perf/")} for line in lines]
@@ -119,7 +113,7 @@ import sys
 from pathlib import Path
 import jax
 assert jax.device_count() == int(sys.argv[3])
-from tests.pipeline.test_feed import trained
+from tests.pipeline.test_batches_feed import trained
 trained(sys.argv[1], Path(sys.argv[2]), batch_size=8, log_every=1, **eval(sys.argv[4]))
 """
 
