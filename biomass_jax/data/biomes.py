@@ -12,7 +12,6 @@ import numpy as np
 from biomass_jax.data import records
 from biomass_jax.errors import BiomeError
 
-_PUBLISHED = re.compile(r"(?P<biome>.+)_datasplit")
 _ALL = "all_ecos"  # the published folder that holds every biome
 
 
@@ -66,8 +65,9 @@ def slug(value: object) -> str:
 
 def folder_biome(path: str | os.PathLike[str]) -> str:
     """`taiga` for `.../taiga_datasplit`, as the published folders are named; `unknown` for all other names."""
-    match = _PUBLISHED.fullmatch(Path(path).absolute().name)
-    return records.UNKNOWN_BIOME if match is None or match["biome"] == _ALL else slug(match["biome"])
+    name = Path(path).absolute().name
+    biome = name.removesuffix("_datasplit")
+    return records.UNKNOWN_BIOME if biome in (name, _ALL) else slug(biome)
 
 
 def centre(epsg: int, transform: np.ndarray, shape: tuple[int, int]) -> tuple[float, float]:
@@ -77,14 +77,9 @@ def centre(epsg: int, transform: np.ndarray, shape: tuple[int, int]) -> tuple[fl
         epsg: code of its CRS, not 0.
         transform: (6,) affine a b c d e f of its upper-left corner.
         shape: (H, W).
-
-    Raises:
-        BiomeError: pyproj isn't installed.
     """
-    try:
-        from pyproj import Transformer
-    except ImportError as error:
-        raise BiomeError("biomes from polygons need pyproj; pip install 'biomass-jax[prep]'") from error
+    from pyproj import Transformer
+
     a, b, c, d, e, f = (float(value) for value in transform)
     row, col = shape[0] / 2, shape[1] / 2
     place = Transformer.from_crs(int(epsg), 4326, always_xy=True).transform(

@@ -85,19 +85,14 @@ def augment(
         flip: whether chips are mirrored.
         turn: whether chips are turned by multiples of 90 degrees.
         rotate_degrees: each chip is rotated by an angle drawn from plus or minus this; see `rotate`.
-        rotate_probability: share of chips that are rotated.
+        rotate_probability: share of chips that are rotated, 0 to 1.
         rotate_label: see `rotate`.
         rotate_label_fill: see `rotate`.
         horizontal_only: mirror left-right with probability 0.5, and neither up-down nor turned.
 
     Returns:
         image and label of the same shapes.
-
-    Raises:
-        ValueError: `rotate_probability` is not within 0 to 1, or `rotate_label` is not known.
     """
-    if not 0 <= rotate_probability <= 1:
-        raise ValueError(f"rotate_probability: found {rotate_probability}, expected 0 to 1")
     chances = jax.vmap(lambda row: jax.random.uniform(jax.random.fold_in(key, row), (5,)))(jnp.arange(image.shape[0]))
     square = image.shape[1] == image.shape[2]
     transpose, down, across = _symmetry(chances[:, :3] < 0.5, flip, turn, square, horizontal_only)
@@ -164,12 +159,7 @@ def rotate(
 
     Returns:
         image and label of the same shapes.
-
-    Raises:
-        ValueError: another `label_mode`.
     """
-    if label_mode not in ("scatter", "nearest"):
-        raise ValueError(f"label_mode: found {label_mode!r}, expected 'scatter' or 'nearest'")
     move = _scatter if label_mode == "scatter" else _nearest
 
     def one(image: jax.Array, label: jax.Array, degrees: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -129,18 +129,6 @@ def test_draws_follow_key_and_row_alone():
     assert (np.asarray(augment(SECOND, image, label)[1]) != whole).any()
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"rotate_probability": 1.5}, "rotate_probability: found 1.5"),
-        ({"rotate_degrees": 30, "rotate_label": "linear"}, "label_mode: found 'linear'"),
-    ],
-)
-def test_wrong_settings(settings, message):
-    with pytest.raises(ValueError, match=message):
-        augment(FIRST, *marked_chips(2, 3, 3), **settings)
-
-
 SPLIT_OVER_DEVICES = """
 import jax, numpy as np
 from biomass_jax.pipeline import augment as transforms

@@ -1,6 +1,7 @@
 """Which images a path, folder, pattern or URL stands for; nothing is opened here."""
 
 import glob
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -51,10 +52,10 @@ class GranuleName:
     @property
     def season(self) -> str:
         """The day as a half-open interval `2020-07-01/2020-07-02`, or "" where the name holds no day of the year."""
-        days = int(self.date[4:])
-        if not 1 <= days <= 366:
+        try:
+            day = datetime.strptime(self.date, "%Y%j")
+        except ValueError:
             return ""
-        day = datetime(int(self.date[:4]), 1, 1) + timedelta(days=days - 1)
         return f"{day:%Y-%m-%d}/{day + timedelta(days=1):%Y-%m-%d}"
 
 
@@ -140,12 +141,7 @@ def _is_source(name: str) -> bool:
 
 
 def _matching(pattern: str) -> list[InputItem]:
-    fixed = []
-    for part in Path(pattern).parts:
-        if glob.has_magic(part):
-            break
-        fixed.append(part)
-    base = Path(*fixed) if fixed else Path()
+    base = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), Path(pattern).parts))
     explicit = bool(Path(pattern).suffix) and not glob.has_magic(Path(pattern).suffix)  # `*.jp2` asks for JPEG 2000
     files: list[Path] = []
     for match in sorted(glob.glob(pattern, recursive=True)):
