@@ -38,6 +38,7 @@ FILL = -9999
 _S30_ONLY_NUMBERS = frozenset({"B08", "B8A", "B12"})
 _S30_ONLY_LONG_NAMES = frozenset({"rededge1", "rededge2", "rededge3", "nirbroad", "watervapor"})
 _BY_SENSOR = {"L30": {band.name: band.l30 for band in BANDS}, "S30": {band.name: band.s30 for band in BANDS}}
+_SENSOR_WORDS = {"L30": ("L30", "OLI", "LANDSAT"), "S30": ("S30", "MSI", "SENTINEL-2", "SENTINEL2")}
 _NUMBER = re.compile(r"B0?(\d{1,2}|8A)", re.IGNORECASE)  # not "Band 2": there programs number positions
 
 
@@ -177,12 +178,7 @@ def resolve(
 
 def sensor_of(text: str) -> str | None:
     """`L30`, `S30` or `L30+S30` named in a tag's text (`OLI_TIRS; OLI_TIRS`, `Sentinel-2A`, `L30+S30`), else None."""
-    upper = text.upper()
-    found = []
-    if any(word in upper for word in ("L30", "OLI", "LANDSAT")):
-        found.append("L30")
-    if any(word in upper for word in ("S30", "MSI", "SENTINEL-2", "SENTINEL2")):
-        found.append("S30")
+    found = [sensor for sensor, words in _SENSOR_WORDS.items() if any(word in text.upper() for word in words)]
     return "+".join(found) or None
 
 
@@ -295,10 +291,7 @@ def _canonical(text: str | None) -> str | None:
 def _number(text: str | None) -> str | None:
     """`B05` for B05 or b5; None for anything else."""
     match = _NUMBER.fullmatch((text or "").strip())
-    if match is None:
-        return None
-    digits = match[1].upper()
-    return f"B{digits}" if digits == "8A" else f"B{int(digits):02d}"
+    return None if match is None else f"B{match[1].upper():0>2}"
 
 
 def _show(values: Iterable[Any]) -> str:

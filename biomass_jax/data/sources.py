@@ -176,9 +176,6 @@ class ShardSource(Source):
     def _read(self, index: int) -> Record:
         return records.from_example(self._data[index])
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return ShardSource, (self.info.path, self.info.split)  # file handles stay behind
-
 
 def _six(values: object, path: str | os.PathLike[str], name: str) -> np.ndarray | None:
     if values is None:
@@ -222,9 +219,14 @@ class FolderSource(Source):
             self._pairs = describe_pairs(paths, band_list=band_table.parse_band_list(bands))
         except (BandError, RasterError) as error:
             raise DataError(f"{path}: split {split}: {error}") from error
-        self._check_sizes()
-        self._checked: set[int] = set()  # chips whose units were looked at: once is enough
         first = self._pairs[0]
+        for pair in self._pairs:
+            if (pair.grid.height, pair.grid.width) != (first.grid.height, first.grid.width):
+                raise DataError(
+                    f"{pair.image}: found {pair.grid.height} x {pair.grid.width} pixels, expected {first.grid.height} "
+                    f"x {first.grid.width} as in {first.image.name}"
+                )
+        self._checked: set[int] = set()  # chips whose units were looked at: once is enough
         dtypes = {pair.dtype for pair in self._pairs}
         self.info = DatasetInfo(
             path=os.fspath(path),
@@ -236,15 +238,6 @@ class FolderSource(Source):
             sensors=(_SENSORS,),
         )
         self.remember([Chip(pair.chip_id, pair.tile, "unknown") for pair in self._pairs])
-
-    def _check_sizes(self) -> None:
-        first = self._pairs[0]
-        for pair in self._pairs:
-            if (pair.grid.height, pair.grid.width) != (first.grid.height, first.grid.width):
-                raise DataError(
-                    f"{pair.image}: found {pair.grid.height} x {pair.grid.width} pixels, expected {first.grid.height} "
-                    f"x {first.grid.width} as in {first.image.name}"
-                )
 
     def _read(self, index: int) -> Record:
         new = index not in self._checked

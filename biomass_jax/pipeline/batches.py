@@ -165,27 +165,8 @@ def _seed(seed: int, use: int) -> int:
     return int(np.random.SeedSequence([seed, use]).generate_state(1)[0])
 
 
-class _ProcessRows(grain.MapDataset[int]):
-    """The rows of one process of each global batch."""
-
-    def __init__(self, parent: object, batch_size: int, process_index: int, process_count: int) -> None:
-        super().__init__(parent)
-        self._batch, self._rows = batch_size, batch_size // process_count
-        self._first = process_index * self._rows
-
-    def __len__(self) -> int:
-        whole = len(self._parent)
-        return whole if whole == sys.maxsize else whole // self._batch * self._rows
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return self.slice(index)
-        step, row = divmod(index, self._rows)
-        return self._parent[step * self._batch + self._first + row]
-
-
 def _read_ahead(
-    order: object,
+    order: Any,
     source: Source,
     batch_size: int,
     process_index: int,
@@ -195,8 +176,14 @@ def _read_ahead(
     padded: bool,
 ) -> Any:
     """A Grain data set of this process's batches of an order of chips."""
-    mine = _ProcessRows(order, batch_size, process_index, process_count)
     rows = batch_size // process_count
+
+    def of_process(index: int) -> int:
+        step, row = divmod(index, rows)
+        return order[step * batch_size + process_index * rows + row]
+
+    whole = len(order)  # sys.maxsize where it is repeated
+    mine = grain.MapDataset.range(whole if whole == sys.maxsize else whole // process_count).map(of_process)
     if indices_only:
         collate = partial(_numbers, chips=source.chips(), padded=padded)
     else:
