@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from biomass_jax.data import bands, records
 from biomass_jax.errors import DataError
 from biomass_jax.runtime.files import sha256_of
@@ -16,7 +18,7 @@ def read_metadata(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """What `metadata.json` of shards holds under `biomass_jax`.
 
     Raises:
-        DataError: there is none; another schema version; other bands.
+        DataError: there is none; another schema version; other bands; means or stds that aren't six numbers.
     """
     file = Path(folder) / "metadata.json"
     try:
@@ -31,6 +33,12 @@ def read_metadata(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise DataError(f"{file}: found schema_version {version}, expected {records.SCHEMA_VERSION}; write it anew")
     if names != list(bands.BAND_NAMES):
         raise DataError(f"{file}: found bands {names}, expected {list(bands.BAND_NAMES)}; write the shards anew")
+    for name in ("means", "stds"):
+        values = metadata.get(name)
+        if values is not None and (
+            np.shape(values) != (len(names),) or not np.isfinite(np.array(values, np.float64)).all()
+        ):
+            raise DataError(f"{file}: {name}: found {values}, expected {len(names)} numbers; write the shards anew")
     return metadata
 
 

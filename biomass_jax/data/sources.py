@@ -46,8 +46,6 @@ class DatasetInfo:
         image_shape: (H, W, 6) of every chip.
         image_dtype: int16 or float32.
         fill: value of no-data besides the rule's own, digital numbers.
-        means: (6,) float64 of the training split, or None where the data set doesn't say.
-        stds: likewise.
         season: `YYYY-MM-DD/YYYY-MM-DD`, several joined by "; ", or "".
         sensors: `L30`, `S30`; () where nothing tells.
         metadata: all that the shards' metadata hold, {} for folders.
@@ -59,8 +57,6 @@ class DatasetInfo:
     image_shape: tuple[int, int, int]
     image_dtype: np.dtype
     fill: float
-    means: np.ndarray | None = None
-    stds: np.ndarray | None = None
     season: str = ""
     sensors: tuple[str, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -158,7 +154,6 @@ class ShardSource(Source):
         splits = {name: info.num_examples for name, info in builder.info.splits.items()}
         if split not in splits:
             raise DataError(f"{path}: split {split!r} is not there; found {', '.join(sorted(splits))}")
-        statistics = {name: _six(metadata.get(name), path, name) for name in ("means", "stds")}
         self._data = builder.as_data_source(split)
         self.info = DatasetInfo(
             path=os.fspath(path),
@@ -170,20 +165,10 @@ class ShardSource(Source):
             season=metadata.get("season", ""),
             sensors=tuple(metadata.get("sensors", ())),
             metadata=metadata,
-            **statistics,
         )
 
     def _read(self, index: int) -> Record:
         return records.from_example(self._data[index])
-
-
-def _six(values: object, path: str | os.PathLike[str], name: str) -> np.ndarray | None:
-    if values is None:
-        return None
-    array = np.asarray(values, np.float64)
-    if array.shape != (len(band_table.BAND_NAMES),) or not np.isfinite(array).all():
-        raise DataError(f"{path}: {name}: found {values}, expected {len(band_table.BAND_NAMES)} numbers")
-    return array
 
 
 class FolderSource(Source):
@@ -277,8 +262,6 @@ class Mixture(Source):
             path=where,
             chips=int(self._starts[-1]),
             image_dtype=np.result_type(*(info.image_dtype for info in infos)),
-            means=infos[0].means if len(infos) == 1 else None,
-            stds=infos[0].stds if len(infos) == 1 else None,
             season="; ".join(sorted({season for info in infos for season in info.season.split("; ") if season})),
             sensors=tuple(sorted({sensor for info in infos for sensor in info.sensors})),
             metadata=infos[0].metadata if len(infos) == 1 else {},
@@ -327,11 +310,11 @@ def statistics_of(source: Source, *, reference: bool = False) -> tuple[np.ndarra
     """
     info = source.info
     made = info.metadata.get("stat_settings") or {}
-    if info.means is not None and info.stds is not None and made.get("reference", False) == reference:
-        return info.means, info.stds
-    if info.split != "train":
-        raise DataError(f"{info.path}: statistics come from split train, found {info.split}; open that one")
-    with ThreadPoolExecutor(_READERS) as pool:
-        parts = pool.map(lambda index: chip_sums(source[index]["image"], reference=reference), range(len(source)))
-        means, stds = means_stds(combine(parts), where=f"{info.path}: ")
-    return np.array(means), np.array(stds)
+    means, stds = info.metadata.get("means"), info.metadata.get("stds")
+    if means is None or stds is None or made.get("reference", False) != reference:
+        if info.split != "train":
+            raise DataError(f"{info.path}: statistics come from split train, found {info.split}; open that one")
+        with ThreadPoolExecutor(_READERS) as pool:
+            parts = pool.map(lambda index: chip_sums(source[index]["image"], reference=reference), range(len(source)))
+            means, stds = means_stds(combine(parts), where=f"{info.path}: ")
+    return np.array(means, np.float64), np.array(stds, np.float64)

@@ -47,7 +47,7 @@ def test_records_are_those_of_conversion(put, tmp_path):
     source = sources.open_source(root, "train")
     info = source.info
     assert (info.chips, info.image_shape) == (2, (SIZE, SIZE, 6))
-    assert (info.image_dtype, info.fill, info.means, info.metadata) == (np.float32, -9999.0, None, {})
+    assert (info.image_dtype, info.fill, info.metadata) == (np.float32, -9999.0, {})
     assert info.sensors == ("L30",)
     expected = {record["chip_id"]: record for record in ShardSource(tmp_path / "shards", "train")}
     for chip, index in zip(source.chips(), (0, 1), strict=True):

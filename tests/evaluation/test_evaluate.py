@@ -170,8 +170,8 @@ def test_statistics_are_chosen(model, world, tmp_path):
     assert (kind, means.tolist(), stds.tolist()) == ("explicit", [1] * 6, [2] * 6)
     means, stds, kind = choose(**{"data.statistics": "dataset"})
     info = sources.open_source(world, "train").info
-    np.testing.assert_allclose(means, info.means, rtol=1e-6)
-    np.testing.assert_allclose(stds, info.stds, rtol=1e-6)
+    np.testing.assert_allclose(means, info.metadata["means"], rtol=1e-6)
+    np.testing.assert_allclose(stds, info.metadata["stds"], rtol=1e-6)
     reference, _, _ = choose(**{"data.statistics": "dataset", "reference": True})
     assert (reference < means).all()  # zeros count
 

@@ -31,7 +31,7 @@ def loss_of_the_mean(folder, config):
         for row, mask in enumerate(masks):
             image = source[number * config.batch_size + row]["image"]
             counted = mask & (image != -9999).all(-1) & (image != 0).any(-1)
-            z = (image[counted] - source.info.means) / source.info.stds
+            z = (image[counted] - source.info.metadata["means"]) / source.info.metadata["stds"]
             totals, count = totals + np.abs(z).sum(0), count + len(z)
     return totals.sum() / count / 6, totals / count
 
