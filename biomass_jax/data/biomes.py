@@ -82,7 +82,6 @@ def centre(epsg: int, transform: np.ndarray, shape: tuple[int, int]) -> tuple[fl
 
     a, b, c, d, e, f = (float(value) for value in transform)
     row, col = shape[0] / 2, shape[1] / 2
-    place = Transformer.from_crs(int(epsg), 4326, always_xy=True).transform(
-        a * col + b * row + c, d * col + e * row + f
-    )
-    return float(place[0]), float(place[1])
+    x, y = a * col + b * row + c, d * col + e * row + f
+    lon, lat = Transformer.from_crs(int(epsg), 4326, always_xy=True).transform(x, y)
+    return float(lon), float(lat)

@@ -243,29 +243,23 @@ class DeviceCache:
         Raises:
             DataError: a chip can't be read.
         """
-        count = len(source)
-        rows = -(-count // len(sharding.device_set)) * len(sharding.device_set)
-        self._arrays = place(_read_all(source, rows), sharding)
+        devices = len(sharding.device_set)
+        rows = -(-len(source) // devices) * devices
+        image = np.zeros((rows, *source.info.image_shape), source.info.image_dtype)
+        label = np.full(image.shape[:3], records.NO_LABEL, np.float32)
+        chips: list[Chip] = []
+        for batch in eval_batches(source, batch_size=min(rows, 64)):
+            valid = int(batch.arrays["valid"].sum())
+            there = slice(len(chips), len(chips) + valid)
+            image[there], label[there] = batch.arrays["image"][:valid], batch.arrays["label"][:valid]
+            chips += batch.chips[:valid]
+        source.remember(chips)
+        self._arrays = place({"image": image, "label": label}, sharding)
         self._pick = jax.jit(_pick, out_shardings=sharding)
 
     def batch(self, indices: np.ndarray) -> dict[str, jax.Array]:
         """Image and label of chips by number (b,) int32, as a batch on the devices; -1 gives image 0, label -1."""
         return self._pick(self._arrays, np.asarray(indices, np.int32))
-
-
-def _read_all(source: Source, rows: int) -> dict[str, np.ndarray]:
-    """Images and labels of all chips, padded to `rows`; the source keeps their names."""
-    chips: list[Chip] = []
-    size = min(rows, 64)
-    image = np.zeros((rows, *source.info.image_shape), source.info.image_dtype)
-    label = np.full(image.shape[:3], records.NO_LABEL, np.float32)
-    for number, batch in enumerate(eval_batches(source, batch_size=size)):
-        valid = int(batch.arrays["valid"].sum())
-        place_of = slice(number * size, number * size + valid)
-        image[place_of], label[place_of] = batch.arrays["image"][:valid], batch.arrays["label"][:valid]
-        chips += batch.chips[:valid]
-    source.remember(chips)
-    return {"image": image, "label": label}
 
 
 def _pick(arrays: dict[str, jax.Array], indices: jax.Array) -> dict[str, jax.Array]:

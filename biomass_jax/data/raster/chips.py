@@ -69,9 +69,14 @@ def find_pairs(folder: str | os.PathLike[str]) -> tuple[dict[str, list[tuple[Pat
     root = Path(folder)
     found: dict[str, list[tuple[Path, Path]]] = {}
     alone: list[str] = []
+    home: dict[str, str] = {}  # folder of each image
     for split in SPLITS:
         pairs, odd = pair_files(root, split)
         alone += odd
+        for image, _ in pairs:
+            if image.name in home:
+                raise RasterError(f"{image}: found in {home[image.name]} too, expected each chip in one split")
+            home[image.name] = image.parent.name
         if pairs:
             found[split] = pairs
     if not found:
@@ -79,11 +84,6 @@ def find_pairs(folder: str | os.PathLike[str]) -> tuple[dict[str, list[tuple[Pat
             f"{root}: found no pair of images and labels, expected folders like train_images and train_labels with "
             "T10SFF_144_tile_img.tif and T10SFF_144_tile_label.tif"
         )
-    home: dict[str, Path] = {}
-    for image, _ in (pair for pairs in found.values() for pair in pairs):
-        if image.name in home:
-            raise RasterError(f"{image}: found in {home[image.name].parent.name} too, expected each chip in one split")
-        home[image.name] = image
     return found, sorted(alone)
 
 

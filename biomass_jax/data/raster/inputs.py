@@ -64,9 +64,7 @@ def granule_name(path: str) -> GranuleName | None:
     match = _GRANULE.match(PurePath(path).name)
     if match is None:
         return None
-    layer = match["layer"]
-    if layer is not None and layer.casefold() in ("tif", "tiff", "vrt"):
-        layer = None
+    layer = None if f".{match['layer']}".casefold() in _SUFFIXES else match["layer"]  # a file's ending is no layer
     return GranuleName(**match.groupdict() | {"layer": layer})
 
 
