@@ -212,13 +212,12 @@ class FolderSource(Source):
                     f"x {first.grid.width} as in {first.image.name}"
                 )
         self._checked: set[int] = set()  # chips whose units were looked at: once is enough
-        dtypes = {pair.dtype for pair in self._pairs}
         self.info = DatasetInfo(
             path=os.fspath(path),
             split=split,
             chips=len(self._pairs),
             image_shape=(first.grid.height, first.grid.width, len(band_table.BAND_NAMES)),
-            image_dtype=np.dtype("int16" if dtypes == {"int16"} else "float32"),
+            image_dtype=np.result_type(*{pair.dtype for pair in self._pairs}),
             fill=float(band_table.FILL),
             sensors=(_SENSORS,),
         )
@@ -275,9 +274,7 @@ class Mixture(Source):
     def _read(self, index: int) -> Record:
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
         record = self._parts[part][index - int(self._starts[part])]
-        if record["image"].dtype != self.info.image_dtype:
-            record = record | {"image": record["image"].astype(self.info.image_dtype)}
-        return record
+        return {**record, "image": record["image"].astype(self.info.image_dtype, copy=False)}
 
 
 def open_mixture(parts: Sequence[tuple[str | os.PathLike[str], float]], split: str, *, bands: object = None) -> Mixture:

@@ -103,9 +103,7 @@ def _check_image(tiff: _Tiff, entries: dict[int, np.void], sparse_ok: bool, name
     offsets, counts = fields
     if len(offsets) != len(counts) or not len(offsets):
         raise RasterError(f"{name}: damaged TIFF, {len(offsets)} block positions and {len(counts)} block sizes")
-    absent = (offsets == 0) | (counts == 0)
-    if sparse_ok:
-        absent &= (offsets != 0) | (counts != 0)
+    absent = (offsets == 0) != (counts == 0) if sparse_ok else (offsets == 0) | (counts == 0)
     beyond = offsets + counts > np.uint64(tiff.size)
     bad = np.flatnonzero(absent | beyond)
     if len(bad):
