@@ -1,7 +1,7 @@
 """PyTorch and safetensors files read without torch.
 
 Three kinds of files, told apart by their content: the zip archives of torch 1.6 and later, the streams of earlier
-versions, and safetensors. Only tensors, containers and plain values are ever built (`torch_pickle` says how), every
+versions, and safetensors. Only tensors, containers and plain values are ever built (`pickle` says how), every
 size and offset is checked against the file, and nothing is written.
 """
 
@@ -27,7 +27,6 @@ __all__ = ["Placeholder", "TorchFile", "TorchFileError", "TorchTensor", "flatten
 MAX_DEPTH = 200
 MAX_LEAVES = 1_000_000
 MAX_NAME_CHARS = 256 << 20  # all dotted keys together
-_CHUNK = 8 << 20
 _EXPECTED = "expected a PyTorch file (.pt, .pth, .ckpt) or a .safetensors file"
 
 # What users save under a checkpoint's name by mistake: first bytes -> what it is and what to do.
@@ -66,12 +65,8 @@ class TorchFile:
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 of the whole file, in hex; read in pieces when first asked for."""
-        digest = hashlib.sha256()
-        view = memoryview(self.mapped.data)
-        for start in range(0, self.mapped.size, _CHUNK):
-            digest.update(view[start : start + _CHUNK])
-        return digest.hexdigest()
+        """SHA-256 of the whole file, in hex; read when first asked for."""
+        return hashlib.sha256(self.mapped.data).hexdigest()
 
 
 def read(path: str | os.PathLike[str]) -> TorchFile:
