@@ -107,7 +107,7 @@ def _state(
     counts = {"k": len(fields.get("pool_scales", ())), "u": fields.get("upscale_layers", 0)}
     counts |= {"i": len(depths), "l": len(depths) - 1, "f": len(depths) - 1}
     written = set()
-    for row, key, path in expand(layout, lambda name, at: depths[at["i"]] if name == "j" else counts[name]):
+    for row, key, path in expand(layout.rows, lambda name, at: depths[at["i"]] if name == "j" else counts[name]):
         if row.role == TENSOR and path in arrays:
             written.add(path)
             yield prefix + key, row.transform.inverse(arrays[path])

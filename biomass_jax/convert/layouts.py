@@ -40,30 +40,17 @@ def _block(torch: str, ours: str, *, attention: str, fc1: str, fc2: str) -> Modu
     )
 
 
-def _original_stage(prefix: str) -> Modules:
-    """A stage of the original Swin, which SimMIM shares, without its downsample."""
-    block = _block(
-        f"{prefix}layers.{{i}}.blocks.{{j}}",
-        "encoder/stages_{i}/blocks_{j}",
-        attention="attn",
-        fc1="mlp.fc1",
-        fc2="mlp.fc2",
-    )
-    # A block's own buffer comes before those of its parts.
-    return ((f"{prefix}layers.{{i}}.blocks.{{j}}", "", SHIFT_MASK), *block)
-
-
-def _original_downsample(prefix: str) -> Modules:
-    return (
-        (f"{prefix}layers.{{i}}.downsample.reduction", "encoder/stages_{i}/downsample/reduction", LINEAR_ALONE),
-        (f"{prefix}layers.{{i}}.downsample.norm", "encoder/stages_{i}/downsample/norm", NORM),
-    )
-
-
-def _original_patch_embed(prefix: str) -> Modules:
+def _original(prefix: str) -> Modules:
+    """The original Swin, which SimMIM shares."""
+    stage, block = f"{prefix}layers.{{i}}", f"{prefix}layers.{{i}}.blocks.{{j}}"
     return (
         (f"{prefix}patch_embed.proj", "encoder/patch_embed/projection", CONV),
         (f"{prefix}patch_embed.norm", "encoder/patch_embed/norm", NORM),
+        (block, "", SHIFT_MASK),  # a block's own buffer comes before those of its parts
+        *_block(block, "encoder/stages_{i}/blocks_{j}", attention="attn", fc1="mlp.fc1", fc2="mlp.fc2"),
+        (f"{stage}.downsample.reduction", "encoder/stages_{i}/downsample/reduction", LINEAR_ALONE),
+        (f"{stage}.downsample.norm", "encoder/stages_{i}/downsample/norm", NORM),
+        (f"{prefix}norm", "encoder/norm", NORM),
     )
 
 
@@ -103,59 +90,27 @@ GRANITE = Layout(
 SIMMIM = Layout(
     name="simmim",
     task="simmim",
-    modules=(
-        ("encoder", "", MASK_TOKEN),
-        *_original_patch_embed("encoder."),
-        *_original_stage("encoder."),
-        *_original_downsample("encoder."),
-        ("encoder.norm", "encoder/norm", NORM),
-        ("decoder.0", "decoder", CONV),
-    ),
-    spellings=((r"^module\.", ""),),
-    shift_single_window=False,
+    modules=(("encoder", "", MASK_TOKEN), *_original("encoder."), ("decoder.0", "decoder", CONV)),
 )
 
 # A SimMIM file whose decoder was stripped: an encoder to fine-tune, which has no use for the mask token.
 SIMMIM_ENCODER = Layout(
-    name="simmim-encoder",
-    task="encoder",
-    modules=(
-        ("encoder", "", MASK_TOKEN_LEFT),
-        *(row for row in SIMMIM.modules if row[2] is not MASK_TOKEN and row[0] != "decoder.0"),
-    ),
-    spellings=SIMMIM.spellings,
-    shift_single_window=False,
+    name="simmim-encoder", task="encoder", modules=(("encoder", "", MASK_TOKEN_LEFT), *_original("encoder."))
 )
 
-MICROSOFT = Layout(
-    name="microsoft",
-    task="encoder",
-    modules=(
-        *_original_patch_embed(""),
-        *_original_stage(""),
-        *_original_downsample(""),
-        ("norm", "encoder/norm", NORM),
-        ("head", "", CLASSIFIER),
-    ),
-    spellings=((r"^module\.", ""),),
-    shift_single_window=False,
-)
+MICROSOFT = Layout(name="microsoft", task="encoder", modules=(*_original(""), ("head", "", CLASSIFIER)))
 
-# timm puts a stage's downsample before its blocks, so that `layers.1.downsample` is the one that ends our stage 0.
+# timm puts a stage's downsample before its blocks, so that `layers.1.downsample` is the one that ends our stage 0. (Its
+# rows keep the original's order: nothing is written in timm's layout.)
 TIMM = Layout(
     name="timm",
     task="encoder",
     modules=(
-        *_original_patch_embed(""),
-        ("layers.{i}.downsample.norm", "encoder/stages_{i-1}/downsample/norm", NORM),
-        ("layers.{i}.downsample.reduction", "encoder/stages_{i-1}/downsample/reduction", LINEAR_ALONE),
-        *_original_stage(""),
-        ("norm", "encoder/norm", NORM),
+        *((key, path.replace("{i}/downsample", "{i-1}/downsample"), kind) for key, path, kind in _original("")),
         ("head.fc", "", CLASSIFIER),
         ("head", "", CLASSIFIER),  # before timm 0.9
     ),
     spellings=((r"^module\.", ""), (r"^layers_", "layers.")),
-    shift_single_window=False,
 )
 
 

@@ -8,7 +8,7 @@ table writes a checkpoint. Paths start with the collection: `params/...` or `bat
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import groupby
 
 import numpy as np
@@ -129,13 +129,22 @@ class Layout:
     name: str
     task: str
     modules: Modules
-    spellings: tuple[tuple[str, str], ...]
-    shift_single_window: bool
+    spellings: tuple[tuple[str, str], ...] = ((r"^module\.", ""),)
+    shift_single_window: bool = False
 
-    @property
+    @cached_property
     def rows(self) -> tuple[TensorRow, ...]:
         """The table, one row a tensor."""
-        return _rows(self.modules)
+        return tuple(
+            TensorRow(
+                f"{module}.{part.torch}",
+                "/".join(filter(None, (part.collection, path, part.ours))) if part.ours else "",
+                part.role,
+                part.transform,
+            )
+            for module, path, kind in self.modules
+            for part in kind
+        )
 
     def canonical(self, key: str) -> str:
         """The table's spelling of a file's key."""
@@ -154,17 +163,6 @@ class Layout:
 
 
 _PLACEHOLDER = re.compile(r"\{(\w)([+-]\d+)?\}")
-
-
-def _rows_of(module: str, path: str, kind: tuple[TensorRole, ...]) -> Iterator[TensorRow]:
-    for part in kind:
-        ours = "/".join(filter(None, (part.collection, path, part.ours))) if part.ours else ""
-        yield TensorRow(f"{module}.{part.torch}", ours, part.role, part.transform)
-
-
-@lru_cache(maxsize=16)
-def _rows(modules: Modules) -> tuple[TensorRow, ...]:
-    return tuple(row for module in modules for row in _rows_of(*module))
 
 
 @lru_cache(maxsize=2048)
@@ -230,29 +228,27 @@ def _find(layout: Layout, key: str) -> tuple[TensorRow | None, dict[str, int]]:
     return None, {}
 
 
-def expand(layout: Layout, count: Callable[[str, Mapping[str, int]], int]) -> Iterator[tuple[TensorRow, str, str]]:
-    """Write a layout's table out in torch's order: (row, key, path) a tensor.
+def expand(
+    rows: Iterable[TensorRow], count: Callable[[str, Mapping[str, int]], int], numbers: Mapping[str, int] | None = None
+) -> Iterator[tuple[TensorRow, str, str]]:
+    """Write a layout's rows out in torch's order: (row, key, path) a tensor.
 
     `count(name, numbers)` is how many values the placeholder `name` takes where those before it have `numbers`; rows
     next to each other that share a placeholder run through it together. Parts that a model lacks (a downsample after
     the last stage) are written out too.
     """
-    return _expand(layout.rows, {}, count)
+    known = numbers or {}
 
-
-def _expand(
-    rows: Iterable[TensorRow], numbers: Mapping[str, int], count: Callable[[str, Mapping[str, int]], int]
-) -> Iterator[tuple[TensorRow, str, str]]:
     def next_placeholder(row: TensorRow) -> str:
-        return next((name for name, _ in _PLACEHOLDER.findall(row.key) if name not in numbers), "")
+        return next((name for name, _ in _PLACEHOLDER.findall(row.key) if name not in known), "")
 
     for name, group in groupby(rows, next_placeholder):
         block = tuple(group)
         if not name:
-            yield from ((row, _fill(row.key, numbers), _fill(row.path, numbers)) for row in block)
+            yield from ((row, _fill(row.key, known), _fill(row.path, known)) for row in block)
             continue
-        for value in range(count(name, numbers)):
-            yield from _expand(block, {**numbers, name: value}, count)
+        for value in range(count(name, known)):
+            yield from expand(block, count, {**known, name: value})
 
 
 def name_list(names: Iterable[str], limit: int = 20) -> str:
