@@ -76,11 +76,6 @@ class Bundle:
         return self.meta["input"].get("fill")
 
     @property
-    def sensors(self) -> tuple[str, ...]:
-        """Sensors of the training images: `L30`, `S30`."""
-        return tuple(self.meta["input"].get("sensors", ()))
-
-    @property
     def nodata(self) -> float:
         """Value that marks no-data in the output."""
         return self.meta["output"]["nodata"]

@@ -12,8 +12,8 @@ import numpy as np
 
 from biomass_jax import bundle
 from biomass_jax.convert.declared import FIELD_OF, FIXED, Declared, Options
+from biomass_jax.convert.layouts import Layout, Match, Shape, name_list
 from biomass_jax.convert.resize import window_of
-from biomass_jax.convert.rows import Layout, Match, Shape, name_list
 from biomass_jax.convert.torch_file import TorchTensor
 from biomass_jax.errors import ConvertError
 from biomass_jax.models.build import abstract_variables, build_module
@@ -21,6 +21,8 @@ from biomass_jax.models.swin_ops import relative_position_index
 
 # The pooling scales of UPerNet's four modules (arXiv 1807.10221; terratorch's UperNetDecoder has no other default).
 UPERNET_POOL_SCALES = (1, 2, 3, 6)
+# Our head's fields that torch's head doesn't have, as they are without effect.
+UNSCALED = {"output_scale": 1.0, "output_offset": 0.0}
 _FINAL_RELU = {
     "torch.nn.ReLU": True,
     "ReLU": True,
@@ -94,9 +96,12 @@ def from_shapes(layout: Layout, shapes: Mapping[str, Shape]) -> dict[str, Any]:
     if layout.task == "biomass":
         fields["decoder_channels"] = tensors.need("params/decoder/fpn_bottleneck/conv/kernel")[3]
         fields["upscale_layers"] = tensors.count("params/head/upscale_")
-        fields |= {"output_scale": 1.0, "output_offset": 0.0}  # torch's head has neither
+        fields |= UNSCALED
     elif layout.task == "simmim":
-        fields["encoder_stride"] = _encoder_stride(tensors, kernel[2])
+        out, bands = tensors.need("params/decoder/kernel")[3], kernel[2]
+        fields["encoder_stride"] = stride = round((out / bands) ** 0.5)
+        if stride**2 * bands != out:
+            raise ConvertError(f"decoder.0.weight has {out} outputs; expected stride^2 x {bands} input bands")
     else:
         fields["stage_norms"] = False
         fields["final_norm"] = any(path.startswith("params/encoder/norm/") for path in shapes)
@@ -120,14 +125,6 @@ def _attention(tensors: _Shapes, depths: tuple[int, ...]) -> tuple[tuple[int, ..
         found = ", ".join(f"{key}: {window}" for key, window in windows.items())
         raise ConvertError(f"window sizes differ between stages ({found}); expected one for all")
     return tuple(heads), next(iter(windows.values()))
-
-
-def _encoder_stride(tensors: _Shapes, bands: int) -> int:
-    out = tensors.need("params/decoder/kernel")[3]
-    stride = round((out / bands) ** 0.5)
-    if stride**2 * bands != out:
-        raise ConvertError(f"decoder.0.weight has {out} outputs; expected stride^2 x {bands} input bands")
-    return stride
 
 
 def complete(
@@ -239,13 +236,9 @@ def check(keys: Match, state: Mapping[str, TorchTensor]) -> dict[str, Any]:
     Raises:
         ConvertError: it lists every unknown, missing, extra, duplicate and misshapen tensor.
     """
-    layout, problems = keys.layout, []
-    if keys.unknown:
-        problems.append(f"unknown tensors: {name_list(keys.unknown)}")
-    if keys.duplicates:
-        problems.append(f"duplicate tensors: {name_list(' = '.join(group) for group in keys.duplicates)}")
+    layout = keys.layout
     shapes: dict[str, Shape] = {}
-    misshapen = []
+    problems, misshapen = [], []
     for path, (key, transform) in keys.tensors.items():
         shape = transform.shape(state[key].shape)
         if shape is None or 0 in shape:
@@ -259,19 +252,18 @@ def check(keys: Match, state: Mapping[str, TorchTensor]) -> dict[str, Any]:
     except ValueError as error:  # ours, or the model's own about fields that do not fit each other
         problems.append(str(error))
         expected = {}
-    if expected:
-        missing = [layout.key_of(path) for path in expected if path not in keys.tensors]
-        if missing:
-            problems.append(f"missing tensors: {name_list(missing)}")
-        extra = [keys.tensors[path][0] for path in shapes if path not in expected]
-        if extra:
-            problems.append(f"extra tensors: {name_list(extra)}")
-        for path, shape in expected.items():
-            if shapes.get(path, shape) != shape:
-                key, transform = keys.tensors[path]
-                misshapen.append(f"{key} {state[key].shape}, expected {transform.torch_shape(shape)}")
-    if misshapen:
-        problems.append(f"misshapen tensors: {name_list(misshapen)}")
+    for path, shape in expected.items():
+        if shapes.get(path, shape) != shape:
+            key, transform = keys.tensors[path]
+            misshapen.append(f"{key} {state[key].shape}, expected {transform.torch_shape(shape)}")
+    named = {
+        "unknown": keys.unknown,
+        "duplicate": [" = ".join(group) for group in keys.duplicates],
+        "missing": [layout.key_of(path) for path in expected if path not in keys.tensors],
+        "extra": [keys.tensors[path][0] for path in shapes if expected and path not in expected],
+        "misshapen": misshapen,
+    }
+    problems += [f"{kind} tensors: {name_list(names)}" for kind, names in named.items() if names]
     if problems:
         raise ConvertError(f"layout {layout.name}: " + "; ".join(problems))
     return fields

@@ -16,8 +16,8 @@ from flax import traverse_util
 from biomass_jax import bundle
 from biomass_jax.convert import architecture, declared, hub, layouts, torch_file
 from biomass_jax.convert.declared import Options
+from biomass_jax.convert.layouts import Layout, Match, match, name_list
 from biomass_jax.convert.resize import resize_bias_table
-from biomass_jax.convert.rows import Layout, Match, match, name_list
 from biomass_jax.convert.torch_file import TorchTensor
 from biomass_jax.errors import ConvertError
 
@@ -186,25 +186,20 @@ def _provenance(source: str, path: Path, file: torch_file.TorchFile, said: decla
 
 
 def _kept_with(keys: Match, state: Mapping[str, TorchTensor]) -> dict[str, Any]:
-    """What the variables have no place for and an export needs: counters, the image size; and what was left out."""
-    entry = {
+    """What an export needs beside the variables (counters, the images' side in pixels), and what was left out."""
+    entry: dict[str, Any] = {
         "layout": keys.layout.name,
         "num_batches_tracked": {path: int(state[key].array()) for path, key in keys.counters.items()},
         "unused": keys.unused,
     }
-    image = _image_size(keys, state)
-    return entry if image is None else entry | {"img_size": image}
-
-
-def _image_size(keys: Match, state: Mapping[str, TorchTensor]) -> int | None:
-    """Side in pixels of the images a Swin with attn_mask buffers was built for, from its first mask; None without."""
     for key in keys.buffers:
         found = re.search(r"layers\.(\d+)\.blocks\.\d+\.attn_mask$", key)
         if found and len(state[key].shape) == 3:
-            windows, tokens, _ = state[key].shape
+            windows, tokens, _ = state[key].shape  # as many as the images that this Swin was built for have
             patch = state[keys.tensors["params/encoder/patch_embed/projection/kernel"][0]].shape[-1]
-            return round(windows**0.5) * round(tokens**0.5) * patch * 2 ** int(found[1])
-    return None
+            entry["img_size"] = round(windows**0.5) * round(tokens**0.5) * patch * 2 ** int(found[1])
+            break
+    return entry
 
 
 def _report(found: Converted, saved: Path) -> list[tuple[str, str]]:

@@ -111,11 +111,9 @@ def read(root: object, config: Path | None, *, source: str) -> Declared:
     """
     declared = Declared()
     root = root if isinstance(root, Mapping) else {}
-    declared.hyper_parameters = _mapping(plain(root.get("hyper_parameters")))
-    _add(
-        declared.model, _mapping(declared.hyper_parameters.get("model_args")), f"{source}: hyper_parameters.model_args"
-    )
-    data = _mapping(plain(root.get("datamodule_hyper_parameters")))
+    declared.hyper_parameters = _inside(plain(root.get("hyper_parameters")))
+    _add(declared.model, _inside(declared.hyper_parameters, "model_args"), f"{source}: hyper_parameters.model_args")
+    data = _inside(plain(root.get("datamodule_hyper_parameters")))
     _add(declared.data, data, f"{source}: datamodule_hyper_parameters")
     if config is not None:
         tree = _read_yaml(config)
@@ -152,10 +150,6 @@ def is_plain(value: object, *, finite: bool = False) -> bool:
     return isinstance(value, _SCALARS)
 
 
-def _mapping(value: object) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
 def _add(into: dict[str, Value], values: Mapping[str, Any], where: str) -> None:
     for name, value in values.items():
         if not is_plain(value):
@@ -167,9 +161,10 @@ def _add(into: dict[str, Value], values: Mapping[str, Any], where: str) -> None:
 
 
 def _inside(tree: object, *names: str) -> dict[str, Any]:
+    """The dict under these names, {} where there is none."""
     for name in names:
         tree = tree.get(name) if isinstance(tree, dict) else None
-    return _mapping(tree)
+    return tree if isinstance(tree, dict) else {}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from biomass_jax import bundle
+from biomass_jax.convert.architecture import UNSCALED
 from biomass_jax.convert.declared import FIELD_OF
-from biomass_jax.convert.layouts import GRANITE, SIMMIM, SIMMIM_ENCODER
-from biomass_jax.convert.rows import COUNTER, TENSOR, Layout, expand, name_list
+from biomass_jax.convert.layouts import COUNTER, GRANITE, SIMMIM, SIMMIM_ENCODER, TENSOR, Layout, expand, name_list
 from biomass_jax.convert.torch_file import write as torch_write
 from biomass_jax.errors import ConvertError
 from biomass_jax.models.swin_ops import relative_position_index, shift_mask
@@ -86,8 +86,8 @@ def _check_exportable(layout: Layout, meta: Mapping[str, Any], source: str) -> N
 
 def _fold_output(arrays: dict[str, np.ndarray], fields: Mapping[str, Any]) -> None:
     """Put the head's output scale and offset, which torch's head doesn't have, into its last layer."""
-    scale, offset = fields.get("output_scale", 1.0), fields.get("output_offset", 0.0)
-    if (scale, offset) != (1.0, 0.0):
+    scale, offset = (fields.get(name, value) for name, value in UNSCALED.items())
+    if (scale, offset) != tuple(UNSCALED.values()):
         kernel, bias = "params/head/final/kernel", "params/head/final/bias"
         arrays[kernel] = arrays[kernel] * np.float32(scale)
         arrays[bias] = arrays[bias] * np.float32(scale) + np.float32(offset)

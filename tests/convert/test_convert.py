@@ -11,8 +11,7 @@ from biomass_jax import bundle
 from biomass_jax.convert import torch_file
 from biomass_jax.convert.convert import nested, read
 from biomass_jax.convert.declared import Options
-from biomass_jax.convert.layouts import GRANITE
-from biomass_jax.convert.rows import match
+from biomass_jax.convert.layouts import GRANITE, match
 from biomass_jax.data.bands import BAND_NAMES
 from biomass_jax.errors import ConvertError
 from biomass_jax.models.build import build_module

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from biomass_jax.convert import layouts
-from biomass_jax.convert.resize import bicubic_matrix, resize_bias_table, window_of
-from biomass_jax.convert.rows import (
+from biomass_jax.convert.layouts import (
     CONV_KERNEL,
     LINEAR_KERNEL,
     TABLE,
@@ -15,6 +14,7 @@ from biomass_jax.convert.rows import (
     expand,
     match,
 )
+from biomass_jax.convert.resize import bicubic_matrix, resize_bias_table, window_of
 from biomass_jax.errors import ConvertError
 
 # file -> (layout, tensors of the model, counters, buffers, left out)

@@ -48,20 +48,16 @@ class TorchFile:
     """A file that was read.
 
     Attributes:
-        path: the file.
         format: 'zip', 'legacy' or 'safetensors'.
         root: what the file holds: dict, list, tuple, set and plain values, with `TorchTensor`s for the tensors and
             `Placeholder`s for what wasn't built.
         placeholders: dotted names of the classes and functions that were met and not built.
-        metadata: safetensors' free text entries.
     """
 
-    path: Path
     format: str
     root: Any
     placeholders: list[str]
     mapped: MappedFile = field(repr=False)
-    metadata: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def sha256(self) -> str:
@@ -80,8 +76,8 @@ def read(path: str | os.PathLike[str]) -> TorchFile:
     mapped = _map(path)
     try:
         form, parse = _detect(mapped)
-        parsed = parse(mapped)
-        other = _check_tree(parsed.root)
+        root, placeholders = parse(mapped)
+        placeholders += _check_tree(root)
     except TorchFileError:
         raise
     except Malformed as exc:
@@ -99,11 +95,10 @@ def read(path: str | os.PathLike[str]) -> TorchFile:
         NotImplementedError,
     ) as exc:
         raise TorchFileError(f"{path}: damaged or not a checkpoint ({type(exc).__name__}: {exc}); {_EXPECTED}") from exc
-    for name, leaf in flatten(parsed.root).items():
+    for name, leaf in flatten(root).items():
         if isinstance(leaf, TorchTensor) and not leaf.name:
             leaf.name = name
-    placeholders = list(dict.fromkeys([*parsed.placeholders, *other]))
-    return TorchFile(path, form, parsed.root, placeholders, mapped, parsed.metadata)
+    return TorchFile(form, root, list(dict.fromkeys(placeholders)), mapped)
 
 
 def flatten(root: object) -> dict[str, Any]:

@@ -5,7 +5,6 @@ import math
 import struct
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 from biomass_jax.convert.torch_file import pickle as torch_pickle
@@ -45,15 +44,8 @@ _SAFETENSORS_DTYPES = {
 }
 
 
-@dataclass
-class Parsed:
-    """What a format's reader found."""
-
-    root: Any
-    placeholders: list[str] = field(default_factory=list)
-    metadata: dict[str, str] = field(default_factory=dict)
-
-
+# What a format's reader gives: the root object, and the names of what was not built.
+Parsed = tuple[Any, list[str]]
 Parser = Callable[[MappedFile], Parsed]
 
 
@@ -99,7 +91,7 @@ def read_zip(file: MappedFile) -> Parsed:
         raise Malformed(f"{record.name} has {record.nbytes} bytes; at most {torch_pickle.MAX_PICKLE_BYTES} are read")
     data = bytes(record.bytes(0, record.nbytes))
     loaded = torch_pickle.load(data, 0, len(data), persistent)
-    return Parsed(loaded.value, loaded.placeholders)
+    return loaded.value, loaded.placeholders
 
 
 def _is_swapped(record: FileRecord | None) -> bool:
@@ -208,7 +200,7 @@ def read_legacy(file: MappedFile) -> Parsed:
     loaded = torch_pickle.load(file.data, position, file.size, persistent)
     keys = torch_pickle.load(file.data, loaded.end, file.size, _no_persistent)
     _place_storages(file, keys.value, keys.end, roots)
-    return Parsed(loaded.value, loaded.placeholders)
+    return loaded.value, loaded.placeholders
 
 
 def _storage_view(root: Storage, kind: StorageType, count: int, view: object) -> Storage:
@@ -285,7 +277,7 @@ def read_safetensors(file: MappedFile) -> Parsed:
         if math.prod(shape) * size != stop - start:
             raise Malformed(f"tensor {name!r:.200} of shape {shape} and {dtype} is given {stop - start} bytes")
     _check_spans(spans, file.size - base)
-    return Parsed(root, metadata=metadata)
+    return root, []
 
 
 def _check_spans(spans: list[tuple[int, int, str]], size: int) -> None:

@@ -148,6 +148,9 @@ class _Machine:
         self.pos, start = end + 1, self.pos
         return self.buffer[start:end]
 
+    def line_name(self) -> Any:
+        return self.name(self.line().decode(), self.line().decode())
+
     def push(self, value: object) -> None:
         self.stack.append(value)
 
@@ -235,28 +238,10 @@ class _Machine:
             # attributes of a dict (a state dict's `_metadata`) or of a tensor say nothing about the values
             raise Malformed(f"a state is set on a {type(target).__name__}")
 
-    def instance(self) -> None:
-        """INST: the class by name, its arguments since the mark."""
-        module, name = self.line().decode(), self.line().decode()
-        args = tuple(self.pop_mark())
-        self.push(self.construct(self.name(module, name), args))
-
     def object(self) -> None:
         """OBJ: the class is the first item since the mark."""
         cls, *args = self.pop_mark()
         self.push(self.construct(cls, tuple(args)))
-
-    def reduce(self) -> None:
-        args, cls = self.stack.pop(), self.stack.pop()
-        self.push(self.construct(cls, args))
-
-    def reduce_with_keywords(self) -> None:
-        kwargs, args, cls = self.stack.pop(), self.stack.pop(), self.stack.pop()
-        self.push(self.construct(cls, args, kwargs))
-
-    def stack_name(self) -> None:
-        name, module = self.stack.pop(), self.stack.pop()
-        self.push(self.name(module, name))
 
     def mark(self) -> None:
         self.marked.append(self.stack)
@@ -298,13 +283,13 @@ _OPERATIONS: dict[bytes, Callable[[_Machine], Any]] = {
     b"0": _Machine.pop,
     b"1": _Machine.pop_mark,
     b"2": lambda m: m.push(m.stack[-1]),
-    b"R": _Machine.reduce,
-    b"\x81": _Machine.reduce,  # NEWOBJ: a class and its arguments, as REDUCE
-    b"\x92": _Machine.reduce_with_keywords,
+    b"R": lambda m: m.push(m.construct(m.stack.pop(-2), m.stack.pop())),
+    b"\x81": lambda m: m.push(m.construct(m.stack.pop(-2), m.stack.pop())),  # NEWOBJ: as REDUCE
+    b"\x92": lambda m: m.push(m.construct(m.stack.pop(-3), m.stack.pop(-2), m.stack.pop())),
     b"b": _Machine.build,
-    b"c": lambda m: m.push(m.name(m.line().decode(), m.line().decode())),
-    b"\x93": _Machine.stack_name,
-    b"i": _Machine.instance,
+    b"c": lambda m: m.push(m.line_name()),
+    b"\x93": lambda m: m.push(m.name(m.stack.pop(-2), m.stack.pop())),
+    b"i": lambda m: m.push(m.construct(m.line_name(), tuple(m.pop_mark()))),  # INST
     b"o": _Machine.object,
     b"Q": lambda m: m.push(m.persistent(m.stack.pop())),
     b"\x80": lambda m: m.take(1),  # PROTO
