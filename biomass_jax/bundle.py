@@ -10,15 +10,19 @@ import os
 import shutil
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import linen as nn
+from flax import traverse_util
 
-from biomass_jax.errors import BundleError
+from biomass_jax.errors import ArchitectureError, BundleError
+from biomass_jax.models.build import CHECK_SEED, abstract_variables, architecture_of, build_module, dummy_inputs
 from biomass_jax.runtime.files import replace_folder
+from biomass_jax.version import __version__
 
 SCHEMA_VERSION = 1
 CHECK_TOLERANCE = 1e-4
@@ -72,11 +76,6 @@ class Bundle:
         return self.meta["input"].get("fill")
 
     @property
-    def sensors(self) -> tuple[str, ...]:
-        """Sensors of the training images: `L30`, `S30`."""
-        return tuple(self.meta["input"].get("sensors", ()))
-
-    @property
     def nodata(self) -> float:
         """Value that marks no-data in the output."""
         return self.meta["output"]["nodata"]
@@ -93,8 +92,6 @@ class Bundle:
 
 def flatten(tree: dict[str, Any]) -> dict[str, Any]:
     """Nested dictionaries -> {'a/b/c': leaf}, sorted by path."""
-    from flax import traverse_util
-
     return dict(sorted(traverse_util.flatten_dict(tree, sep="/").items()))
 
 
@@ -111,10 +108,6 @@ def weights_sha256(variables: dict[str, Any]) -> str:
 
 def software_versions() -> dict[str, str]:
     """Versions of what computes a result, for provenance."""
-    from importlib.metadata import version
-
-    from biomass_jax.version import __version__
-
     names = ("jax", "jaxlib", "flax", "orbax-checkpoint", "numpy")
     return {"biomass_jax": __version__, "python": sys.version.split()[0]} | {name: version(name) for name in names}
 
@@ -125,8 +118,6 @@ def compute_check(module: nn.Module, variables: dict[str, Any]) -> dict[str, Any
     The input is `dummy_inputs`, z-scored noise. A final ReLU is left off, since it could turn every value into 0; of an
     encoder the last feature map counts. `values` are 16 values spread evenly over the flattened output.
     """
-    from biomass_jax.models.build import CHECK_SEED, dummy_inputs
-
     inputs = dummy_inputs(module)
     if hasattr(module, "final_relu"):
         module = module.clone(final_relu=False)
@@ -174,8 +165,6 @@ def save(
     Raises:
         BundleError: the folder exists, the variables do not fit the architecture, or they give no finite output.
     """
-    from biomass_jax.models.build import abstract_variables, architecture_of
-
     path = Path(path)
     if path.exists() and not overwrite:
         raise BundleError(f"{path}: already exists; choose another folder or ask to overwrite it")
@@ -276,8 +265,6 @@ def load(path: str | os.PathLike[str], sharding: object = None, *, background: b
 
 
 def _read_variables(path: str | os.PathLike[str], meta: dict[str, Any], sharding: object) -> dict[str, Any]:
-    from biomass_jax.models.build import abstract_variables
-
     abstract = _without_empty(abstract_variables(_build(path, meta["task"], meta["architecture"])))
     folder = Path(path) / "variables"
     try:
@@ -329,9 +316,6 @@ def verify(path: str | os.PathLike[str]) -> dict[str, float]:
 
 
 def _build(path: str | os.PathLike[str], task: str, architecture: dict[str, Any], dtype: str = "float32") -> Any:
-    from biomass_jax.errors import ArchitectureError
-    from biomass_jax.models.build import build_module
-
     try:
         return build_module(task, architecture, dtype)
     except ArchitectureError as error:

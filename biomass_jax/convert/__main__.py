@@ -1,13 +1,16 @@
 """`python -m biomass_jax.convert`: PyTorch checkpoints to model bundles and back."""
 
 import argparse
+import dataclasses
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from biomass_jax.convert.declared import Options
 from biomass_jax.errors import BiomassError, ConvertError
 
+_OPTIONS = tuple(field.name for field in dataclasses.fields(Options) if field.name != "command")
 _DESCRIPTION = """\
 Turn a PyTorch checkpoint into a model bundle, a bundle back into a checkpoint, or look at either.
 
@@ -23,22 +26,14 @@ Nothing in a file is executed. What neither the checkpoint nor config.yaml says 
 """
 
 
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers with commas between them") from None
+def _with_commas(kind: Callable[[str], object], what: str) -> Callable[[str], tuple[object, ...]]:
+    def values(text: str) -> tuple[object, ...]:
+        try:
+            return tuple(kind(part) for part in text.split(","))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected {what} with commas between them") from None
 
-
-def _integers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers with commas between them") from None
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(","))
+    return values
 
 
 def _window(text: str) -> int:
@@ -50,6 +45,7 @@ def _window(text: str) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
+    numbers, names = _with_commas(float, "numbers"), _with_commas(str.strip, "names")
     result = argparse.ArgumentParser(
         prog="python -m biomass_jax.convert",
         description=_DESCRIPTION,
@@ -68,31 +64,25 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--drop-path", type=float, metavar="RATE", help="stochastic depth at the last block (training)")
     model.add_argument("--head-dropout", type=float, metavar="RATE", help="channel dropout in the head (training)")
     model.add_argument("--final-act", choices=("relu", "none"), help="activation behind the head")
-    model.add_argument("--pool-scales", type=_integers, metavar="N,N,...", help="UPerNet's pooling grids")
+    model.add_argument(
+        "--pool-scales", type=_with_commas(int, "whole numbers"), metavar="N,N,...", help="UPerNet's pooling grids"
+    )
     model.add_argument("--window-size", type=_window, metavar="N", help="resize the position biases to this window")
     moments = model.add_mutually_exclusive_group()
     moments.add_argument("--with-optimizer", action="store_true", help="fail where the file has no optimiser's state")
     moments.add_argument("--no-optimizer", action="store_true", help="leave the optimiser's state out")
     data = result.add_argument_group("input images", "what neither the checkpoint nor --config says")
-    data.add_argument("--bands", type=_names, metavar="A,B,...", help="band names in the weights' order")
-    data.add_argument("--means", type=_numbers, metavar="X,X,...", help="mean of each band, in digital numbers")
-    data.add_argument("--stds", type=_numbers, metavar="X,X,...", help="standard deviation of each band")
+    data.add_argument("--bands", type=names, metavar="A,B,...", help="band names in the weights' order")
+    data.add_argument("--means", type=numbers, metavar="X,X,...", help="mean of each band, in digital numbers")
+    data.add_argument("--stds", type=numbers, metavar="X,X,...", help="standard deviation of each band")
     data.add_argument("--statistics", choices=("granite", "prithvi"), help="means and stds as published with a model")
     data.add_argument("--fill", type=float, help="value of missing pixels (default -9999, HLS's)")
-    data.add_argument("--sensors", type=_names, metavar="L30,S30", help="sensors of the training images")
+    data.add_argument("--sensors", type=names, metavar="L30,S30", help="sensors of the training images")
     data.add_argument("--dataset", metavar="NAME", help="training data, for the record")
     data.add_argument("--season", metavar="TEXT", help="season of the training images, for the record")
     back = result.add_argument_group("--to torch")
     back.add_argument("--img-size", type=int, metavar="PX", help="image side that SimMIM's shift masks are made for")
     return result
-
-
-# Flags that only one direction reads; given in the other they would do nothing in silence.
-_FOR_BUNDLE = (
-    *("config", "drop_path", "head_dropout", "final_act", "pool_scales", "window_size", "with_optimizer"),
-    *("no_optimizer", "bands", "means", "stds", "statistics", "fill", "sensors", "dataset", "season"),
-)
-_FOR_TORCH = ("img_size",)
 
 
 def _check_usage(options: argparse.Namespace, parse: argparse.ArgumentParser) -> None:
@@ -102,7 +92,8 @@ def _check_usage(options: argparse.Namespace, parse: argparse.ArgumentParser) ->
         parse.error(f"--{modes[0]} takes a path and goes with no other flag")
     if not modes and not {"input", "output"} <= given:
         parse.error("give --input and --output, or --inspect FILE, or --verify BUNDLE (--help shows examples)")
-    useless = given.intersection(_FOR_TORCH if options.to == "bundle" else _FOR_BUNDLE)
+    # Flags that only one direction reads; given in the other they would do nothing in silence.
+    useless = given & ({"img_size"} if options.to == "bundle" else {"config", *_OPTIONS})
     if useless and not modes:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(useless))
         parse.error(f"{flags}: has no effect with --to {options.to}")
@@ -110,45 +101,17 @@ def _check_usage(options: argparse.Namespace, parse: argparse.ArgumentParser) ->
 
 def _convert(options: argparse.Namespace, command: str) -> None:
     from biomass_jax.convert import convert
-    from biomass_jax.convert.architecture import ModelFlags
-    from biomass_jax.convert.input_meta import InputFlags
 
     if (Path(options.input) / "bundle.json").is_file():
         raise ConvertError(f"{options.input} is a bundle already; --to torch writes it as a PyTorch file")
-    report = convert.convert(
+    lines = convert.convert(
         options.input,
         options.output,
         config=options.config,
-        options=convert.Options(
-            model=ModelFlags(options.drop_path, options.head_dropout, options.final_act, options.pool_scales),
-            input=InputFlags(
-                options.bands, options.means, options.stds, options.statistics, options.fill, options.sensors
-            ),
-            window_size=options.window_size,
-            optimizer=not options.no_optimizer,
-            need_optimizer=options.with_optimizer,
-            dataset=options.dataset,
-            season=options.season,
-            command=command,
-        ),
+        options=Options(**{name: getattr(options, name) for name in _OPTIONS}, command=command),
         overwrite=options.overwrite,
     )
-    _print_table(report.lines)
-
-
-def _export(options: argparse.Namespace) -> None:
-    from biomass_jax.convert import export
-
-    report = export.export(options.input, options.output, img_size=options.img_size, overwrite=options.overwrite)
-    _print_table(report.lines)
-
-
-def _verify(path: str) -> None:
-    from biomass_jax import bundle
-
-    differences = bundle.verify(path)
-    print(f"{path}: the digest is right, and the output agrees with the recorded check:")
-    _print_table(tuple((name, f"{value:.1e}") for name, value in differences.items()))
+    _print_table(lines)
 
 
 def _inspect(name: str) -> None:
@@ -165,9 +128,9 @@ def _inspect(name: str) -> None:
             values.append((key, text if len(text) <= 100 else text[:97] + "..."))
     _print_table((("format", file.format), ("sha256", file.sha256), ("not built", ", ".join(file.placeholders) or "-")))
     print(f"\n{len(tensors)} tensors")
-    _print_table(tuple(tensors))
+    _print_table(tensors)
     print(f"\n{len(values)} other values")
-    _print_table(tuple(values))
+    _print_table(values)
 
 
 def _print_table(lines: Sequence[tuple[str, str]]) -> None:
@@ -194,9 +157,15 @@ def _run(options: argparse.Namespace, command: str) -> None:
     if options.inspect:
         _inspect(options.inspect)
     elif options.verify:
-        _verify(options.verify)
+        from biomass_jax import bundle
+
+        differences = bundle.verify(options.verify)
+        print(f"{options.verify}: the digest is right, and the output agrees with the recorded check:")
+        _print_table([(name, f"{value:.1e}") for name, value in differences.items()])
     elif options.to == "torch":
-        _export(options)
+        from biomass_jax.convert.export import export
+
+        _print_table(export(options.input, options.output, img_size=options.img_size, overwrite=options.overwrite))
     else:
         _convert(options, command)
 

@@ -5,17 +5,15 @@ neither gives is asked for and never guessed.
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from biomass_jax import bundle
-from biomass_jax.convert.declared import Declared
+from biomass_jax.convert.declared import FIELD_OF, FIXED, Declared, Options
+from biomass_jax.convert.layouts import Layout, Match, Shape, name_list
 from biomass_jax.convert.resize import window_of
-from biomass_jax.convert.rows import Layout, Match, Shape, name_list
 from biomass_jax.convert.torch_file import TorchTensor
 from biomass_jax.errors import ConvertError
 from biomass_jax.models.build import abstract_variables, build_module
@@ -23,6 +21,8 @@ from biomass_jax.models.swin_ops import relative_position_index
 
 # The pooling scales of UPerNet's four modules (arXiv 1807.10221; terratorch's UperNetDecoder has no other default).
 UPERNET_POOL_SCALES = (1, 2, 3, 6)
+# Our head's fields that torch's head doesn't have, as they are without effect.
+UNSCALED = {"output_scale": 1.0, "output_offset": 0.0}
 _FINAL_RELU = {
     "torch.nn.ReLU": True,
     "ReLU": True,
@@ -33,16 +33,6 @@ _FINAL_RELU = {
 }
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
-
-
-@dataclass(frozen=True)
-class ModelFlags:
-    """What the user says about the model: None where a flag was not given."""
-
-    drop_path: float | None = None
-    head_dropout: float | None = None
-    final_act: str | None = None
-    pool_scales: tuple[int, ...] | None = None
 
 
 class _Shapes:
@@ -106,9 +96,12 @@ def from_shapes(layout: Layout, shapes: Mapping[str, Shape]) -> dict[str, Any]:
     if layout.task == "biomass":
         fields["decoder_channels"] = tensors.need("params/decoder/fpn_bottleneck/conv/kernel")[3]
         fields["upscale_layers"] = tensors.count("params/head/upscale_")
-        fields |= {"output_scale": 1.0, "output_offset": 0.0}  # torch's head has neither
+        fields |= UNSCALED
     elif layout.task == "simmim":
-        fields["encoder_stride"] = _encoder_stride(tensors, kernel[2])
+        out, bands = tensors.need("params/decoder/kernel")[3], kernel[2]
+        fields["encoder_stride"] = stride = round((out / bands) ** 0.5)
+        if stride**2 * bands != out:
+            raise ConvertError(f"decoder.0.weight has {out} outputs; expected stride^2 x {bands} input bands")
     else:
         fields["stage_norms"] = False
         fields["final_norm"] = any(path.startswith("params/encoder/norm/") for path in shapes)
@@ -134,32 +127,8 @@ def _attention(tensors: _Shapes, depths: tuple[int, ...]) -> tuple[tuple[int, ..
     return tuple(heads), next(iter(windows.values()))
 
 
-def _encoder_stride(tensors: _Shapes, bands: int) -> int:
-    out = tensors.need("params/decoder/kernel")[3]
-    stride = round((out / bands) ** 0.5)
-    if stride**2 * bands != out:
-        raise ConvertError(f"decoder.0.weight has {out} outputs; expected stride^2 x {bands} input bands")
-    return stride
-
-
-# Our field <- the declared argument that must agree with it.
-_DECLARED = {
-    "embed_dim": "backbone_embed_dim",
-    "depths": "backbone_depths",
-    "num_heads": "backbone_num_heads",
-    "window_size": "backbone_window_size",
-    "mlp_ratio": "backbone_mlp_ratio",
-    "patch_size": "backbone_patch_size",
-    "in_channels": "in_channels",
-    "decoder_channels": "decoder_channels",
-    "upscale_layers": "head_learned_upscale_layers",
-}
-# Declared arguments for which this model has one value only.
-_FIXED = {"num_frames": 1, "decoder": "UperNetDecoder", "decoder_align_corners": True}
-
-
 def complete(
-    layout: Layout, fields: Mapping[str, Any], pool_modules: int, declared: Declared, flags: ModelFlags
+    layout: Layout, fields: Mapping[str, Any], pool_modules: int, declared: Declared, options: Options
 ) -> tuple[dict[str, Any], list[str]]:
     """Add what shapes do not tell, and check them against what is declared.
 
@@ -168,7 +137,7 @@ def complete(
         fields: from `from_shapes`.
         pool_modules: how many pooling modules the decoder has.
         declared: the checkpoint's and the config's arguments.
-        flags: the user's.
+        options: the user's.
 
     Returns:
         The constructor's fields, and a sentence for each that is missing, naming its flag.
@@ -180,52 +149,38 @@ def complete(
     result = dict(fields)
     missing: list[str] = []
 
-    def ask(field: str, name: str, flag: str, given: object, convert: object = float) -> None:
-        value = _one_value(name, flag, given, declared, convert)
+    for field, name, option, convert in _ASKED if layout.task == "biomass" else _ASKED[:1]:
+        flag, given = f"--{option.replace('_', '-')}", getattr(options, option)
+        said = declared.model.get(name)
+        value = convert(said.value, f"{said.where}: {name}") if said else None
+        if given is not None:
+            asked = convert(given, flag)
+            if said and asked != value:
+                raise ConvertError(f"{flag} {given} contradicts {said.where}: {name} = {said.value}")
+            value = asked
+        if field == "pool_scales" and value is None and pool_modules == len(UPERNET_POOL_SCALES):
+            value = UPERNET_POOL_SCALES
         if value is None:
             missing.append(f"{field} ({flag})")
+        elif field == "pool_scales" and len(value) != pool_modules:
+            raise ConvertError(f"pooling scales {value}: the checkpoint has {pool_modules} pooling modules")
         result[field] = value
-
-    ask("drop_path_rate", "backbone_drop_path_rate", "--drop-path", flags.drop_path, _rate)
-    if layout.task == "biomass":
-        ask("head_dropout", "head_dropout", "--head-dropout", flags.head_dropout, _rate)
-        ask("final_relu", "head_final_act", "--final-act", flags.final_act, _final_relu)
-        scales = _one_value("decoder_pool_scales", "--pool-scales", flags.pool_scales, declared, _scales)
-        if scales is None and pool_modules == len(UPERNET_POOL_SCALES):
-            scales = UPERNET_POOL_SCALES
-        if scales is None:
-            missing.append("pool_scales (--pool-scales)")
-        elif len(scales) != pool_modules:
-            raise ConvertError(f"pooling scales {scales}: the checkpoint has {pool_modules} pooling modules")
-        result["pool_scales"] = scales
     return result, missing
 
 
 def _check_declared(fields: Mapping[str, Any], declared: Declared) -> None:
     wrong = []
-    for field, name in _DECLARED.items():
+    for name, field in FIELD_OF.items():
         if field in fields and name in declared.model:
             said, found = declared.model[name], fields[field]
             if (tuple(said.value) if isinstance(said.value, list) else said.value) != found:
                 wrong.append(f"{field}: the tensors say {found}, {said.where} says {name} = {said.value}")
-    for name, only in _FIXED.items():
+    for name, only in FIXED.items():
         if name in declared.model and declared.model[name].value != only:
             said = declared.model[name]
             wrong.append(f"{said.where} says {name} = {said.value}; this model has {only} only")
     if wrong:
         raise ConvertError("; ".join(wrong))
-
-
-def _one_value(name: str, flag: str, given: Any, declared: Declared, convert: Any) -> Any:
-    """A declared value or a flag's; where there are both they must agree."""
-    said = declared.model.get(name)
-    value = convert(said.value, f"{said.where}: {name}") if said else None
-    if given is None:
-        return value
-    asked = convert(given, flag)
-    if said and asked != value:
-        raise ConvertError(f"{flag} {given} contradicts {said.where}: {name} = {said.value}")
-    return asked
 
 
 def _rate(value: object, where: str) -> float:
@@ -244,6 +199,15 @@ def _scales(value: object, where: str) -> tuple[int, ...]:
     if not isinstance(value, list | tuple) or not all(type(v) is int and v > 0 for v in value):
         raise ConvertError(f"{where} is {value!r}; expected positive whole numbers")
     return tuple(value)
+
+
+# Fields that shapes do not tell: (ours, the declared argument, the user's option, what checks and converts a value).
+_ASKED: tuple[tuple[str, str, str, Callable[[Any, str], Any]], ...] = (
+    ("drop_path_rate", "backbone_drop_path_rate", "drop_path", _rate),
+    ("head_dropout", "head_dropout", "head_dropout", _rate),
+    ("final_relu", "head_final_act", "final_act", _final_relu),
+    ("pool_scales", "decoder_pool_scales", "pool_scales", _scales),
+)
 
 
 def state_dict(root: object, name: str) -> dict[str, TorchTensor]:
@@ -272,13 +236,9 @@ def check(keys: Match, state: Mapping[str, TorchTensor]) -> dict[str, Any]:
     Raises:
         ConvertError: it lists every unknown, missing, extra, duplicate and misshapen tensor.
     """
-    layout, problems = keys.layout, []
-    if keys.unknown:
-        problems.append(f"unknown tensors: {name_list(keys.unknown)}")
-    if keys.duplicates:
-        problems.append(f"duplicate tensors: {name_list(' = '.join(group) for group in keys.duplicates)}")
+    layout = keys.layout
     shapes: dict[str, Shape] = {}
-    misshapen = []
+    problems, misshapen = [], []
     for path, (key, transform) in keys.tensors.items():
         shape = transform.shape(state[key].shape)
         if shape is None or 0 in shape:
@@ -292,19 +252,18 @@ def check(keys: Match, state: Mapping[str, TorchTensor]) -> dict[str, Any]:
     except ValueError as error:  # ours, or the model's own about fields that do not fit each other
         problems.append(str(error))
         expected = {}
-    if expected:
-        missing = [layout.key_of(path) for path in expected if path not in keys.tensors]
-        if missing:
-            problems.append(f"missing tensors: {name_list(missing)}")
-        extra = [keys.tensors[path][0] for path in shapes if path not in expected]
-        if extra:
-            problems.append(f"extra tensors: {name_list(extra)}")
-        for path, shape in expected.items():
-            if shapes.get(path, shape) != shape:
-                key, transform = keys.tensors[path]
-                misshapen.append(f"{key} {state[key].shape}, expected {transform.torch_shape(shape)}")
-    if misshapen:
-        problems.append(f"misshapen tensors: {name_list(misshapen)}")
+    for path, shape in expected.items():
+        if shapes.get(path, shape) != shape:
+            key, transform = keys.tensors[path]
+            misshapen.append(f"{key} {state[key].shape}, expected {transform.torch_shape(shape)}")
+    named = {
+        "unknown": keys.unknown,
+        "duplicate": [" = ".join(group) for group in keys.duplicates],
+        "missing": [layout.key_of(path) for path in expected if path not in keys.tensors],
+        "extra": [keys.tensors[path][0] for path in shapes if expected and path not in expected],
+        "misshapen": misshapen,
+    }
+    problems += [f"{kind} tensors: {name_list(names)}" for kind, names in named.items() if names]
     if problems:
         raise ConvertError(f"layout {layout.name}: " + "; ".join(problems))
     return fields
@@ -315,12 +274,7 @@ def _expected(layout: Layout, fields: Mapping[str, Any], shapes: Mapping[str, Sh
     fields = dict(fields)
     if layout.task == "biomass":
         fields["pool_scales"] = tuple(range(1, pool_modules(shapes) + 1))  # their number alone makes the shapes
-    return _model_shapes(layout.task, tuple(sorted(fields.items())))
-
-
-@lru_cache(maxsize=8)
-def _model_shapes(task: str, fields: tuple[tuple[str, Any], ...]) -> dict[str, Shape]:
-    variables = abstract_variables(build_module(task, dict(fields)))
+    variables = abstract_variables(build_module(layout.task, fields))
     return {path: tuple(leaf.shape) for path, leaf in bundle.flatten(variables).items()}
 
 

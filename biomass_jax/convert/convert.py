@@ -6,54 +6,23 @@ name them all.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax import traverse_util
 
 from biomass_jax import bundle
-from biomass_jax.convert import architecture, declared, hub, input_meta, layouts, torch_file
+from biomass_jax.convert import architecture, declared, hub, layouts, torch_file
+from biomass_jax.convert.declared import Options
+from biomass_jax.convert.layouts import Layout, Match, match, name_list
 from biomass_jax.convert.resize import resize_bias_table
-from biomass_jax.convert.rows import Layout, Match, match, name_list
 from biomass_jax.convert.torch_file import TorchTensor
 from biomass_jax.errors import ConvertError
 
 _HOW_TO_SKIP = "; --no-optimizer converts the weights alone"
 _PLATEAU = ("factor", "patience", "threshold", "cooldown", "cooldown_counter", "best", "num_bad_epochs", "last_epoch")
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the user says besides the files.
-
-    Attributes:
-        model: fields of the architecture that shapes do not tell.
-        input: bands, statistics, sensors.
-        window_size: resize the relative position bias tables to this window.
-        optimizer: take a Lightning file's optimiser state along, where it has one.
-        need_optimizer: refuse a file that has none.
-        dataset: name of the training data.
-        season: of the training images.
-        command: the command line, for the provenance.
-    """
-
-    model: architecture.ModelFlags = field(default_factory=architecture.ModelFlags)
-    input: input_meta.InputFlags = field(default_factory=input_meta.InputFlags)
-    window_size: int | None = None
-    optimizer: bool = True
-    need_optimizer: bool = False
-    dataset: str | None = None
-    season: str | None = None
-    command: str = ""
-
-
-@dataclass(frozen=True)
-class ConversionReport:
-    """What was done, one (label, text) a line, and where the result lies."""
-
-    path: Path
-    lines: tuple[tuple[str, str], ...]
 
 
 @dataclass
@@ -93,7 +62,7 @@ def convert(
     config: str | Path | None = None,
     options: Options | None = None,
     overwrite: bool = False,
-) -> ConversionReport:
+) -> list[tuple[str, str]]:
     """Write a bundle from a checkpoint.
 
     Args:
@@ -102,6 +71,9 @@ def convert(
         config: the training's config.yaml, a file or `hf://...`.
         options: the user's other wishes.
         overwrite: replace an existing bundle.
+
+    Returns:
+        What was done, one (label, text) a line.
 
     Raises:
         ConvertError: the checkpoint, the config and the flags do not make a bundle; nothing is written.
@@ -112,6 +84,9 @@ def convert(
     if output.exists() and not overwrite:
         raise ConvertError(f"{output} is there already; --overwrite replaces it")
     found = read(source, config=config, options=options)
+    optimizer = found.optimizer
+    if optimizer is not None:
+        optimizer = optimizer | {name: nested(optimizer[name])["params"] for name in ("mu", "nu")}
     saved = bundle.save(
         output,
         nested(found.variables),
@@ -121,7 +96,7 @@ def convert(
         output=_output_meta(found),
         training={"dataset": options.dataset, "season": options.season, "scores": {}},
         provenance=found.provenance,
-        optimizer=None if found.optimizer is None else _nested_optimizer(found.optimizer),
+        optimizer=optimizer,
         overwrite=overwrite,
     )
     return _report(found, saved)
@@ -136,15 +111,18 @@ def read(source: str | Path, *, config: str | Path | None = None, options: Optio
     keys = match(layouts.detect(state), state)
     said = declared.read(file.root, _local(config) if config else None, source=path.name)
     fields = architecture.check(keys, state)
-    fields, meta = _complete(keys, fields, said, options, path.name)
+    pools = architecture.pool_modules(keys.tensors)
+    fields, missing = architecture.complete(keys.layout, fields, pools, said, options)
+    meta, unknown = declared.input_meta(said, options, fields["in_channels"])
+    if missing or unknown:
+        asked = "; ".join([*missing, *unknown])
+        raise ConvertError(f"{path.name} (layout {keys.layout.name}) does not say, and no flag gives: {asked}")
     variables = architecture.variables(keys, state)
-    optimizer = read_optimizer(file.root, keys) if options.optimizer else None
-    if optimizer is None and options.need_optimizer:
+    optimizer = None if options.no_optimizer else _read_optimizer(file.root, keys, variables)
+    if optimizer is None and options.with_optimizer:
         raise ConvertError(
             f"{path.name} has no optimiser's state, which --with-optimizer asks for; a full Lightning file has one"
         )
-    if optimizer is not None:
-        check_shapes(optimizer, {path: array.shape for path, array in variables.items()})
     provenance = _provenance(str(source), path, file, said) | _kept_with(keys, state) | {"command": options.command}
     found = Converted(file, keys, fields, meta, variables, optimizer, provenance, said.unchecked())
     if options.window_size is not None and options.window_size != fields["window_size"]:
@@ -158,22 +136,6 @@ def _local(name: str | Path) -> Path:
     if not Path(name).is_file():
         raise ConvertError(f"{name}: no such file")
     return Path(name)
-
-
-def _complete(
-    keys: Match, fields: dict[str, Any], said: declared.Declared, options: Options, name: str
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """All fields and the input entry; one error asks for everything that is missing."""
-    layout = keys.layout
-    fields, missing = architecture.complete(
-        layout, fields, architecture.pool_modules(keys.tensors), said, options.model
-    )
-    meta, unknown = input_meta.build(said, options.input, fields["in_channels"])
-    if missing or unknown:
-        raise ConvertError(
-            f"{name} (layout {layout.name}) does not say, and no flag gives: {'; '.join([*missing, *unknown])}"
-        )
-    return fields, meta
 
 
 def _resize_window(found: Converted, window_size: int) -> None:
@@ -191,18 +153,7 @@ def _resize_window(found: Converted, window_size: int) -> None:
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Path -> value as nested dicts."""
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *folders, name = path.split("/")
-        branch = tree
-        for folder in folders:
-            branch = branch.setdefault(folder, {})
-        branch[name] = value
-    return tree
-
-
-def _nested_optimizer(optimizer: Mapping[str, Any]) -> dict[str, Any]:
-    return {**optimizer, "mu": nested(optimizer["mu"])["params"], "nu": nested(optimizer["nu"])["params"]}
+    return traverse_util.unflatten_dict(dict(flat), sep="/")
 
 
 def _output_meta(found: Converted) -> dict[str, Any]:
@@ -235,28 +186,23 @@ def _provenance(source: str, path: Path, file: torch_file.TorchFile, said: decla
 
 
 def _kept_with(keys: Match, state: Mapping[str, TorchTensor]) -> dict[str, Any]:
-    """What the variables have no place for and an export needs: counters, the image size; and what was left out."""
-    entry = {
+    """What an export needs beside the variables (counters, the images' side in pixels), and what was left out."""
+    entry: dict[str, Any] = {
         "layout": keys.layout.name,
         "num_batches_tracked": {path: int(state[key].array()) for path, key in keys.counters.items()},
         "unused": keys.unused,
     }
-    image = _image_size(keys, state)
-    return entry if image is None else entry | {"img_size": image}
-
-
-def _image_size(keys: Match, state: Mapping[str, TorchTensor]) -> int | None:
-    """Side in pixels of the images a Swin with attn_mask buffers was built for, from its first mask; None without."""
     for key in keys.buffers:
         found = re.search(r"layers\.(\d+)\.blocks\.\d+\.attn_mask$", key)
         if found and len(state[key].shape) == 3:
-            windows, tokens, _ = state[key].shape
+            windows, tokens, _ = state[key].shape  # as many as the images that this Swin was built for have
             patch = state[keys.tensors["params/encoder/patch_embed/projection/kernel"][0]].shape[-1]
-            return round(windows**0.5) * round(tokens**0.5) * patch * 2 ** int(found[1])
-    return None
+            entry["img_size"] = round(windows**0.5) * round(tokens**0.5) * patch * 2 ** int(found[1])
+            break
+    return entry
 
 
-def _report(found: Converted, saved: Path) -> ConversionReport:
+def _report(found: Converted, saved: Path) -> list[tuple[str, str]]:
     keys, file = found.keys, found.file
     sizes = [array.size for path, array in found.variables.items() if path.startswith("params/")]
     dropped = f"{len(keys.buffers)} index and mask buffers, computed anew"
@@ -281,16 +227,17 @@ def _report(found: Converted, saved: Path) -> ConversionReport:
     if file.placeholders:
         lines.append(("not built", name_list(file.placeholders)))
     lines += [("sha256", file.sha256), ("weights", bundle.read_meta(saved)["weights_sha256"]), ("bundle", str(saved))]
-    return ConversionReport(saved, tuple(lines))
+    return lines
 
 
-def read_optimizer(root: Any, match: Match) -> dict[str, Any] | None:
+def _read_optimizer(root: Any, keys: Match, variables: Mapping[str, np.ndarray]) -> dict[str, Any] | None:
     """The optimiser's state, None where the file has none.
 
     Args:
         root: the checkpoint's root object.
-        match: the sorted keys, in the file's order. That is the order of torch's `named_parameters`, by which the
+        keys: the sorted keys, in the file's order. That is the order of torch's `named_parameters`, by which the
             optimiser numbers its states: buffers aside, a state dict lists tensors in the same order.
+        variables: the model's arrays by path.
 
     Returns:
         {count, mu, nu, lr, plateau}: Adam's step number, first and second moments by path, transposed and permuted
@@ -303,23 +250,24 @@ def read_optimizer(root: Any, match: Match) -> dict[str, Any] | None:
     if not states:
         return None
     try:
-        return _read(root, states, match)
+        return _read_adam(root, states, keys, variables)
     except (TypeError, LookupError, AttributeError) as error:  # the file's own structure, which may be anything
         raise ConvertError(f"the optimiser's state isn't Lightning's for AdamW ({error!r}){_HOW_TO_SKIP}") from None
 
 
-def _read(root: Mapping[str, Any], states: Any, match: Match) -> dict[str, Any] | None:
+def _read_adam(
+    root: Mapping[str, Any], states: Any, keys: Match, variables: Mapping[str, np.ndarray]
+) -> dict[str, Any] | None:
     if len(states) > 1 or len(states[0].get("param_groups", ())) != 1:
         raise ConvertError(f"expected one optimiser with one group of parameters{_HOW_TO_SKIP}")
     state, group = states[0].get("state", {}), states[0]["param_groups"][0]
     if not state:
         return None  # saved before the first step
-    paths = [path for path in match.tensors if path.startswith("params/")]
-    keys = [match.tensors[path][0] for path in paths]
+    tensors = [(path, *row) for path, row in keys.tensors.items() if path.startswith("params/")]
     numbers = list(group.get("params", ()))
-    if len(numbers) != len(paths):
-        raise ConvertError(f"the optimiser has {len(numbers)} parameters, the weights {len(paths)}{_HOW_TO_SKIP}")
-    absent = [key for number, key in zip(numbers, keys, strict=True) if number not in state]
+    if len(numbers) != len(tensors):
+        raise ConvertError(f"the optimiser has {len(numbers)} parameters, the weights {len(tensors)}{_HOW_TO_SKIP}")
+    absent = [key for number, (_, key, _) in zip(numbers, tensors, strict=True) if number not in state]
     if absent:
         raise ConvertError(f"the optimiser has no state for {name_list(absent)} (frozen?){_HOW_TO_SKIP}")
     counts = {int(_number(state[number]["step"])) for number in numbers}
@@ -327,8 +275,16 @@ def _read(root: Mapping[str, Any], states: Any, match: Match) -> dict[str, Any] 
         raise ConvertError(f"the optimiser's step numbers differ between parameters: {sorted(counts)}{_HOW_TO_SKIP}")
     moments: dict[str, dict[str, np.ndarray]] = {"exp_avg": {}, "exp_avg_sq": {}}
     for name, tree in moments.items():
-        for number, path, key in zip(numbers, paths, keys, strict=True):
-            tree[path] = _moment(state[number].get(name), name, key, match.tensors[path][1])
+        for number, (path, key, transform) in zip(numbers, tensors, strict=True):
+            tree[path] = _moment(state[number].get(name), name, key, transform)
+    wrong = [
+        f"{path} {moment.shape} for {variables[path].shape}"
+        for tree in moments.values()
+        for path, moment in tree.items()
+        if moment.shape != variables[path].shape
+    ]
+    if wrong:
+        raise ConvertError(f"the optimiser's moments do not fit their parameters: {name_list(wrong)}{_HOW_TO_SKIP}")
     return {
         "count": np.asarray(counts.pop(), np.int32),
         "mu": moments["exp_avg"],
@@ -336,18 +292,6 @@ def _read(root: Mapping[str, Any], states: Any, match: Match) -> dict[str, Any] 
         "lr": float(_number(group["lr"])),
         **_plateau(root),
     }
-
-
-def check_shapes(optimizer: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse moments whose shapes are not their parameters'."""
-    wrong = [
-        f"{path} {moments[path].shape} for {shapes[path]}"
-        for moments in (optimizer["mu"], optimizer["nu"])
-        for path in moments
-        if moments[path].shape != shapes[path]
-    ]
-    if wrong:
-        raise ConvertError(f"the optimiser's moments do not fit their parameters: {name_list(wrong)}{_HOW_TO_SKIP}")
 
 
 def _moment(value: Any, name: str, key: str, transform: Any) -> np.ndarray:

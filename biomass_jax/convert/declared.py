@@ -1,19 +1,77 @@
-"""What a checkpoint and a config.yaml say in words: the arguments of the model and of the data.
+"""What a checkpoint, a config.yaml and the user say in words, and what a model's input has to be by that.
 
-Both follow Lightning: a checkpoint has `hyper_parameters.model_args` and perhaps `datamodule_hyper_parameters`, a
+The files follow Lightning: a checkpoint has `hyper_parameters.model_args` and perhaps `datamodule_hyper_parameters`, a
 config.yaml has `model.init_args.model_args` and `data.init_args`. Only plain values are taken from either.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from biomass_jax.convert.torch_file import Placeholder
+from biomass_jax.data import bands as band_table
 from biomass_jax.errors import ConvertError
 
 _SCALARS = (str, int, bool, type(None))
+
+# Terratorch's argument of the model -> our field that it sets.
+FIELD_OF = {
+    "backbone_embed_dim": "embed_dim",
+    "backbone_depths": "depths",
+    "backbone_num_heads": "num_heads",
+    "backbone_window_size": "window_size",
+    "backbone_mlp_ratio": "mlp_ratio",
+    "backbone_patch_size": "patch_size",
+    "backbone_drop_path_rate": "drop_path_rate",
+    "decoder_channels": "decoder_channels",
+    "decoder_pool_scales": "pool_scales",
+    "in_channels": "in_channels",
+    "head_dropout": "head_dropout",
+    "head_final_act": "final_relu",
+    "head_learned_upscale_layers": "upscale_layers",
+}
+# Arguments for which this model has one value only.
+FIXED = {"num_frames": 1, "decoder": "UperNetDecoder", "decoder_align_corners": True}
+# Data arguments that say what the weights expect; all model arguments do.
+DATA_NAMES = ("means", "stds", "output_bands", "dataset_bands", "no_data_replace")
+DESCRIBING = frozenset({"bands", *FIELD_OF, *FIXED, *DATA_NAMES})
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user says besides the files, as flags of the command line; None where nothing is said.
+
+    Attributes:
+        drop_path, head_dropout, final_act, pool_scales: fields of the architecture that shapes do not tell.
+        window_size: resize the relative position bias tables to this window.
+        with_optimizer: refuse a Lightning file that has no optimiser's state.
+        no_optimizer: leave the optimiser's state out.
+        bands: names in the weights' order.
+        means, stds: of each band, in digital numbers; `statistics` names a preset instead.
+        fill: value of missing pixels, HLS's where not given.
+        sensors: of the training images.
+        dataset, season: of the training, for the record.
+        command: the command line, for the provenance.
+    """
+
+    drop_path: float | None = None
+    head_dropout: float | None = None
+    final_act: str | None = None
+    pool_scales: tuple[int, ...] | None = None
+    window_size: int | None = None
+    with_optimizer: bool = False
+    no_optimizer: bool = False
+    bands: tuple[str, ...] | None = None
+    means: tuple[float, ...] | None = None
+    stds: tuple[float, ...] | None = None
+    statistics: str | None = None
+    fill: float | None = None
+    sensors: tuple[str, ...] | None = None
+    dataset: str | None = None
+    season: str | None = None
+    command: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,11 +111,9 @@ def read(root: object, config: Path | None, *, source: str) -> Declared:
     """
     declared = Declared()
     root = root if isinstance(root, Mapping) else {}
-    declared.hyper_parameters = _mapping(plain(root.get("hyper_parameters")))
-    _add(
-        declared.model, _mapping(declared.hyper_parameters.get("model_args")), f"{source}: hyper_parameters.model_args"
-    )
-    data = _mapping(plain(root.get("datamodule_hyper_parameters")))
+    declared.hyper_parameters = _inside(plain(root.get("hyper_parameters")))
+    _add(declared.model, _inside(declared.hyper_parameters, "model_args"), f"{source}: hyper_parameters.model_args")
+    data = _inside(plain(root.get("datamodule_hyper_parameters")))
     _add(declared.data, data, f"{source}: datamodule_hyper_parameters")
     if config is not None:
         tree = _read_yaml(config)
@@ -94,10 +150,6 @@ def is_plain(value: object, *, finite: bool = False) -> bool:
     return isinstance(value, _SCALARS)
 
 
-def _mapping(value: object) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
 def _add(into: dict[str, Value], values: Mapping[str, Any], where: str) -> None:
     for name, value in values.items():
         if not is_plain(value):
@@ -108,34 +160,11 @@ def _add(into: dict[str, Value], values: Mapping[str, Any], where: str) -> None:
             raise ConvertError(f"{name} is {known.value!r} in {known.where} and {value!r} in {where}")
 
 
-# Data arguments that say what the weights expect; all model arguments do.
-DATA_NAMES = ("means", "stds", "output_bands", "dataset_bands", "no_data_replace")
-MODEL_NAMES = (
-    "backbone_embed_dim",
-    "backbone_depths",
-    "backbone_num_heads",
-    "backbone_window_size",
-    "backbone_mlp_ratio",
-    "backbone_patch_size",
-    "backbone_drop_path_rate",
-    "in_channels",
-    "num_frames",
-    "bands",
-    "decoder",
-    "decoder_channels",
-    "decoder_pool_scales",
-    "decoder_align_corners",
-    "head_dropout",
-    "head_final_act",
-    "head_learned_upscale_layers",
-)
-DESCRIBING = frozenset(DATA_NAMES + MODEL_NAMES)
-
-
 def _inside(tree: object, *names: str) -> dict[str, Any]:
+    """The dict under these names, {} where there is none."""
     for name in names:
         tree = tree.get(name) if isinstance(tree, dict) else None
-    return _mapping(tree)
+    return tree if isinstance(tree, dict) else {}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -157,3 +186,120 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConvertError(f"{path}: expected a mapping with `model` and `data`, found {type(tree).__name__}")
     return tree
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Published statistics of the six bands, in the band table's order, and the sensors they were taken over."""
+
+    means: tuple[float, ...]
+    stds: tuple[float, ...]
+    sensors: tuple[str, ...]
+
+    def of(self, bands: tuple[str, ...], name: str) -> tuple[float, ...]:
+        """Its `means` or `stds` of some bands."""
+        return tuple(getattr(self, name)[band_table.BAND_NAMES.index(band)] for band in bands)
+
+
+PRESETS = {
+    # The released granite-geospatial-biomass config.yaml; its model card says HLS L30.
+    "granite": Preset(
+        (547.36707, 898.5121, 1020.9082, 2665.5352, 2340.584, 1610.1407),
+        (411.4701, 558.54065, 815.94025, 812.4403, 1113.7145, 1067.641),
+        ("L30",),
+    ),
+    # Prithvi's published HLS statistics, arXiv 2310.18660.
+    "prithvi": Preset(
+        (775.2290, 1080.9928, 1228.5856, 2497.2023, 2204.2139, 1610.8325),
+        (1281.5261, 1270.0298, 1399.4803, 1368.3446, 1291.6764, 1154.5057),
+        (),
+    ),
+}
+
+
+def input_meta(declared: Declared, options: Options, in_channels: int) -> tuple[dict[str, Any], list[str]]:
+    """The bundle's `input` entry.
+
+    Args:
+        declared: the checkpoint's and the config's arguments.
+        options: the user's.
+        in_channels: input channels of the weights.
+
+    Returns:
+        The entry, and a sentence for each missing item that names its flags.
+
+    Raises:
+        ConvertError: sources contradict each other or the number of channels, or a value makes no sense.
+    """
+    no_data = _said(declared.data, "no_data_replace")
+    if no_data.value not in (0, None):
+        raise ConvertError(
+            f"{no_data.where} is {no_data.value!r}; maps are made with 0 in place of no-data, so that these "
+            "weights would see other inputs than in training"
+        )
+    said = (_said(declared.model, "bands"), _said(declared.data, "output_bands"))
+    names = _agreed("bands", Value(options.bands, "--bands"), *said, check=_band_names)
+    missing = ["bands (--bands, names in the weights' order)"] if names is None else []
+    if names is not None and len(names) != in_channels:
+        raise ConvertError(f"{len(names)} bands ({', '.join(names)}), but the weights take {in_channels} channels")
+    found: dict[str, tuple[float, ...]] = {}
+    for name in ("means", "stds"):
+        published = None
+        if options.statistics is not None and names is not None:
+            published = PRESETS[options.statistics].of(names, name)
+        sources = (Value(getattr(options, name), f"--{name}"), _said(declared.data, name))
+        values = _agreed(name, *sources, Value(published, f"--statistics {options.statistics}"), check=_finite)
+        if values is None:
+            missing.append(f"{name} (--{name}, --config config.yaml, or --statistics {'|'.join(PRESETS)})")
+        elif len(values) != in_channels:
+            raise ConvertError(f"{len(values)} {name}, but the weights take {in_channels} channels")
+        found[name] = values or ()
+    if min(found["stds"], default=1) <= 0:
+        raise ConvertError(f"stds are {list(found['stds'])}; expected numbers above 0")
+    sensors = options.sensors
+    if sensors is None and names and not missing:
+        # Published statistics tell the sensors they were taken over, whichever way they were given.
+        told = (p.sensors for p in PRESETS.values() if all(p.of(names, name) == found[name] for name in found))
+        sensors = next(told, None)
+    meta = {
+        "bands": list(names or ()),
+        "units": band_table.UNITS,
+        "fill": band_table.FILL if options.fill is None else options.fill,
+        "means": list(found["means"]),
+        "stds": list(found["stds"]),
+        "sensors": list(sensors or ()),
+        "no_data_rule": band_table.NO_DATA_RULE,
+    }
+    return meta, missing
+
+
+def _said(arguments: Mapping[str, Value], name: str) -> Value:
+    found = arguments.get(name, Value(None, ""))
+    return Value(found.value, f"{found.where}: {name}")
+
+
+def _agreed(name: str, *sources: Value, check: Callable[[Any, str], tuple[Any, ...]]) -> tuple[Any, ...] | None:
+    """A list that every source which gives it must give alike; None where none does."""
+    found = [(check(source.value, source.where), source.where) for source in sources if source.value is not None]
+    for values, where in found[1:]:
+        if values != found[0][0]:
+            raise ConvertError(f"{name} are {list(found[0][0])} in {found[0][1]} and {list(values)} in {where}")
+    return found[0][0] if found else None
+
+
+def _band_names(value: object, where: str) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
+        raise ConvertError(f"{where} is {value!r}; expected band names")
+    names = tuple(name.upper() for name in value)
+    if set(names) - set(band_table.BAND_NAMES) or len(set(names)) != len(names):
+        raise ConvertError(
+            f"{where} is {list(value)}; expected each name once, out of {', '.join(band_table.BAND_NAMES)}"
+        )
+    return names
+
+
+def _finite(value: Any, where: str) -> tuple[float, ...]:
+    is_list = isinstance(value, list | tuple)
+    if not is_list or not all(isinstance(v, int | float) and abs(v) < float("inf") for v in value):
+        raise ConvertError(f"{where} is {value!r}; expected a list of finite numbers")
+    return tuple(float(v) for v in value)

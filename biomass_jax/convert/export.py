@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from biomass_jax import bundle
-from biomass_jax.convert.convert import ConversionReport
-from biomass_jax.convert.layouts import GRANITE, SIMMIM, SIMMIM_ENCODER
-from biomass_jax.convert.rows import COUNTER, TENSOR, Layout, expand, name_list
+from biomass_jax.convert.architecture import UNSCALED
+from biomass_jax.convert.declared import FIELD_OF
+from biomass_jax.convert.layouts import COUNTER, GRANITE, SIMMIM, SIMMIM_ENCODER, TENSOR, Layout, expand, name_list
 from biomass_jax.convert.torch_file import write as torch_write
 from biomass_jax.errors import ConvertError
 from biomass_jax.models.swin_ops import relative_position_index, shift_mask
@@ -22,7 +22,7 @@ _LAYOUTS = {"biomass": GRANITE, "simmim": SIMMIM, "encoder": SIMMIM_ENCODER}
 
 def export(
     source: str | Path, output: str | Path, *, img_size: int | None = None, overwrite: bool = False
-) -> ConversionReport:
+) -> list[tuple[str, str]]:
     """Write a bundle as a checkpoint in its task's original layout.
 
     A biomass bundle becomes a Lightning-like dict with keys `model.encoder...` that terratorch loads strictly, a SimMIM
@@ -35,6 +35,9 @@ def export(
         img_size: side in pixels of the images SimMIM's shift masks are made for; default, that of the checkpoint the
             bundle was converted from, unless its window was resized.
         overwrite: replace an existing file.
+
+    Returns:
+        What was done, one (label, text) a line.
 
     Raises:
         ConvertError: the file exists, or the layout cannot say what the bundle is: a biomass model whose window was
@@ -54,15 +57,12 @@ def export(
     root = _lightning(state, meta) if layout is GRANITE else {"model": state}
     output.parent.mkdir(parents=True, exist_ok=True)
     torch_write.write(output, root)
-    return ConversionReport(
-        output,
-        (
-            ("layout", layout.name),
-            ("tensors", f"{len(arrays)} of the bundle, {len(state) - len(arrays)} counters and buffers"),
-            ("weights", meta["weights_sha256"]),
-            ("file", str(output)),
-        ),
-    )
+    return [
+        ("layout", layout.name),
+        ("tensors", f"{len(arrays)} of the bundle, {len(state) - len(arrays)} counters and buffers"),
+        ("weights", meta["weights_sha256"]),
+        ("file", str(output)),
+    ]
 
 
 def _check_exportable(layout: Layout, meta: Mapping[str, Any], source: str) -> None:
@@ -86,8 +86,8 @@ def _check_exportable(layout: Layout, meta: Mapping[str, Any], source: str) -> N
 
 def _fold_output(arrays: dict[str, np.ndarray], fields: Mapping[str, Any]) -> None:
     """Put the head's output scale and offset, which torch's head doesn't have, into its last layer."""
-    scale, offset = fields.get("output_scale", 1.0), fields.get("output_offset", 0.0)
-    if (scale, offset) != (1.0, 0.0):
+    scale, offset = (fields.get(name, value) for name, value in UNSCALED.items())
+    if (scale, offset) != tuple(UNSCALED.values()):
         kernel, bias = "params/head/final/kernel", "params/head/final/bias"
         arrays[kernel] = arrays[kernel] * np.float32(scale)
         arrays[bias] = arrays[bias] * np.float32(scale) + np.float32(offset)
@@ -107,7 +107,7 @@ def _state(
     counts = {"k": len(fields.get("pool_scales", ())), "u": fields.get("upscale_layers", 0)}
     counts |= {"i": len(depths), "l": len(depths) - 1, "f": len(depths) - 1}
     written = set()
-    for row, key, path in expand(layout, lambda name, at: depths[at["i"]] if name == "j" else counts[name]):
+    for row, key, path in expand(layout.rows, lambda name, at: depths[at["i"]] if name == "j" else counts[name]):
         if row.role == TENSOR and path in arrays:
             written.add(path)
             yield prefix + key, row.transform.inverse(arrays[path])
@@ -172,16 +172,7 @@ def _hyper_parameters(meta: Mapping[str, Any]) -> dict[str, Any]:
             "decoder": "UperNetDecoder",
             "pretrained": False,
             "backbone": "prithvi_swin_B",
-            "backbone_embed_dim": fields["embed_dim"],
-            "backbone_depths": list(fields["depths"]),
-            "backbone_num_heads": list(fields["num_heads"]),
-            "backbone_window_size": fields["window_size"],
-            "backbone_mlp_ratio": fields["mlp_ratio"],
-            "backbone_patch_size": fields["patch_size"],
-            "backbone_drop_path_rate": fields["drop_path_rate"],
-            "decoder_channels": fields["decoder_channels"],
-            "decoder_pool_scales": list(fields["pool_scales"]),
-            "in_channels": fields["in_channels"],
+            **{name: fields[field] for name, field in FIELD_OF.items() if not name.startswith("head_")},
             "bands": list(meta["input"]["bands"]),
             "num_frames": 1,
             "head_dropout": fields["head_dropout"],

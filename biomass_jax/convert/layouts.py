@@ -1,31 +1,265 @@
-"""The known layouts of PyTorch checkpoints, each one table: torch module, path in our variables, kind of module.
+"""The known layouts of PyTorch checkpoints, each one table, and what a table can do: sort keys, write them out again.
+
+A table names modules; a module's kind says which tensors it holds and how each is laid out. `{i}` stands for a number
+and `{i-1}` for the number before it. Rows are in the order in which PyTorch lists a model's tensors, so that the same
+table writes a checkpoint. Paths start with the collection: `params/...` or `batch_stats/...`.
 
 Sources: the released granite checkpoint (terratorch 0.99.2 key names), microsoft/SimMIM, microsoft/Swin-Transformer,
 timm 1.0 (its `features_only` models write `layers_0` for `layers.0`).
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from itertools import groupby
 
-from biomass_jax.convert.rows import (
-    BATCH_NORM,
-    CLASSIFIER,
-    CONV,
-    CONV_ALONE,
-    LINEAR,
-    LINEAR_ALONE,
-    MASK_TOKEN,
-    MASK_TOKEN_LEFT,
-    NORM,
-    POSITION_BIAS,
-    SHIFT_MASK,
-    UNFOLD_LINEAR,
-    UNFOLD_NORM,
-    Layout,
-    Modules,
-    name_list,
-)
+import numpy as np
+
 from biomass_jax.errors import ConvertError
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Transform:
+    """How a torch tensor becomes ours.
+
+    Attributes:
+        axes: our axes, as numbers of torch's axes.
+        unfold: our axis 0 runs over a 2 x 2 square of C channels, which granite's PatchMerging takes from torch's
+            `unfold` (index = c * 4 + row * 2 + column), while the model wants blocks of C at (row, column) = (0,0),
+            (1,0), (0,1), (1,1), the original Swin's order.
+    """
+
+    axes: tuple[int, ...]
+    unfold: bool = False
+
+    def forward(self, x: np.ndarray) -> np.ndarray:
+        """A torch tensor in our layout, C-contiguous."""
+        x = x.transpose(self.axes)
+        if self.unfold:
+            x = x.reshape(x.shape[0] // 4, 2, 2, *x.shape[1:]).swapaxes(0, 2).reshape(x.shape)
+        return np.ascontiguousarray(x)
+
+    def inverse(self, x: np.ndarray) -> np.ndarray:
+        """Undo `forward`, C-contiguous."""
+        if self.unfold:
+            x = x.reshape(2, 2, x.shape[0] // 4, *x.shape[1:]).swapaxes(0, 2).reshape(x.shape)
+        return np.ascontiguousarray(x.transpose(np.argsort(self.axes)))
+
+    def shape(self, torch_shape: Shape) -> Shape | None:
+        """Our shape of a torch tensor, None where it cannot be such a tensor."""
+        if len(torch_shape) != len(self.axes):
+            return None
+        ours = tuple(torch_shape[axis] for axis in self.axes)
+        return None if self.unfold and ours[0] % 4 else ours
+
+    def torch_shape(self, shape: Shape) -> Shape:
+        """Torch's shape of one of our tensors."""
+        return tuple(shape[axis] for axis in np.argsort(self.axes))
+
+
+VECTOR = Transform((0,))
+TABLE = Transform((0, 1))  # relative position biases: (rows, heads) on both sides
+TOKEN = Transform((0, 1, 2))
+LINEAR_KERNEL = Transform((1, 0))  # (out, in) -> (in, out); the order (3, heads, dim) of qkv's outputs stays
+CONV_KERNEL = Transform((2, 3, 1, 0))  # OIHW -> HWIO
+UNFOLD_VECTOR = Transform((0,), unfold=True)
+UNFOLD_KERNEL = Transform((1, 0), unfold=True)
+
+# What a row's tensor is: one of ours, a counter kept in the provenance, a buffer computed anew, or a part left out.
+TENSOR, COUNTER, BUFFER, UNUSED = "tensor", "counter", "buffer", "unused"
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """One tensor of a kind of module, by its names within the module, or of a layout, by templates of its whole names.
+
+    Attributes:
+        key: in torch.
+        path: here; empty where it has none.
+        transform: from one to the other.
+        role: what it is.
+        collection: `params` or `batch_stats`, the first part of a layout's path.
+    """
+
+    key: str
+    path: str = ""
+    transform: Transform = VECTOR
+    role: str = TENSOR
+    collection: str = "params"
+
+
+_BIAS = TensorRow("bias", "bias")
+NORM = (TensorRow("weight", "scale"), _BIAS)
+UNFOLD_NORM = (TensorRow("weight", "scale", UNFOLD_VECTOR), TensorRow("bias", "bias", UNFOLD_VECTOR))
+BATCH_NORM = (
+    *NORM,
+    TensorRow("running_mean", "mean", collection="batch_stats"),
+    TensorRow("running_var", "var", collection="batch_stats"),
+    TensorRow("num_batches_tracked", "count", role=COUNTER, collection="batch_stats"),
+)
+CONV_ALONE = (TensorRow("weight", "kernel", CONV_KERNEL),)
+CONV = (*CONV_ALONE, _BIAS)
+LINEAR_ALONE = (TensorRow("weight", "kernel", LINEAR_KERNEL),)
+LINEAR = (*LINEAR_ALONE, _BIAS)
+UNFOLD_LINEAR = (TensorRow("weight", "kernel", UNFOLD_KERNEL),)
+POSITION_BIAS = (
+    TensorRow("relative_position_bias_table", "relative_position_bias_table", TABLE),
+    TensorRow("relative_position_index", role=BUFFER),
+)
+SHIFT_MASK = (TensorRow("attn_mask", role=BUFFER),)
+MASK_TOKEN = (TensorRow("mask_token", "mask_token", TOKEN),)
+MASK_TOKEN_LEFT = (TensorRow("mask_token", role=UNUSED),)
+CLASSIFIER = (TensorRow("weight", role=UNUSED), TensorRow("bias", role=UNUSED))
+
+Modules = tuple[tuple[str, str, tuple[TensorRow, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A family of checkpoints.
+
+    Attributes:
+        name: shown to users and kept in the bundle's provenance.
+        task: the bundle's task.
+        modules: (torch module, path here, kind) in torch's order.
+        spellings: (regular expression, replacement) that turn other spellings of a key into the table's.
+        shift_single_window: whether this family's Swin shifts windows on a map of a single window.
+    """
+
+    name: str
+    task: str
+    modules: Modules
+    spellings: tuple[tuple[str, str], ...] = ((r"^module\.", ""),)
+    shift_single_window: bool = False
+
+    @cached_property
+    def rows(self) -> tuple[TensorRow, ...]:
+        """The table, one row a tensor."""
+        return tuple(
+            replace(
+                row,
+                key=f"{module}.{row.key}",
+                path="/".join(filter(None, (row.collection, path, row.path))) if row.path else "",
+            )
+            for module, path, kind in self.modules
+            for row in kind
+        )
+
+    def canonical(self, key: str) -> str:
+        """The table's spelling of a file's key."""
+        for pattern, replacement in self.spellings:
+            key = re.sub(pattern, replacement, key)
+        return key
+
+    def key_of(self, path: str) -> str:
+        """The torch key of one of our paths; the path itself where this layout has none such."""
+        for row in self.rows:
+            # The inverse of `{i-1}`: the number in the path is one less than the one in the key.
+            if row.path and (found := _pattern(row.path).fullmatch(path)):
+                shift = {name: int(offset or 0) for name, offset in _PLACEHOLDER.findall(row.path)}
+                return _fill(row.key, {name: int(value) - shift[name] for name, value in found.groupdict().items()})
+        return path
+
+
+_PLACEHOLDER = re.compile(r"\{(\w)([+-]\d+)?\}")
+
+
+@lru_cache(maxsize=2048)
+def _pattern(template: str) -> re.Pattern[str]:
+    """A template as a regular expression; numbers are written without leading zeros."""
+    text, end = "", 0
+    for found in _PLACEHOLDER.finditer(template):
+        text += re.escape(template[end : found.start()]) + rf"(?P<{found[1]}>0|[1-9]\d{{0,3}})"
+        end = found.end()
+    return re.compile(text + re.escape(template[end:]))
+
+
+def _fill(template: str, numbers: Mapping[str, int]) -> str:
+    return _PLACEHOLDER.sub(lambda found: str(numbers[found[1]] + int(found[2] or 0)), template)
+
+
+@dataclass
+class Match:
+    """A checkpoint's keys sorted by a layout's table.
+
+    Attributes:
+        tensors: our path -> (key in the file, transform), in the file's order.
+        counters: our path -> key in the file.
+        buffers: keys dropped because their content follows from the shapes.
+        unused: keys dropped because the model has no such part (a classifier).
+        unknown: keys that the table does not have.
+        duplicates: groups of keys that are spellings of one tensor.
+    """
+
+    layout: Layout
+    tensors: dict[str, tuple[str, Transform]] = field(default_factory=dict)
+    counters: dict[str, str] = field(default_factory=dict)
+    buffers: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    duplicates: list[tuple[str, ...]] = field(default_factory=list)
+
+
+def match(layout: Layout, keys: Iterable[str]) -> Match:
+    """Sort a file's keys by a layout's table; nothing is raised, the result says what does not fit."""
+    result = Match(layout)
+    spellings: dict[str, list[str]] = {}
+    for key in keys:
+        spellings.setdefault(layout.canonical(key), []).append(key)
+    result.duplicates = [tuple(group) for group in spellings.values() if len(group) > 1]
+    for canonical, (key, *_) in spellings.items():
+        row, numbers = _find(layout, canonical)
+        if row is None:
+            result.unknown.append(key)
+        elif row.role == TENSOR:
+            result.tensors[_fill(row.path, numbers)] = (key, row.transform)
+        elif row.role == COUNTER:
+            result.counters[_fill(row.path, numbers)] = key
+        else:
+            (result.buffers if row.role == BUFFER else result.unused).append(key)
+    return result
+
+
+def _find(layout: Layout, key: str) -> tuple[TensorRow | None, dict[str, int]]:
+    for row in layout.rows:
+        if found := _pattern(row.key).fullmatch(key):
+            return row, {name: int(value) for name, value in found.groupdict().items()}
+    return None, {}
+
+
+def expand(
+    rows: Iterable[TensorRow], count: Callable[[str, Mapping[str, int]], int], numbers: Mapping[str, int] | None = None
+) -> Iterator[tuple[TensorRow, str, str]]:
+    """Write a layout's rows out in torch's order: (row, key, path) a tensor.
+
+    `count(name, numbers)` is how many values the placeholder `name` takes where those before it have `numbers`; rows
+    next to each other that share a placeholder run through it together. Parts that a model lacks (a downsample after
+    the last stage) are written out too.
+    """
+    known = numbers or {}
+
+    def next_placeholder(row: TensorRow) -> str:
+        return next((name for name, _ in _PLACEHOLDER.findall(row.key) if name not in known), "")
+
+    for name, group in groupby(rows, next_placeholder):
+        block = tuple(group)
+        if not name:
+            yield from ((row, _fill(row.key, known), _fill(row.path, known)) for row in block)
+            continue
+        for value in range(count(name, known)):
+            yield from expand(block, count, {**known, name: value})
+
+
+def name_list(names: Iterable[str], limit: int = 20) -> str:
+    """Names in one line, the tail of a long list as a count."""
+    names = list(names)
+    if not names:
+        return "none"
+    more = f" ... and {len(names) - limit} more ({len(names)} in all)" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def _block(torch: str, ours: str, *, attention: str, fc1: str, fc2: str) -> Modules:
@@ -40,30 +274,17 @@ def _block(torch: str, ours: str, *, attention: str, fc1: str, fc2: str) -> Modu
     )
 
 
-def _original_stage(prefix: str) -> Modules:
-    """A stage of the original Swin, which SimMIM shares, without its downsample."""
-    block = _block(
-        f"{prefix}layers.{{i}}.blocks.{{j}}",
-        "encoder/stages_{i}/blocks_{j}",
-        attention="attn",
-        fc1="mlp.fc1",
-        fc2="mlp.fc2",
-    )
-    # A block's own buffer comes before those of its parts.
-    return ((f"{prefix}layers.{{i}}.blocks.{{j}}", "", SHIFT_MASK), *block)
-
-
-def _original_downsample(prefix: str) -> Modules:
-    return (
-        (f"{prefix}layers.{{i}}.downsample.reduction", "encoder/stages_{i}/downsample/reduction", LINEAR_ALONE),
-        (f"{prefix}layers.{{i}}.downsample.norm", "encoder/stages_{i}/downsample/norm", NORM),
-    )
-
-
-def _original_patch_embed(prefix: str) -> Modules:
+def _original(prefix: str) -> Modules:
+    """The original Swin, which SimMIM shares."""
+    stage, block = f"{prefix}layers.{{i}}", f"{prefix}layers.{{i}}.blocks.{{j}}"
     return (
         (f"{prefix}patch_embed.proj", "encoder/patch_embed/projection", CONV),
         (f"{prefix}patch_embed.norm", "encoder/patch_embed/norm", NORM),
+        (block, "", SHIFT_MASK),  # a block's own buffer comes before those of its parts
+        *_block(block, "encoder/stages_{i}/blocks_{j}", attention="attn", fc1="mlp.fc1", fc2="mlp.fc2"),
+        (f"{stage}.downsample.reduction", "encoder/stages_{i}/downsample/reduction", LINEAR_ALONE),
+        (f"{stage}.downsample.norm", "encoder/stages_{i}/downsample/norm", NORM),
+        (f"{prefix}norm", "encoder/norm", NORM),
     )
 
 
@@ -103,59 +324,27 @@ GRANITE = Layout(
 SIMMIM = Layout(
     name="simmim",
     task="simmim",
-    modules=(
-        ("encoder", "", MASK_TOKEN),
-        *_original_patch_embed("encoder."),
-        *_original_stage("encoder."),
-        *_original_downsample("encoder."),
-        ("encoder.norm", "encoder/norm", NORM),
-        ("decoder.0", "decoder", CONV),
-    ),
-    spellings=((r"^module\.", ""),),
-    shift_single_window=False,
+    modules=(("encoder", "", MASK_TOKEN), *_original("encoder."), ("decoder.0", "decoder", CONV)),
 )
 
 # A SimMIM file whose decoder was stripped: an encoder to fine-tune, which has no use for the mask token.
 SIMMIM_ENCODER = Layout(
-    name="simmim-encoder",
-    task="encoder",
-    modules=(
-        ("encoder", "", MASK_TOKEN_LEFT),
-        *(row for row in SIMMIM.modules if row[2] is not MASK_TOKEN and row[0] != "decoder.0"),
-    ),
-    spellings=SIMMIM.spellings,
-    shift_single_window=False,
+    name="simmim-encoder", task="encoder", modules=(("encoder", "", MASK_TOKEN_LEFT), *_original("encoder."))
 )
 
-MICROSOFT = Layout(
-    name="microsoft",
-    task="encoder",
-    modules=(
-        *_original_patch_embed(""),
-        *_original_stage(""),
-        *_original_downsample(""),
-        ("norm", "encoder/norm", NORM),
-        ("head", "", CLASSIFIER),
-    ),
-    spellings=((r"^module\.", ""),),
-    shift_single_window=False,
-)
+MICROSOFT = Layout(name="microsoft", task="encoder", modules=(*_original(""), ("head", "", CLASSIFIER)))
 
-# timm puts a stage's downsample before its blocks, so that `layers.1.downsample` is the one that ends our stage 0.
+# timm puts a stage's downsample before its blocks, so that `layers.1.downsample` is the one that ends our stage 0. (Its
+# rows keep the original's order: nothing is written in timm's layout.)
 TIMM = Layout(
     name="timm",
     task="encoder",
     modules=(
-        *_original_patch_embed(""),
-        ("layers.{i}.downsample.norm", "encoder/stages_{i-1}/downsample/norm", NORM),
-        ("layers.{i}.downsample.reduction", "encoder/stages_{i-1}/downsample/reduction", LINEAR_ALONE),
-        *_original_stage(""),
-        ("norm", "encoder/norm", NORM),
+        *((key, path.replace("{i}/downsample", "{i-1}/downsample"), kind) for key, path, kind in _original("")),
         ("head.fc", "", CLASSIFIER),
         ("head", "", CLASSIFIER),  # before timm 0.9
     ),
     spellings=((r"^module\.", ""), (r"^layers_", "layers.")),
-    shift_single_window=False,
 )
 
 

@@ -1,5 +1,7 @@
 """Checkpoints through the converter: real files and numeric references."""
 
+from dataclasses import replace
+
 import jax
 import ml_dtypes
 import numpy as np
@@ -7,21 +9,16 @@ import pytest
 
 from biomass_jax import bundle
 from biomass_jax.convert import torch_file
-from biomass_jax.convert.architecture import ModelFlags
-from biomass_jax.convert.convert import Options, nested, read
-from biomass_jax.convert.input_meta import InputFlags
-from biomass_jax.convert.layouts import GRANITE
-from biomass_jax.convert.rows import match
+from biomass_jax.convert.convert import nested, read
+from biomass_jax.convert.declared import Options
+from biomass_jax.convert.layouts import GRANITE, match
 from biomass_jax.data.bands import BAND_NAMES
 from biomass_jax.errors import ConvertError
 from biomass_jax.models.build import build_module
 from biomass_jax.models.swin import SwinTransformer
 
-ALL_FLAGS = Options(
-    model=ModelFlags(drop_path=0.3, head_dropout=0.1, final_act="relu"),
-    input=InputFlags(bands=BAND_NAMES, statistics="granite"),
-)
-TINY_FLAGS = Options(input=InputFlags(means=(1, 2, 3, 4, 5), stds=(5, 4, 3, 2, 1)))
+ALL_FLAGS = Options(drop_path=0.3, head_dropout=0.1, final_act="relu", bands=BAND_NAMES, statistics="granite")
+TINY_FLAGS = Options(means=(1, 2, 3, 4, 5), stds=(5, 4, 3, 2, 1))
 
 
 def assert_close(ours, reference, limit=1e-5):
@@ -38,7 +35,7 @@ def run(module, variables, x_nchw):
 
 
 def test_both_real_lightning_files_have_equal_weights(golden):
-    options = Options(input=InputFlags(statistics="granite"))
+    options = Options(statistics="granite")
     full = read(golden / "ckpt_micro_cli" / "lightning.ckpt", options=options)
     weights = read(golden / "ckpt_micro_cli" / "state_dict.ckpt", options=options)
     digests = [bundle.weights_sha256(nested(found.variables)) for found in (full, weights)]
@@ -93,7 +90,7 @@ def test_a_converted_timm_encoder_computes_what_the_original_did(golden):
 @pytest.fixture(scope="module")
 def simmim_w7(golden):
     """The SimMIM encoder of the reference conversion, a file without a decoder, converted to window 7."""
-    options = Options(ModelFlags(drop_path=0.0), InputFlags(bands=BAND_NAMES, statistics="prithvi"), window_size=7)
+    options = Options(drop_path=0.0, bands=BAND_NAMES, statistics="prithvi", window_size=7)
     found = read(golden / "simmim" / "convert_src_c6_img192_w6.pth", options=options)
     assert (found.layout.name, found.layout.task) == ("simmim-encoder", "encoder")
     return found
@@ -134,7 +131,7 @@ def test_simmim_to_window_7_gives_the_reference_features(golden, simmim_w7):
 
 def test_the_optimisers_moments_are_laid_out_like_their_weights(golden):
     path = golden / "ckpt_micro_cli" / "lightning.ckpt"
-    found = read(path, options=Options(input=InputFlags(statistics="granite")))
+    found = read(path, options=Options(statistics="granite"))
     root = torch_file.read(path).root
     state, names = root["optimizer_states"][0]["state"], list(root["state_dict"])
     buffers = ("running_mean", "running_var", "num_batches_tracked", "relative_position_index")
@@ -160,7 +157,7 @@ def test_the_optimisers_moments_are_laid_out_like_their_weights(golden):
 
 
 def test_the_optimiser_can_be_left_out(golden):
-    options = Options(input=InputFlags(statistics="granite"), optimizer=False)
+    options = Options(statistics="granite", no_optimizer=True)
     assert read(golden / "ckpt_micro_cli" / "lightning.ckpt", options=options).optimizer is None
 
 
@@ -172,7 +169,7 @@ def test_an_optimiser_that_does_not_fit_is_an_error(tiny):
     path = tiny(optimizer_states=["nonsense"])
     with pytest.raises(ConvertError, match="isn't Lightning's"):
         read(path, options=TINY_FLAGS)
-    assert read(path, options=Options(input=TINY_FLAGS.input, optimizer=False)).optimizer is None
+    assert read(path, options=replace(TINY_FLAGS, no_optimizer=True)).optimizer is None
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64, ml_dtypes.bfloat16])
@@ -190,7 +187,4 @@ def test_other_precisions_become_float32(tiny, dtype):
 
 def test_moments_are_not_resized(golden):
     with pytest.raises(ConvertError, match="--no-optimizer"):
-        read(
-            golden / "ckpt_micro_cli" / "lightning.ckpt",
-            options=Options(input=InputFlags(statistics="granite"), window_size=8),
-        )
+        read(golden / "ckpt_micro_cli" / "lightning.ckpt", options=Options(statistics="granite", window_size=8))

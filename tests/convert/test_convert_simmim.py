@@ -1,12 +1,13 @@
 """SimMIM there and back: a checkpoint in which every dimension differs, at its own window and at another one."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from biomass_jax.convert import export
-from biomass_jax.convert.architecture import ModelFlags
-from biomass_jax.convert.convert import Options, read
-from biomass_jax.convert.input_meta import InputFlags
+from biomass_jax.convert.convert import read
+from biomass_jax.convert.declared import Options
 from biomass_jax.convert.resize import resize_bias_table
 from biomass_jax.convert.torch_file import write as torch_write
 from biomass_jax.errors import ConvertError
@@ -14,8 +15,12 @@ from biomass_jax.errors import ConvertError
 BANDS = 5
 DEPTHS, HEADS, WIDTH, WINDOW, MLP_RATIO, STRIDE = (1, 2, 3, 1), (1, 2, 3, 4), 12, 5, 3, 32
 IMAGE = 160  # px: maps of 40, 20, 10, 5 tokens, the last one a single window
-FLAGS = InputFlags(
-    bands=("GREEN", "BLUE", "RED", "SWIR_1", "SWIR_2"), means=(1, 2, 3, 4, 5), stds=(5, 4, 3, 2, 1), sensors=("L30",)
+FLAGS = Options(
+    drop_path=0.0,
+    bands=("GREEN", "BLUE", "RED", "SWIR_1", "SWIR_2"),
+    means=(1, 2, 3, 4, 5),
+    stds=(5, 4, 3, 2, 1),
+    sensors=("L30",),
 )
 
 
@@ -91,7 +96,7 @@ def there_and_back(path, *, window=None, img_size=None):
 
     A bundle on disk between the two costs a compilation; test_export.py goes that way.
     """
-    found = read(path, options=Options(ModelFlags(drop_path=0.0), FLAGS, window_size=window))
+    found = read(path, options=replace(FLAGS, window_size=window))
     meta = {"task": found.layout.task, "architecture": found.architecture, "provenance": found.provenance}
     layout = export._LAYOUTS[found.layout.task]
     export._check_exportable(layout, meta, str(path))
@@ -140,7 +145,7 @@ def test_with_another_window_only_bias_tables_and_buffers_differ(original, tmp_p
             expected[key] = shift_mask(224 // 4 // 2 ** int(key.split(".")[2]), 7)
     assert_same(found, expected)
     torch_write.write(tmp_path / "back.pth", {"model": found})
-    again = read(tmp_path / "back.pth", options=Options(ModelFlags(drop_path=0.0), FLAGS))
+    again = read(tmp_path / "back.pth", options=FLAGS)
     assert again.architecture["window_size"] == 7
     assert again.provenance["img_size"] == 224
 

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from biomass_jax.convert.convert import Options, convert, read
-from biomass_jax.convert.input_meta import InputFlags
+from biomass_jax.convert.convert import convert, read
+from biomass_jax.convert.declared import Options
 from biomass_jax.convert.torch_file import write as torch_write
 from biomass_jax.errors import ConvertError
 
-TINY_FLAGS = Options(input=InputFlags(means=(1, 2, 3, 4, 5), stds=(5, 4, 3, 2, 1)))
+TINY_FLAGS = Options(means=(1, 2, 3, 4, 5), stds=(5, 4, 3, 2, 1))
 
 
 def drop(*keys):

@@ -1,16 +1,17 @@
 """What a checkpoint, a config.yaml and flags say: taken, compared, asked for where it is missing."""
 
+from dataclasses import replace
+
 import pytest
 
 from biomass_jax import bundle
-from biomass_jax.convert.architecture import ModelFlags
-from biomass_jax.convert.convert import Options, convert, read
-from biomass_jax.convert.input_meta import PRESETS, InputFlags
+from biomass_jax.convert.convert import convert, read
+from biomass_jax.convert.declared import PRESETS, Options
 from biomass_jax.data.bands import BAND_NAMES
 from biomass_jax.errors import ConvertError
 from biomass_jax.models.build import abstract_variables, build_module
 
-TINY_FLAGS = Options(input=InputFlags(means=(1, 2, 3, 4, 5), stds=(5, 4, 3, 2, 1)))
+TINY_FLAGS = Options(means=(1, 2, 3, 4, 5), stds=(5, 4, 3, 2, 1))
 
 
 def test_the_tinys_architecture_is_read_from_its_shapes(tiny, checkpoints):
@@ -58,16 +59,16 @@ def test_a_declaration_that_contradicts_the_weights_is_an_error(tiny, checkpoint
 
 def test_a_flag_that_contradicts_the_checkpoint_is_an_error(tiny):
     with pytest.raises(ConvertError, match=r"--drop-path 0.5 contradicts .*backbone_drop_path_rate = 0.25"):
-        read(tiny(), options=Options(ModelFlags(drop_path=0.5), TINY_FLAGS.input))
-    bands = InputFlags(bands=("BLUE", "GREEN", "RED", "SWIR_1", "SWIR_2"), means=(1,) * 5, stds=(1,) * 5)
+        read(tiny(), options=replace(TINY_FLAGS, drop_path=0.5))
+    bands = Options(bands=("BLUE", "GREEN", "RED", "SWIR_1", "SWIR_2"), means=(1,) * 5, stds=(1,) * 5)
     with pytest.raises(ConvertError, match=r"bands are .*--bands and .*model_args"):
-        read(tiny(), options=Options(input=bands))
+        read(tiny(), options=bands)
 
 
 def test_no_final_activation_moves_the_maps_nodata(tiny, checkpoints, tmp_path):
     arguments = checkpoints.model_args(checkpoints.TINY) | {"head_final_act": None}
-    report = convert(tiny(arguments=arguments), tmp_path / "bundle", options=TINY_FLAGS)
-    meta = bundle.read_meta(report.path)
+    convert(tiny(arguments=arguments), tmp_path / "bundle", options=TINY_FLAGS)
+    meta = bundle.read_meta(tmp_path / "bundle")
     assert meta["architecture"]["final_relu"] is False
     assert meta["output"]["nodata"] == -9999
 
@@ -142,12 +143,12 @@ def test_config_and_checkpoint_must_agree(golden, tmp_path):
 
 def test_statistics_given_twice_must_agree(golden, tmp_path):
     (tmp_path / "config.yaml").write_text(CONFIG)
-    options = Options(input=InputFlags(means=(1.0,) * 6))
+    options = Options(means=(1.0,) * 6)
     with pytest.raises(ConvertError, match=r"means are \[1.0.* in --means and .*config.yaml"):
         read(golden / "micro" / "model.pt", config=tmp_path / "config.yaml", options=options)
 
 
 def test_a_presets_statistics_follow_the_weights_band_order(tiny):
-    found = read(tiny(), options=Options(input=InputFlags(statistics="granite")))
+    found = read(tiny(), options=Options(statistics="granite"))
     assert found.input["bands"][:2] == ["GREEN", "BLUE"]
     assert found.input["means"] == [898.5121, 547.36707, 1020.9082, 2340.584, 1610.1407]

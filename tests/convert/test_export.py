@@ -7,15 +7,14 @@ import pytest
 
 from biomass_jax import bundle
 from biomass_jax.convert import export, torch_file
-from biomass_jax.convert.architecture import ModelFlags
-from biomass_jax.convert.convert import Options, convert, nested, read
-from biomass_jax.convert.input_meta import InputFlags
+from biomass_jax.convert.convert import convert, nested, read
+from biomass_jax.convert.declared import Options
 from biomass_jax.convert.layouts import GRANITE, SIMMIM
 from biomass_jax.data.bands import BAND_NAMES
 from biomass_jax.errors import ConvertError
 from biomass_jax.models.build import abstract_variables, build_module
 
-SIMMIM_FLAGS = Options(ModelFlags(drop_path=0.0), InputFlags(bands=BAND_NAMES, statistics="prithvi"))
+SIMMIM_FLAGS = Options(drop_path=0.0, bands=BAND_NAMES, statistics="prithvi")
 
 
 def tensors(path, folder):
@@ -33,7 +32,7 @@ def assert_same(found, original):
 def granite_bundle(golden, tmp_path_factory):
     folder = tmp_path_factory.mktemp("granite") / "bundle"
     source = golden / "ckpt_micro_cli" / "lightning.ckpt"
-    convert(source, folder, options=Options(input=InputFlags(statistics="granite")))
+    convert(source, folder, options=Options(statistics="granite"))
     return folder
 
 

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 
 from biomass_jax.convert import hub
-from biomass_jax.convert.convert import Options, read
-from biomass_jax.convert.input_meta import InputFlags
+from biomass_jax.convert.convert import read
+from biomass_jax.convert.declared import Options
 from biomass_jax.errors import ConvertError
 
 COMMIT = "a" * 40
@@ -142,7 +142,7 @@ def test_the_real_library_fetches_from_a_local_stand_in(golden, tmp_path, root):
     finally:
         server.shutdown()
         server.server_close()
-    converted = read(path, options=Options(input=InputFlags(statistics="granite")))
+    converted = read(path, options=Options(statistics="granite"))
     assert converted.layout.name == "granite"
 
 
@@ -151,6 +151,6 @@ def test_provenance_names_the_hub_file_and_its_commit(monkeypatch, golden, tmp_p
     folder.mkdir(parents=True)
     (folder / "model.ckpt").write_bytes((golden / "ckpt_micro_cli" / "state_dict.ckpt").read_bytes())
     monkeypatch.setattr(hub, "fetch", lambda name: folder / "model.ckpt")
-    found = read("hf://owner/repo/model.ckpt", options=Options(input=InputFlags(statistics="granite")))
+    found = read("hf://owner/repo/model.ckpt", options=Options(statistics="granite"))
     assert found.provenance["source"] == "hf://owner/repo/model.ckpt"
     assert found.provenance["commit"] == COMMIT

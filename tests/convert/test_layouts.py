@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from biomass_jax.convert import layouts
-from biomass_jax.convert.resize import bicubic_matrix, resize_bias_table, window_of
-from biomass_jax.convert.rows import (
+from biomass_jax.convert.layouts import (
     CONV_KERNEL,
     LINEAR_KERNEL,
     TABLE,
@@ -15,6 +14,7 @@ from biomass_jax.convert.rows import (
     expand,
     match,
 )
+from biomass_jax.convert.resize import bicubic_matrix, resize_bias_table, window_of
 from biomass_jax.errors import ConvertError
 
 # file -> (layout, tensors of the model, counters, buffers, left out)
@@ -69,7 +69,7 @@ def test_a_table_written_out_has_torchs_order(name, layout, key_list):
     keys = [layout.canonical(key) for key in key_list(name)]
     depths = (2, 2, 18, 2)
     counts = {"i": 4, "k": 4, "l": 3, "f": 3, "u": 2}
-    written = [key for _, key, _ in expand(layout, lambda n, at: depths[at["i"]] if n == "j" else counts[n])]
+    written = [key for _, key, _ in expand(layout.rows, lambda n, at: depths[at["i"]] if n == "j" else counts[n])]
     assert len(written) == len(set(written))
     assert [key for key in written if key in set(keys)] == keys
     # Only parts that a model may lack are written besides: the last stage's downsample, masks of unshifted blocks.

@@ -199,14 +199,15 @@ CONVERTER = (
         "unfolded_channels_in_torchs_order",
         "tests/convert/test_layouts.py::test_transforms_move_every_element_to_its_place",
         in_file(
-            "biomass_jax/convert/rows.py", ("2, 2, *x.shape[1:]).swapaxes(0, 2)", "2, 2, *x.shape[1:]).swapaxes(0, 1)")
+            "biomass_jax/convert/layouts.py",
+            ("2, 2, *x.shape[1:]).swapaxes(0, 2)", "2, 2, *x.shape[1:]).swapaxes(0, 1)"),
         ),
     ),
     Mutation(
         "kernels_transposed_wrongly",
         "tests/convert/test_layouts.py::test_transforms_move_every_element_to_its_place",
         in_file(
-            "biomass_jax/convert/rows.py", ("LINEAR_KERNEL = Transform((1, 0))", "LINEAR_KERNEL = Transform((0, 1))")
+            "biomass_jax/convert/layouts.py", ("LINEAR_KERNEL = Transform((1, 0))", "LINEAR_KERNEL = Transform((0, 1))")
         ),
     ),
     Mutation(

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from biomass_jax import bundle
-from biomass_jax.convert.convert import Options, convert
-from biomass_jax.convert.input_meta import InputFlags
+from biomass_jax.convert.convert import convert
+from biomass_jax.convert.declared import Options
 from biomass_jax.models.biomass import BiomassModel
 from biomass_jax.models.build import abstract_variables
 from biomass_jax.models.simmim import SimMIM
@@ -224,7 +224,7 @@ def test_imported_state_does_not_share_memory_with_what_was_imported():
 @pytest.mark.slow
 def test_first_update_from_a_real_checkpoint(golden, tmp_path):
     """Weights, moments, count and rate of a Lightning run (three epochs of two steps) through a bundle."""
-    options = Options(input=InputFlags(statistics="granite"))
+    options = Options(statistics="granite")
     convert(golden / "ckpt_micro_cli" / "lightning.ckpt", tmp_path / "micro", options=options)
     loaded = bundle.load(tmp_path / "micro")
     stored = bundle.load_optimizer(loaded)

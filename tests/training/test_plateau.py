@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from biomass_jax.convert.convert import Options, read
-from biomass_jax.convert.input_meta import InputFlags
+from biomass_jax.convert.convert import read
+from biomass_jax.convert.declared import Options
 from biomass_jax.training.plateau import (
     early_stop_init,
     early_stop_step,
@@ -117,7 +117,7 @@ def test_the_owed_step_is_made_once():
 
 
 def test_a_real_lightning_file_goes_on_where_it_stopped(golden):
-    found = read(golden / "ckpt_micro_cli" / "lightning.ckpt", options=Options(input=InputFlags(statistics="granite")))
+    found = read(golden / "ckpt_micro_cli" / "lightning.ckpt", options=Options(statistics="granite"))
     stored = found.optimizer["plateau"]
     assert (stored["best"], stored["num_bad_epochs"], stored["last_epoch"]) == (122.44294738769531, 1, 2)
     # The third epoch's loss is below 122.44295 * (1 - 1e-4) = 122.43070, so the count of bad epochs starts anew.

@@ -16,9 +16,8 @@ from biomass_jax import bundle, figures
 from biomass_jax.bundle import flatten
 from biomass_jax.convert import __main__ as convert_command
 from biomass_jax.convert import torch_file
-from biomass_jax.convert.architecture import ModelFlags
-from biomass_jax.convert.convert import Options, nested, read
-from biomass_jax.convert.input_meta import InputFlags
+from biomass_jax.convert.convert import nested, read
+from biomass_jax.convert.declared import Options
 from biomass_jax.data import bands, sources
 from biomass_jax.errors import ConfigError, TrainingError
 from biomass_jax.tasks import simmim
@@ -319,8 +318,8 @@ def test_the_bundle_goes_back_to_the_official_layout(unbroken, tmp_path):
     np.testing.assert_array_equal(kernel.T, arrays["encoder/stages_2/blocks_0/attn/qkv/kernel"])
     np.testing.assert_array_equal(written["encoder.mask_token"].array(), arrays["mask_token"])
     assert written["decoder.0.weight"].array().shape == (32 * 32 * 6, 64, 1, 1)
-    about = InputFlags(bands=bands.BAND_NAMES, statistics="prithvi")
-    again = read(tmp_path / "model.pth", options=Options(ModelFlags(drop_path=0.1), about))
+    about = Options(drop_path=0.1, bands=bands.BAND_NAMES, statistics="prithvi")
+    again = read(tmp_path / "model.pth", options=about)
     meta = bundle.read_meta(best)
     assert again.layout.task == meta["task"] == "simmim"
     assert bundle.weights_sha256(nested(again.variables)) == meta["weights_sha256"]

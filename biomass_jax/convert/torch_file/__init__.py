@@ -1,7 +1,7 @@
 """PyTorch and safetensors files read without torch.
 
 Three kinds of files, told apart by their content: the zip archives of torch 1.6 and later, the streams of earlier
-versions, and safetensors. Only tensors, containers and plain values are ever built (`torch_pickle` says how), every
+versions, and safetensors. Only tensors, containers and plain values are ever built (`pickle` says how), every
 size and offset is checked against the file, and nothing is written.
 """
 
@@ -27,7 +27,6 @@ __all__ = ["Placeholder", "TorchFile", "TorchFileError", "TorchTensor", "flatten
 MAX_DEPTH = 200
 MAX_LEAVES = 1_000_000
 MAX_NAME_CHARS = 256 << 20  # all dotted keys together
-_CHUNK = 8 << 20
 _EXPECTED = "expected a PyTorch file (.pt, .pth, .ckpt) or a .safetensors file"
 
 # What users save under a checkpoint's name by mistake: first bytes -> what it is and what to do.
@@ -49,29 +48,21 @@ class TorchFile:
     """A file that was read.
 
     Attributes:
-        path: the file.
         format: 'zip', 'legacy' or 'safetensors'.
         root: what the file holds: dict, list, tuple, set and plain values, with `TorchTensor`s for the tensors and
             `Placeholder`s for what wasn't built.
         placeholders: dotted names of the classes and functions that were met and not built.
-        metadata: safetensors' free text entries.
     """
 
-    path: Path
     format: str
     root: Any
     placeholders: list[str]
     mapped: MappedFile = field(repr=False)
-    metadata: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 of the whole file, in hex; read in pieces when first asked for."""
-        digest = hashlib.sha256()
-        view = memoryview(self.mapped.data)
-        for start in range(0, self.mapped.size, _CHUNK):
-            digest.update(view[start : start + _CHUNK])
-        return digest.hexdigest()
+        """SHA-256 of the whole file, in hex; read when first asked for."""
+        return hashlib.sha256(self.mapped.data).hexdigest()
 
 
 def read(path: str | os.PathLike[str]) -> TorchFile:
@@ -85,8 +76,8 @@ def read(path: str | os.PathLike[str]) -> TorchFile:
     mapped = _map(path)
     try:
         form, parse = _detect(mapped)
-        parsed = parse(mapped)
-        other = _check_tree(parsed.root)
+        root, placeholders = parse(mapped)
+        placeholders += _check_tree(root)
     except TorchFileError:
         raise
     except Malformed as exc:
@@ -104,11 +95,10 @@ def read(path: str | os.PathLike[str]) -> TorchFile:
         NotImplementedError,
     ) as exc:
         raise TorchFileError(f"{path}: damaged or not a checkpoint ({type(exc).__name__}: {exc}); {_EXPECTED}") from exc
-    for name, leaf in flatten(parsed.root).items():
+    for name, leaf in flatten(root).items():
         if isinstance(leaf, TorchTensor) and not leaf.name:
             leaf.name = name
-    placeholders = list(dict.fromkeys([*parsed.placeholders, *other]))
-    return TorchFile(path, form, parsed.root, placeholders, mapped, parsed.metadata)
+    return TorchFile(form, root, list(dict.fromkeys(placeholders)), mapped)
 
 
 def flatten(root: object) -> dict[str, Any]:

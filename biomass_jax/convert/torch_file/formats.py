@@ -1,19 +1,24 @@
 """The three file formats of `torch_file`: zip archives, legacy streams and safetensors."""
 
 import json
+import math
 import struct
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, cast
 
-import numpy as np
-
 from biomass_jax.convert.torch_file import pickle as torch_pickle
-from biomass_jax.convert.torch_file import tensor as torch_tensor
-from biomass_jax.convert.torch_file.tensor import FileRecord, MappedFile, Storage, StorageType, item_size, make_tensor
-from biomass_jax.convert.torch_file.values import Malformed, NumpyDtype, Placeholder, checked, fill
+from biomass_jax.convert.torch_file.tensor import (
+    MAX_DIMENSIONS,
+    FileRecord,
+    MappedFile,
+    Storage,
+    StorageType,
+    contiguous_strides,
+    item_size,
+    make_tensor,
+)
+from biomass_jax.convert.torch_file.values import Malformed
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
@@ -39,116 +44,9 @@ _SAFETENSORS_DTYPES = {
 }
 
 
-def _items(values: Any) -> list[Any]:
-    if type(values) not in (list, tuple, set, frozenset):
-        raise Malformed(f"a container is made from a {type(values).__name__}")
-    return list(values)
-
-
-def _set(values: object = ()) -> set[Any]:
-    return set(checked(_items(values)))
-
-
-def _frozenset(values: object = ()) -> frozenset[Any]:
-    return frozenset(_set(values))
-
-
-def _mapping(*args: object) -> dict[Any, Any]:
-    """dict and its subclasses: nothing, a mapping, or (key, value) pairs."""
-    values = args[0] if args else {}
-    return fill({}, list(values.items()) if type(values) is dict else [(key, value) for key, value in _items(values)])
-
-
-def _bytes(values: Any = b"") -> bytes:
-    if type(values) in (bytes, bytearray):
-        return bytes(values)
-    if type(values) is list and all(type(v) is int for v in values):
-        return bytes(values)
-    raise Malformed(f"bytes are made from a {type(values).__name__}")  # bytes(10**12) would be a terabyte
-
-
-def _complex(real: object, imag: object) -> Any:
-    return complex(real, imag) if type(real) is float and type(imag) is float else NotImplemented
-
-
-def _encode(text: object, encoding: object = "utf-8") -> Any:
-    """_codecs.encode, by which protocol 2 writes bytes."""
-    if type(text) is not str or encoding not in ("latin1", "latin-1", "utf-8", "ascii"):
-        return NotImplemented
-    return text.encode(encoding)
-
-
-def _numpy_dtype(code: object, *_: object) -> Any:
-    known = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16"}
-    return NumpyDtype(code) if type(code) is str and code in known else NotImplemented
-
-
-def _numpy_scalar(dtype: object, raw: object = None) -> Any:
-    """A NumPy scalar as the plain Python number of the same value."""
-    if type(raw) is str:  # Python 2 bytes that happened to be UTF-8
-        raw = raw.encode()
-    if not isinstance(dtype, NumpyDtype) or type(raw) is not bytes:
-        return NotImplemented
-    order = dtype.order if dtype.order in "<>" else "<"
-    values = np.frombuffer(raw, np.dtype(order + dtype.code))
-    if values.size != 1:
-        raise Malformed(f"a NumPy scalar of {values.size} values")
-    return values[0].item()
-
-
-def _reconstructor(cls: object, *_: object) -> Any:
-    """copyreg._reconstructor: objects of protocols 0 and 1."""
-    return Placeholder(cls.class_name, ()) if isinstance(cls, Placeholder) else NotImplemented
-
-
-# Subclasses of dict that checkpoints carry their settings in: read as plain dicts.
-_DICT_CLASSES = (
-    "builtins.dict",
-    "collections.Counter",
-    "yacs.config.CfgNode",  # the official Swin and SimMIM checkpoints
-    "lightning.fabric.utilities.data.AttributeDict",
-    "lightning_fabric.utilities.data.AttributeDict",
-    "lightning.pytorch.utilities.parsing.AttributeDict",
-    "pytorch_lightning.utilities.parsing.AttributeDict",
-)
-
-BUILDERS: dict[str, Callable[..., Any]] = {
-    **dict.fromkeys(_DICT_CLASSES, _mapping),
-    "collections.OrderedDict": lambda *args: OrderedDict(_mapping(*args)),
-    "collections.defaultdict": lambda *factory: {},
-    "collections.deque": lambda values=(), *_: _items(values),
-    "builtins.list": lambda values=(): _items(values),
-    "builtins.set": _set,
-    "builtins.frozenset": _frozenset,
-    "builtins.bytes": _bytes,
-    "builtins.bytearray": lambda values=b"": bytearray(_bytes(values)),
-    "builtins.complex": _complex,
-    "_codecs.encode": _encode,
-    "copyreg._reconstructor": _reconstructor,
-    "numpy.dtype": _numpy_dtype,
-    "numpy._core.multiarray.scalar": _numpy_scalar,
-}
-
-
-_BUILDERS = BUILDERS | torch_tensor.BUILDERS
-
-
-@dataclass
-class Parsed:
-    """What a format's reader found."""
-
-    root: Any
-    placeholders: list[str] = field(default_factory=list)
-    metadata: dict[str, str] = field(default_factory=dict)
-
-
+# What a format's reader gives: the root object, and the names of what was not built.
+Parsed = tuple[Any, list[str]]
 Parser = Callable[[MappedFile], Parsed]
-
-
-def _load(buffer: Any, start: int, stop: int, persistent: Callable[[Any], Any]) -> torch_pickle.Loaded:
-    return torch_pickle.load(
-        buffer, start, stop, builders=_BUILDERS, constants=torch_tensor.CONSTANTS, persistent=persistent
-    )
 
 
 def _no_persistent(saved: object) -> Any:
@@ -192,8 +90,8 @@ def read_zip(file: MappedFile) -> Parsed:
     if record.nbytes > torch_pickle.MAX_PICKLE_BYTES:
         raise Malformed(f"{record.name} has {record.nbytes} bytes; at most {torch_pickle.MAX_PICKLE_BYTES} are read")
     data = bytes(record.bytes(0, record.nbytes))
-    loaded = _load(data, 0, len(data), persistent)
-    return Parsed(loaded.value, loaded.placeholders)
+    loaded = torch_pickle.load(data, 0, len(data), persistent)
+    return loaded.value, loaded.placeholders
 
 
 def _is_swapped(record: FileRecord | None) -> bool:
@@ -264,7 +162,7 @@ def _storage_id(saved: object, length: int) -> tuple[StorageType, str, int]:
 def looks_legacy(head: bytes) -> bool:
     """Whether the stream begins with a pickle of torch's magic number."""
     try:
-        return bool(_load(head, 0, len(head), _no_persistent).value == LEGACY_MAGIC)
+        return bool(torch_pickle.load(head, 0, len(head), _no_persistent).value == LEGACY_MAGIC)
     except Malformed:
         return False
 
@@ -276,32 +174,33 @@ def read_legacy(file: MappedFile) -> Parsed:
     """
     roots: dict[str, Storage] = {}
 
-    def persistent(saved: object) -> Any:
+    def persistent(saved: Any) -> Any:
         if type(saved) is tuple and len(saved) == 4 and saved[0] == "module":
             return saved[1]  # a class with its source text; the text isn't looked at
-        # the sixth entry came with 0.2 or so; None since 0.4
-        view = saved[5] if type(saved) is tuple and len(saved) == 6 else None
-        kind, key, count = _storage_id(saved, 6 if type(saved) is tuple and len(saved) == 6 else 5)
+        has_view = type(saved) is tuple and len(saved) == 6  # the sixth entry came with 0.2 or so; None since 0.4
+        kind, key, count = _storage_id(saved, 6 if has_view else 5)
         nbytes = count * item_size(kind.dtype)
         if nbytes > file.size:
             raise Malformed(f"storage {key} should have {nbytes} bytes, the whole file has {file.size}: truncated?")
         root = roots.setdefault(key, Storage(FileRecord(file, f"storage {key}", nbytes=nbytes), kind.dtype, count))
         if root.nbytes != nbytes:
             raise Malformed(f"storage {key} is given {root.nbytes} bytes in one place and {nbytes} in another")
-        return _storage_view(root, kind, count, view)
+        return _storage_view(root, kind, count, saved[5] if has_view else None)
 
     position = 0
     for what, expected in (("magic number", LEGACY_MAGIC), ("protocol version", LEGACY_PROTOCOL)):
-        loaded = _load(file.data, position, file.size, _no_persistent)
+        loaded = torch_pickle.load(file.data, position, file.size, _no_persistent)
         position = loaded.end
         if loaded.value != expected:
             found = loaded.value if type(loaded.value) is int else f"a {type(loaded.value).__name__}"
             raise Malformed(f"its {what} is {found}, expected {expected}")
-    position = _load(file.data, position, file.size, _no_persistent).end  # sizes of C types of the writing machine
-    loaded = _load(file.data, position, file.size, persistent)
-    keys = _load(file.data, loaded.end, file.size, _no_persistent)
+    position = torch_pickle.load(
+        file.data, position, file.size, _no_persistent
+    ).end  # sizes of C types of the writing machine
+    loaded = torch_pickle.load(file.data, position, file.size, persistent)
+    keys = torch_pickle.load(file.data, loaded.end, file.size, _no_persistent)
     _place_storages(file, keys.value, keys.end, roots)
-    return Parsed(loaded.value, loaded.placeholders)
+    return loaded.value, loaded.placeholders
 
 
 def _storage_view(root: Storage, kind: StorageType, count: int, view: object) -> Storage:
@@ -372,19 +271,13 @@ def read_safetensors(file: MappedFile) -> Parsed:
             raise Malformed(f"tensor {name!r:.200} ends at {stop}, the data has {file.size - base} bytes: truncated?")
         spans.append((start, stop, name))
         record = FileRecord(file, repr(name)[:200], base + start, stop - start)
-        strides = [1] * len(shape)
-        for axis in range(len(shape) - 2, -1, -1):
-            strides[axis] = strides[axis + 1] * shape[axis + 1]
         size = item_size(dtype)
-        tensor = make_tensor(Storage(record, dtype, (stop - start) // size), 0, shape, strides)
-        count = 1
-        for n in shape:
-            count *= n
-        if count * size != stop - start:
+        storage = Storage(record, dtype, (stop - start) // size)
+        root[name] = make_tensor(storage, 0, shape, contiguous_strides(shape))
+        if math.prod(shape) * size != stop - start:
             raise Malformed(f"tensor {name!r:.200} of shape {shape} and {dtype} is given {stop - start} bytes")
-        root[name] = tensor
     _check_spans(spans, file.size - base)
-    return Parsed(root, metadata=metadata)
+    return root, []
 
 
 def _check_spans(spans: list[tuple[int, int, str]], size: int) -> None:
@@ -415,6 +308,8 @@ def _entry(name: str, entry: object) -> tuple[str, list[int], list[int]]:
     for numbers in (shape, span):
         if type(numbers) is not list or any(type(n) is not int or n < 0 for n in numbers):
             raise Malformed(f"tensor {name!r:.200} has a shape or data_offsets that aren't lists of counts")
+    if len(shape) > MAX_DIMENSIONS:  # the product of millions of sizes would take for ever
+        raise Malformed(f"tensor {name!r:.200} has {len(shape)} sizes; at most {MAX_DIMENSIONS} are read")
     if len(span) != 2 or span[0] > span[1]:
         raise Malformed(f"tensor {name!r:.200} has data_offsets {span!r:.80}; expected [start, stop]")
     return _SAFETENSORS_DTYPES[dtype], shape, span

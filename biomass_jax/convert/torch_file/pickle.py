@@ -8,18 +8,71 @@ of Python's `pickletools`.
 
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from mmap import mmap
 from typing import Any
 
-from biomass_jax.convert.torch_file.values import Inert, Malformed, NumpyDtype, Placeholder, checked, fill
+import numpy as np
+
+from biomass_jax.convert.torch_file import tensor
+from biomass_jax.convert.torch_file.values import Inert, Malformed, Placeholder
 
 MAX_PICKLE_BYTES = 64 << 20  # real ones stay under a few MB: the weights lie outside the pickle
 MAX_COPIED_BYTES = 256 << 20
 MAX_OPERATIONS = 2_000_000  # a full Lightning file of Swin-B takes about 100,000
 MAX_LINE = 4096
 MAX_INTEGER_BYTES = 1024
+MAX_KEY_PARTS = 64
+MAX_KEY_CHARS = 4096
+
+
+class NumpyDtype(Inert):
+    """A numpy.dtype of the file: only a code such as 'f8' and a byte order, used to decode NumPy scalars."""
+
+    __slots__ = ("code", "order")
+    class_name = "numpy.dtype"
+
+    def __init__(self, code: str):
+        self.code = code
+        self.order = "<"
+
+
+def check_key(key: Any) -> None:
+    """Refuse a dict key or set element whose hash could be costly: bounds its parts (so its depth) and its length."""
+    parts, budget, chars = [key], MAX_KEY_PARTS, 0
+    while parts:
+        part = parts.pop()
+        kind = type(part)
+        if kind is tuple or kind is frozenset:
+            budget -= len(part)
+            if budget < 0:
+                raise Malformed("a dict key is a tuple of too many parts")
+            parts.extend(part)
+        elif kind is str or kind is bytes:
+            chars += len(part)
+            if chars > MAX_KEY_CHARS:
+                raise Malformed(f"a dict key has {chars} characters, more than {MAX_KEY_CHARS}")
+        elif kind is int:
+            if abs(part) >= 1 << 64:
+                raise Malformed("a dict key is an integer beyond 64 bits")
+        elif part is not None and kind not in (bool, float, complex) and not isinstance(part, Inert):
+            raise Malformed(f"a {kind.__name__} can't be a dict key")
+
+
+def checked(values: list[Any]) -> list[Any]:
+    """The values, each fit to be a set's element."""
+    for value in values:
+        check_key(value)
+    return values
+
+
+def fill(target: dict[Any, Any], pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    """Set the pairs in a dict whose keys are checked first; returns the dict."""
+    for key, value in pairs:
+        check_key(key)
+        target[key] = value
+    return target
 
 
 @dataclass(frozen=True)
@@ -31,30 +84,19 @@ class Loaded:
     placeholders: list[str]
 
 
-def load(
-    buffer: bytes | mmap,
-    start: int,
-    stop: int,
-    *,
-    builders: Mapping[str, Callable[..., Any]],
-    constants: Mapping[str, Any],
-    persistent: Callable[[Any], Any],
-) -> Loaded:
+def load(buffer: bytes | mmap, start: int, stop: int, persistent: Callable[[Any], Any]) -> Loaded:
     """Interpret the pickle that starts at `start` of `buffer` and ends before `stop`.
 
     Args:
         buffer: the file or a part of it.
         start: first byte of the pickle.
         stop: one past the last byte that may belong to it.
-        builders: dotted name -> function called with the arguments; it may return NotImplemented to decline, and then
-            a placeholder is made.
-        constants: dotted name -> value that the bare name stands for.
         persistent: called with each persistent id.
 
     Raises:
         Malformed: where the pickle is truncated, too large or against the rules.
     """
-    machine = _Machine(buffer, start, min(stop, start + MAX_PICKLE_BYTES), builders, constants, persistent)
+    machine = _Machine(buffer, start, min(stop, start + MAX_PICKLE_BYTES), persistent)
     try:
         value = machine.run()
     except Malformed as exc:
@@ -64,25 +106,19 @@ def load(
     return Loaded(value, machine.pos, list(machine.unknown))
 
 
+@dataclass
 class _Machine:
     """Pickle's stack machine. Nothing here recurses, so nesting can't exhaust Python's stack."""
 
-    def __init__(
-        self,
-        buffer: bytes | mmap,
-        pos: int,
-        stop: int,
-        builders: Mapping[str, Callable[..., Any]],
-        constants: Mapping[str, Any],
-        persistent: Callable[[Any], Any],
-    ):
-        self.buffer, self.pos, self.stop = buffer, pos, stop
-        self.builders, self.constants, self.persistent = builders, constants, persistent
-        self.stack: list[Any] = []
-        self.marked: list[list[Any]] = []  # the stacks below each open mark
-        self.memo: dict[int, Any] = {}  # a dict: a huge index costs nothing
-        self.unknown: dict[str, None] = {}
-        self.copied = 0
+    buffer: bytes | mmap
+    pos: int
+    stop: int
+    persistent: Callable[[Any], Any]
+    stack: list[Any] = field(default_factory=list)
+    marked: list[list[Any]] = field(default_factory=list)  # the stacks below each open mark
+    memo: dict[int, Any] = field(default_factory=dict)  # a dict: a huge index costs nothing
+    unknown: dict[str, None] = field(default_factory=dict)
+    copied: int = 0
 
     def run(self) -> Any:
         for _ in range(MAX_OPERATIONS):
@@ -112,6 +148,9 @@ class _Machine:
         self.pos, start = end + 1, self.pos
         return self.buffer[start:end]
 
+    def line_name(self) -> Any:
+        return self.name(self.line().decode(), self.line().decode())
+
     def push(self, value: object) -> None:
         self.stack.append(value)
 
@@ -127,16 +166,16 @@ class _Machine:
         full = f"{module}.{name}".replace("numpy.core.", "numpy._core.")
         if not full.isprintable():  # names are shown to users
             raise Malformed("a class name has unprintable characters")
-        if full in self.constants:
-            return self.constants[full]
-        if full not in self.builders:
+        if full in tensor.CONSTANTS:
+            return tensor.CONSTANTS[full]
+        if full not in _BUILDERS:
             self.unknown[full] = None
         return Placeholder(full)
 
     def construct(self, cls: Any, args: Any, kwargs: Any = None) -> Any:
         if not isinstance(cls, Placeholder) or type(args) is not tuple or type(kwargs or {}) is not dict:
             raise Malformed(f"a {type(cls).__name__} is called with a {type(args).__name__}")
-        builder = self.builders.get(cls.class_name) if cls.args is None and not kwargs else None
+        builder = _BUILDERS.get(cls.class_name) if cls.args is None and not kwargs else None
         if builder is None:
             return Placeholder(cls.class_name, args, kwargs)
         self.charge(args)
@@ -180,6 +219,11 @@ class _Machine:
         else:
             raise Malformed(f"items are set in a {type(target).__name__}")
 
+    def dict_since_mark(self) -> None:
+        flat = self.pop_mark()
+        self.push({})
+        self.set_items(flat)
+
     def build(self) -> None:
         state = self.stack.pop()
         target = self.stack[-1]
@@ -194,28 +238,10 @@ class _Machine:
             # attributes of a dict (a state dict's `_metadata`) or of a tensor say nothing about the values
             raise Malformed(f"a state is set on a {type(target).__name__}")
 
-    def instance(self) -> None:
-        """INST: the class by name, its arguments since the mark."""
-        module, name = self.line().decode(), self.line().decode()
-        args = tuple(self.pop_mark())
-        self.push(self.construct(self.name(module, name), args))
-
     def object(self) -> None:
         """OBJ: the class is the first item since the mark."""
         cls, *args = self.pop_mark()
         self.push(self.construct(cls, tuple(args)))
-
-    def reduce(self) -> None:
-        args, cls = self.stack.pop(), self.stack.pop()
-        self.push(self.construct(cls, args))
-
-    def reduce_with_keywords(self) -> None:
-        kwargs, args, cls = self.stack.pop(), self.stack.pop(), self.stack.pop()
-        self.push(self.construct(cls, args, kwargs))
-
-    def stack_name(self) -> None:
-        name, module = self.stack.pop(), self.stack.pop()
-        self.push(self.name(module, name))
 
     def mark(self) -> None:
         self.marked.append(self.stack)
@@ -250,24 +276,25 @@ def _text(raw: bytes) -> str | bytes:
         return raw
 
 
-_SIMPLE: dict[bytes, Callable[[_Machine], Any]] = {
+# Left out, and so refused: STRING (protocol 0, which torch can't use), EXT1/2/4 (a registry of the reading process),
+# PERSID (torch never writes textual ids), NEXT_BUFFER and READONLY_BUFFER (buffers outside the file).
+_OPERATIONS: dict[bytes, Callable[[_Machine], Any]] = {
     b"(": _Machine.mark,
     b"0": _Machine.pop,
     b"1": _Machine.pop_mark,
     b"2": lambda m: m.push(m.stack[-1]),
-    b"R": _Machine.reduce,
-    b"\x81": _Machine.reduce,  # NEWOBJ: a class and its arguments, as REDUCE
-    b"\x92": _Machine.reduce_with_keywords,
+    b"R": lambda m: m.push(m.construct(m.stack.pop(-2), m.stack.pop())),
+    b"\x81": lambda m: m.push(m.construct(m.stack.pop(-2), m.stack.pop())),  # NEWOBJ: as REDUCE
+    b"\x92": lambda m: m.push(m.construct(m.stack.pop(-3), m.stack.pop(-2), m.stack.pop())),
     b"b": _Machine.build,
-    b"c": lambda m: m.push(m.name(m.line().decode(), m.line().decode())),
-    b"\x93": _Machine.stack_name,
-    b"i": _Machine.instance,
+    b"c": lambda m: m.push(m.line_name()),
+    b"\x93": lambda m: m.push(m.name(m.stack.pop(-2), m.stack.pop())),
+    b"i": lambda m: m.push(m.construct(m.line_name(), tuple(m.pop_mark()))),  # INST
     b"o": _Machine.object,
     b"Q": lambda m: m.push(m.persistent(m.stack.pop())),
     b"\x80": lambda m: m.take(1),  # PROTO
     b"\x95": lambda m: m.take(8),  # FRAME: a reading hint
-}
-_VALUES: dict[bytes, Callable[[_Machine], Any]] = {
+    # plain values
     b"N": lambda m: m.push(None),
     b"\x88": lambda m: m.push(True),
     b"\x89": lambda m: m.push(False),
@@ -290,8 +317,7 @@ _VALUES: dict[bytes, Callable[[_Machine], Any]] = {
     b"C": lambda m: m.push(m.take(m.number("<B"))),
     b"\x8e": lambda m: m.push(m.take(m.number("<Q"))),
     b"\x96": lambda m: m.push(bytearray(m.take(m.number("<Q")))),
-}
-_CONTAINERS: dict[bytes, Callable[[_Machine], Any]] = {
+    # containers
     b")": lambda m: m.push(()),
     b"]": lambda m: m.push([]),
     b"}": lambda m: m.push({}),
@@ -301,15 +327,14 @@ _CONTAINERS: dict[bytes, Callable[[_Machine], Any]] = {
     b"\x86": lambda m: m.top_tuple(2),
     b"\x87": lambda m: m.top_tuple(3),
     b"l": lambda m: m.push(m.pop_mark()),
-    b"d": lambda m: _dict_since_mark(m),
+    b"d": _Machine.dict_since_mark,
     b"\x91": lambda m: m.push(frozenset(checked(m.pop_mark()))),
     b"a": lambda m: m.extend([m.stack.pop()]),
     b"e": lambda m: m.extend(m.pop_mark()),
     b"\x90": lambda m: m.extend(m.pop_mark()),
     b"s": lambda m: m.set_items([m.stack.pop(-2), m.stack.pop()]),
     b"u": lambda m: m.set_items(m.pop_mark()),
-}
-_MEMO: dict[bytes, Callable[[_Machine], Any]] = {
+    # the memo
     b"p": lambda m: m.memo.update({int(m.line()): m.stack[-1]}),
     b"q": lambda m: m.memo.update({m.number("<B"): m.stack[-1]}),
     b"r": lambda m: m.memo.update({m.number("<I"): m.stack[-1]}),
@@ -318,12 +343,86 @@ _MEMO: dict[bytes, Callable[[_Machine], Any]] = {
     b"h": lambda m: m.push(m.memo[m.number("<B")]),
     b"j": lambda m: m.push(m.memo[m.number("<I")]),
 }
-# Left out, and so refused: STRING (protocol 0, which torch can't use), EXT1/2/4 (a registry of the reading process),
-# PERSID (torch never writes textual ids), NEXT_BUFFER and READONLY_BUFFER (buffers outside the file).
-_OPERATIONS = _SIMPLE | _VALUES | _CONTAINERS | _MEMO
 
 
-def _dict_since_mark(machine: _Machine) -> None:
-    flat = machine.pop_mark()
-    machine.push({})
-    machine.set_items(flat)
+def _items(values: Any) -> list[Any]:
+    if type(values) not in (list, tuple, set, frozenset):
+        raise Malformed(f"a container is made from a {type(values).__name__}")
+    return list(values)
+
+
+def _mapping(*args: object) -> dict[Any, Any]:
+    """dict and its subclasses: nothing, a mapping, or (key, value) pairs."""
+    values = args[0] if args else {}
+    return fill({}, list(values.items()) if type(values) is dict else [(key, value) for key, value in _items(values)])
+
+
+def _bytes(values: Any = b"") -> bytes:
+    if type(values) in (bytes, bytearray) or (type(values) is list and all(type(v) is int for v in values)):
+        return bytes(values)
+    raise Malformed(f"bytes are made from a {type(values).__name__}")  # bytes(10**12) would be a terabyte
+
+
+def _complex(real: object, imag: object) -> Any:
+    return complex(real, imag) if type(real) is float and type(imag) is float else NotImplemented
+
+
+def _encode(text: object, encoding: object = "utf-8") -> Any:
+    """_codecs.encode, by which protocol 2 writes bytes."""
+    if type(text) is not str or encoding not in ("latin1", "latin-1", "utf-8", "ascii"):
+        return NotImplemented
+    return text.encode(encoding)
+
+
+def _numpy_dtype(code: object, *_: object) -> Any:
+    known = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16"}
+    return NumpyDtype(code) if type(code) is str and code in known else NotImplemented
+
+
+def _numpy_scalar(dtype: object, raw: object = None) -> Any:
+    """A NumPy scalar as the plain Python number of the same value."""
+    if type(raw) is str:  # Python 2 bytes that happened to be UTF-8
+        raw = raw.encode()
+    if not isinstance(dtype, NumpyDtype) or type(raw) is not bytes:
+        return NotImplemented
+    order = dtype.order if dtype.order in "<>" else "<"
+    values = np.frombuffer(raw, np.dtype(order + dtype.code))
+    if values.size != 1:
+        raise Malformed(f"a NumPy scalar of {values.size} values")
+    return values[0].item()
+
+
+def _reconstructor(cls: object, *_: object) -> Any:
+    """copyreg._reconstructor: objects of protocols 0 and 1."""
+    return Placeholder(cls.class_name, ()) if isinstance(cls, Placeholder) else NotImplemented
+
+
+# Subclasses of dict that checkpoints carry their settings in: read as plain dicts.
+_DICT_CLASSES = (
+    "builtins.dict",
+    "collections.Counter",
+    "yacs.config.CfgNode",  # the official Swin and SimMIM checkpoints
+    "lightning.fabric.utilities.data.AttributeDict",
+    "lightning_fabric.utilities.data.AttributeDict",
+    "lightning.pytorch.utilities.parsing.AttributeDict",
+    "pytorch_lightning.utilities.parsing.AttributeDict",
+)
+
+# Dotted name -> function called with the arguments; where it returns NotImplemented, a placeholder is made instead.
+_BUILDERS: dict[str, Callable[..., Any]] = {
+    **tensor.BUILDERS,
+    **dict.fromkeys(_DICT_CLASSES, _mapping),
+    "collections.OrderedDict": lambda *args: OrderedDict(_mapping(*args)),
+    "collections.defaultdict": lambda *factory: {},
+    "collections.deque": lambda values=(), *_: _items(values),
+    "builtins.list": lambda values=(): _items(values),
+    "builtins.set": lambda values=(): set(checked(_items(values))),
+    "builtins.frozenset": lambda values=(): frozenset(checked(_items(values))),
+    "builtins.bytes": _bytes,
+    "builtins.bytearray": lambda values=b"": bytearray(_bytes(values)),
+    "builtins.complex": _complex,
+    "_codecs.encode": _encode,
+    "copyreg._reconstructor": _reconstructor,
+    "numpy.dtype": _numpy_dtype,
+    "numpy._core.multiarray.scalar": _numpy_scalar,
+}

@@ -3,7 +3,7 @@
 import math
 import mmap
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,6 +170,14 @@ def _native(raw: np.ndarray, dtype: np.dtype[Any], *, swapped: bool) -> np.ndarr
     return raw.copy() if raw.ctypes.data % dtype.alignment else raw
 
 
+def contiguous_strides(shape: Sequence[int]) -> list[int]:
+    """Strides in elements where the last axis varies fastest; sizes of 0 count as 1, as in torch."""
+    lengths = [1]
+    for size in reversed(shape):
+        lengths.append(lengths[-1] * max(size, 1))
+    return lengths[-2::-1]
+
+
 def make_tensor(
     storage: Any, offset: Any, shape: Any, strides: Any, dtype: str | None = None, metadata: Any = None
 ) -> TorchTensor:
@@ -204,10 +212,6 @@ def make_tensor(
     if size * math.prod(sizes) > max(EXPANSION_BYTES, storage.record.file.size):
         raise Malformed(f"a tensor of shape {list(sizes)} repeats its few stored values to more than the file's size")
     return tensor
-
-
-def _rebuild_tensor(storage: object, offset: object, shape: object, strides: object) -> Any:
-    return make_tensor(storage, offset, shape, strides)
 
 
 def _rebuild_tensor_v2(
@@ -261,7 +265,9 @@ def _device(kind: object, index: object = None) -> Any:
 
 
 BUILDERS: dict[str, Callable[..., Any]] = {
-    "torch._utils._rebuild_tensor": _rebuild_tensor,
+    "torch._utils._rebuild_tensor": lambda storage, offset, shape, strides: make_tensor(
+        storage, offset, shape, strides
+    ),
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor_v2,
     "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
     "torch._utils._rebuild_parameter": _same_tensor,
@@ -275,7 +281,7 @@ BUILDERS: dict[str, Callable[..., Any]] = {
     "torch.serialization._get_layout": lambda name: name if type(name) is str else NotImplemented,
 }
 
-_STORAGES = {
+STORAGES = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",
     "HalfStorage": "float16",
@@ -297,7 +303,7 @@ _STORAGES = {
 CONSTANTS: dict[str, Any] = {
     **{f"torch.{name}": f"torch.{name}" for name in (*NUMPY_DTYPES, *OTHER_SIZES)},
     **{f"torch{gpu}.{name}": StorageType(f"torch.{name}", dtype)
-       for name, dtype in _STORAGES.items() for gpu in ("", ".cuda")},
+       for name, dtype in STORAGES.items() for gpu in ("", ".cuda")},
     **{f"torch.storage.{name}": StorageType(f"torch.storage.{name}", "uint8")
        for name in ("UntypedStorage", "_UntypedStorage")},
 }  # fmt: skip

@@ -1,33 +1,26 @@
 """Files that torch.load reads, written without torch."""
 
 import io
-import os
 import struct
 import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
-from pathlib import Path
+from os import PathLike
 from typing import Any
 
 import numpy as np
 
+from biomass_jax.convert.torch_file.tensor import NUMPY_DTYPES, STORAGES, contiguous_strides
+from biomass_jax.runtime.files import replacing
+
 ALIGNMENT = 64  # of each storage in the file, as torch writes them, so that it can be mapped
 _STORAGE_NAMES = {
-    "float64": "DoubleStorage",
-    "float32": "FloatStorage",
-    "float16": "HalfStorage",
-    "bfloat16": "BFloat16Storage",
-    "int64": "LongStorage",
-    "int32": "IntStorage",
-    "int16": "ShortStorage",
-    "int8": "CharStorage",
-    "uint8": "ByteStorage",
-    "bool": "BoolStorage",
+    dtype: name for name, dtype in STORAGES.items() if dtype in NUMPY_DTYPES and not dtype.startswith("complex")
 }
 
 
-def write(path: str | os.PathLike[str], root: object) -> None:
+def write(path: str | PathLike[str], root: object) -> None:
     """Write `root` as a zip file that `torch.load(path, weights_only=True)` accepts.
 
     Dicts and OrderedDicts keep their class and order; an array that appears twice becomes one storage shared by two
@@ -42,24 +35,15 @@ def write(path: str | os.PathLike[str], root: object) -> None:
         TypeError: for a value or dtype that can't be written; names its place in `root`. Nothing is written then.
         ValueError: for a container that holds itself, or an integer too large.
     """
-    path = Path(path)
     pickler = _Pickler()
     pickle = pickler.dump(root)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                _add(archive, file, "archive/data.pkl", pickle)
-                _add(archive, file, "archive/byteorder", sys.byteorder.encode())
-                for key, array in enumerate(pickler.storages):
-                    native = np.ascontiguousarray(array, array.dtype.newbyteorder("="))
-                    _add(archive, file, f"archive/data/{key}", native.reshape(-1).view(np.uint8).data)
-                _add(archive, file, "archive/version", b"3\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as partial, partial.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
+        _add(archive, file, "archive/data.pkl", pickle)
+        _add(archive, file, "archive/byteorder", sys.byteorder.encode())
+        for key, array in enumerate(pickler.storages):
+            native = np.ascontiguousarray(array, array.dtype.newbyteorder("="))
+            _add(archive, file, f"archive/data/{key}", native.reshape(-1).view(np.uint8).data)
+        _add(archive, file, "archive/version", b"3\n")
 
 
 def _add(archive: zipfile.ZipFile, file: io.BufferedWriter, name: str, data: Any) -> None:
@@ -117,13 +101,18 @@ class _Pickler:
             )
 
     def container(self, value: Any, place: str) -> None:
-        if type(value) is OrderedDict:
-            self.name("collections OrderedDict")
-            self.out.write(b")R(")
-            self.pairs(value, place)
-        elif type(value) is dict:
-            self.out.write(b"}(")
-            self.pairs(value, place)
+        if type(value) in (dict, OrderedDict):
+            if type(value) is OrderedDict:
+                self.name("collections OrderedDict")
+            self.out.write(b"}(" if type(value) is dict else b")R(")
+            for key, item in value.items():
+                if not isinstance(key, str | int | float | None):
+                    raise TypeError(
+                        f"{place}: key {key!r} is a {type(key).__name__}; expected str, int, float, bool or None"
+                    )
+                self.emit(key, place)
+                self.emit(item, f"{place}[{key!r}]")
+            self.out.write(b"u")
         elif type(value) in (list, tuple):
             self.out.write(b"](" if type(value) is list else b"(")
             for index, item in enumerate(value):
@@ -131,16 +120,6 @@ class _Pickler:
             self.out.write(b"e" if type(value) is list else b"t")
         else:
             raise TypeError(f"{place}: a {type(value).__name__}; make it a plain dict, list or tuple first")
-
-    def pairs(self, mapping: dict[Any, Any], place: str) -> None:
-        for key, value in mapping.items():
-            if not isinstance(key, str | int | float | None):
-                raise TypeError(
-                    f"{place}: key {key!r} is a {type(key).__name__}; expected str, int, float, bool or None"
-                )
-            self.emit(key, place)
-            self.emit(value, f"{place}[{key!r}]")
-        self.out.write(b"u")
 
     def integer(self, value: int, place: str) -> None:
         if -(1 << 31) <= value < 1 << 31:
@@ -188,10 +167,7 @@ class _Pickler:
         self.integer(array.size, place)
         self.out.write(b"tQ")
         self.integer(0, place)
-        strides = [1] * array.ndim
-        for axis in range(array.ndim - 2, -1, -1):
-            strides[axis] = strides[axis + 1] * max(array.shape[axis + 1], 1)
-        for numbers in (array.shape, strides):
+        for numbers in (array.shape, contiguous_strides(array.shape)):
             self.out.write(b"(")
             for number in numbers:
                 self.integer(number, place)
