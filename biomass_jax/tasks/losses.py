@@ -77,7 +77,7 @@ def _check(kind: str) -> None:
         raise ValueError(f"unknown loss {kind!r}; expected one of {', '.join(KINDS)}")
 
 
-def simmim_loss_sums(
+def simmim_chip_sums(
     image_zscored: jax.Array,
     reconstruction: jax.Array,
     mask_patch_grid: jax.Array,
@@ -86,7 +86,7 @@ def simmim_loss_sums(
     nodata: jax.Array | None = None,
     normalize_patch: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sum of |target - reconstruction| over masked pixels and bands, and how many values those are.
+    """Sum of |target - reconstruction| over masked pixels of each chip and band, and how many pixels those are.
 
     Args:
         image_zscored: [B, H, W, bands].
@@ -99,32 +99,11 @@ def simmim_loss_sums(
             `patch_statistics`; None for z-scored targets.
 
     Returns:
-        (total, count), float32 scalars. count = masked pixels x bands.
+        (total, count), float32 [B, bands] each.
 
     Raises:
         ValueError: shapes that do not fit each other.
     """
-    total, count = simmim_chip_sums(
-        image_zscored,
-        reconstruction,
-        mask_patch_grid,
-        patch_size=patch_size,
-        nodata=nodata,
-        normalize_patch=normalize_patch,
-    )
-    return total.sum(), count.sum()
-
-
-def simmim_chip_sums(
-    image_zscored: jax.Array,
-    reconstruction: jax.Array,
-    mask_patch_grid: jax.Array,
-    *,
-    patch_size: int,
-    nodata: jax.Array | None = None,
-    normalize_patch: int | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """The sums of `simmim_loss_sums` for each chip and band: (total, count), float32 [B, bands] each."""
     _check_shapes(image_zscored, reconstruction, mask_patch_grid, patch_size, nodata)
     counted = mask_patch_grid.repeat(patch_size, axis=1).repeat(patch_size, axis=2) > 0
     target = image_zscored.astype(jnp.float32)

@@ -225,7 +225,7 @@ EVALUATION = (
     Mutation(
         "means_of_parts_ignored",
         "tests/tasks/test_scores.py::test_parts_merge_in_any_order_and_grouping",
-        in_file(SCORES, (" + shift * shift * (self._n * other._n / total)", "")),
+        in_file(SCORES, (" + shift * shift * (self.n * other.n / total)", "")),
     ),
     Mutation(
         "batches_weigh_alike",
