@@ -7,9 +7,9 @@ d finish / d total times the sum of the parts' gradients of their totals. The me
 import jax
 import jax.numpy as jnp
 
+from biomass_jax.tasks.scores import REFERENCE_EPSILON
+
 KINDS = ("rmse", "mse", "mae", "huber")
-# The reference divides by (number of valid pixels + float32's epsilon) under the root (terratorch 0.99.2).
-EPSILON = 1.19e-7
 # The original adds it to the number of masked pixels, lest none be masked.
 _EPSILON = 1e-5
 # MAE's and Swin's, added to a patch's variance.
@@ -57,7 +57,7 @@ def finish(total: jax.Array, count: jax.Array, kind: str) -> jax.Array:
     if kind != "rmse":
         return total / jnp.maximum(count, 1)
     perfect = total == 0
-    return jnp.where(perfect, 0, jnp.sqrt(jnp.where(perfect, 1, total / (count + EPSILON))))
+    return jnp.where(perfect, 0, jnp.sqrt(jnp.where(perfect, 1, total / (count + REFERENCE_EPSILON))))
 
 
 def _pixel_loss(error: jax.Array, kind: str, huber_delta: float) -> jax.Array:

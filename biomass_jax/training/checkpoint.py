@@ -150,25 +150,11 @@ def export_best(workdir: Path, about: dict[str, Any], state: TrainState, best: d
 
     Args:
         workdir: of the run.
-        about: of `tasks.create.choose`.
+        about: arguments of `bundle.save`, of `tasks.create.choose`.
         state: whose weights (averages where they are on) are the best so far.
         best: {"step", "loss", "scores"}.
     """
     variables = to_host(state.evaluated())
     if jax.process_index() == 0:
-        bundle.save(
-            workdir / BEST,
-            variables,
-            task=about["task"],
-            architecture=about["architecture"],
-            input=about["input"],
-            output=about["output"],
-            training=about["training"] | {"scores": best["scores"], "step": best["step"]},
-            provenance={
-                "source": about["source"],
-                "sha256": about["source_sha256"],
-                "command": about["command"],
-                "versions": bundle.software_versions(),
-            },
-            overwrite=True,
-        )
+        training = about["training"] | {"scores": best["scores"], "step": best["step"]}
+        bundle.save(workdir / BEST, variables, **about | {"training": training}, overwrite=True)

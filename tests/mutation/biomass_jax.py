@@ -77,7 +77,10 @@ LOSS = (
     Mutation(
         "root_of_a_perfect_prediction",
         "tests/tasks/test_losses.py::test_a_perfect_prediction_has_a_zero_gradient",
-        in_file(LOSSES, ("jnp.where(perfect, 1, total / (count + EPSILON))", "total / (count + EPSILON)")),
+        in_file(
+            LOSSES,
+            ("jnp.where(perfect, 1, total / (count + REFERENCE_EPSILON))", "total / (count + REFERENCE_EPSILON)"),
+        ),
     ),
     Mutation(
         "huber_without_its_half",
