@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from biomass_jax.data.sources import Chip
-from biomass_jax.errors import ProfileError
+from biomass_jax.errors import ConfigError
 from biomass_jax.pipeline.batches import Batch
 from biomass_jax.runtime.files import write_text
 
@@ -200,14 +200,14 @@ class Profiler:
         """Read the range; None = no trace.
 
         Raises:
-            ProfileError: not `START:STOP` with 0 <= START < STOP.
+            ConfigError: not `START:STOP` with 0 <= START < STOP.
         """
         self._folder, self._running = folder, False
         self._start = self._stop = -1
         if steps:
             first, colon, last = steps.partition(":")
             if not (colon and first.isdigit() and last.isdigit() and int(first) < int(last)):
-                raise ProfileError(f"config.profile is {steps!r}; expected START:STOP, two numbers of steps, as 10:20")
+                raise ConfigError(f"config.profile is {steps!r}; expected START:STOP, two numbers of steps, as 10:20")
             self._start, self._stop = int(first), int(last)
 
     def after_step(self, step: int) -> None:

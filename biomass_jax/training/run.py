@@ -58,7 +58,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, *, stop: Callable[[], 
         whether the run is finished; False = it was stopped, and can be started again.
 
     Raises:
-        ConfigError, DataError, MeshError, BundleError, CheckpointError, ProfileError: before the first step.
+        ConfigError, DataError, BundleError, CheckpointError: before the first step.
         TrainingError: the loss became NaN or infinite.
     """
     check_fields(config)
@@ -83,7 +83,7 @@ def set_up(config: ConfigDict, workdir: Path, *, command: str) -> Run:
         command: that started it, for provenance.
 
     Raises:
-        ConfigError, DataError, MeshError, BundleError, CheckpointError, ProfileError: see there.
+        ConfigError, DataError, BundleError, CheckpointError: see there.
     """
     profiler = Profiler(config.profile, workdir / "profile")
     mesh = sharding.create_mesh(jax.devices(), **config.mesh)
