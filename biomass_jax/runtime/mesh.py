@@ -72,8 +72,8 @@ def local_placement() -> dict[str, Any]:
     return {"batch_sharding": batch_sharding(mesh), "replicated": replicated(mesh)}
 
 
-def state_shardings(mesh: Mesh, abstract: object) -> Any:
-    """Where each array of a state lies: by the first of `RULES` that fits its path, else by its size.
+def place(mesh: Mesh, abstract: object) -> Any:
+    """Where each array of a state belongs: by the first of `RULES` that fits its path, else by its size.
 
     Without a rule an array of `SMALLEST_SPLIT` numbers or more is split over `fsdp` along its largest divisible
     dimension, a smaller one replicated. An axis that a rule names is split where it is divisible.
@@ -83,20 +83,21 @@ def state_shardings(mesh: Mesh, abstract: object) -> Any:
         abstract: tree of arrays or `jax.ShapeDtypeStruct`.
 
     Returns:
-        tree of `NamedSharding`, of the same structure.
+        tree of `jax.ShapeDtypeStruct` with shardings, of the same structure.
     """
     parts = mesh.shape["fsdp"]
 
-    def place(path: Any, leaf: Any) -> NamedSharding:
+    def placed(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         divisible = [axis for axis, size in enumerate(leaf.shape) if size % parts == 0]
         largest = max(divisible, key=lambda a: leaf.shape[a], default=None)
         axis = next((axis for pattern, axis in RULES if re.search(pattern, name)), largest)
-        if parts == 1 or axis is None or axis not in divisible or math.prod(leaf.shape) < SMALLEST_SPLIT:
-            return replicated(mesh)
-        return NamedSharding(mesh, PartitionSpec(*(None,) * axis, "fsdp"))
+        spec = PartitionSpec()
+        if parts > 1 and axis is not None and axis in divisible and math.prod(leaf.shape) >= SMALLEST_SPLIT:
+            spec = PartitionSpec(*(None,) * axis, "fsdp")
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
-    return jax.tree.map_with_path(place, abstract)
+    return jax.tree.map_with_path(placed, abstract)
 
 
 def bytes_a_device(tree: object) -> int:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from biomass_jax.data.sources import Chip
-from biomass_jax.errors import ConfigError
+from biomass_jax.errors import ConfigError, TrainingError
 from biomass_jax.pipeline.batches import Batch
 from biomass_jax.runtime.files import write_text
 
@@ -22,10 +22,6 @@ log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 AHEAD = 2  # steps that may be under way: more would hold more batches in memory, fewer would leave the device waiting
-
-
-class NotFinite(ArithmeticError):
-    """The loss became NaN or infinite; the message names the step and the batch's chips."""
 
 
 class TrainMetrics:
@@ -49,14 +45,14 @@ class TrainMetrics:
             chips: of this process's part of the batch.
 
         Raises:
-            NotFinite: an earlier step's loss.
+            TrainingError: an earlier step's loss became NaN or infinite; names the step and the batch's chips.
         """
         self._under_way.append((step, metrics, chips))
         while len(self._under_way) > AHEAD:
             self._read()
 
     def flush(self) -> None:
-        """Wait for all steps that are under way; raises `NotFinite`."""
+        """Wait for all steps that are under way; raises `TrainingError`."""
         while self._under_way:
             self._read()
 
@@ -71,7 +67,7 @@ class TrainMetrics:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if not math.isfinite(values["loss"]):
             names = ", ".join(chip.chip_id for chip in chips)
-            raise NotFinite(f"the loss became {values['loss']} at step {step}; the batch's chips: {names}")
+            raise TrainingError(f"the loss became {values['loss']} at step {step}; the batch's chips: {names}")
         self.losses.append(values["loss"])
         self.last = values
 
