@@ -67,7 +67,6 @@ def compile_step(case: Case) -> tuple[Any, Any]:
     from biomass_jax.runtime import mesh as sharding
     from biomass_jax.tasks.create import choose
     from biomass_jax.training.run import plan_steps
-    from biomass_jax.training.state import planned_state
 
     config = run_config(case)
     info = DatasetInfo("synthetic", "train", 0, (SIDE, SIDE, 6), np.dtype(np.int16), -9999.0)
@@ -75,7 +74,7 @@ def compile_step(case: Case) -> tuple[Any, Any]:
     described: Any = _Chips(info)
     task, _ = choose(config, described, None, command="")
     plan = plan_steps(config, task, mesh, total_steps=100_000, steps_per_epoch=1000)
-    state, rows = planned_state(plan.init, plan.shardings), sharding.batch_sharding(mesh)
+    state, rows = plan.state, sharding.batch_sharding(mesh)
     batch = {
         "image": jax.ShapeDtypeStruct((config.batch_size, *info.image_shape), info.image_dtype, sharding=rows),
         "label": jax.ShapeDtypeStruct((config.batch_size, SIDE, SIDE), np.dtype(np.float32), sharding=rows),

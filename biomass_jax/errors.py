@@ -22,12 +22,8 @@ class UsageError(BiomassError):
     """The command line or the config can't be run."""
 
 
-class StorageError(BiomassError):
-    """A path that isn't one of this machine."""
-
-
 class ConfigError(BiomassError):
-    """A config whose fields don't fit each other or the data; the message names the field."""
+    """A config whose fields don't fit each other, the data or the devices; the message names the field."""
 
 
 class BandError(BiomassError):
@@ -74,16 +70,8 @@ class DistributedError(BiomassError):
     """The processes of a run can't be told from the flags and the environment."""
 
 
-class MeshError(BiomassError):
-    """The devices can't be arranged, or a batch can't be split, as asked."""
-
-
 class CheckpointError(BiomassError):
     """A checkpoint that can't be written, or can't be continued from."""
-
-
-class ProfileError(BiomassError):
-    """`config.profile` can't be read."""
 
 
 class TrainingError(BiomassError):

@@ -181,7 +181,7 @@ class SwinFields(nn.Module):
     `shift_single_window`: shift also where the padded map is one window (granite's weights need it; the original, timm
     and SimMIM do not). How a run computes is no part of a model's architecture: `remat` names the stages (0 to 3) whose
     blocks are computed a second time in the backward pass to save memory, `initializer` how fresh weights are drawn
-    (`initialisation.KINDS`).
+    (`torch` or `simmim`, see initialisation.py).
     """
 
     embed_dim: int = 128

@@ -5,11 +5,10 @@ are products with the input transposed first, and some sums are kept in memory; 
 another order. All else here concerns memory and caches.
 """
 
-import contextlib
 import ctypes
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, ParamSpec, TypeVar
 
@@ -50,19 +49,13 @@ def for_training(step: Callable[Arguments, Result]) -> Callable[Arguments, Resul
 
     @functools.wraps(step)
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        with _switched_on():
+        before = _training.set(True)
+        try:
             return step(*args, **kwargs)
+        finally:
+            _training.reset(before)
 
     return run
-
-
-@contextlib.contextmanager
-def _switched_on() -> Iterator[None]:
-    before = _training.set(True)
-    try:
-        yield
-    finally:
-        _training.reset(before)
 
 
 def computed_once(x: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 
-from biomass_jax.errors import StorageError
+from biomass_jax.errors import UsageError
 
 # One slash, too: that is what a Path makes of gs://.
 BUCKET = re.compile(r"^(?P<scheme>[a-z][a-z0-9+.-]+):/+(?P<bucket>[^/]*)/?(?P<rest>.*)$", re.IGNORECASE | re.DOTALL)
@@ -29,7 +29,7 @@ def check_local(path: str | PathLike[str] | None, field: str) -> None:
         field: the flag or the config's field, for the message.
 
     Raises:
-        StorageError: `path` begins with gs://, s3:// or another scheme.
+        UsageError: `path` begins with gs://, s3:// or another scheme.
     """
     found = BUCKET.match(str(path)) if path is not None else None
     if not found:
@@ -43,7 +43,7 @@ def check_local(path: str | PathLike[str] | None, field: str) -> None:
         command = mount.format(bucket=bucket, folder=folder)
         advice = f"mount the bucket: `mkdir -p {folder} && {command}`"
     given = f"{folder}/{rest}".rstrip("/")
-    raise StorageError(
+    raise UsageError(
         f"{field} is {scheme}://{found['bucket']}/{rest}; expected a path of this machine. First {advice}, then give "
         f"{given} (launch/README.md, 'Buckets')"
     )

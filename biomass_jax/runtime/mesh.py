@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from biomass_jax.errors import MeshError
+from biomass_jax.errors import ConfigError
 
 AXES = ("data", "fsdp")
 DeviceMesh = Mesh  # so that others can name the type without naming axes
@@ -43,18 +43,17 @@ def create_mesh(devices: Sequence[jax.Device] | None = None, *, data: int = -1, 
         fsdp: size of the axis over which state is split too; -1 = what `data` leaves.
 
     Raises:
-        MeshError: the sizes don't multiply to the number of devices.
+        ConfigError: the sizes don't multiply to the number of devices.
     """
     devices = jax.local_devices() if devices is None else list(devices)
-    count = len(devices)
-    known = data if fsdp == -1 else fsdp
-    if data == fsdp == -1 or min(data, fsdp) < -1 or 0 in (data, fsdp) or (-1 in (data, fsdp) and count % known):
-        raise MeshError(f"config.mesh: data {data} and fsdp {fsdp} don't fit {count} devices; one of them may be -1")
-    shape = (count // fsdp if data == -1 else data, count // data if fsdp == -1 else fsdp)
-    if shape[0] * shape[1] != count:
-        raise MeshError(f"config.mesh: data {shape[0]} x fsdp {shape[1]} is not the number of devices, {count}")
+    try:
+        grid = np.asarray(devices).reshape(data, fsdp)
+    except ValueError as error:
+        raise ConfigError(
+            f"config.mesh: data {data} x fsdp {fsdp} is not the number of devices, {len(devices)}; one may be -1"
+        ) from error
     # Auto axes: the compiler propagates shardings; Explicit ones break the reshapes of window attention.
-    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 2)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 2)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -73,8 +72,8 @@ def local_placement() -> dict[str, Any]:
     return {"batch_sharding": batch_sharding(mesh), "replicated": replicated(mesh)}
 
 
-def state_shardings(mesh: Mesh, abstract: object) -> Any:
-    """Where each array of a state lies: by the first of `RULES` that fits its path, else by its size.
+def place(mesh: Mesh, abstract: object) -> Any:
+    """Where each array of a state belongs: by the first of `RULES` that fits its path, else by its size.
 
     Without a rule an array of `SMALLEST_SPLIT` numbers or more is split over `fsdp` along its largest divisible
     dimension, a smaller one replicated. An axis that a rule names is split where it is divisible.
@@ -84,20 +83,21 @@ def state_shardings(mesh: Mesh, abstract: object) -> Any:
         abstract: tree of arrays or `jax.ShapeDtypeStruct`.
 
     Returns:
-        tree of `NamedSharding`, of the same structure.
+        tree of `jax.ShapeDtypeStruct` with shardings, of the same structure.
     """
     parts = mesh.shape["fsdp"]
 
-    def place(path: Any, leaf: Any) -> NamedSharding:
+    def placed(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         divisible = [axis for axis, size in enumerate(leaf.shape) if size % parts == 0]
         largest = max(divisible, key=lambda a: leaf.shape[a], default=None)
         axis = next((axis for pattern, axis in RULES if re.search(pattern, name)), largest)
-        if parts == 1 or axis is None or axis not in divisible or math.prod(leaf.shape) < SMALLEST_SPLIT:
-            return replicated(mesh)
-        return NamedSharding(mesh, PartitionSpec(*(None,) * axis, "fsdp"))
+        spec = PartitionSpec()
+        if parts > 1 and axis is not None and axis in divisible and math.prod(leaf.shape) >= SMALLEST_SPLIT:
+            spec = PartitionSpec(*(None,) * axis, "fsdp")
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
-    return jax.tree.map_with_path(place, abstract)
+    return jax.tree.map_with_path(placed, abstract)
 
 
 def bytes_a_device(tree: object) -> int:
@@ -135,11 +135,11 @@ def check_batch(mesh: Mesh, batch_size: int, accumulation: int = 1) -> None:
     """Refuse a global batch that doesn't split evenly over devices and micro-batches.
 
     Raises:
-        MeshError: what was found and what would fit.
+        ConfigError: what was found and what would fit.
     """
     parts = mesh.size * accumulation
     if batch_size % parts:
-        raise MeshError(
+        raise ConfigError(
             f"config.batch_size is {batch_size}; expected a multiple of {parts} "
             f"({mesh.size} devices x {accumulation} micro-batches)"
         )

@@ -196,38 +196,29 @@ def _number(environment: Mapping[str, str], name: str, *, default: int = 1) -> i
     return int(text)
 
 
-def agree_to_stop(flag: bool) -> bool:
-    """Whether any process wants to stop: the same answer in all of them, which must all ask at the same point.
-
-    Waits for the steps that were given to the devices before.
-    """
-    import jax
-    from jax.experimental import multihost_utils
-
-    if jax.process_count() == 1:
-        return flag
-    return bool(np.any(multihost_utils.process_allgather(np.asarray([flag]))))
-
-
 class Together:
     """`stop` of all processes: to be asked after each step, and true at the same step in each of them.
 
-    Every `STOP_EVERY` steps the processes ask each other; a process that is alone is heard at once.
+    Every `STOP_EVERY` steps the processes ask each other, which waits for the steps that were given to the devices
+    before; a process that is alone is heard at once.
     """
 
-    def __init__(self, stop: Callable[[], bool], *, every: int = STOP_EVERY) -> None:
+    def __init__(self, stop: Callable[[], bool]) -> None:
         """Take this process's own `stop`, which stays true once it was."""
-        self._stop, self._every, self._asked = stop, every, 0
+        self._stop, self._asked = stop, 0
 
     def __call__(self) -> bool:
         """Ask; every process must ask equally often."""
         import jax
+        from jax.experimental import multihost_utils
 
         wanted = self._stop()
         if jax.process_count() == 1:
             return wanted
         self._asked += 1
-        return agree_to_stop(wanted) if self._asked % self._every == 0 else False
+        if self._asked % STOP_EVERY:
+            return False
+        return bool(np.any(multihost_utils.process_allgather(np.asarray([wanted]))))
 
 
 def finish() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from biomass_jax.bundle import Bundle
+from biomass_jax.bundle import Bundle, software_versions
 from biomass_jax.data import bands, sources
 from biomass_jax.errors import ConfigError
 from biomass_jax.models.build import architecture_of, build_module
@@ -35,7 +35,7 @@ def choose(
         command: that started the run.
 
     Returns:
-        the task, and the entries of an exported bundle that are known before training.
+        the task, and the arguments of `bundle.save` that are known before training.
 
     Raises:
         ConfigError: fields that don't fit.
@@ -46,16 +46,11 @@ def choose(
     )
     log.info("statistics (%s): means %s, stds %s", kind, np.round(means, 1), np.round(stds, 1))
     statistics = InputStatistics(train.info.fill, means, stds)
-    task: Task
-    if config.mode == "pretrain":
-        kind = "simmim"
-        task, output = pretraining(config, statistics, train, loaded)
-    else:
-        kind = "biomass"
-        task, output = regression(config, statistics, train, loaded)
+    make = pretraining if config.mode == "pretrain" else regression
+    task, output = make(config, statistics, train, loaded)
     info = train.info
     about = {
-        "task": kind,
+        "task": "simmim" if config.mode == "pretrain" else "biomass",
         "architecture": architecture_of(task.module),
         "input": {
             "bands": list(bands.BAND_NAMES),
@@ -68,9 +63,12 @@ def choose(
         },
         "output": output,
         "training": {"dataset": str(info.path), "season": info.season},
-        "source": str(config.init_from or "trained from random weights"),
-        "source_sha256": loaded.weights_sha256 if loaded else None,
-        "command": command,
+        "provenance": {
+            "source": str(config.init_from or "trained from random weights"),
+            "sha256": loaded.weights_sha256 if loaded else None,
+            "command": command,
+            "versions": software_versions(),
+        },
     }
     return task, about
 
@@ -120,10 +118,10 @@ def choose_statistics(
 
 def regression(
     config: ConfigDict, statistics: InputStatistics, train: sources.Source, loaded: Bundle | None
-) -> tuple[Regression, dict[str, Any]]:
+) -> tuple[Task, dict[str, Any]]:
     """Fine-tuning: the task, and `output` of its bundles."""
     module = build_module("biomass", architecture(config, "biomass", loaded), config.dtype, remat=config.model.remat)
-    group, reference = config.augment, config.reference
+    augment, reference = config.augment.to_dict(), config.reference
     if reference and config.loss != "rmse":
         raise ConfigError(f"config.reference with config.loss={config.loss}: the reference's loss is rmse")
     if reference:
@@ -141,14 +139,6 @@ def regression(
             "labels kept on no-data, weight decay on every parameter, val/loss as the mean over batches",
             REFERENCE_DEGREES,
         )
-    else:
-        augment = {
-            "flip": group.flip,
-            "turn": group.turn,
-            "rotate_degrees": group.rotate_degrees,
-            "rotate_probability": group.rotate_probability,
-            "rotate_label_fill": group.rotate_label_fill,
-        }
     task = Regression(
         module=module,
         statistics=statistics,
@@ -165,7 +155,7 @@ def regression(
 
 def pretraining(
     config: ConfigDict, statistics: InputStatistics, train: sources.Source, loaded: Bundle | None
-) -> tuple[Pretraining, dict[str, Any]]:
+) -> tuple[Task, dict[str, Any]]:
     """Pretraining: the task, and `output` of its bundles."""
     fields = architecture(config, "simmim", loaded)
     module = build_module("simmim", fields, config.dtype, remat=config.model.remat)
@@ -195,8 +185,6 @@ def architecture(config: ConfigDict, task: str, loaded: Bundle | None) -> dict[s
     Of a bundle of another task, or with `load='encoder'`, only the encoder's fields count.
     """
     group = config.model
-    if group.variant not in VARIANTS:
-        raise ConfigError(f"config.model.variant is {group.variant!r}; expected one of {', '.join(VARIANTS)}")
     fields: dict[str, Any] = dict(VARIANTS[group.variant])
     if loaded is not None:
         whole = config.load == "all" and loaded.task == task

@@ -7,9 +7,9 @@ d finish / d total times the sum of the parts' gradients of their totals. The me
 import jax
 import jax.numpy as jnp
 
+from biomass_jax.tasks.scores import REFERENCE_EPSILON
+
 KINDS = ("rmse", "mse", "mae", "huber")
-# The reference divides by (number of valid pixels + float32's epsilon) under the root (terratorch 0.99.2).
-EPSILON = 1.19e-7
 # The original adds it to the number of masked pixels, lest none be masked.
 _EPSILON = 1e-5
 # MAE's and Swin's, added to a patch's variance.
@@ -57,7 +57,7 @@ def finish(total: jax.Array, count: jax.Array, kind: str) -> jax.Array:
     if kind != "rmse":
         return total / jnp.maximum(count, 1)
     perfect = total == 0
-    return jnp.where(perfect, 0, jnp.sqrt(jnp.where(perfect, 1, total / (count + EPSILON))))
+    return jnp.where(perfect, 0, jnp.sqrt(jnp.where(perfect, 1, total / (count + REFERENCE_EPSILON))))
 
 
 def _pixel_loss(error: jax.Array, kind: str, huber_delta: float) -> jax.Array:
@@ -77,7 +77,7 @@ def _check(kind: str) -> None:
         raise ValueError(f"unknown loss {kind!r}; expected one of {', '.join(KINDS)}")
 
 
-def simmim_loss_sums(
+def simmim_chip_sums(
     image_zscored: jax.Array,
     reconstruction: jax.Array,
     mask_patch_grid: jax.Array,
@@ -86,7 +86,7 @@ def simmim_loss_sums(
     nodata: jax.Array | None = None,
     normalize_patch: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sum of |target - reconstruction| over masked pixels and bands, and how many values those are.
+    """Sum of |target - reconstruction| over masked pixels of each chip and band, and how many pixels those are.
 
     Args:
         image_zscored: [B, H, W, bands].
@@ -99,32 +99,11 @@ def simmim_loss_sums(
             `patch_statistics`; None for z-scored targets.
 
     Returns:
-        (total, count), float32 scalars. count = masked pixels x bands.
+        (total, count), float32 [B, bands] each.
 
     Raises:
         ValueError: shapes that do not fit each other.
     """
-    total, count = simmim_chip_sums(
-        image_zscored,
-        reconstruction,
-        mask_patch_grid,
-        patch_size=patch_size,
-        nodata=nodata,
-        normalize_patch=normalize_patch,
-    )
-    return total.sum(), count.sum()
-
-
-def simmim_chip_sums(
-    image_zscored: jax.Array,
-    reconstruction: jax.Array,
-    mask_patch_grid: jax.Array,
-    *,
-    patch_size: int,
-    nodata: jax.Array | None = None,
-    normalize_patch: int | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """The sums of `simmim_loss_sums` for each chip and band: (total, count), float32 [B, bands] each."""
     _check_shapes(image_zscored, reconstruction, mask_patch_grid, patch_size, nodata)
     counted = mask_patch_grid.repeat(patch_size, axis=1).repeat(patch_size, axis=2) > 0
     target = image_zscored.astype(jnp.float32)

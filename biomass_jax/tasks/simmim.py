@@ -13,7 +13,7 @@ from biomass_jax import figures
 from biomass_jax.data import bands
 from biomass_jax.pipeline import augment as transforms
 from biomass_jax.tasks.base import Arrays, InputStatistics, first_chips, model_keys
-from biomass_jax.tasks.losses import patch_statistics, simmim_chip_sums, simmim_finish, simmim_loss_sums
+from biomass_jax.tasks.losses import patch_statistics, simmim_chip_sums, simmim_finish
 
 
 def block_mask(
@@ -113,21 +113,19 @@ class Pretraining:
     def loss_sums(self, variables: Arrays, inputs: Arrays, key: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
         """See `Task`; sums over masked pixels and bands."""
         painted = self.module.apply(variables, inputs["image"], inputs["mask"], train=True, rngs=model_keys(key))
-        total, count = simmim_loss_sums(
-            inputs["image"], painted, inputs["mask"], **self._loss_options(inputs["nodata"])
-        )
-        return total, count, variables["batch_stats"]
+        total, count = self._chip_sums(inputs, painted)
+        return total.sum(), count.sum(), variables["batch_stats"]
 
     def finish(self, total: jax.Array, count: jax.Array) -> jax.Array:
         """See `Task`."""
         return simmim_finish(total, count, bands=self.module.in_channels)
 
     def evaluate(self, variables: Arrays, batch: Arrays, number: jax.Array) -> tuple[Arrays, Arrays]:
-        """{"total", "count"}: float32 [B, 6], sums over each chip's masked pixels by band."""
-        inputs, painted = self.reconstruct(variables, batch, number)
-        total, count = simmim_chip_sums(
-            inputs["image"], painted, inputs["mask"], **self._loss_options(inputs["nodata"])
-        )
+        """{"total", "count"}: float32 [B, 6], sums over each whole chip's masked pixels by band."""
+        image, _, nodata = transforms.clean(batch["image"], batch["label"], fill=self.statistics.fill)
+        inputs = self._masked(image, nodata, jax.random.fold_in(jax.random.key(self.seed), number))
+        painted = self.module.apply(variables, inputs["image"], inputs["mask"])
+        total, count = self._chip_sums(inputs, painted)
         if self.normalize_targets:  # back to z-scores, for the picture
             mean, std = patch_statistics(inputs["image"], self.mask_patch_size, inputs["nodata"])
             painted = painted * std + mean
@@ -143,12 +141,6 @@ class Pretraining:
         ]
         return figures.reconstructions(panels, bands=bands.BAND_NAMES, title="Validation chips")
 
-    def reconstruct(self, variables: Arrays, batch: Arrays, number: jax.Array) -> tuple[Arrays, jax.Array]:
-        """Whole chips with the masks of validation, and what the model paints: float32 [B, H, W, 6], z-scores."""
-        image, _, nodata = transforms.clean(batch["image"], batch["label"], fill=self.statistics.fill)
-        inputs = self._masked(image, nodata, jax.random.fold_in(jax.random.key(self.seed), number))
-        return inputs, self.module.apply(variables, inputs["image"], inputs["mask"])
-
     def scorer(self) -> "PretrainingScorer":
         """See `Task`."""
         return PretrainingScorer()
@@ -161,12 +153,15 @@ class Pretraining:
         image = transforms.normalize(image, self.statistics.means, self.statistics.stds)
         return {"image": image, "nodata": nodata, "mask": mask}
 
-    def _loss_options(self, nodata: jax.Array) -> dict[str, Any]:
-        return {
-            "patch_size": self.module.patch_size,
-            "nodata": nodata if self.skip_nodata else None,
-            "normalize_patch": self.mask_patch_size if self.normalize_targets else None,
-        }
+    def _chip_sums(self, inputs: Arrays, painted: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return simmim_chip_sums(
+            inputs["image"],
+            painted,
+            inputs["mask"],
+            patch_size=self.module.patch_size,
+            nodata=inputs["nodata"] if self.skip_nodata else None,
+            normalize_patch=self.mask_patch_size if self.normalize_targets else None,
+        )
 
 
 class PretrainingScorer:

@@ -12,7 +12,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from biomass_jax import bundle
 from biomass_jax.errors import CheckpointError
 from biomass_jax.runtime.processes import to_host
-from biomass_jax.training.state import TrainState, abstract_state
+from biomass_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
 FIGURES = "figures"
@@ -93,7 +93,7 @@ class Checkpoints:
         self._manager.save(host.step, args=args, metrics=None if loss is None else {LOSS: loss}, force=True)
 
     def restore(self, state: TrainState, *, step: int) -> tuple[TrainState, HostState]:
-        """Read a checkpoint into the shapes and places of `state`.
+        """Read a checkpoint into the shapes and places of `state`, which may be a planned one.
 
         Raises:
             CheckpointError: it doesn't fit, since the config changed.
@@ -106,9 +106,7 @@ class Checkpoints:
             if stored != wanted:
                 name = min(name for name in {*stored, *wanted} if stored.get(name) != wanted.get(name))
                 raise ValueError(f"{name}: found {stored.get(name, 'none')}, expected {wanted.get(name, 'none')}")
-            args = ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract_state(state)), host=ocp.args.JsonRestore()
-            )
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(state), host=ocp.args.JsonRestore())
             restored = self._manager.restore(step, args=args)
         except (ValueError, KeyError, TypeError) as error:
             first = str(error).strip().splitlines()[0][:300]
@@ -150,25 +148,11 @@ def export_best(workdir: Path, about: dict[str, Any], state: TrainState, best: d
 
     Args:
         workdir: of the run.
-        about: of `tasks.create.choose`.
+        about: arguments of `bundle.save`, of `tasks.create.choose`.
         state: whose weights (averages where they are on) are the best so far.
         best: {"step", "loss", "scores"}.
     """
     variables = to_host(state.evaluated())
     if jax.process_index() == 0:
-        bundle.save(
-            workdir / BEST,
-            variables,
-            task=about["task"],
-            architecture=about["architecture"],
-            input=about["input"],
-            output=about["output"],
-            training=about["training"] | {"scores": best["scores"], "step": best["step"]},
-            provenance={
-                "source": about["source"],
-                "sha256": about["source_sha256"],
-                "command": about["command"],
-                "versions": bundle.software_versions(),
-            },
-            overwrite=True,
-        )
+        training = about["training"] | {"scores": best["scores"], "step": best["step"]}
+        bundle.save(workdir / BEST, variables, **about | {"training": training}, overwrite=True)

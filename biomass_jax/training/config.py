@@ -12,27 +12,13 @@ _FROM_0, _FROM_1, _ABOVE_0 = Range(0), Range(1), Range(0, ends="()")
 
 
 @dataclasses.dataclass
-class EveryRun:
-    """Fields of every run."""
-
-    mode: str | None = setting(None, "what `main` runs")
-    batch_size: int | None = setting(None, "chips a step, over all devices together", within=_FROM_1)
-    dtype: str = setting(
-        "float32",
-        "or bfloat16, inside the model; weights, loss and statistics stay float32",
-        choices=("float32", "bfloat16"),
-    )
-    matmul_precision: str = setting(
-        "default", "default, high, highest: of float32 products, as JAX has it", choices=("default", "high", "highest")
-    )
-
-
-@dataclasses.dataclass
 class ModelSettings:
     """The encoder. A field that is not given comes from the bundle of `init_from`, else from the variant."""
 
     variant: str = setting(
-        "swin_b", "swin_t, swin_s, swin_b, swin_l; fields that are given below, and those of `init_from`, go before it"
+        "swin_b",
+        "swin_t, swin_s, swin_b, swin_l; fields that are given below, and those of `init_from`, go before it",
+        choices="biomass_jax.models.swin:VARIANTS",
     )
     embed_dim: int | None = setting(None, "channels of the first stage")
     depths: tuple[int, ...] | None = setting(None, "blocks of each stage")
@@ -170,11 +156,12 @@ class CropSettings:
 class MeshSettings:
     """The devices."""
 
-    data: int = setting(-1, "devices over which the batch is split; -1 = what `fsdp` leaves")
+    data: int = setting(-1, "devices over which the batch is split; -1 = what `fsdp` leaves", within=Range(-1))
     fsdp: int = setting(
         1,
         "devices over which weights and optimiser state are split too; on several devices a run first says what lies "
         "where",
+        within=Range(-1),
     )
 
 
@@ -187,9 +174,19 @@ class CheckpointSettings:
 
 
 @dataclasses.dataclass
-class Training(EveryRun):
+class Training:
     """Fields of every training run."""
 
+    mode: str | None = setting(None, "what `main` runs")
+    batch_size: int | None = setting(None, "chips a step, over all devices together", within=_FROM_1)
+    dtype: str = setting(
+        "float32",
+        "or bfloat16, inside the model; weights, loss and statistics stay float32",
+        choices=("float32", "bfloat16"),
+    )
+    matmul_precision: str = setting(
+        "default", "default, high, highest: of float32 products, as JAX has it", choices=("default", "high", "highest")
+    )
     seed: int = setting(42, "of weights, the order of chips, augmentation, drop path", within=_FROM_0)
     epochs: int | None = setting(
         None,

@@ -18,7 +18,7 @@ from biomass_jax.runtime.progress import duration
 from biomass_jax.tasks.base import Task
 from biomass_jax.training import plateau
 from biomass_jax.training.checkpoint import FIGURES, LOSS, Checkpoints, HostState, export_best
-from biomass_jax.training.monitor import Clock, NotFinite, Profiler, TrainMetrics, Writer
+from biomass_jax.training.monitor import Clock, Profiler, TrainMetrics, Writer
 from biomass_jax.training.state import TrainState
 from biomass_jax.training.steps import Steps, compiled
 
@@ -27,14 +27,17 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class Run:
-    """Everything that the loop works with.
+    """One run from where it stands to its end.
+
+    At an epoch's end: validate, move the counters (plateau, early stopping, best), save, write the line, export the
+    best. A run that was killed between two of these does the rest when it is started again.
 
     Attributes:
         workdir: where the run writes.
         task: what is learnt.
-        about: entries of an exported bundle that are known before training.
+        about: arguments of `bundle.save` that are known before training.
         steps: compiled functions.
-        state: fresh, loaded or restored.
+        state: fresh, loaded or restored; then the newest.
         host: what is saved with the state.
         feed: batches.
         checkpoints: of the run.
@@ -65,9 +68,9 @@ class Run:
     save_every: int
     draw_every: int
 
-    def draws(self, epoch: int, step: int) -> bool:
-        """Whether the validation after so many epochs and steps makes a picture."""
-        return self.draw_every > 0 and (epoch % self.draw_every == 0 or step == self.total_steps)
+    def __post_init__(self) -> None:
+        self.metrics, self.clock = TrainMetrics(self.host.window), Clock()
+        self._compiled: Any = None
 
     def close(self) -> None:
         """Finish writing everything."""
@@ -75,33 +78,16 @@ class Run:
         self.checkpoints.close()
         self.writer.close()
 
-
-class Loop:
-    """One run from where it stands to its end.
-
-    At an epoch's end: validate, move the counters (plateau, early stopping, best), save, write the line, export the
-    best. A run that was killed between two of these does the rest when it is started again.
-    """
-
-    def __init__(self, run: Run, *, stop: Callable[[], bool]) -> None:
-        """Take over a run that is set up.
-
-        Args:
-            run: see `Run`.
-            stop: whether to save and leave; asked after each step.
-        """
-        self.run, self.stop = run, stop
-        self.state, self.host = run.state, run.host
-        self._compiled: Any = None
-        self.metrics, self.clock = TrainMetrics(self.host.window), Clock()
-
     @property
     def step(self) -> int:
         """Steps taken."""
         return self.host.step
 
-    def fit(self) -> bool:
+    def fit(self, stop: Callable[[], bool]) -> bool:
         """Train to the end.
+
+        Args:
+            stop: whether to save and leave; asked after each step.
 
         Returns:
             whether the run is finished; False = it was stopped, and can be started again.
@@ -109,46 +95,44 @@ class Loop:
         Raises:
             TrainingError: the loss isn't finite any more.
         """
-        run = self.run
         self._finish_epoch()
-        batches = run.feed.batches(start=self.step)
+        batches = self.feed.batches(start=self.step)
         self.clock.restart()
         while not self._done():
             batch = self.clock.next(batches)
             try:
                 self._train(batch)
-            except NotFinite as error:
-                last = run.checkpoints.latest
-                good = f"{run.checkpoints.folder}/step_{last}" if last is not None else "none"
+            except TrainingError as error:
+                last = self.checkpoints.latest
+                good = f"{self.checkpoints.folder}/step_{last}" if last is not None else "none"
                 raise TrainingError(f"{error}. The last good checkpoint: {good}") from error
-            if self.stop() and not self._done():
+            if stop() and not self._done():
                 log.info("stopping at step %d: saving", self.step)
                 self._flush()
                 self._save(None)
-                run.checkpoints.wait()
+                self.checkpoints.wait()
                 return False
-        run.checkpoints.wait()
+        self.checkpoints.wait()
         return True
 
     def _train(self, batch: pipeline.Batch) -> None:
         """One step and whatever is due after it, in this order."""
-        run = self.run
         if self._compiled is None:
-            self._compiled = compiled(run.steps.train, self.state, batch.arrays)
+            self._compiled = compiled(self.steps.train, self.state, batch.arrays)
         with jax.transfer_guard("disallow"):  # everything is where the step wants it, or was put there on purpose
             self.state, metrics = self._compiled(self.state, batch.arrays)
         self.host.step += 1
         self.metrics.add(self.step, metrics, batch.chips)
-        self.clock.step(run.batch_size)
-        run.profiler.after_step(self.step)
-        last = self.step == run.total_steps
-        if self.step % run.log_every == 0 or last:
+        self.clock.step(self.batch_size)
+        self.profiler.after_step(self.step)
+        last = self.step == self.total_steps
+        if self.step % self.log_every == 0 or last:
             self._flush()
             self._log()
-        if self.step % run.steps_per_epoch == 0 or last:
+        if self.step % self.steps_per_epoch == 0 or last:
             self._flush()
             self._end_epoch()
-        elif run.save_every and self.step % run.save_every == 0:
+        elif self.save_every and self.step % self.save_every == 0:
             self._flush()
             self._save(None)
 
@@ -160,13 +144,13 @@ class Loop:
         """The line of the window that ends here."""
         mean, last = self.metrics.mean(), self.metrics.last
         self.host.window = []
-        perf = self.clock.read(self.run.total_steps - self.step)
+        perf = self.clock.read(self.total_steps - self.step)
         values = {"train/loss": mean} | {f"train/{name}": last[name] for name in last if name != "loss"}
-        self.run.writer.write(self.step, values | perf)
+        self.writer.write(self.step, values | perf)
         log.info(
             "step %d of %d: loss %.4g, %.1f chips/s, %.1f %% waiting for data, %s left",
             self.step,
-            self.run.total_steps,
+            self.total_steps,
             mean,
             perf["perf/chips_per_s"],
             100 * perf["perf/waiting"],
@@ -176,13 +160,12 @@ class Loop:
     def _end_epoch(self) -> None:
         """Validate, counters, save; the rest is `_finish_epoch`."""
         host = self.host
-        results = self.validate(picture=self.run.draws(host.epoch + 1, self.step))
+        draws = self.draw_every > 0 and ((host.epoch + 1) % self.draw_every == 0 or self.step == self.total_steps)
+        results = self.validate(picture=draws)
         loss = results[LOSS]
         if host.plateau is not None:
             host.plateau = plateau.plateau_step(host.plateau, loss)
-            rate = np.float32(host.plateau["lr"])
-            placed = jax.device_put(rate, self.state.learning_rate.sharding)
-            self.state = dataclasses.replace(self.state, learning_rate=placed)
+            self.state = self.state.with_learning_rate(host.plateau["lr"])
         if host.early_stop is not None:
             host.early_stop = plateau.early_stop_step(host.early_stop, loss)
         if host.best is None or loss < host.best["loss"]:
@@ -195,11 +178,11 @@ class Loop:
 
     def _finish_epoch(self) -> None:
         """Write the line of the epoch that ended at this step, and export the state if it is the best so far."""
-        run, host = self.run, self.host
+        host = self.host
         if host.line is None:
             return
         line, host.line = host.line, None
-        run.writer.write(self.step, line)
+        self.writer.write(self.step, line)
         best = host.best if host.best is not None and host.best["step"] == self.step else None
         log.info(
             "epoch %d, step %d: %s%s",
@@ -209,15 +192,15 @@ class Loop:
             ", the best so far" if best else "",
         )
         if best:
-            run.checkpoints.wait()
-            export_best(run.workdir, run.about, self.state, best)
+            self.checkpoints.wait()
+            export_best(self.workdir, self.about, self.state, best)
 
     def validate(self, *, picture: bool = False) -> dict[str, Any]:
         """Scores of the validation split, each chip counting once; and a picture of its first chips."""
-        run, scorer = self.run, self.run.task.scorer()
+        scorer = self.task.scorer()
         variables = self.state.evaluated()
-        for number, batch in enumerate(run.feed.validation()):
-            outputs, shown = run.steps.evaluate(variables, batch.arrays, np.int32(number))
+        for number, batch in enumerate(self.feed.validation()):
+            outputs, shown = self.steps.evaluate(variables, batch.arrays, np.int32(number))
             if number == 0 and picture:
                 self._draw(jax.device_get(shown), batch.chips)
             scorer.add(jax.tree.map(local_rows, outputs), local_rows(batch.arrays["valid"]))
@@ -227,18 +210,16 @@ class Loop:
         """A picture in TensorBoard and in `figures/`, the newest in place of the one before."""
         if jax.process_index() == 0:
             titles = [chip.chip_id for chip in chips if chip.chip_id][: len(next(iter(shown.values())))]
-            figure = self.run.task.figure(shown, titles)
-            self.run.writer.figure(self.step, "validation", figures.to_array(figure))
-            folder = self.run.workdir / FIGURES
+            figure = self.task.figure(shown, titles)
+            self.writer.figure(self.step, "validation", figures.to_array(figure))
+            folder = self.workdir / FIGURES
             folder.mkdir(exist_ok=True)
             figures.save(folder / "validation.png", figure)
 
     def _save(self, loss: float | None) -> None:
-        if self.step != self.run.checkpoints.latest:
-            self.run.checkpoints.save(self.state, self.host, loss=loss)
+        if self.step != self.checkpoints.latest:
+            self.checkpoints.save(self.state, self.host, loss=loss)
 
     def _done(self) -> bool:
         early = self.host.early_stop
-        if early is not None and early["stop"]:
-            return True
-        return self.step >= self.run.total_steps
+        return self.step >= self.total_steps or (early is not None and early["stop"])

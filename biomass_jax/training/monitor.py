@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from biomass_jax.data.sources import Chip
-from biomass_jax.errors import ProfileError
+from biomass_jax.errors import ConfigError, TrainingError
 from biomass_jax.pipeline.batches import Batch
 from biomass_jax.runtime.files import write_text
 
@@ -22,10 +22,6 @@ log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 AHEAD = 2  # steps that may be under way: more would hold more batches in memory, fewer would leave the device waiting
-
-
-class NotFinite(ArithmeticError):
-    """The loss became NaN or infinite; the message names the step and the batch's chips."""
 
 
 class TrainMetrics:
@@ -49,14 +45,14 @@ class TrainMetrics:
             chips: of this process's part of the batch.
 
         Raises:
-            NotFinite: an earlier step's loss.
+            TrainingError: an earlier step's loss became NaN or infinite; names the step and the batch's chips.
         """
         self._under_way.append((step, metrics, chips))
         while len(self._under_way) > AHEAD:
             self._read()
 
     def flush(self) -> None:
-        """Wait for all steps that are under way; raises `NotFinite`."""
+        """Wait for all steps that are under way; raises `TrainingError`."""
         while self._under_way:
             self._read()
 
@@ -71,7 +67,7 @@ class TrainMetrics:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if not math.isfinite(values["loss"]):
             names = ", ".join(chip.chip_id for chip in chips)
-            raise NotFinite(f"the loss became {values['loss']} at step {step}; the batch's chips: {names}")
+            raise TrainingError(f"the loss became {values['loss']} at step {step}; the batch's chips: {names}")
         self.losses.append(values["loss"])
         self.last = values
 
@@ -200,14 +196,14 @@ class Profiler:
         """Read the range; None = no trace.
 
         Raises:
-            ProfileError: not `START:STOP` with 0 <= START < STOP.
+            ConfigError: not `START:STOP` with 0 <= START < STOP.
         """
         self._folder, self._running = folder, False
         self._start = self._stop = -1
         if steps:
             first, colon, last = steps.partition(":")
             if not (colon and first.isdigit() and last.isdigit() and int(first) < int(last)):
-                raise ProfileError(f"config.profile is {steps!r}; expected START:STOP, two numbers of steps, as 10:20")
+                raise ConfigError(f"config.profile is {steps!r}; expected START:STOP, two numbers of steps, as 10:20")
             self._start, self._stop = int(first), int(last)
 
     def after_step(self, step: int) -> None:

@@ -4,6 +4,7 @@ What validation decides about the rate is in plateau.py. The optimiser gives dir
 that one compiled step serves every rate: new p = p - lr * u (`apply_updates`).
 """
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -13,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from biomass_jax.errors import ConfigError
 
 SCHEDULES = ("constant", "plateau", "cosine", "multistep")
 
@@ -55,14 +58,17 @@ def create_schedule(
         gamma: factor at each milestone.
 
     Raises:
-        ValueError: unknown kind, a warm-up that outlasts the cosine or a milestone, or milestones that do not increase.
+        ConfigError: a warm-up that outlasts the cosine or a milestone, or milestones that do not increase.
     """
-    if kind not in SCHEDULES:
-        raise ValueError(f"unknown schedule {kind!r}; expected one of {', '.join(SCHEDULES)}")
     if kind == "cosine" and not warmup_steps < total_steps:
-        raise ValueError(f"cosine schedule: the warm-up of {warmup_steps} steps must be shorter than all {total_steps}")
-    if kind == "multistep" and not _increasing([warmup_steps - 1, *milestones]):
-        raise ValueError(f"multistep schedule: milestones {list(milestones)} must increase from {warmup_steps} on")
+        raise ConfigError(
+            f"config.schedule: cosine schedule: the warm-up of {warmup_steps} steps must be shorter than all "
+            f"{total_steps}"
+        )
+    if kind == "multistep" and any(low >= high for low, high in itertools.pairwise([warmup_steps - 1, *milestones])):
+        raise ConfigError(
+            f"config.schedule: multistep schedule: milestones {list(milestones)} must increase from {warmup_steps} on"
+        )
 
     def schedule(step: jax.Array | int) -> jax.Array:
         t = jnp.asarray(step, jnp.float32)
@@ -82,40 +88,33 @@ def create_schedule(
     return schedule
 
 
-def _increasing(values: Sequence[int]) -> bool:
-    return all(low < high for low, high in zip(values, values[1:], strict=False))
-
-
 def create_optimizer(
     params: Tree,
     *,
     weight_decay: float,
     decay: str = "weights",
     betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
     clip_norm: float | None = None,
     layer_decay: float = 1.0,
     freeze: Sequence[str] = (),
 ) -> optax.GradientTransformation:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) as torch computes it, without the learning rate.
 
-    u = scale * (mhat / (sqrt(vhat) + eps) + weight_decay * p), the decay where `decay_mask` says so.
+    u = scale * (mhat / (sqrt(vhat) + 1e-8) + weight_decay * p), the decay where `decay_mask` says so.
 
     Args:
         params: the model's parameters or their shapes; only names are read.
         weight_decay: per unit of learning rate.
         decay: see `decay_mask`.
         betas: decay of the first and second moments.
-        eps: added to the root of the second moment.
         clip_norm: the gradients' global norm, over what is trained, is cut to this first; None for no limit.
         layer_decay: see `layer_scales`.
         freeze: see `trainable_mask`. What is frozen has no moments, and its update is exactly 0.
 
     Raises:
-        ValueError: see `decay_mask` and `trainable_mask`.
+        ConfigError: see `trainable_mask`.
     """
-    _check_decay(decay)
-    steps = [optax.scale_by_adam(*betas, eps=eps), optax.add_decayed_weights(weight_decay, lambda p: _decays(p, decay))]
+    steps = [optax.scale_by_adam(*betas), optax.add_decayed_weights(weight_decay, lambda p: decay_mask(p, decay))]
     if clip_norm is not None:
         steps.insert(0, optax.clip_by_global_norm(clip_norm))
     if layer_decay != 1.0:
@@ -138,12 +137,8 @@ def decay_mask(params: Tree, decay: str) -> Tree:
     Args:
         params: the model's parameters or their shapes.
         decay: `weights` leaves out norms, biases, bias tables and the mask token; `all` (the reference) nothing.
-
-    Raises:
-        ValueError: unknown `decay`.
     """
-    _check_decay(decay)
-    return _decays(params, decay)
+    return _by_name(lambda path: decay == "all" or path.split("/")[-1] not in _NEVER_DECAYED, params)
 
 
 def trainable_mask(params: Tree, freeze: Sequence[str]) -> Tree:
@@ -154,16 +149,18 @@ def trainable_mask(params: Tree, freeze: Sequence[str]) -> Tree:
         freeze: paths that are frozen with all below them: `encoder`, `encoder/stages_0`.
 
     Raises:
-        ValueError: a name that matches nothing, or names that leave nothing to train.
+        ConfigError: a name that matches nothing, or names that leave nothing to train.
     """
     paths = list(_flat(params))
     for name in freeze:
         if not any(_under(path, name) for path in paths):
             level = name.count("/") + 1
             there = sorted({"/".join(path.split("/")[:level]) for path in paths})
-            raise ValueError(f"freeze: no parameter is called {name!r}; at that level there are {', '.join(there)}")
+            raise ConfigError(
+                f"config.optimizer: freeze: no parameter is called {name!r}; at that level there are {', '.join(there)}"
+            )
     if all(any(_under(path, name) for name in freeze) for path in paths):
-        raise ValueError(f"freeze: {', '.join(freeze)} leave no parameter to train")
+        raise ConfigError(f"config.optimizer: freeze: {', '.join(freeze)} leave no parameter to train")
     return _by_name(lambda path: not any(_under(path, name) for name in freeze), params)
 
 
@@ -201,27 +198,16 @@ def import_adam(opt_state: object, count: object, mu: Tree, nu: Tree) -> Any:
         count: how many updates the moments have seen.
         mu: first moments by parameter; those of parameters that are frozen here are left out.
         nu: second moments.
-
-    Raises:
-        ValueError: moments that are missing, or of another shape.
     """
-    old = _adam(opt_state)
-    moments = {"mu": (old.mu, _flat(mu)), "nu": (old.nu, _flat(nu))}
-    faults = []
-    for name, (tree, found) in moments.items():
-        for path, leaf in _flat(tree).items():
-            if path not in found:
-                faults.append(f"{name}/{path} is missing")
-            elif found[path].shape != leaf.shape:
-                faults.append(f"{name}/{path} has shape {found[path].shape}, expected {leaf.shape}")
-    if faults:
-        raise ValueError("the optimiser's moments do not fit the parameters: " + "; ".join(faults[:5]))
-    trees = {
-        name: jax.tree.map_with_path(lambda path, leaf, found=found: _like(leaf, found[_name(path)]), tree)
-        for name, (tree, found) in moments.items()
-    }
-    new = optax.ScaleByAdamState(_like(old.count, count), trees["mu"], trees["nu"])
-    return jax.tree.map(lambda part: new if _is_adam(part) else part, opt_state, is_leaf=_is_adam)
+
+    def moments(name: str, tree: Tree) -> Tree:
+        found = _flat(tree)
+        return jax.tree.map_with_path(
+            lambda path, leaf: _like(leaf, found[_name(path)]), optax.tree.get(opt_state, name)
+        )
+
+    count = _like(optax.tree.get(opt_state, "count"), count)
+    return optax.tree.set(opt_state, count=count, mu=moments("mu", mu), nu=moments("nu", nu))
 
 
 def _scale_by_name(scales: dict[str, float]) -> optax.GradientTransformation:
@@ -229,28 +215,10 @@ def _scale_by_name(scales: dict[str, float]) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, _: jax.tree.map_with_path(lambda p, u: scales[_name(p)] * u, updates))
 
 
-def _adam(opt_state: object) -> optax.ScaleByAdamState:
-    (state,) = (part for part in jax.tree.leaves(opt_state, is_leaf=_is_adam) if _is_adam(part))
-    return state
-
-
-def _is_adam(part: object) -> bool:
-    return isinstance(part, optax.ScaleByAdamState)
-
-
 def _like(old: jax.Array, value: object) -> jax.Array:
     value = value if isinstance(value, jax.Array) else np.asarray(value)
     # Never the caller's own memory: the step donates its state.
     return jax.device_put(value.astype(old.dtype), old.sharding, may_alias=False)
-
-
-def _check_decay(decay: str) -> None:
-    if decay not in DECAYS:
-        raise ValueError(f"unknown decay {decay!r}; expected one of {', '.join(DECAYS)}")
-
-
-def _decays(params: Tree, decay: str) -> Tree:
-    return _by_name(lambda path: decay == "all" or path.split("/")[-1] not in _NEVER_DECAYED, params)
 
 
 def _under(path: str, name: str) -> bool:

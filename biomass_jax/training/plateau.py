@@ -1,7 +1,7 @@
 """Learning rate on a plateau and early stopping: plain dictionaries of Python numbers, advanced once an epoch.
 
-They are part of a run's state, so a resumed run continues counting; values that come back from a checkpoint as NumPy or
-JAX scalars are taken as well.
+They are part of a run's state, so a resumed run continues counting. A plateau that comes back from a bundle as NumPy or
+JAX scalars is taken as well.
 """
 
 import math
@@ -22,19 +22,10 @@ _FIELDS: dict[str, type] = {
     "cooldown_counter": int,
     "last_epoch": int,
 }
-_TORCH_EPS = 1e-8  # not stored in a checkpoint by name; nobody sets it
+_TORCH_EPS = 1e-8  # a smaller change of the rate is not made; not stored in a checkpoint by name, nobody sets it
 
 
-def plateau_init(
-    lr: float,
-    *,
-    factor: float,
-    patience: int,
-    threshold: float,
-    cooldown: int = 0,
-    min_lr: float = 0.0,
-    eps: float = 1e-8,
-) -> dict[str, Any]:
+def plateau_init(lr: float, *, factor: float, patience: int, threshold: float, min_lr: float = 0.0) -> dict[str, Any]:
     """State of torch's ReduceLROnPlateau (mode min, relative threshold) before the first epoch.
 
     Args:
@@ -42,18 +33,12 @@ def plateau_init(
         factor: by which it is multiplied, below 1.
         patience: bad epochs that are put up with; the next one reduces.
         threshold: a loss is better only if it is below best * (1 - threshold).
-        cooldown: epochs after a reduction in which bad ones aren't counted.
         min_lr: the learning rate never goes below.
-        eps: a smaller change of the learning rate is not made.
-
-    Raises:
-        ValueError: `factor` is not between 0 and 1.
     """
-    if not 0 < factor < 1:
-        raise ValueError(f"the plateau's factor must be between 0 and 1, found {factor}")
-    settings = {"factor": factor, "patience": patience, "threshold": threshold, "cooldown": cooldown}
-    counters = {"best": math.inf, "num_bad_epochs": 0, "cooldown_counter": 0, "last_epoch": 0}
-    return _typed({"lr": lr, **settings, "min_lr": min_lr, "eps": eps, **counters})
+    settings = {"lr": lr, "factor": factor, "patience": patience, "threshold": threshold, "min_lr": min_lr}
+    # No epochs of rest after a reduction: only states from a checkpoint may have them.
+    counters = {"best": math.inf, "num_bad_epochs": 0, "cooldown": 0, "cooldown_counter": 0, "last_epoch": 0}
+    return _typed({**settings, **counters, "eps": _TORCH_EPS})
 
 
 def plateau_step(state: Mapping[str, Any], loss: float) -> dict[str, Any]:
@@ -99,13 +84,8 @@ def early_stop_init(patience: int, min_delta: float = 0.0) -> dict[str, Any]:
     Args:
         patience: epochs without a better loss after which training stops.
         min_delta: a loss is better only if it is below best - min_delta.
-
-    Raises:
-        ValueError: a patience below 1.
     """
-    if patience < 1:
-        raise ValueError(f"early stopping's patience must be at least one epoch, found {patience}")
-    return {"patience": int(patience), "min_delta": float(min_delta), "best": math.inf, "wait_count": 0, "stop": False}
+    return {"patience": patience, "min_delta": min_delta, "best": math.inf, "wait_count": 0, "stop": False}
 
 
 def early_stop_step(state: Mapping[str, Any], loss: float) -> dict[str, Any]:
@@ -113,17 +93,12 @@ def early_stop_step(state: Mapping[str, Any], loss: float) -> dict[str, Any]:
 
     lightning/pytorch/callbacks/early_stopping.py: a loss that is NaN or infinite stops at once (`check_finite`).
     """
-    loss, best, waited = float(loss), float(state["best"]), int(state["wait_count"])
+    best, waited = state["best"], state["wait_count"]
     if math.isfinite(loss):
-        better = loss + float(state["min_delta"]) < best
+        better = loss + state["min_delta"] < best
         best, waited = (loss, 0) if better else (best, waited + 1)
-    stop = not math.isfinite(loss) or waited >= int(state["patience"])
-    return {
-        **early_stop_init(int(state["patience"]), state["min_delta"]),
-        "best": best,
-        "wait_count": waited,
-        "stop": stop,
-    }
+    stop = not math.isfinite(loss) or waited >= state["patience"]
+    return {**state, "best": best, "wait_count": waited, "stop": stop}
 
 
 def _typed(state: Mapping[str, Any]) -> dict[str, Any]:

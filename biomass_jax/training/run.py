@@ -24,10 +24,10 @@ from biomass_jax.tasks.create import choose
 from biomass_jax.training import plateau
 from biomass_jax.training.checkpoint import BEST, FIGURES, FOLDER, Checkpoints, HostState, changed_fields
 from biomass_jax.training.config import PLATEAU, check_fields
-from biomass_jax.training.loop import Loop, Run
+from biomass_jax.training.loop import Run
 from biomass_jax.training.monitor import METRICS, Profiler, Writer
 from biomass_jax.training.optimizer import create_optimizer, create_schedule, import_adam, trainable_mask
-from biomass_jax.training.state import TrainState, create_train_state, load_weights, plan_train_state, planned_state
+from biomass_jax.training.state import TrainState, create_train_state, load_weights, plan_train_state
 from biomass_jax.training.steps import Schedule, Steps, StepSettings, compile_steps
 
 log = logging.getLogger(__name__)
@@ -58,14 +58,14 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, *, stop: Callable[[], 
         whether the run is finished; False = it was stopped, and can be started again.
 
     Raises:
-        ConfigError, DataError, MeshError, BundleError, CheckpointError, ProfileError: before the first step.
+        ConfigError, DataError, BundleError, CheckpointError: before the first step.
         TrainingError: the loss became NaN or infinite.
     """
     check_fields(config)
     with jax.default_matmul_precision(config.matmul_precision):
         run = set_up(config, workdir, command=shlex.join(["python", "-m", "biomass_jax.main", *sys.argv[1:]]))
         try:
-            finished = Loop(run, stop=stop).fit()
+            finished = run.fit(stop)
         finally:
             run.close()
     if finished and run.host.best is not None:
@@ -83,7 +83,7 @@ def set_up(config: ConfigDict, workdir: Path, *, command: str) -> Run:
         command: that started it, for provenance.
 
     Raises:
-        ConfigError, DataError, MeshError, BundleError, CheckpointError, ProfileError: see there.
+        ConfigError, DataError, BundleError, CheckpointError: see there.
     """
     profiler = Profiler(config.profile, workdir / "profile")
     mesh = sharding.create_mesh(jax.devices(), **config.mesh)
@@ -97,19 +97,27 @@ def set_up(config: ConfigDict, workdir: Path, *, command: str) -> Run:
     if config.overwrite:  # as late as this: a config that can't run must not cost an earlier run
         clear(workdir)
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
-    resumed, planned = checkpoints.latest, planned_state(plan.init, plan.shardings)
+    resumed = checkpoints.latest
     if mesh.size > 1:
-        log.info("what lies where on %d devices (%s):\n%s", mesh.size, mesh.shape, sharding.state_table(planned))
+        log.info("what lies where on %d devices (%s):\n%s", mesh.size, mesh.shape, sharding.state_table(plan.state))
     if resumed is None:
-        state, host = create_train_state(plan.init, plan.shardings), plan.host
+        state, host = create_train_state(plan.init, plan.state), plan.host
         if loaded is not None:
             state, host = start_from(state, host, loaded, config)
     else:
-        state, saved = checkpoints.restore(planned, step=resumed)
+        state, saved = checkpoints.restore(plan.state, step=resumed)
         tell_changes(saved.config, plan.host.config, workdir)
         host = resume_host(saved, plan.host)
         log.info("%s: resuming from step %d of %d", workdir, resumed, total_steps)
-    data = {name: config.data[name] for name in ("threads", "cache")}
+    feed = Feed(
+        train,
+        valid,
+        mesh,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        threads=config.data.threads,
+        cache=config.data.cache,
+    )
     return Run(
         workdir=workdir,
         task=task,
@@ -117,7 +125,7 @@ def set_up(config: ConfigDict, workdir: Path, *, command: str) -> Run:
         steps=plan.steps,
         state=state,
         host=host,
-        feed=Feed(train, valid, mesh, batch_size=config.batch_size, seed=config.seed, **data),
+        feed=feed,
         checkpoints=checkpoints,
         writer=Writer(workdir, resumed=resumed, active=jax.process_index() == 0),
         profiler=profiler,
@@ -136,13 +144,13 @@ class PlannedRun:
 
     Attributes:
         init: draws the state.
-        shardings: of the state.
+        state: its shapes, dtypes and shardings.
         steps: to be compiled when they are first called.
         host: of a run that has not begun.
     """
 
     init: Callable[[], TrainState]
-    shardings: TrainState
+    state: TrainState
     steps: Steps
     host: HostState
 
@@ -164,14 +172,14 @@ def plan_steps(
     host = fresh_host(config)
     ema_decay = config.optimizer.ema_decay
     rate = host.plateau["lr"] if host.plateau else None
-    init, shardings = plan_train_state(task, optimizer, mesh, seed=config.seed, ema=ema_decay > 0, learning_rate=rate)
+    init, state = plan_train_state(task, optimizer, mesh, seed=config.seed, ema=ema_decay > 0, learning_rate=rate)
     settings = StepSettings(
         seed=config.seed,
         accumulation=config.optimizer.gradient_accumulation,
         ema_decay=ema_decay,
         trainable=trainable_mask(params, tuple(config.optimizer.freeze)),
     )
-    return PlannedRun(init, shardings, compile_steps(task, optimizer, schedule, settings, mesh, shardings), host)
+    return PlannedRun(init, state, compile_steps(task, optimizer, schedule, settings, mesh, state), host)
 
 
 def open_splits(config: ConfigDict) -> tuple[sources.Source, sources.Source]:
@@ -208,18 +216,15 @@ def _open(config: ConfigDict, split: str) -> sources.Source:
 def make_optimizer(config: ConfigDict, params: dict[str, Any]) -> optax.GradientTransformation:
     """AdamW as the config has it; `reference` decays every parameter."""
     group = config.optimizer
-    try:
-        return create_optimizer(
-            params,
-            weight_decay=group.weight_decay,
-            decay="all" if config.get("reference") else group.decay,
-            betas=tuple(group.betas),
-            clip_norm=group.clip_norm or None,
-            layer_decay=group.layer_decay,
-            freeze=tuple(group.freeze),
-        )
-    except ValueError as error:
-        raise ConfigError(f"config.optimizer: {error}") from error
+    return create_optimizer(
+        params,
+        weight_decay=group.weight_decay,
+        decay="all" if config.get("reference") else group.decay,
+        betas=tuple(group.betas),
+        clip_norm=group.clip_norm or None,
+        layer_decay=group.layer_decay,
+        freeze=tuple(group.freeze),
+    )
 
 
 def learning_rate(config: ConfigDict) -> float:
@@ -238,19 +243,16 @@ def make_schedule(config: ConfigDict, total_steps: int, steps_per_epoch: int) ->
     group = config.schedule
     peak = learning_rate(config)
     scale = peak / config.optimizer.learning_rate if config.optimizer.learning_rate else 1.0
-    try:
-        return create_schedule(
-            "constant" if group.kind == PLATEAU else group.kind,
-            learning_rate=peak,
-            warmup_steps=round(group.warmup_epochs * steps_per_epoch),
-            warmup_from=group.warmup_from * scale,
-            total_steps=total_steps,
-            min_lr=group.min_lr * scale,
-            milestones=tuple(round(epoch * steps_per_epoch) for epoch in group.milestones),
-            gamma=group.gamma,
-        )
-    except ValueError as error:
-        raise ConfigError(f"config.schedule: {error}") from error
+    return create_schedule(
+        group.kind,
+        learning_rate=peak,
+        warmup_steps=round(group.warmup_epochs * steps_per_epoch),
+        warmup_from=group.warmup_from * scale,
+        total_steps=total_steps,
+        min_lr=group.min_lr * scale,
+        milestones=tuple(round(epoch * steps_per_epoch) for epoch in group.milestones),
+        gamma=group.gamma,
+    )
 
 
 def fresh_host(config: ConfigDict) -> HostState:
@@ -288,7 +290,7 @@ def start_from(
 
     Raises:
         ConfigError: the bundle has no optimiser state.
-        BundleError: weights or moments that don't fit.
+        BundleError: weights or moments that don't fit (see `bundle.load_optimizer`).
     """
     found = bundle.load_optimizer(loaded) if config.resume_optimizer else None
     if config.resume_optimizer and found is None:
@@ -300,15 +302,12 @@ def start_from(
     if found is None:
         return state, host
     adam = import_adam(state.opt_state, found["count"], found["mu"], found["nu"])
-    adam = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), adam, state.opt_state)
     state = dataclasses.replace(state, opt_state=adam)
     log.info("%s: optimiser's state after %d steps, learning rate %g", loaded.path, found["count"], found["lr"])
-    resumed = plateau.plateau_from_bundle(found) if host.plateau is not None and "plateau" in found else None
+    resumed = plateau.plateau_from_bundle(found) if host.plateau is not None else None
     if resumed is not None:
         host = dataclasses.replace(host, plateau=resumed)
-        rate = jax.numpy.asarray(resumed["lr"], jax.numpy.float32)
-        placed = jax.device_put(rate, state.learning_rate.sharding)
-        state = dataclasses.replace(state, learning_rate=placed)
+        state = state.with_learning_rate(resumed["lr"])
     return state, host
 
 

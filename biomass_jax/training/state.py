@@ -45,6 +45,11 @@ class TrainState:
         """The variables that are scored and exported: the averages where they are on."""
         return self.ema or {"params": self.params, "batch_stats": self.batch_stats}
 
+    def with_learning_rate(self, rate: float) -> "TrainState":
+        """The state at another rate, where validation moves it."""
+        placed = jax.device_put(np.float32(rate), self.learning_rate.sharding)
+        return dataclasses.replace(self, learning_rate=placed)
+
 
 def plan_train_state(
     task: Task,
@@ -66,7 +71,7 @@ def plan_train_state(
         learning_rate: the first one, where validation moves it.
 
     Returns:
-        what draws the state, and its tree of shardings.
+        what draws the state, and its shapes, dtypes and shardings; nothing is drawn yet.
     """
 
     def init() -> TrainState:
@@ -80,24 +85,12 @@ def plan_train_state(
             learning_rate=None if learning_rate is None else jnp.asarray(learning_rate, jnp.float32),
         )
 
-    return init, sharding.state_shardings(mesh, jax.eval_shape(init))
+    return init, sharding.place(mesh, jax.eval_shape(init))
 
 
-def create_train_state(init: Callable[[], TrainState], shardings: TrainState) -> TrainState:
+def create_train_state(init: Callable[[], TrainState], planned: TrainState) -> TrainState:
     """Draw a fresh state, as planned; no device ever holds more than its part."""
-    return jax.jit(init, out_shardings=shardings)()
-
-
-def planned_state(init: Callable[[], TrainState], shardings: TrainState) -> TrainState:
-    """Shapes, dtypes and shardings of a state as planned; nothing is drawn."""
-    return jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), jax.eval_shape(init), shardings
-    )
-
-
-def abstract_state(state: TrainState) -> TrainState:
-    """Shapes, dtypes and shardings of a state, by which a checkpoint is restored."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    return jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, planned))()
 
 
 def load_weights(state: TrainState, loaded: Bundle, *, load: str) -> TrainState:
@@ -109,10 +102,8 @@ def load_weights(state: TrainState, loaded: Bundle, *, load: str) -> TrainState:
         load: `all` (every weight and batch statistic, each of which must be there) or `encoder`.
 
     Raises:
-        BundleError: `load` is unknown; a weight that was asked for is missing or has another shape.
+        BundleError: a weight that was asked for is missing or has another shape.
     """
-    if load not in ("all", "encoder"):
-        raise BundleError(f"config.load is {load!r}; expected 'all' or 'encoder'")
     found = flatten(loaded.variables)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     wanted = {path: leaf for path, leaf in flatten(variables).items() if load == "all" or _of_encoder(path)}

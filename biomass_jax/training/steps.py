@@ -110,30 +110,21 @@ def compile_steps(
     schedule: Schedule,
     settings: StepSettings,
     mesh: sharding.DeviceMesh,
-    shardings: TrainState,
+    planned: TrainState,
 ) -> Steps:
-    """Jit both steps for a mesh.
-
-    Args:
-        task: see `tasks.base.Task`.
-        optimizer: of optimizer.py.
-        schedule: of optimizer.py.
-        settings: see `StepSettings`.
-        mesh: of `runtime.mesh`.
-        shardings: of `plan_train_state`.
-    """
+    """Jit both steps for a mesh; `planned` is of `plan_train_state`, optimizer and schedule are of optimizer.py."""
     rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    places = jax.tree.map(lambda x: x.sharding, planned)
     step = functools.partial(train_step, task=task, optimizer=optimizer, schedule=schedule, settings=settings)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     train = jax.jit(
         cpu.for_training(step) if on_cpu else step,
-        in_shardings=(shardings, rows),
-        out_shardings=(shardings, whole),
+        in_shardings=(places, rows),
+        out_shardings=(places, whole),
         donate_argnums=0,
         compiler_options=cpu.COMPILER_OPTIONS if on_cpu else None,
     )
-    variables = shardings.evaluated()
-    evaluate = jax.jit(task.evaluate, in_shardings=(variables, rows, whole), out_shardings=(rows, whole))
+    evaluate = jax.jit(task.evaluate, in_shardings=(places.evaluated(), rows, whole), out_shardings=(rows, whole))
     return Steps(train, evaluate)
 
 

@@ -77,7 +77,10 @@ LOSS = (
     Mutation(
         "root_of_a_perfect_prediction",
         "tests/tasks/test_losses.py::test_a_perfect_prediction_has_a_zero_gradient",
-        in_file(LOSSES, ("jnp.where(perfect, 1, total / (count + EPSILON))", "total / (count + EPSILON)")),
+        in_file(
+            LOSSES,
+            ("jnp.where(perfect, 1, total / (count + REFERENCE_EPSILON))", "total / (count + REFERENCE_EPSILON)"),
+        ),
     ),
     Mutation(
         "huber_without_its_half",
@@ -226,7 +229,7 @@ EVALUATION = (
     Mutation(
         "means_of_parts_ignored",
         "tests/tasks/test_scores.py::test_parts_merge_in_any_order_and_grouping",
-        in_file(SCORES, (" + shift * shift * (self._n * other._n / total)", "")),
+        in_file(SCORES, (" + shift * shift * (self.n * other.n / total)", "")),
     ),
     Mutation(
         "batches_weigh_alike",

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from biomass_jax.models.simmim import SimMIM
-from biomass_jax.tasks.losses import simmim_finish, simmim_loss_sums
+from biomass_jax.tasks.losses import simmim_chip_sums, simmim_finish
 from tests.parity.torch_names import relative_error, to_variables
 
 CASES = {"c6_img96_w3": 3, "c3_img192_w6_official": 6}  # name -> window
@@ -50,7 +50,7 @@ def run(golden, read_tensors):
             rec, state = model.apply(
                 {"params": params}, image, mask, train=True, capture_intermediates=lambda _, method: method == "encode"
             )
-            total, count = simmim_loss_sums(image, rec, mask, patch_size=PATCH)
+            total, count = (sums.sum() for sums in simmim_chip_sums(image, rec, mask, patch_size=PATCH))
             return simmim_finish(total, count, bands=model.in_channels), (state["intermediates"]["encode"][0], rec)
 
         function = jax.value_and_grad(forward, has_aux=True) if with_gradients else lambda p: (forward(p), None)

@@ -49,22 +49,22 @@ SPECS = {
 
 
 def specs(tree):
-    return jax.tree.map(lambda place: place.spec, tree)
+    return jax.tree.map(lambda placed: placed.sharding.spec, tree)
 
 
 def test_large_arrays_are_split_where_no_rule_says_otherwise():
-    assert specs(sharding.state_shardings(mesh_of(2, 8), {"params": LARGE})) == {"params": SPECS}
+    assert specs(sharding.place(mesh_of(2, 8), {"params": LARGE})) == {"params": SPECS}
     for where in ("opt_state", "ema"):  # moments and averages as their parameters
-        assert specs(sharding.state_shardings(mesh_of(2, 8), {where: [LARGE]})) == {where: [SPECS]}
+        assert specs(sharding.place(mesh_of(2, 8), {where: [LARGE]})) == {where: [SPECS]}
     batch_stats = {"batch_stats": {"norm": {"mean": shape(32768)}}}
-    assert specs(sharding.state_shardings(mesh_of(2, 8), batch_stats)) == {"batch_stats": {"norm": {"mean": WHOLE}}}
-    whole = sharding.state_shardings(mesh_of(8, 1), LARGE)
+    assert specs(sharding.place(mesh_of(2, 8), batch_stats)) == {"batch_stats": {"norm": {"mean": WHOLE}}}
+    whole = sharding.place(mesh_of(8, 1), LARGE)
     assert all(spec == WHOLE for spec in jax.tree.leaves(specs(whole)))
 
 
 def test_an_axis_that_a_rule_names_must_be_divisible():
     kernel = {"stages_0": {"downsample": {"reduction": {"kernel": shape(129, 1024)}}}}
-    assert jax.tree.leaves(specs(sharding.state_shardings(mesh_of(1, 8), kernel))) == [WHOLE]
+    assert jax.tree.leaves(specs(sharding.place(mesh_of(1, 8), kernel))) == [WHOLE]
 
 
 def test_what_is_picked_by_rows_or_used_whole_is_not_split():
@@ -72,10 +72,10 @@ def test_what_is_picked_by_rows_or_used_whole_is_not_split():
         "blocks_0": {"attn": {"relative_position_bias_table": shape(528, 48)}, "norm": {"scale": shape(2**15)}},
         "batch_stats": {"mean": shape(2**15)},
     }
-    assert set(jax.tree.leaves(specs(sharding.state_shardings(mesh_of(1, 8), {"params": arrays})))) == {WHOLE}
+    assert set(jax.tree.leaves(specs(sharding.place(mesh_of(1, 8), {"params": arrays})))) == {WHOLE}
     # the same shapes under names without a rule
     others = {"head": {"kernel": shape(528, 48), "other": shape(2**15)}}
-    assert WHOLE not in jax.tree.leaves(specs(sharding.state_shardings(mesh_of(1, 8), {"params": others})))
+    assert WHOLE not in jax.tree.leaves(specs(sharding.place(mesh_of(1, 8), {"params": others})))
 
 
 def test_the_table_by_hand():
@@ -107,10 +107,9 @@ def test_eight_devices_hold_under_a_fifth_of_swin_b_each(shards):
     config = finetune_all_biomes.get_config()
     task, _ = choose(config, sources.open_source(shards, "train"), None, command="")
     plan = training.plan_steps(config, task, sharding.create_mesh(), total_steps=10, steps_per_epoch=5)
-    whole = state.planned_state(plan.init, plan.shardings)
-    split = state.planned_state(plan.init, sharding.state_shardings(mesh_of(1, 8), whole))
+    split = sharding.place(mesh_of(1, 8), plan.state)
     for name in ("params", "opt_state"):
-        parts = [sharding.bytes_a_device(getattr(each, name)) for each in (split, whole)]
+        parts = [sharding.bytes_a_device(getattr(each, name)) for each in (split, plan.state)]
         assert parts[1] > 4 * 87e6  # float32 weights of Swin-B
         assert 1 / 8 < parts[0] / parts[1] < 1 / 5
 
@@ -118,11 +117,11 @@ def test_eight_devices_hold_under_a_fifth_of_swin_b_each(shards):
 def test_a_step_is_given_nothing_that_still_lies_on_the_host():
     now, steps = begin()
     quiet = SimpleNamespace(add=lambda *_: None, step=lambda *_: None, after_step=lambda *_: None)
-    run = SimpleNamespace(
+    unused = dict.fromkeys(("workdir", "task", "about", "feed", "checkpoints", "writer", "draw_every"))
+    found = loop.Run(
         steps=steps, state=now, host=HostState({}), profiler=quiet, batch_size=8, total_steps=9,
-        log_every=9, steps_per_epoch=9, save_every=0,
+        log_every=9, steps_per_epoch=9, save_every=0, **unused,
     )  # fmt: skip
-    found = loop.Loop(run, stop=lambda: False)
     found.metrics = found.clock = quiet
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         found._train(pipeline.Batch(batch_of(), []))

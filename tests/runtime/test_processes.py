@@ -214,17 +214,21 @@ signal.signal(signal.SIGTERM, lambda *_: print("SIGTERM is ours", flush=True))
 address, number = sys.argv[1], int(sys.argv[2])
 distributed.start(*((address, 2, number) if address != "found" else ()))
 os.kill(os.getpid(), signal.SIGTERM)
+distributed.STOP_EVERY = 1
+def agree_to_stop(mine):
+    return distributed.Together(lambda: mine)()
 """
 AGREE = """
 assert distributed.place() == (number, 2)
 for mine in ((False, False), (False, True), (True, False)):
-    print(distributed.agree_to_stop(mine[number]), flush=True)
+    print(agree_to_stop(mine[number]), flush=True)
 calls = 0
 def stop():
     global calls
     calls += 1
     return number == 1 and calls >= 4
-together = distributed.Together(stop, every=3)
+distributed.STOP_EVERY = 3
+together = distributed.Together(stop)
 print([together() for _ in range(6)], flush=True)
 distributed.finish()
 os._exit(75)
@@ -272,7 +276,7 @@ if sys.argv[4] == "idle":
 try:
     for _ in range(1000):
         time.sleep(0.1)
-        distributed.agree_to_stop(False)
+        agree_to_stop(False)
 except Exception as error:
     logging.error("lost: %s", error)
     distributed.abandon(1)
@@ -298,11 +302,11 @@ def test_a_lost_process_ends_the_other_within_a_minute(python, lost, busy):
 
 def test_a_failed_process_leaves_at_once(python):
     code = """
-distributed.agree_to_stop(False)
+agree_to_stop(False)
 if number == 1:
     distributed.abandon(7)
 try:
-    distributed.agree_to_stop(False)
+    agree_to_stop(False)
 except Exception:
     distributed.abandon(8)
 """

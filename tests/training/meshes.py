@@ -94,8 +94,8 @@ class World:
         per_epoch = pipeline.steps_per_epoch(self.train, config.batch_size)
         sizes = {"total_steps": SEEDS * STEPS, "steps_per_epoch": per_epoch}
         self.plan = training.plan_steps(config, self.task, self.mesh, **sizes)
-        self.planned = state.planned_state(self.plan.init, self.plan.shardings)
-        fresh = state.create_train_state(self.plan.init, self.plan.shardings)
+        self.planned = self.plan.state
+        fresh = state.create_train_state(self.plan.init, self.planned)
         whole = sum(leaf.nbytes for leaf in jax.tree.leaves(fresh))
         self.shares = np.array([sharding.bytes_a_device(self.planned), held(fresh)]) / whole
         self.drawn = processes.to_host(fresh)
@@ -103,7 +103,7 @@ class World:
     def begin(self, seed, weights):
         """The state with which a seed begins; `weights` of all but the first, which are further on in the schedule."""
         host = dataclasses.replace(self.drawn, step=np.int32(seed * STEPS), **weights) if weights else self.drawn
-        return jax.device_put(host, self.plan.shardings)
+        return jax.device_put(host, jax.tree.map(lambda x: x.sharding, self.planned))
 
     def batches(self, seed, start=0):
         options = {"batch_size": self.config.batch_size, "seed": seed, "threads": 2, "cache": "host"}

@@ -93,9 +93,9 @@ def test_a_run_killed_within_an_epochs_end_goes_on_as_if_it_had_not_been(
 
     with monkeypatch.context() as patch:
         if place == "save":  # validated, not saved
-            patch.setattr(loop.Loop, "_save", die)
+            patch.setattr(loop.Run, "_save", die)
         elif place == "write":  # saved, no line
-            patch.setattr(loop.Loop, "_finish_epoch", lambda self: None if self.host.line is None else die())
+            patch.setattr(loop.Run, "_finish_epoch", lambda self: None if self.host.line is None else die())
         else:  # saved, line written, not exported
             patch.setattr(loop, "export_best", die)
         with pytest.raises(Killed):

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from biomass_jax.errors import ProfileError
+from biomass_jax.errors import ConfigError
 from biomass_jax.training.monitor import Profiler
 
 
@@ -43,5 +43,5 @@ def test_without_a_range_nothing_is_traced(calls, tmp_path):
 
 @pytest.mark.parametrize("steps", ["4", "4:2", "2:2", "a:b", "-1:3"])
 def test_a_range_that_is_none_is_refused(steps, tmp_path):
-    with pytest.raises(ProfileError, match=r"expected START:STOP"):
+    with pytest.raises(ConfigError, match=r"expected START:STOP"):
         Profiler(steps, tmp_path)

@@ -119,7 +119,7 @@ def test_layers_of_swin_b_by_name(swin_b):
 @pytest.mark.parametrize("decay", ["weights", "all"])
 def test_four_steps_against_numpy(decay):
     params, gradients, rates = draw(0), [draw(i) for i in range(1, 5)], [0.1, 0.1, 0.01, 0.05]
-    optimizer = opt.create_optimizer(params, weight_decay=0.3, decay=decay, betas=BETAS, eps=EPS)
+    optimizer = opt.create_optimizer(params, weight_decay=0.3, decay=decay, betas=BETAS)
     found = flat(run(optimizer, params, gradients, rates)[0])
     for path, p in flat(params).items():
         wd = 0.3 if decay == "all" or path.endswith("kernel") else 0.0
@@ -130,7 +130,7 @@ def test_four_steps_against_numpy(decay):
 def test_clipping_and_layer_decay_against_numpy():
     params, gradients, rates = draw(0), [draw(i) for i in range(1, 4)], [0.1, 0.1, 0.1]
     gradients[1] = jax.tree.map(lambda g: 1e-3 * g, gradients[1])  # short enough to stay as it is
-    optimizer = opt.create_optimizer(params, weight_decay=0.3, betas=BETAS, eps=EPS, clip_norm=0.5, layer_decay=0.5)
+    optimizer = opt.create_optimizer(params, weight_decay=0.3, betas=BETAS, clip_norm=0.5, layer_decay=0.5)
     found = flat(run(optimizer, params, gradients, rates)[0])
     norms = [np.sqrt(sum((leaf.astype(float) ** 2).sum() for leaf in flat(g).values())) for g in gradients]
     assert norms[0] > 0.5 > norms[1]
@@ -180,8 +180,6 @@ def test_names_that_freeze_nothing_or_everything_are_refused(swin_b):
         opt.create_optimizer(swin_b, weight_decay=0.0, freeze=("encode",))
     with pytest.raises(ValueError, match="leave no parameter to train"):
         opt.trainable_mask(swin_b, ("encoder", "decoder", "head"))
-    with pytest.raises(ValueError, match="unknown decay 'kernels'; expected one of weights, all"):
-        opt.create_optimizer(swin_b, weight_decay=0.0, decay="kernels")
 
 
 @pytest.mark.parametrize("freeze", [(), ("encoder/patch_embed",)])
@@ -198,18 +196,6 @@ def test_moments_out_and_in(freeze):
     jax.tree.map(np.testing.assert_array_equal, step(draw(3), again, later), step(draw(3), state, later))
     for path, leaf in flat(nu).items():
         assert bool((leaf == 0).all()) == path.startswith(freeze)
-
-
-def test_moments_that_do_not_fit_are_refused():
-    params = draw(0)
-    state = opt.create_optimizer(params, weight_decay=0.0).init(params)
-    other = draw(1)
-    other["head"]["final"]["kernel"] = np.zeros((2, 3), np.float32)
-    with pytest.raises(ValueError, match=r"nu/head/final/kernel has shape \(2, 3\), expected \(2, 2\)"):
-        opt.import_adam(state, 1, draw(1), other)
-    del other["head"]
-    with pytest.raises(ValueError, match="mu/head/final/kernel is missing"):
-        opt.import_adam(state, 1, other, draw(1))
 
 
 def test_imported_state_does_not_share_memory_with_what_was_imported():

@@ -56,7 +56,6 @@ def test_large_step_counts_keep_their_digits():
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        ("linear", {}, "unknown schedule 'linear'; expected one of constant, plateau, cosine, multistep"),
         ("cosine", {}, "warm-up of 0 steps must be shorter than all 0"),
         ("cosine", {"warmup_steps": 10, "total_steps": 10}, "warm-up of 10 steps must be shorter than all 10"),
         ("multistep", {"milestones": (7, 7)}, r"milestones \[7, 7\] must increase"),

@@ -21,7 +21,6 @@ from biomass_jax.convert.declared import Options
 from biomass_jax.data import bands, sources
 from biomass_jax.errors import ConfigError, TrainingError
 from biomass_jax.tasks import simmim
-from biomass_jax.training import loop
 from biomass_jax.training import run as training
 from biomass_jax.training.run import make_schedule
 from configs import finetune_all_biomes, pretrain_simmim_swin_b_100ep, pretrain_simmim_swin_b_800ep
@@ -81,14 +80,13 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(unbroken, shards, tmp_path)
 
 def test_a_loss_that_is_not_finite_stops_the_run(shards, tmp_path):
     begun = training.set_up(config_of(shards), tmp_path / "run", command="")
-    went = loop.Loop(begun, stop=lambda: False)
     token = begun.state.params["mask_token"]
     params = begun.state.params | {
         "mask_token": jax.device_put(np.full(token.shape, np.nan, np.float32), token.sharding)
     }
-    went.state = dataclasses.replace(begun.state, params=params)
+    begun.state = dataclasses.replace(begun.state, params=params)
     with pytest.raises(TrainingError) as caught:
-        went.fit()
+        begun.fit(stop=lambda: False)
     begun.close()
     said = str(caught.value)
     assert "the loss became nan at step 1" in said
@@ -162,10 +160,9 @@ def test_scores_are_those_of_numpy(shards, tmp_path, fields):
     config = config_of(shards, **fields)
     begun = training.set_up(config, tmp_path / "run", command="")
     state, task = jax.tree.map(np.array, begun.state.params), begun.task
-    scored = loop.Loop(begun, stop=lambda: False)
-    found = scored.validate()
-    scored.state = dataclasses.replace(scored.state, step=scored.state.step + 3)
-    assert scored.validate() == found  # the same masks every time
+    found = begun.validate()
+    begun.state = dataclasses.replace(begun.state, step=begun.state.step + 3)
+    assert begun.validate() == found  # the same masks every time
     begun.close()
     image = np.stack([record["image"] for record in validation_chips(shards)]).astype(np.float32)
     known = ~(np.any(image == -9999, -1) | np.all(image == 0, -1))
@@ -192,13 +189,12 @@ def losses_of(config, workdir):
     """Losses of three steps from fresh weights, the weights after them and their scores."""
     begun = training.set_up(config, workdir, command="")
     batches, losses = begun.feed.batches(start=0), []
-    went = loop.Loop(begun, stop=lambda: False)
     for _ in range(3):
-        went.state, metrics = begun.steps.train(went.state, next(batches).arrays)
+        begun.state, metrics = begun.steps.train(begun.state, next(batches).arrays)
         losses.append(float(metrics["loss"]))
-    scores = went.validate()
+    scores = begun.validate()
     begun.close()
-    return losses, bundle.weights_sha256(went.state.evaluated()), scores
+    return losses, bundle.weights_sha256(begun.state.evaluated()), scores
 
 
 def test_labels_are_ignored(shards, tmp_path):
@@ -245,7 +241,7 @@ def test_the_picture_is_of_validation_chips(unbroken, shards, tmp_path, monkeypa
     monkeypatch.setattr(figures, "reconstructions", lambda panels, **text: drawn.append(panels) or real(panels, **text))
     config = config_of(shards, draw_every=1, init_from=str(unbroken[0] / "best"), normalize_targets=True)
     begun = training.set_up(config, tmp_path, command="")
-    loop.Loop(begun, stop=lambda: False).validate(picture=True)
+    begun.validate(picture=True)
     begun.close()
     assert (tmp_path / "figures" / "validation.png").read_bytes().startswith(b"\x89PNG")
     (panels,) = drawn

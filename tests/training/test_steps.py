@@ -98,10 +98,11 @@ def begin(task=None, *, accumulation=1, ema=0.0, freeze=(), schedule=None, rate=
     mesh = sharding.create_mesh()
     params = task.init(None)["params"]
     optimizer = create_optimizer(params, weight_decay=0.03, freeze=freeze)
-    init, shardings = plan_train_state(task, optimizer, mesh, seed=3, ema=ema > 0, learning_rate=rate)
+    init, planned = plan_train_state(task, optimizer, mesh, seed=3, ema=ema > 0, learning_rate=rate)
     options = StepSettings(3, accumulation, ema, trainable_mask(params, freeze))
     schedule = schedule or create_schedule("constant", learning_rate=0.01)
-    return jax.device_put(init(), shardings), compile_steps(task, optimizer, schedule, options, mesh, shardings)
+    state = jax.device_put(init(), jax.tree.map(lambda x: x.sharding, planned))
+    return state, compile_steps(task, optimizer, schedule, options, mesh, planned)
 
 
 def host(tree):
