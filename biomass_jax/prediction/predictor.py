@@ -292,29 +292,22 @@ class _OneMap:
         return result
 
     def _write(self) -> MapResult:
+        """Write what is left to write: of a whole image all rows, once the device is done."""
+        # No progress is shown of a whole image: it is done before a bar could be read, and folders hold thousands.
         if self._whole is not None:
-            self._write_whole(self._whole)
+            began = time.perf_counter()
+            values = np.array(self._whole)[0]
+            self._timings.compute = time.perf_counter() - began
+            check_finite(values, self._wanted)
+            values[~self._wanted] = self._predictor.bundle.nodata
+            self._writer.write_rows(0, values)
         self._writer.close()
-        parts = {**vars(self._timings), **{key: self._writer.seconds[key] for key in ("verify", "copy")}}
+        parts = {**vars(self._timings), **self._writer.seconds}
         seconds, share = time.perf_counter() - self._began, self._reader.share
         kept = "" if share is None else f", the mask keeps {share:.1%} of its data pixels"
         many = "" if self._chips == 1 else "s"
         log.info("%s: %d chip%s in %s%s", self._path, self._chips, many, duration(seconds), kept)
         return MapResult(self._source.name, self._path, "written", self._chips, seconds, parts, share)
-
-    def _write_whole(self, predicted: jax.Array) -> None:
-        """Wait for a small image's prediction and write its rows.
-
-        It shows no progress: it is done before a bar could be read, and folders hold thousands of them.
-        """
-        marks = [time.perf_counter()]
-        values = np.array(predicted)[0]
-        marks.append(time.perf_counter())
-        check_finite(values, self._wanted)
-        values[~self._wanted] = self._predictor.bundle.nodata
-        self._writer.write_rows(0, values)
-        marks.append(time.perf_counter())
-        self._timings.compute, self._timings.write = (float(seconds) for seconds in np.diff(marks))
 
 
 def make_maps(
