@@ -7,10 +7,9 @@ everything from 300 Mg/ha on, which is a bin of its own here.
 
 import csv
 import io
-import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,11 @@ from typing import Any
 import numpy as np
 
 from biomass_jax.data.bands import BAND_NAMES
+from biomass_jax.data.sources import Chip
 from biomass_jax.errors import EvaluationError
 from biomass_jax.evaluation.intervals import tile_intervals
+from biomass_jax.figures import ChipPanel
+from biomass_jax.prediction.stream import one_ahead
 from biomass_jax.runtime.files import write_text
 from biomass_jax.tasks.scores import SCORES, RegressionSums
 
@@ -64,30 +66,19 @@ class Scored:
     biomes: tuple[str, ...]
 
 
-@dataclass
-class Picture:
-    """A chip for the figure of chips: rgb (H, W, 3) float32, prediction (H, W) float32, both NaN on no-data; label."""
-
-    chip_id: str
-    biome: str
-    rgb: np.ndarray
-    prediction: np.ndarray
-    label: np.ndarray
-
-
 # (images as stored, labels) -> predictions, labels that count, no-data; see `evaluate.chip_forward`.
 ChipForward = Callable[[np.ndarray, np.ndarray], tuple[Any, np.ndarray, np.ndarray]]
 
 
 @dataclass
 class ScoredPart:
-    """What one process has scored: pixels, and (chip_id, tile, biome) of each chip."""
+    """What one process has scored: pixels, the chips that were read, and those kept whole for pictures."""
 
     prediction: list[np.ndarray] = field(default_factory=list)
     label: list[np.ndarray] = field(default_factory=list)
     chip: list[np.ndarray] = field(default_factory=list)
-    chips: list[tuple[str, str, str]] = field(default_factory=list)
-    pictures: list[Picture] = field(default_factory=list)
+    chips: list[Chip] = field(default_factory=list)
+    pictures: list[ChipPanel] = field(default_factory=list)
 
 
 def score_batches(
@@ -111,61 +102,33 @@ def score_batches(
         EvaluationError: the model gave NaN or infinity where there is a label; it names the chip.
     """
     part = ScoredPart()
-    for batch, results in _one_ahead(batches, forward):
+    started = one_ahead(batches, lambda batch: forward(batch.arrays["image"], batch.arrays["label"]))
+    for batch, results in started:
         prediction, label, missing = (np.asarray(values) for values in results)
-        _take(part, batch, prediction, label, missing, wanted)
-        progress(int(batch.arrays["valid"].sum()))
+        valid = batch.arrays["valid"]
+        rows, y, x = np.nonzero((label >= 0) & valid[:, None, None])
+        found = prediction[rows, y, x]
+        bad = np.flatnonzero(~np.isfinite(found))
+        if bad.size:
+            chip = batch.chips[rows[bad[0]]].chip_id
+            raise EvaluationError(f"chip {chip}: the model gave {found[bad[0]]} at a labelled pixel; expected a number")
+        numbers = len(part.chips) + np.cumsum(valid) - 1  # padding lies at the end, and has no number
+        part.prediction.append(found)
+        part.label.append(label[rows, y, x])
+        part.chip.append(numbers[rows].astype(np.int32))
+        for row in np.flatnonzero(valid):
+            chip = batch.chips[row]
+            part.chips.append(chip)
+            if wanted(chip.chip_id):
+                gone = missing[row]
+                rgb = np.where(gone[..., None], np.nan, batch.arrays["image"][row][..., RGB].astype(np.float32))
+                values = np.where(gone, np.nan, prediction[row])
+                part.pictures.append(ChipPanel(rgb, values, np.array(label[row]), f"{chip.chip_id}, {chip.biome}"))
+        progress(int(valid.sum()))
     return part
 
 
-def _one_ahead(batches: Iterable[Any], forward: ChipForward) -> Iterator[tuple[Any, Sequence[Any]]]:
-    before = None
-    for batch in batches:
-        started = batch, forward(batch.arrays["image"], batch.arrays["label"])
-        if before is not None:
-            yield before
-        before = started
-    if before is not None:
-        yield before
-
-
-def _take(
-    part: ScoredPart,
-    batch: Any,
-    prediction: np.ndarray,
-    label: np.ndarray,
-    missing: np.ndarray,
-    wanted: Callable[[str], bool],
-) -> None:
-    valid = batch.arrays["valid"]
-    rows, y, x = np.nonzero((label >= 0) & valid[:, None, None])
-    found, truth = prediction[rows, y, x], label[rows, y, x]
-    bad = np.flatnonzero(~np.isfinite(found))
-    if bad.size:
-        chip = batch.chips[rows[bad[0]]].chip_id
-        raise EvaluationError(f"chip {chip}: the model gave {found[bad[0]]} at a labelled pixel; expected a number")
-    numbers = len(part.chips) + np.cumsum(valid) - 1  # padding lies at the end, and has no number
-    part.prediction.append(found)
-    part.label.append(truth)
-    part.chip.append(numbers[rows].astype(np.int32))
-    for row in np.flatnonzero(valid):
-        chip = batch.chips[row]
-        part.chips.append((chip.chip_id, chip.tile, chip.biome))
-        if wanted(chip.chip_id):
-            gone = missing[row]
-            rgb = batch.arrays["image"][row][..., RGB].astype(np.float32)
-            part.pictures.append(
-                Picture(
-                    chip.chip_id,
-                    chip.biome,
-                    np.where(gone[..., None], np.nan, rgb),
-                    np.where(gone, np.nan, prediction[row]),
-                    np.array(label[row]),
-                )
-            )
-
-
-def join(parts: Sequence[ScoredPart]) -> tuple[Scored, list[Picture]]:
+def join(parts: Sequence[ScoredPart]) -> tuple[Scored, list[ChipPanel]]:
     """The pixels of all processes, chips numbered through; and their pictures.
 
     Raises:
@@ -185,35 +148,6 @@ def join(parts: Sequence[ScoredPart]) -> tuple[Scored, list[Picture]]:
         again = next(name for name in scored.chip_ids if scored.chip_ids.count(name) > 1)
         raise EvaluationError(f"chip {again} was scored more than once; expected each chip_id once in a split")
     return scored, [picture for part in parts for picture in part.pictures]
-
-
-def to_bytes(part: ScoredPart) -> bytes:
-    """A part as bytes, for another process: every number bit by bit."""
-    about = {"chips": part.chips, "pictures": [(picture.chip_id, picture.biome) for picture in part.pictures]}
-    arrays: dict[str, Any] = {"about": np.frombuffer(json.dumps(about).encode(), np.uint8)}
-    for name in ("prediction", "label", "chip"):
-        arrays[name] = np.concatenate([np.zeros(0, np.float32 if name != "chip" else np.int32), *getattr(part, name)])
-    for index, picture in enumerate(part.pictures):
-        arrays |= {f"{name}{index}": getattr(picture, name) for name in ("rgb", "prediction", "label")}
-    out = io.BytesIO()
-    np.savez(out, **{f"_{name}": values for name, values in arrays.items()})
-    return out.getvalue()
-
-
-def from_bytes(data: bytes) -> ScoredPart:
-    """What `to_bytes` gave."""
-    with np.load(io.BytesIO(data)) as arrays:
-        about = json.loads(arrays["_about"].tobytes())
-        return ScoredPart(
-            [arrays["_prediction"]],
-            [arrays["_label"]],
-            [arrays["_chip"]],
-            [tuple(chip) for chip in about["chips"]],
-            [
-                Picture(*names, *(arrays[f"_{name}{index}"] for name in ("rgb", "prediction", "label")))
-                for index, names in enumerate(about["pictures"])
-            ],
-        )
 
 
 def bin_name(limits: Bin) -> str:
@@ -271,20 +205,12 @@ def _row(
 
 def sums_by(names: np.ndarray, prediction: np.ndarray, label: np.ndarray) -> dict[str, RegressionSums]:
     """The sums of each name's pixels, by name in order; all arguments (n,)."""
-    if not len(names):
-        return {}
-    found, index = np.unique(names.astype(str), return_inverse=True)
-    order = np.argsort(index, kind="stable")
-    edges = np.searchsorted(index[order], np.arange(len(found) + 1))
-    made = {}
-    for name, start, stop in zip(found.tolist(), edges, edges[1:], strict=False):
-        made[name] = RegressionSums().add(prediction[order[start:stop]], label[order[start:stop]])
-    return made
-
-
-def write_tables(path: str | os.PathLike[str], rows: Sequence[Row]) -> Path:
-    """All rows as CSV under `COLUMNS`; nothing to say is an empty cell."""
-    return write_csv(path, COLUMNS, rows)
+    found, index, counts = np.unique(names.astype(str), return_inverse=True, return_counts=True)
+    places = np.split(np.argsort(index, kind="stable"), np.cumsum(counts)[:-1])
+    return {
+        name: RegressionSums().add(prediction[mine], label[mine])
+        for name, mine in zip(found.tolist(), places, strict=False)  # of no names there is one empty part
+    }
 
 
 def write_reference_table(path: str | os.PathLike[str], rows: Sequence[Row], experiment: str) -> Path:
