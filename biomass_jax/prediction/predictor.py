@@ -1,13 +1,12 @@
 """Biomass from images: arrays, raster files, folders of them."""
 
-import functools
 import logging
 import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,7 +15,7 @@ from biomass_jax import bundle as bundles
 from biomass_jax.bundle import Bundle
 from biomass_jax.data import bands as band_table
 from biomass_jax.data.raster.cog import MapWriter
-from biomass_jax.data.raster.image import open_image
+from biomass_jax.data.raster.image import MaskSource, open_image
 from biomass_jax.data.raster.inputs import InputItem, find_inputs
 from biomass_jax.errors import BiomassError, BundleError, PredictionError
 from biomass_jax.prediction import maps
@@ -30,7 +29,6 @@ from biomass_jax.runtime.progress import Progress, duration
 log = logging.getLogger(__name__)
 
 Failure = tuple[str, Exception]  # the input's name, what went wrong
-Made = TypeVar("Made")
 
 
 class Predictor:
@@ -249,7 +247,10 @@ class _OneMap:
         plan = predictor.plan(grid.height, grid.width)
         shape = (1, grid.height, grid.width) if plan is None else (predictor.batch_size, *(predictor.tile,) * 2)
         predictor.forward.prepare((*shape, len(predictor.bundle.bands)), self._source.dtype)
-        self._reader = stack.enter_context(maps.MapReader(self._source, self._options))
+        mask = None
+        if self._options.mask is not None:
+            mask = stack.enter_context(MaskSource(self._options.mask, grid, self._options.mask_keep or ()))
+        self._reader = maps.MapReader(self._source, mask)
         self._writer = stack.enter_context(
             MapWriter(
                 self._path,
@@ -326,39 +327,34 @@ def make_maps(
     Raises:
         BundleError: damaged weights; no other image would fare better.
     """
-    outcomes: list[Future[MapResult | Failure] | Failure] = []
-    running: list[Future[MapResult | Failure]] = []
-    with ThreadPoolExecutor(1, "map finisher") as finisher:
-        for item in items:
-            begun = _attempt(item, functools.partial(begin, item))
-            if isinstance(begun, tuple):
-                outcomes.append(begun)
-                continue
-            finishing = finisher.submit(_attempt, item, begun)
-            outcomes.append(finishing)
-            wait(running)
-            running = [finishing]
     results: list[MapResult] = []
     failures: list[Failure] = []
-    for outcome in outcomes:
-        found = outcome.result() if isinstance(outcome, Future) else outcome
-        if isinstance(found, MapResult):
-            results.append(found)
-        else:
-            failures.append(found)
+
+    def finish(item: InputItem, begun: Future[Callable[[], MapResult]]) -> None:
+        try:
+            results.append(begun.result()())
+        except BundleError:
+            raise
+        except Exception as error:
+            why = maps.reason(item.name, error)
+            log.error("%s: failed: %s", item.name, why, exc_info=not isinstance(error, BiomassError))
+            failures.append((item.name, error))
+
+    finishing: list[Future[None]] = []
+    with ThreadPoolExecutor(1, "map finisher") as finisher:
+        for item in items:
+            begun: Future[Callable[[], MapResult]] = Future()
+            try:
+                begun.set_result(begin(item))
+            except BundleError:
+                raise
+            except Exception as error:  # told in its turn, so that failures keep the order of the inputs
+                begun.set_exception(error)
+            finishing.append(finisher.submit(finish, item, begun))
+            wait(finishing[-2:-1])
+    for finished in finishing:
+        finished.result()
     return results, failures
-
-
-def _attempt(item: InputItem, step: Callable[[], Made]) -> Made | Failure:
-    """What a step gives, or its error, told at once."""
-    try:
-        return step()
-    except BundleError:
-        raise
-    except Exception as error:
-        why = maps.reason(item.name, error)
-        log.error("%s: failed: %s", item.name, why, exc_info=not isinstance(error, BiomassError))
-        return item.name, error
 
 
 def _as_digital_numbers(image: np.ndarray) -> np.ndarray:

@@ -185,7 +185,7 @@ def _finished_rows(
         timings.compute += fetched - began
         timings.blend += time.perf_counter() - fetched
         advance(len(batch.slots) + batch.skipped)
-    yield from masked(blender.finish())
+    yield from masked(blender.finished_before(len(plan.rows)))
 
 
 def stream_map(
