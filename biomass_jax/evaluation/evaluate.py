@@ -164,11 +164,7 @@ def score(
 
 
 def check_bands(bundle: bundles.Bundle) -> None:
-    """Refuse a model that takes bands which chips don't have.
-
-    Raises:
-        EvaluationError: it does.
-    """
+    """EvaluationError for a model that takes bands which chips don't have."""
     if unknown := [name for name in bundle.bands if name not in bands.BAND_NAMES]:
         raise EvaluationError(
             f"{bundle.path}: the model takes bands {', '.join(unknown)}; chips have {', '.join(bands.BAND_NAMES)}"
@@ -176,11 +172,7 @@ def check_bands(bundle: bundles.Bundle) -> None:
 
 
 def check_units(bundle: bundles.Bundle, info: sources.DatasetInfo) -> None:
-    """Refuse labels in another unit than the model's.
-
-    Raises:
-        EvaluationError: both are known and differ.
-    """
+    """EvaluationError where the units of labels and model are known and differ."""
     theirs = info.metadata.get("label", {}).get("units")
     ours = bundle.meta["output"]["units"]
     if theirs is not None and theirs != ours:
@@ -287,15 +279,7 @@ def _centres(source: Source, path: str | os.PathLike[str]) -> np.ndarray:
 def summarize(
     scored: tables.Scored, config: ConfigDict, bundle: bundles.Bundle, info: sources.DatasetInfo, statistics: str
 ) -> dict[str, Any]:
-    """What `metrics.json` holds.
-
-    Args:
-        scored: the pixels.
-        config: of configs/evaluate.py.
-        bundle: the model.
-        info: `DatasetInfo` of the scored chips.
-        statistics: where means and stds come from.
-    """
+    """What `metrics.json` holds; `info` is of the scored chips, `statistics` says where means and stds come from."""
     rows = tables.tables(scored, resamples=config.resamples, seed=config.seed)
     whole = rows[0]
     name, folder = Path(config.bundle).absolute().name, Path(config.data.path).absolute().name
@@ -358,9 +342,11 @@ def draw(workdir: Path, result: dict[str, Any], scored: tables.Scored, pictures:
     scatter = figures.density_scatter(*values, title=title, name=name, unit=unit)
     figures.save(workdir / "density_scatter.png", scatter, title)
     figures.save(workdir / "residual_histogram.png", figures.residual_histogram(*values, title=title, unit=unit), title)
+    below_zero = tables.bin_name(tables.BELOW_ZERO)  # predictions that most models can't make
+    predicted = [row for row in rows if row["table"] == "prediction_bin" and (row["n"] or row["group"] != below_zero)]
     panels = {
         f"{name} of the label": [row for row in rows if row["table"] == "label_bin"],
-        f"{name} predicted": [row for row in rows if row["table"] == "prediction_bin" and (row["n"] or _is_bin(row))],
+        f"{name} predicted": predicted,
     }
     references = {"Best constant": result["best_constant"]["rmse"], "Noise floor": result["noise_floor"]["rmse"]}
     bins = figures.error_by_bin(panels, title=title, scores=result, references=references, unit=unit)
@@ -370,20 +356,15 @@ def draw(workdir: Path, result: dict[str, Any], scored: tables.Scored, pictures:
         figures.save(workdir / "chips.png", chips, title)
 
 
-def _is_bin(row: tables.Row) -> bool:
-    """Not the row of predictions below 0, which most models can't make."""
-    return row["group"] != tables.bin_name(tables.BELOW_ZERO)
-
-
 def lines(result: dict[str, Any]) -> list[str]:
     """The table that the console shows."""
     unit = result["label"]["units"]
     made = [f"{result['experiment']} ({unit}): {result['n']:,} labelled pixels of {result['chips']:,} chips"]
     made.append(f"{'':24}{'RMSE':>8}{'95 % interval':>19}{'MAE':>8}{'bias':>8}{'R2':>9}{'n':>12}")
+    prefixes = {"all": "", "label_bin": "label ", "biome": "biome "}
     for row in result["tables"]:
-        if row["table"] in ("all", "label_bin", "biome"):
-            name = {"all": "all", "label_bin": "label ", "biome": "biome "}[row["table"]]
-            label = name if row["table"] == "all" else f"{name}{row['group']}"
+        if row["table"] in prefixes:
+            label = prefixes[row["table"]] + row["group"]
             ends = f"{row['rmse_low']:.2f} to {row['rmse_high']:.2f}" if row["rmse_low"] is not None else ""
             cells = [_cell(row[score], 2) for score in ("mae", "bias")]
             made.append(

@@ -160,47 +160,39 @@ def tables(scored: Scored, *, resamples: int = 1000, seed: int = 0) -> list[Row]
     """Every table, one row a group, with `COLUMNS` as keys and None where there is nothing to say.
 
     Groups of the table `biome` and `tile` are those that occur; bins are always there. Intervals draw from the tiles
-    that have labels in the group, and need two; chips of unknown tile count as one tile.
-
-    Args:
-        scored: the pixels.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
+    that have labels in the group, and need two; chips of unknown tile count as one tile. `resamples` and `seed` are
+    those of `tile_intervals`.
     """
     tiles = np.array([tile or UNKNOWN for tile in scored.tiles], dtype=object)
     biomes = np.array([biome or UNKNOWN for biome in scored.biomes], dtype=object)
-    groups: list[tuple[str, str, np.ndarray]] = [("all", "all", np.ones(scored.label.shape, bool))]
-    groups += [("label_bin", bin_name(limits), within(scored.label, limits)) for limits in BINS]
-    groups += [
-        ("prediction_bin", bin_name(limits), within(scored.prediction, limits)) for limits in (BELOW_ZERO, *BINS)
+
+    def row(table: str, group: str, chosen: np.ndarray) -> Row:
+        chips = scored.chip[chosen]
+        parts = sums_by(tiles[chips], scored.prediction[chosen], scored.label[chosen])
+        whole = RegressionSums()
+        for part in parts.values():
+            whole.merge(part)
+        constant = whole.best_constant()
+        made: Row = dict.fromkeys(COLUMNS)
+        made |= {"table": table, "group": group, "chips": len(np.unique(chips)), "tiles": len(parts)}
+        made |= whole.results() | {"best_constant": constant["value"], "best_constant_rmse": constant["rmse"]}
+        intervals = tile_intervals(list(parts.values()), resamples=resamples, seed=seed) or {}
+        for score, (low, high) in intervals.items():
+            made |= {f"{score}_low": low, f"{score}_high": high}
+        return made
+
+    rows = [row("all", "all", np.ones(scored.label.shape, bool))]
+    rows += [row("label_bin", bin_name(limits), within(scored.label, limits)) for limits in BINS]
+    rows += [
+        row("prediction_bin", bin_name(limits), within(scored.prediction, limits)) for limits in (BELOW_ZERO, *BINS)
     ]
-    groups += [("biome", name, (biomes == name)[scored.chip]) for name in sorted(set(biomes))]
-    rows = [_row(table, name, scored, tiles, chosen, resamples, seed) for table, name, chosen in groups]
-    return rows + [
-        _row("tile", name, scored, tiles, (tiles == name)[scored.chip], 0, seed) for name in sorted(set(tiles))
-    ]
+    rows += [row("biome", name, (biomes == name)[scored.chip]) for name in sorted(set(biomes))]
+    return rows + [row("tile", name, (tiles == name)[scored.chip]) for name in sorted(set(tiles))]
 
 
 def within(values: np.ndarray, limits: Bin) -> np.ndarray:
     """Bool, where low <= value < high."""
     return (values >= limits[0]) & (values < limits[1])
-
-
-def _row(
-    table: str, group: str, scored: Scored, tiles: np.ndarray, chosen: np.ndarray, resamples: int, seed: int
-) -> Row:
-    chips = scored.chip[chosen]
-    parts = sums_by(tiles[chips], scored.prediction[chosen], scored.label[chosen])
-    whole = RegressionSums()
-    for part in parts.values():
-        whole.merge(part)
-    row: Row = dict.fromkeys(COLUMNS)
-    row |= {"table": table, "group": group, "chips": len(np.unique(chips)), "tiles": len(parts)} | whole.results()
-    constant = whole.best_constant()
-    row |= {"best_constant": constant["value"], "best_constant_rmse": constant["rmse"]}
-    for score, (low, high) in (tile_intervals(list(parts.values()), resamples=resamples, seed=seed) or {}).items():
-        row |= {f"{score}_low": low, f"{score}_high": high}
-    return row
 
 
 def sums_by(names: np.ndarray, prediction: np.ndarray, label: np.ndarray) -> dict[str, RegressionSums]:
