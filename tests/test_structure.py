@@ -25,7 +25,6 @@ OF_THEIR_OWN = {
     "biomass_jax.models.biomass": "the model",
     "biomass_jax.models.simmim": "the other model",
     "biomass_jax.models.upernet": "the decoder of the literature",
-    "biomass_jax.prediction.stream": "threads and bounded memory, without JAX",
     "biomass_jax.tasks.regression": "one task a module",
     "biomass_jax.tasks.simmim": "one task a module",
     "biomass_jax.training.loop": "what happens step by step, once a run is set up",

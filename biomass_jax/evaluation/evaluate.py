@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import os
+import pickle
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,6 @@ from biomass_jax.data.sources import Source
 from biomass_jax.errors import BiomeError, EvaluationError
 from biomass_jax.evaluation import tables
 from biomass_jax.evaluation.intervals import LEVEL
-from biomass_jax.evaluation.tables import Picture
 from biomass_jax.pipeline import batches as pipeline
 from biomass_jax.prediction.forward import Forward
 from biomass_jax.runtime import processes
@@ -78,13 +78,14 @@ def run(config: ConfigDict, workdir: Path, *, shardings: Callable[[], dict[str, 
     wanted = chosen_chips(config.figures, source)
     on_chips = chip_forward(forward, bundle.bands, fill=source.info.fill, keep_labels=config.reference)
     part = score(source, on_chips, batch_size(forward, config.batch_size), group.threads, wanted)
-    scored, pictures = tables.join(gather(part))
+    # Pickled: JAX would round float64.
+    scored, pictures = tables.join([pickle.loads(data) for data in processes.gather(pickle.dumps(part))])
     if not len(scored.label):
         raise EvaluationError(f"{group.path}: split {group.split!r} has no labelled pixel in {len(source)} chips")
     result = summarize(scored, config, bundle, source.info, statistics)
     if jax.process_index() == 0:
         write(workdir, result, scored, pictures)
-    if lost := [name for name in config.figures.chips if not any(_matches(p.chip_id, name) for p in pictures)]:
+    if lost := [name for name in config.figures.chips if not any(_matches(i, name) for i in scored.chip_ids)]:
         raise EvaluationError(
             f"config.figures.chips: no chip {', '.join(lost)} in {group.path}, split {group.split!r}; the tables are "
             f"written; its {len(scored.chip_ids)} chips have ids like {scored.chip_ids[0]}"
@@ -162,19 +163,8 @@ def score(
         )
 
 
-def gather(part: tables.ScoredPart) -> list[tables.ScoredPart]:
-    """The parts of all processes, in their order, at each of them. They travel as bytes: JAX would round float64."""
-    if jax.process_count() == 1:
-        return [part]
-    return [tables.from_bytes(data) for data in processes.gather(tables.to_bytes(part))]
-
-
 def check_bands(bundle: bundles.Bundle) -> None:
-    """Refuse a model that takes bands which chips don't have.
-
-    Raises:
-        EvaluationError: it does.
-    """
+    """EvaluationError for a model that takes bands which chips don't have."""
     if unknown := [name for name in bundle.bands if name not in bands.BAND_NAMES]:
         raise EvaluationError(
             f"{bundle.path}: the model takes bands {', '.join(unknown)}; chips have {', '.join(bands.BAND_NAMES)}"
@@ -182,11 +172,7 @@ def check_bands(bundle: bundles.Bundle) -> None:
 
 
 def check_units(bundle: bundles.Bundle, info: sources.DatasetInfo) -> None:
-    """Refuse labels in another unit than the model's.
-
-    Raises:
-        EvaluationError: both are known and differ.
-    """
+    """EvaluationError where the units of labels and model are known and differ."""
     theirs = info.metadata.get("label", {}).get("units")
     ours = bundle.meta["output"]["units"]
     if theirs is not None and theirs != ours:
@@ -213,31 +199,20 @@ class NamedSource(Source):
 
     Args:
         source: the chips.
-        indices: those to keep, in order; None for all.
-        biomes: of the kept ones; None for `default`.
-        default: for records that say `unknown`, where `biomes` is None.
+        kept: numbers of those to keep, in order.
+        biomes: of all chips; None for what the records say.
+        default: for chips that are `unknown`.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        *,
-        indices: list[int] | None = None,
-        biomes: list[str] | None = None,
-        default: str = UNKNOWN_BIOME,
-    ) -> None:
-        self._source = source
-        self._indices = indices
-        self._biomes = biomes
-        self._default = default
-        self.info = dataclasses.replace(source.info, chips=len(source) if indices is None else len(indices))
+    def __init__(self, source: Source, kept: Sequence[int], biomes: list[str] | None, default: str) -> None:
+        self._source, self._kept, self._biomes, self._default = source, kept, biomes, default
+        self.info = dataclasses.replace(source.info, chips=len(kept))
 
     def _read(self, index: int) -> Record:
-        record = self._source[index if self._indices is None else self._indices[index]]
-        biome = record["biome"] if self._biomes is None else self._biomes[index]
-        if self._biomes is None and biome == UNKNOWN_BIOME:
-            biome = self._default
-        return {**record, "biome": biome}
+        number = self._kept[index]
+        record = self._source[number]
+        biome = record["biome"] if self._biomes is None else self._biomes[number]
+        return {**record, "biome": self._default if biome == UNKNOWN_BIOME else biome}
 
 
 def with_biomes(
@@ -266,27 +241,25 @@ def with_biomes(
     """
     if bool(polygons) != bool(field):
         raise BiomeError("config.data.biomes and config.data.biome_field go together: a polygon file, and its column")
-    default = folder_biome(path)
-    if not polygons and not biome:
-        return source if default == UNKNOWN_BIOME else NamedSource(source, default=default)
+    default = UNKNOWN_BIOME if polygons else folder_biome(path)
+    if not (polygons or biome):
+        return source if default == UNKNOWN_BIOME else NamedSource(source, range(len(source)), None, default)
     log.info("%s: finding the biomes of %d chips", path, len(source))
     if polygons:
         found = Biomes(polygons, str(field)).at(_centres(source, path))
     else:
         found = [default if chip.biome == UNKNOWN_BIOME else chip.biome for chip in source.chips()]
-    if not biome:
-        return NamedSource(source, biomes=found)
     counts = Counter(found)
-    if set(counts) <= {UNKNOWN_BIOME}:
+    if biome and set(counts) <= {UNKNOWN_BIOME}:
         raise BiomeError(
             f"{path}: no chip's biome is known, so {biome!r} can't be chosen; give polygons (config.data.biomes=FILE "
             "and config.data.biome_field=COLUMN), or a folder named after its biome, such as taiga_datasplit"
         )
-    if biome not in counts:
+    if biome and biome not in counts:
         there = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
         raise BiomeError(f"{path}: no chip of biome {biome!r}; found {there}")
-    kept = [i for i, name in enumerate(found) if name == biome]
-    return NamedSource(source, indices=kept, biomes=[biome] * len(kept))
+    kept = [number for number, name in enumerate(found) if not biome or name == biome]
+    return NamedSource(source, kept, found, UNKNOWN_BIOME)
 
 
 def _centres(source: Source, path: str | os.PathLike[str]) -> np.ndarray:
@@ -306,15 +279,7 @@ def _centres(source: Source, path: str | os.PathLike[str]) -> np.ndarray:
 def summarize(
     scored: tables.Scored, config: ConfigDict, bundle: bundles.Bundle, info: sources.DatasetInfo, statistics: str
 ) -> dict[str, Any]:
-    """What `metrics.json` holds.
-
-    Args:
-        scored: the pixels.
-        config: of configs/evaluate.py.
-        bundle: the model.
-        info: `DatasetInfo` of the scored chips.
-        statistics: where means and stds come from.
-    """
+    """What `metrics.json` holds; `info` is of the scored chips, `statistics` says where means and stds come from."""
     rows = tables.tables(scored, resamples=config.resamples, seed=config.seed)
     whole = rows[0]
     name, folder = Path(config.bundle).absolute().name, Path(config.data.path).absolute().name
@@ -356,11 +321,11 @@ def noise_floor(metadata: dict[str, Any]) -> float | None:
     return None if value is None else float(value)
 
 
-def write(workdir: Path, result: dict[str, Any], scored: tables.Scored, pictures: Sequence[Picture]) -> None:
+def write(workdir: Path, result: dict[str, Any], scored: tables.Scored, pictures: Sequence[figures.ChipPanel]) -> None:
     """Tables, metrics and pictures, each written beside its place and renamed; those of an earlier run are replaced."""
     rows = result["tables"]
     tables.write_reference_table(workdir / "binwise_rmse.csv", rows, result["experiment"])
-    tables.write_tables(workdir / "scores.csv", rows)
+    tables.write_csv(workdir / "scores.csv", tables.COLUMNS, rows)
     write_json(workdir / "metrics.json", result)
     for line in lines(result):
         log.info("%s", line)
@@ -368,7 +333,7 @@ def write(workdir: Path, result: dict[str, Any], scored: tables.Scored, pictures
     log.info("tables and figures are in %s", workdir)
 
 
-def draw(workdir: Path, result: dict[str, Any], scored: tables.Scored, pictures: Sequence[Picture]) -> None:
+def draw(workdir: Path, result: dict[str, Any], scored: tables.Scored, pictures: Sequence[figures.ChipPanel]) -> None:
     """The pictures."""
     title, rows = result["experiment"], result["tables"]
     unit = result["label"]["units"].replace(" ha-1", "/ha")
@@ -377,25 +342,18 @@ def draw(workdir: Path, result: dict[str, Any], scored: tables.Scored, pictures:
     scatter = figures.density_scatter(*values, title=title, name=name, unit=unit)
     figures.save(workdir / "density_scatter.png", scatter, title)
     figures.save(workdir / "residual_histogram.png", figures.residual_histogram(*values, title=title, unit=unit), title)
+    below_zero = tables.bin_name(tables.BELOW_ZERO)  # predictions that most models can't make
+    predicted = [row for row in rows if row["table"] == "prediction_bin" and (row["n"] or row["group"] != below_zero)]
     panels = {
         f"{name} of the label": [row for row in rows if row["table"] == "label_bin"],
-        f"{name} predicted": [row for row in rows if row["table"] == "prediction_bin" and (row["n"] or _is_bin(row))],
+        f"{name} predicted": predicted,
     }
     references = {"Best constant": result["best_constant"]["rmse"], "Noise floor": result["noise_floor"]["rmse"]}
     bins = figures.error_by_bin(panels, title=title, scores=result, references=references, unit=unit)
     figures.save(workdir / "error_by_bin.png", bins, title)
     if pictures:
-        rows_of_chips = [
-            figures.ChipPanel(picture.rgb, picture.prediction, picture.label, f"{picture.chip_id}, {picture.biome}")
-            for picture in pictures
-        ]
-        chips = figures.chip_panels(rows_of_chips, title=title, name=name, unit=unit)
+        chips = figures.chip_panels(pictures, title=title, name=name, unit=unit)
         figures.save(workdir / "chips.png", chips, title)
-
-
-def _is_bin(row: tables.Row) -> bool:
-    """Not the row of predictions below 0, which most models can't make."""
-    return row["group"] != tables.bin_name(tables.BELOW_ZERO)
 
 
 def lines(result: dict[str, Any]) -> list[str]:
@@ -403,10 +361,10 @@ def lines(result: dict[str, Any]) -> list[str]:
     unit = result["label"]["units"]
     made = [f"{result['experiment']} ({unit}): {result['n']:,} labelled pixels of {result['chips']:,} chips"]
     made.append(f"{'':24}{'RMSE':>8}{'95 % interval':>19}{'MAE':>8}{'bias':>8}{'R2':>9}{'n':>12}")
+    prefixes = {"all": "", "label_bin": "label ", "biome": "biome "}
     for row in result["tables"]:
-        if row["table"] in ("all", "label_bin", "biome"):
-            name = {"all": "all", "label_bin": "label ", "biome": "biome "}[row["table"]]
-            label = name if row["table"] == "all" else f"{name}{row['group']}"
+        if row["table"] in prefixes:
+            label = prefixes[row["table"]] + row["group"]
             ends = f"{row['rmse_low']:.2f} to {row['rmse_high']:.2f}" if row["rmse_low"] is not None else ""
             cells = [_cell(row[score], 2) for score in ("mae", "bias")]
             made.append(

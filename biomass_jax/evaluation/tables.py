@@ -7,10 +7,9 @@ everything from 300 Mg/ha on, which is a bin of its own here.
 
 import csv
 import io
-import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,11 @@ from typing import Any
 import numpy as np
 
 from biomass_jax.data.bands import BAND_NAMES
+from biomass_jax.data.sources import Chip
 from biomass_jax.errors import EvaluationError
 from biomass_jax.evaluation.intervals import tile_intervals
+from biomass_jax.figures import ChipPanel
+from biomass_jax.prediction.stream import one_ahead
 from biomass_jax.runtime.files import write_text
 from biomass_jax.tasks.scores import SCORES, RegressionSums
 
@@ -64,30 +66,19 @@ class Scored:
     biomes: tuple[str, ...]
 
 
-@dataclass
-class Picture:
-    """A chip for the figure of chips: rgb (H, W, 3) float32, prediction (H, W) float32, both NaN on no-data; label."""
-
-    chip_id: str
-    biome: str
-    rgb: np.ndarray
-    prediction: np.ndarray
-    label: np.ndarray
-
-
 # (images as stored, labels) -> predictions, labels that count, no-data; see `evaluate.chip_forward`.
 ChipForward = Callable[[np.ndarray, np.ndarray], tuple[Any, np.ndarray, np.ndarray]]
 
 
 @dataclass
 class ScoredPart:
-    """What one process has scored: pixels, and (chip_id, tile, biome) of each chip."""
+    """What one process has scored: pixels, the chips that were read, and those kept whole for pictures."""
 
     prediction: list[np.ndarray] = field(default_factory=list)
     label: list[np.ndarray] = field(default_factory=list)
     chip: list[np.ndarray] = field(default_factory=list)
-    chips: list[tuple[str, str, str]] = field(default_factory=list)
-    pictures: list[Picture] = field(default_factory=list)
+    chips: list[Chip] = field(default_factory=list)
+    pictures: list[ChipPanel] = field(default_factory=list)
 
 
 def score_batches(
@@ -111,61 +102,33 @@ def score_batches(
         EvaluationError: the model gave NaN or infinity where there is a label; it names the chip.
     """
     part = ScoredPart()
-    for batch, results in _one_ahead(batches, forward):
+    started = one_ahead(batches, lambda batch: forward(batch.arrays["image"], batch.arrays["label"]))
+    for batch, results in started:
         prediction, label, missing = (np.asarray(values) for values in results)
-        _take(part, batch, prediction, label, missing, wanted)
-        progress(int(batch.arrays["valid"].sum()))
+        valid = batch.arrays["valid"]
+        rows, y, x = np.nonzero((label >= 0) & valid[:, None, None])
+        found = prediction[rows, y, x]
+        bad = np.flatnonzero(~np.isfinite(found))
+        if bad.size:
+            chip = batch.chips[rows[bad[0]]].chip_id
+            raise EvaluationError(f"chip {chip}: the model gave {found[bad[0]]} at a labelled pixel; expected a number")
+        numbers = len(part.chips) + np.cumsum(valid) - 1  # padding lies at the end, and has no number
+        part.prediction.append(found)
+        part.label.append(label[rows, y, x])
+        part.chip.append(numbers[rows].astype(np.int32))
+        for row in np.flatnonzero(valid):
+            chip = batch.chips[row]
+            part.chips.append(chip)
+            if wanted(chip.chip_id):
+                gone = missing[row]
+                rgb = np.where(gone[..., None], np.nan, batch.arrays["image"][row][..., RGB].astype(np.float32))
+                values = np.where(gone, np.nan, prediction[row])
+                part.pictures.append(ChipPanel(rgb, values, np.array(label[row]), f"{chip.chip_id}, {chip.biome}"))
+        progress(int(valid.sum()))
     return part
 
 
-def _one_ahead(batches: Iterable[Any], forward: ChipForward) -> Iterator[tuple[Any, Sequence[Any]]]:
-    before = None
-    for batch in batches:
-        started = batch, forward(batch.arrays["image"], batch.arrays["label"])
-        if before is not None:
-            yield before
-        before = started
-    if before is not None:
-        yield before
-
-
-def _take(
-    part: ScoredPart,
-    batch: Any,
-    prediction: np.ndarray,
-    label: np.ndarray,
-    missing: np.ndarray,
-    wanted: Callable[[str], bool],
-) -> None:
-    valid = batch.arrays["valid"]
-    rows, y, x = np.nonzero((label >= 0) & valid[:, None, None])
-    found, truth = prediction[rows, y, x], label[rows, y, x]
-    bad = np.flatnonzero(~np.isfinite(found))
-    if bad.size:
-        chip = batch.chips[rows[bad[0]]].chip_id
-        raise EvaluationError(f"chip {chip}: the model gave {found[bad[0]]} at a labelled pixel; expected a number")
-    numbers = len(part.chips) + np.cumsum(valid) - 1  # padding lies at the end, and has no number
-    part.prediction.append(found)
-    part.label.append(truth)
-    part.chip.append(numbers[rows].astype(np.int32))
-    for row in np.flatnonzero(valid):
-        chip = batch.chips[row]
-        part.chips.append((chip.chip_id, chip.tile, chip.biome))
-        if wanted(chip.chip_id):
-            gone = missing[row]
-            rgb = batch.arrays["image"][row][..., RGB].astype(np.float32)
-            part.pictures.append(
-                Picture(
-                    chip.chip_id,
-                    chip.biome,
-                    np.where(gone[..., None], np.nan, rgb),
-                    np.where(gone, np.nan, prediction[row]),
-                    np.array(label[row]),
-                )
-            )
-
-
-def join(parts: Sequence[ScoredPart]) -> tuple[Scored, list[Picture]]:
+def join(parts: Sequence[ScoredPart]) -> tuple[Scored, list[ChipPanel]]:
     """The pixels of all processes, chips numbered through; and their pictures.
 
     Raises:
@@ -187,35 +150,6 @@ def join(parts: Sequence[ScoredPart]) -> tuple[Scored, list[Picture]]:
     return scored, [picture for part in parts for picture in part.pictures]
 
 
-def to_bytes(part: ScoredPart) -> bytes:
-    """A part as bytes, for another process: every number bit by bit."""
-    about = {"chips": part.chips, "pictures": [(picture.chip_id, picture.biome) for picture in part.pictures]}
-    arrays: dict[str, Any] = {"about": np.frombuffer(json.dumps(about).encode(), np.uint8)}
-    for name in ("prediction", "label", "chip"):
-        arrays[name] = np.concatenate([np.zeros(0, np.float32 if name != "chip" else np.int32), *getattr(part, name)])
-    for index, picture in enumerate(part.pictures):
-        arrays |= {f"{name}{index}": getattr(picture, name) for name in ("rgb", "prediction", "label")}
-    out = io.BytesIO()
-    np.savez(out, **{f"_{name}": values for name, values in arrays.items()})
-    return out.getvalue()
-
-
-def from_bytes(data: bytes) -> ScoredPart:
-    """What `to_bytes` gave."""
-    with np.load(io.BytesIO(data)) as arrays:
-        about = json.loads(arrays["_about"].tobytes())
-        return ScoredPart(
-            [arrays["_prediction"]],
-            [arrays["_label"]],
-            [arrays["_chip"]],
-            [tuple(chip) for chip in about["chips"]],
-            [
-                Picture(*names, *(arrays[f"_{name}{index}"] for name in ("rgb", "prediction", "label")))
-                for index, names in enumerate(about["pictures"])
-            ],
-        )
-
-
 def bin_name(limits: Bin) -> str:
     """`0-100` as the reference's columns, `300-inf`, `below 0`."""
     low, high = limits
@@ -226,25 +160,34 @@ def tables(scored: Scored, *, resamples: int = 1000, seed: int = 0) -> list[Row]
     """Every table, one row a group, with `COLUMNS` as keys and None where there is nothing to say.
 
     Groups of the table `biome` and `tile` are those that occur; bins are always there. Intervals draw from the tiles
-    that have labels in the group, and need two; chips of unknown tile count as one tile.
-
-    Args:
-        scored: the pixels.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
+    that have labels in the group, and need two; chips of unknown tile count as one tile. `resamples` and `seed` are
+    those of `tile_intervals`.
     """
     tiles = np.array([tile or UNKNOWN for tile in scored.tiles], dtype=object)
     biomes = np.array([biome or UNKNOWN for biome in scored.biomes], dtype=object)
-    groups: list[tuple[str, str, np.ndarray]] = [("all", "all", np.ones(scored.label.shape, bool))]
-    groups += [("label_bin", bin_name(limits), within(scored.label, limits)) for limits in BINS]
-    groups += [
-        ("prediction_bin", bin_name(limits), within(scored.prediction, limits)) for limits in (BELOW_ZERO, *BINS)
+
+    def row(table: str, group: str, chosen: np.ndarray) -> Row:
+        chips = scored.chip[chosen]
+        parts = sums_by(tiles[chips], scored.prediction[chosen], scored.label[chosen])
+        whole = RegressionSums()
+        for part in parts.values():
+            whole.merge(part)
+        constant = whole.best_constant()
+        made: Row = dict.fromkeys(COLUMNS)
+        made |= {"table": table, "group": group, "chips": len(np.unique(chips)), "tiles": len(parts)}
+        made |= whole.results() | {"best_constant": constant["value"], "best_constant_rmse": constant["rmse"]}
+        intervals = tile_intervals(list(parts.values()), resamples=resamples, seed=seed) or {}
+        for score, (low, high) in intervals.items():
+            made |= {f"{score}_low": low, f"{score}_high": high}
+        return made
+
+    rows = [row("all", "all", np.ones(scored.label.shape, bool))]
+    rows += [row("label_bin", bin_name(limits), within(scored.label, limits)) for limits in BINS]
+    rows += [
+        row("prediction_bin", bin_name(limits), within(scored.prediction, limits)) for limits in (BELOW_ZERO, *BINS)
     ]
-    groups += [("biome", name, (biomes == name)[scored.chip]) for name in sorted(set(biomes))]
-    rows = [_row(table, name, scored, tiles, chosen, resamples, seed) for table, name, chosen in groups]
-    return rows + [
-        _row("tile", name, scored, tiles, (tiles == name)[scored.chip], 0, seed) for name in sorted(set(tiles))
-    ]
+    rows += [row("biome", name, (biomes == name)[scored.chip]) for name in sorted(set(biomes))]
+    return rows + [row("tile", name, (tiles == name)[scored.chip]) for name in sorted(set(tiles))]
 
 
 def within(values: np.ndarray, limits: Bin) -> np.ndarray:
@@ -252,39 +195,14 @@ def within(values: np.ndarray, limits: Bin) -> np.ndarray:
     return (values >= limits[0]) & (values < limits[1])
 
 
-def _row(
-    table: str, group: str, scored: Scored, tiles: np.ndarray, chosen: np.ndarray, resamples: int, seed: int
-) -> Row:
-    chips = scored.chip[chosen]
-    parts = sums_by(tiles[chips], scored.prediction[chosen], scored.label[chosen])
-    whole = RegressionSums()
-    for part in parts.values():
-        whole.merge(part)
-    row: Row = dict.fromkeys(COLUMNS)
-    row |= {"table": table, "group": group, "chips": len(np.unique(chips)), "tiles": len(parts)} | whole.results()
-    constant = whole.best_constant()
-    row |= {"best_constant": constant["value"], "best_constant_rmse": constant["rmse"]}
-    for score, (low, high) in (tile_intervals(list(parts.values()), resamples=resamples, seed=seed) or {}).items():
-        row |= {f"{score}_low": low, f"{score}_high": high}
-    return row
-
-
 def sums_by(names: np.ndarray, prediction: np.ndarray, label: np.ndarray) -> dict[str, RegressionSums]:
     """The sums of each name's pixels, by name in order; all arguments (n,)."""
-    if not len(names):
-        return {}
-    found, index = np.unique(names.astype(str), return_inverse=True)
-    order = np.argsort(index, kind="stable")
-    edges = np.searchsorted(index[order], np.arange(len(found) + 1))
-    made = {}
-    for name, start, stop in zip(found.tolist(), edges, edges[1:], strict=False):
-        made[name] = RegressionSums().add(prediction[order[start:stop]], label[order[start:stop]])
-    return made
-
-
-def write_tables(path: str | os.PathLike[str], rows: Sequence[Row]) -> Path:
-    """All rows as CSV under `COLUMNS`; nothing to say is an empty cell."""
-    return write_csv(path, COLUMNS, rows)
+    found, index, counts = np.unique(names.astype(str), return_inverse=True, return_counts=True)
+    places = np.split(np.argsort(index, kind="stable"), np.cumsum(counts)[:-1])
+    return {
+        name: RegressionSums().add(prediction[mine], label[mine])
+        for name, mine in zip(found.tolist(), places, strict=False)  # of no names there is one empty part
+    }
 
 
 def write_reference_table(path: str | os.PathLike[str], rows: Sequence[Row], experiment: str) -> Path:

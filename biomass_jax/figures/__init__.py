@@ -3,13 +3,7 @@
 `quicklook` writes a file; the others give a matplotlib figure, for `save` or `to_array`.
 """
 
-from biomass_jax.figures.examples import (
-    ChipPanel,
-    ReconstructionPanel,
-    chip_panels,
-    reconstruction_pictures,
-    reconstructions,
-)
+from biomass_jax.figures.examples import ChipPanel, ReconstructionPanel, chip_panels, reconstructions
 from biomass_jax.figures.maps import maps_side_by_side, quicklook
 from biomass_jax.figures.scores import (
     by_training_size,
@@ -18,11 +12,10 @@ from biomass_jax.figures.scores import (
     residual_histogram,
     training_curves,
 )
-from biomass_jax.figures.style import save, stretch, to_array
+from biomass_jax.figures.style import save, to_array
 
 __all__ = [
     "ChipPanel",
-    "FigureError",
     "ReconstructionPanel",
     "by_training_size",
     "chip_panels",
@@ -30,11 +23,9 @@ __all__ = [
     "error_by_bin",
     "maps_side_by_side",
     "quicklook",
-    "reconstruction_pictures",
     "reconstructions",
     "residual_histogram",
     "save",
-    "stretch",
     "to_array",
     "training_curves",
 ]

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from biomass_jax.figures.style import image_axes, new_figure, stretch
+from biomass_jax.figures.style import image_axes, limits, new_figure, stretch
 
 CHIP_PANEL = 3.1  # inches
 
@@ -55,30 +55,23 @@ def chip_panels(panels: Sequence[ChipPanel], *, title: str, name: str = "AGB", u
         row[0].set_title(panel.title, fontsize=9, parse_math=False)
         rows, cols = np.nonzero(panel.label >= 0)
         values = panel.label[rows, cols]
-        limits = _limits(panel.prediction, values)
-        drawn = row[1].imshow(np.ma.masked_invalid(panel.prediction), cmap="viridis", interpolation="nearest", **limits)
+        colours = limits(panel.prediction, values, tail=2)
+        drawn = row[1].imshow(
+            np.ma.masked_invalid(panel.prediction), cmap="viridis", interpolation="nearest", **colours
+        )
         error = panel.prediction[rows, cols].astype(np.float64) - values
         error = error[np.isfinite(error)]
         rmse = f", RMSE {np.sqrt(np.mean(error**2)):.1f}" if error.size else ""
         row[1].set_title("Prediction", fontsize=9)
         row[2].imshow(np.ones(3) * (0.35 + 0.5 * picture[..., :3].mean(-1, keepdims=True)), interpolation="nearest")
         size = np.clip((72 * CHIP_PANEL / max(panel.label.shape) * 2.2) ** 2, 2, 80)
-        row[2].scatter(cols, rows, c=values, s=size, cmap="viridis", edgecolors="black", linewidths=0.25, **limits)
+        row[2].scatter(cols, rows, c=values, s=size, cmap="viridis", edgecolors="black", linewidths=0.25, **colours)
         row[2].set_title(f"Footprints: n = {len(values):,}{rmse}", fontsize=9)
         bar = figure.colorbar(drawn, ax=list(row), fraction=0.02, pad=0.01, extend="max")
         bar.set_label(f"{name} ({unit})", fontsize=9)
         bar.ax.tick_params(labelsize=8)
     figure.suptitle(title, fontsize=11, parse_math=False)
     return figure
-
-
-def _limits(prediction: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """From 0 (or below, for a model that goes there) to the 98th percentile of what either shows."""
-    shown = [values[np.isfinite(values)] for values in (prediction.ravel(), labels)]
-    tops = [float(np.percentile(values, 98)) for values in shown if values.size]
-    bottoms = [min(0.0, float(np.percentile(values, 2))) for values in shown if values.size]
-    low, high = min(bottoms, default=0.0), max(tops, default=1.0)
-    return {"vmin": low, "vmax": high if high > low else low + 1}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from biomass_jax.figures.style import GREY, image_axes, new_figure, save, stretch
+from biomass_jax.figures.style import GREY, colour_bar, image_axes, limits, new_figure, save, stretch
 
 
 def quicklook(
@@ -32,15 +32,13 @@ def quicklook(
     figure = new_figure(10.6, side + 1.0, facecolor="none")  # grey ink on no paper suits white and black pages
     left, right = figure.subplots(1, 2)
     left.imshow(stretch(rgb), interpolation="nearest")
-    drawn = _draw_values(right, values)
+    colours = limits(values, tail=1)
+    drawn = right.imshow(np.ma.masked_invalid(values), cmap="viridis", interpolation="nearest", **colours)
     left.set_title("Red, green, blue", fontsize=10, color=GREY)
     right.set_title(_summary(values, unit), fontsize=10, color=GREY)
     for axes in (left, right):
         image_axes(axes)
-    bar = figure.colorbar(drawn, ax=right, fraction=0.046, pad=0.03, extend="max")
-    bar.set_label(f"{name} ({unit})", fontsize=10, color=GREY)
-    bar.ax.tick_params(labelsize=9, color=GREY, labelcolor=GREY)
-    bar.outline.set_visible(False)
+    colour_bar(figure, drawn, right, f"{name} ({unit})", size=10, extend="max")
     figure.suptitle(title, fontsize=12, color=GREY, parse_math=False)
     return save(path, figure, title)
 
@@ -58,32 +56,18 @@ def maps_side_by_side(panels: Mapping[str, np.ndarray], *, name: str, unit: str,
     height, width = arrays[0].shape
     top, left = (max(0, (side - zoom) // 2) for side in (height, width))
     valid = np.concatenate([values[np.isfinite(values)] for values in arrays])
-    limits = {"vmin": 0.0, "vmax": float(np.percentile(valid, 99)) if valid.size else 1.0}
+    colours = {"vmin": 0.0, "vmax": float(np.percentile(valid, 99)) if valid.size else 1.0}
     figure = new_figure(4.4 * len(arrays) + 1.0, 4.4 * (height / width + 1) + 0.6)
     grid = figure.subplots(2, len(arrays), squeeze=False)
     for column, (title, values) in enumerate(panels.items()):
         for row, shown in enumerate((values, values[top : top + zoom, left : left + zoom])):
             axes = grid[row, column]
             image_axes(axes)
-            drawn = axes.imshow(np.ma.masked_invalid(shown), cmap="viridis", interpolation="nearest", **limits)
+            drawn = axes.imshow(np.ma.masked_invalid(shown), cmap="viridis", interpolation="nearest", **colours)
         grid[0, column].set_title(title, fontsize=10)
         grid[1, column].set_title(f"its middle, {zoom} x {zoom} pixels", fontsize=9)
     figure.colorbar(drawn, ax=grid, fraction=0.03, pad=0.02, extend="max").set_label(f"{name} ({unit})")
     return figure
-
-
-def _draw_values(axes: Any, values: np.ndarray) -> Any:
-    """Values from 0 to their 99th percentile, so that a few extreme pixels don't darken the rest."""
-    valid = values[np.isfinite(values)]
-    top = float(np.percentile(valid, 99)) if valid.size else 0.0
-    bottom = min(0.0, float(np.percentile(valid, 1))) if valid.size else 0.0
-    return axes.imshow(
-        np.ma.masked_invalid(values),
-        cmap="viridis",
-        vmin=bottom,
-        vmax=top if top > bottom else bottom + 1,
-        interpolation="nearest",
-    )
 
 
 def _summary(values: np.ndarray, unit: str) -> str:

@@ -112,12 +112,7 @@ def residual_histogram(
 ) -> Any:
     """How often which error occurs; prediction - label, between the percentiles 0.1 and 99.9.
 
-    Args:
-        prediction: (n,).
-        label: (n,).
-        scores: n, rmse, bias, r2; None where unknown.
-        title: what was scored.
-        unit: of the values.
+    Arguments as for `density_scatter`.
     """
     figure = new_figure(6.4, 4.2)
     axes = figure.subplots()

@@ -37,6 +37,17 @@ def stretch(image: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
     return out
 
 
+def limits(*arrays: np.ndarray, tail: int) -> dict[str, float]:
+    """Colours' `vmin` and `vmax`: from 0 (or below, for a model that goes there) to the top of what any array shows.
+
+    `tail` percent of an array's numbers at either end don't count, so that a few extreme ones don't darken the rest.
+    """
+    shown = [numbers for array in arrays if (numbers := array[np.isfinite(array)]).size]
+    low = min([0.0, *(float(np.percentile(numbers, tail)) for numbers in shown)])
+    high = max((float(np.percentile(numbers, 100 - tail)) for numbers in shown), default=1.0)
+    return {"vmin": low, "vmax": high if high > low else low + 1}
+
+
 def new_figure(width: float, height: float, *, facecolor: str = "white") -> Any:
     """An empty figure of so many inches, without pyplot's global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -75,36 +86,30 @@ def to_array(figure: Any) -> np.ndarray:
 
 def plot_axes(axes: Any, x_label: str, y_label: str) -> None:
     """Labels, a faint grid, no box around."""
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
+    axes.set(xlabel=x_label, ylabel=y_label)
     axes.grid(color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def image_axes(axes: Any) -> None:
     """No ticks, no frame, nothing behind the pixels: rows and columns of a picture tell nothing."""
-    axes.set_facecolor("none")
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.set(facecolor="none", xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
 
 
 def quiet_axes(axes: Any) -> None:
     """No frame and nothing behind the pixels; ticks in grey."""
     axes.set_facecolor("none")
     axes.tick_params(labelsize=8, color=GREY, labelcolor=GREY, length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.spines[:].set_visible(False)
 
 
-def colour_bar(figure: Any, drawn: Any, axes: Any, label: str, **options: Any) -> None:
-    """A colour bar in the same style."""
+def colour_bar(figure: Any, drawn: Any, axes: Any, label: str, *, size: int = 9, **options: Any) -> None:
+    """A colour bar in the same style; `size` of its label in points, its ticks' is one less."""
     bar = figure.colorbar(drawn, ax=axes, fraction=0.046, pad=0.03, **options)
-    bar.set_label(label, fontsize=9, color=GREY)
-    bar.ax.tick_params(labelsize=8, color=GREY, labelcolor=GREY)
+    bar.set_label(label, fontsize=size, color=GREY)
+    bar.ax.tick_params(labelsize=size - 1, color=GREY, labelcolor=GREY)
     bar.outline.set_visible(False)
 
 

@@ -131,21 +131,11 @@ def is_finished(path: Path, tags: Mapping[str, str]) -> bool:
 
 
 class MapReader:
-    """Rows of an image with the pixels that get a value, and the mask's share of those with data; a context manager."""
+    """Rows of an image with the pixels that get a value, and the mask's share of those with data."""
 
-    def __init__(self, source: ImageSource, options: MapOptions) -> None:
-        self._source = source
-        self._mask: MaskSource | None = None
-        if options.mask is not None:
-            self._mask = MaskSource(options.mask, source.grid, options.mask_keep or ())
+    def __init__(self, source: ImageSource, mask: MaskSource | None) -> None:
+        self._source, self._mask = source, mask
         self._data = self._kept = 0
-
-    def __enter__(self) -> "MapReader":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._mask is not None:
-            self._mask.close()
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Pixels (rows, W, bands) and bool (rows, W), True where the map gets a value."""

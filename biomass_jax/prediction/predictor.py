@@ -1,13 +1,12 @@
 """Biomass from images: arrays, raster files, folders of them."""
 
-import functools
 import logging
 import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,7 +15,7 @@ from biomass_jax import bundle as bundles
 from biomass_jax.bundle import Bundle
 from biomass_jax.data import bands as band_table
 from biomass_jax.data.raster.cog import MapWriter
-from biomass_jax.data.raster.image import open_image
+from biomass_jax.data.raster.image import MaskSource, open_image
 from biomass_jax.data.raster.inputs import InputItem, find_inputs
 from biomass_jax.errors import BiomassError, BundleError, PredictionError
 from biomass_jax.prediction import maps
@@ -30,7 +29,6 @@ from biomass_jax.runtime.progress import Progress, duration
 log = logging.getLogger(__name__)
 
 Failure = tuple[str, Exception]  # the input's name, what went wrong
-Made = TypeVar("Made")
 
 
 class Predictor:
@@ -249,7 +247,10 @@ class _OneMap:
         plan = predictor.plan(grid.height, grid.width)
         shape = (1, grid.height, grid.width) if plan is None else (predictor.batch_size, *(predictor.tile,) * 2)
         predictor.forward.prepare((*shape, len(predictor.bundle.bands)), self._source.dtype)
-        self._reader = stack.enter_context(maps.MapReader(self._source, self._options))
+        mask = None
+        if self._options.mask is not None:
+            mask = stack.enter_context(MaskSource(self._options.mask, grid, self._options.mask_keep or ()))
+        self._reader = maps.MapReader(self._source, mask)
         self._writer = stack.enter_context(
             MapWriter(
                 self._path,
@@ -292,29 +293,22 @@ class _OneMap:
         return result
 
     def _write(self) -> MapResult:
+        """Write what is left to write: of a whole image all rows, once the device is done."""
+        # No progress is shown of a whole image: it is done before a bar could be read, and folders hold thousands.
         if self._whole is not None:
-            self._write_whole(self._whole)
+            began = time.perf_counter()
+            values = np.array(self._whole)[0]
+            self._timings.compute = time.perf_counter() - began
+            check_finite(values, self._wanted)
+            values[~self._wanted] = self._predictor.bundle.nodata
+            self._writer.write_rows(0, values)
         self._writer.close()
-        parts = {**vars(self._timings), **{key: self._writer.seconds[key] for key in ("verify", "copy")}}
+        parts = {**vars(self._timings), **self._writer.seconds}
         seconds, share = time.perf_counter() - self._began, self._reader.share
         kept = "" if share is None else f", the mask keeps {share:.1%} of its data pixels"
         many = "" if self._chips == 1 else "s"
         log.info("%s: %d chip%s in %s%s", self._path, self._chips, many, duration(seconds), kept)
         return MapResult(self._source.name, self._path, "written", self._chips, seconds, parts, share)
-
-    def _write_whole(self, predicted: jax.Array) -> None:
-        """Wait for a small image's prediction and write its rows.
-
-        It shows no progress: it is done before a bar could be read, and folders hold thousands of them.
-        """
-        marks = [time.perf_counter()]
-        values = np.array(predicted)[0]
-        marks.append(time.perf_counter())
-        check_finite(values, self._wanted)
-        values[~self._wanted] = self._predictor.bundle.nodata
-        self._writer.write_rows(0, values)
-        marks.append(time.perf_counter())
-        self._timings.compute, self._timings.write = (float(seconds) for seconds in np.diff(marks))
 
 
 def make_maps(
@@ -333,39 +327,34 @@ def make_maps(
     Raises:
         BundleError: damaged weights; no other image would fare better.
     """
-    outcomes: list[Future[MapResult | Failure] | Failure] = []
-    running: list[Future[MapResult | Failure]] = []
-    with ThreadPoolExecutor(1, "map finisher") as finisher:
-        for item in items:
-            begun = _attempt(item, functools.partial(begin, item))
-            if isinstance(begun, tuple):
-                outcomes.append(begun)
-                continue
-            finishing = finisher.submit(_attempt, item, begun)
-            outcomes.append(finishing)
-            wait(running)
-            running = [finishing]
     results: list[MapResult] = []
     failures: list[Failure] = []
-    for outcome in outcomes:
-        found = outcome.result() if isinstance(outcome, Future) else outcome
-        if isinstance(found, MapResult):
-            results.append(found)
-        else:
-            failures.append(found)
+
+    def finish(item: InputItem, begun: Future[Callable[[], MapResult]]) -> None:
+        try:
+            results.append(begun.result()())
+        except BundleError:
+            raise
+        except Exception as error:
+            why = maps.reason(item.name, error)
+            log.error("%s: failed: %s", item.name, why, exc_info=not isinstance(error, BiomassError))
+            failures.append((item.name, error))
+
+    finishing: list[Future[None]] = []
+    with ThreadPoolExecutor(1, "map finisher") as finisher:
+        for item in items:
+            begun: Future[Callable[[], MapResult]] = Future()
+            try:
+                begun.set_result(begin(item))
+            except BundleError:
+                raise
+            except Exception as error:  # told in its turn, so that failures keep the order of the inputs
+                begun.set_exception(error)
+            finishing.append(finisher.submit(finish, item, begun))
+            wait(finishing[-2:-1])
+    for finished in finishing:
+        finished.result()
     return results, failures
-
-
-def _attempt(item: InputItem, step: Callable[[], Made]) -> Made | Failure:
-    """What a step gives, or its error, told at once."""
-    try:
-        return step()
-    except BundleError:
-        raise
-    except Exception as error:
-        why = maps.reason(item.name, error)
-        log.error("%s: failed: %s", item.name, why, exc_info=not isinstance(error, BiomassError))
-        return item.name, error
 
 
 def _as_digital_numbers(image: np.ndarray) -> np.ndarray:

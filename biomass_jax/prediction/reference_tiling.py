@@ -6,6 +6,7 @@ the plan raises and names the default tiling. They stream like the default one: 
 instead of borders first, which changes a mean by float32 rounding only.
 """
 
+import itertools
 from collections.abc import Iterable
 
 import numpy as np
@@ -20,15 +21,12 @@ INNER, BORDER = 0, 1  # the two kinds of weights
 
 
 def reference_1_2_tiles(padded: Pair, tile: Pair, stride: Pair) -> list[Placed]:
-    """Tiles of 1.2.11 in its order: right border, bottom border, corner, interior; flags mark border tiles."""
+    """Tiles of 1.2.11 in its order: right border, bottom border, corner, interior; all of them are cropped."""
     last_row, last_column = padded[0] - tile[0], padded[1] - tile[1]
     rows, columns = range(0, last_row - 1, stride[0]), range(0, last_column - 1, stride[1])
-    border = [(row, last_column, True) for row in rows] + [(last_row, column, True) for column in columns]
-    return [
-        *border,
-        (last_row, last_column, True),
-        *((row, column, row == 0 or column == 0) for row in rows for column in columns),
-    ]
+    places = [(row, last_column) for row in rows] + [(last_row, column) for column in columns]
+    places += [(last_row, last_column), *itertools.product(rows, columns)]
+    return [(row, column, False) for row, column in places]
 
 
 def reference_0_99_tiles(size: Pair, tile: Pair, stride: Pair) -> list[Placed]:
@@ -59,9 +57,8 @@ def reference_1_2_plan(height: int, width: int, *, tile: Pair, stride: Pair, mar
     size = (height + 2 * delta, width + 2 * delta)
     if size[0] < tile[0] or size[1] < tile[1]:
         raise _failure(name, height, width, f"with its {delta} px of padding that is smaller than the tile {tile}")
-    placed = [(row, column, False) for row, column, _ in reference_1_2_tiles(size, tile, stride)]
-    weights = _weights_1_2(tile, stride, delta, blend)
-    return _plan(name, (height, width), tile, delta, delta, placed, (weights, weights))
+    placed = reference_1_2_tiles(size, tile, stride)
+    return _plan(name, (height, width), tile, delta, delta, placed, (_weights_1_2(tile, stride, delta, blend),))
 
 
 def reference_0_99_plan(height: int, width: int, *, tile: Pair, stride: Pair) -> TilePlan:
@@ -90,25 +87,18 @@ def _weights_1_2(tile: Pair, stride: Pair, delta: int, blend: str) -> np.ndarray
 
 
 def _plan(
-    name: str,
-    size: Pair,
-    tile: Pair,
-    pad: int,
-    delta: int,
-    placed: Iterable[Placed],
-    weights: tuple[np.ndarray, np.ndarray],
+    name: str, size: Pair, tile: Pair, pad: int, delta: int, placed: Iterable[Placed], weights: tuple[np.ndarray, ...]
 ) -> TilePlan:
     """Sort tiles into rows from north to south and check that they cover the raster."""
     rows: dict[int, list[Tile]] = {}
     for row, column, whole in placed:
-        rows.setdefault(row, []).append(Tile(column, 0, 0, BORDER) if whole else Tile(column, delta, delta, INNER))
+        rows.setdefault(row, []).append(Tile(column, 0, BORDER) if whole else Tile(column, delta, INNER))
     plan = TilePlan(
         height=size[0],
         width=size[1],
         tile_height=tile[0],
         tile_width=tile[1],
-        pad_top=pad,
-        pad_left=pad,
+        pad=pad,
         rows=tuple(TileRow(row, tuple(rows[row])) for row in sorted(rows)),
         weights=weights,
     )

@@ -40,11 +40,11 @@ def run(config: ConfigDict, workdir: Path, *, shardings: Callable[[], dict[str, 
         BundleError, RasterError, TilingError, BandError: see `Predictor`.
     """
     for field, what in (("bundle", "the model bundle's folder"), ("inputs", "the images to map")):
-        if _text(config[field]) is None:
+        if not config[field]:
             raise PredictionError(f"config.{field} is not given; add --config.{field}=PATH, {what}")
     options = {
         "bands": parse_band_list(config.bands),
-        "mask": _text(config.mask),
+        "mask": config.mask or None,
         "mask_keep": tuple(config.mask_keep),
         "overwrite": config.overwrite,
         "quicklook": config.quicklook,
@@ -105,8 +105,3 @@ def sum_up(shares: Sequence[Share], items: Sequence[InputItem]) -> None:
         duration(max(share.seconds for share in shares)),
         sum(share.finished for share in shares),
     )
-
-
-def _text(value: str | None) -> str | None:
-    """A text field's value; the flag parser makes the word None of `--config.mask=None`."""
-    return None if value in (None, "", "None") else value

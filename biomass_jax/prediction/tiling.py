@@ -24,13 +24,12 @@ SMALLEST_WEIGHT = 1e-6
 class Tile:
     """One tile of a row: its first column in the padded raster and the part of its prediction that is used.
 
-    `top` and `left` are the first used row and column inside the tile; `kind` picks the plan's weights, whose shape is
-    the shape of the used part.
+    `crop` rows and columns on each side are left out; `kind` picks the plan's weights, whose shape is the shape of the
+    used part.
     """
 
     column: int
-    top: int
-    left: int
+    crop: int
     kind: int = 0
 
 
@@ -46,16 +45,15 @@ class TileRow:
 class TilePlan:
     """Where tiles lie and how they are weighted, for one raster size.
 
-    The padded raster has `pad_top` reflected rows above row 0 and `pad_left` reflected columns left of column 0; below
-    and to the right it is reflected as far as the tiles reach. Rows of tiles come in ascending order.
+    The padded raster has `pad` reflected rows above row 0 and as many columns left of column 0; below and to the right
+    it is reflected as far as the tiles reach. Rows of tiles come in ascending order.
     """
 
     height: int
     width: int
     tile_height: int
     tile_width: int
-    pad_top: int
-    pad_left: int
+    pad: int
     rows: tuple[TileRow, ...]
     weights: tuple[np.ndarray, ...]
 
@@ -67,8 +65,8 @@ class TilePlan:
     def window(self, row: TileRow, tile: Tile) -> tuple[slice, slice, slice, slice]:
         """Rows and columns of the raster that a tile's used part covers, then the same pixels inside the used part."""
         used_height, used_width = self.weights[tile.kind].shape
-        first_row = row.row + tile.top - self.pad_top
-        first_column = tile.column + tile.left - self.pad_left
+        first_row = row.row + tile.crop - self.pad
+        first_column = tile.column + tile.crop - self.pad
         rows = slice(max(first_row, 0), min(first_row + used_height, self.height))
         columns = slice(max(first_column, 0), min(first_column + used_width, self.width))
         inside_rows = slice(rows.start - first_row, rows.stop - first_row)
@@ -76,7 +74,7 @@ class TilePlan:
 
     def first_rows(self) -> list[int]:
         """For each row of tiles the first raster row that it or any later row of tiles touches."""
-        firsts = [min(row.row + tile.top for tile in row.tiles) - self.pad_top for row in self.rows]
+        firsts = [min(row.row + tile.crop for tile in row.tiles) - self.pad for row in self.rows]
         return [max(int(first), 0) for first in np.minimum.accumulate(firsts[::-1])[::-1]]
 
 
@@ -146,15 +144,13 @@ def default_plan(height: int, width: int, *, tile: int, stride: int, margin: int
     (tile - stride - 2 margin), or with blend 'none' by 1, so that overlaps are plain means of the tiles: unlike taking
     the last tile, that favours no direction.
     """
-    check_settings(tile, stride, margin, blend, "default")
-    tiles = tuple(Tile(column, margin, margin) for column in origins(max(width + 2 * margin, tile), tile, stride))
+    tiles = tuple(Tile(column, margin) for column in origins(max(width + 2 * margin, tile), tile, stride))
     return TilePlan(
         height=height,
         width=width,
         tile_height=tile,
         tile_width=tile,
-        pad_top=margin,
-        pad_left=margin,
+        pad=margin,
         rows=tuple(TileRow(row, tiles) for row in origins(max(height + 2 * margin, tile), tile, stride)),
         weights=(blend_weights(tile, stride, margin, blend),),
     )
@@ -173,10 +169,10 @@ class SourceRows:
         """`read_rows(start, stop)` returns source rows (stop - start, width, channels)."""
         self._plan = plan
         self._read_rows = read_rows
-        offsets = np.arange(plan.tile_height) - plan.pad_top
+        offsets = np.arange(plan.tile_height) - plan.pad
         self._rows = [reflect_index(offsets + row.row, plan.height) for row in plan.rows]
         self._columns = reflect_index(
-            np.arange(max(t.column for r in plan.rows for t in r.tiles) + plan.tile_width) - plan.pad_left, plan.width
+            np.arange(max(t.column for r in plan.rows for t in r.tiles) + plan.tile_width) - plan.pad, plan.width
         )
         self._stops = [int(stop) for stop in np.maximum.accumulate([rows.max() + 1 for rows in self._rows])]
         self._starts = [int(start) for start in np.minimum.accumulate([rows.min() for rows in self._rows][::-1])[::-1]]
@@ -209,43 +205,34 @@ class SourceRows:
 class Blender:
     """Weighted mean of overlapping predictions in a band of accumulators as high as a tile.
 
-    For each row of tiles call `finished_before(index)` and write what it yields, then `add` its tiles; at the end call
-    `finish`. Rows come out in order, each once.
+    For each row of tiles write what `finished_before(index)` yields, then `add` its tiles; in the end write what
+    `finished_before` of the number of rows of tiles yields. Rows come out in order, each once.
     """
 
     def __init__(self, plan: TilePlan) -> None:
         self._plan = plan
-        self._firsts = plan.first_rows()
+        self._firsts = [*plan.first_rows(), plan.height]
         self._start = 0
         rows = min(plan.tile_height, plan.height)
         self._sum = np.zeros((rows, plan.width), np.float32)
         self._weight = np.zeros((rows, plan.width), np.float32)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes held by the accumulators."""
-        return self._sum.nbytes + self._weight.nbytes
-
     def add(self, index: int, tile: Tile, prediction: np.ndarray) -> None:
         """Add the prediction (tile height, tile width) of one tile of the row of tiles number `index`."""
         rows, columns, inside_rows, inside_columns = self._plan.window(self._plan.rows[index], tile)
         weights = self._plan.weights[tile.kind]
-        used = prediction[tile.top : tile.top + weights.shape[0], tile.left : tile.left + weights.shape[1]]
+        used = prediction[tile.crop : tile.crop + weights.shape[0], tile.crop : tile.crop + weights.shape[1]]
         weights = weights[inside_rows, inside_columns]
         band = slice(rows.start - self._start, rows.stop - self._start)
         self._sum[band, columns] += weights * used[inside_rows, inside_columns]
         self._weight[band, columns] += weights
 
     def finished_before(self, index: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (first row, values) of the rows that no tile of row of tiles number `index` or later can touch."""
-        return self._flush(self._firsts[index])
+        """Yield (first row, values) of the rows that no tile of row of tiles number `index` or later can touch.
 
-    def finish(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield all rows that are left."""
-        return self._flush(self._plan.height)
-
-    def _flush(self, stop: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Hand over rows before `stop` (float32, NaN where no tile was added) and move the band on."""
+        Values are float32, NaN where no tile was added.
+        """
+        stop = self._firsts[index]
         while self._start < stop:
             count = min(stop - self._start, len(self._sum))
             values = np.full((count, self._plan.width), np.nan, np.float32)

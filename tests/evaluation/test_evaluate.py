@@ -32,7 +32,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def drawn(monkeypatch):
-    """Ids of the chips that would be drawn: pictures cost more than scores here; `result` makes them all."""
+    """The chips that would be drawn: pictures cost more than scores here; `result` makes them all."""
     seen = []
     monkeypatch.setattr(evaluate, "draw", lambda workdir, result, scored, pictures: seen.extend(pictures))
     return seen
@@ -147,7 +147,7 @@ def test_one_biome_and_its_chips_drawn(model, world, tmp_path, drawn, by_hand):
     assert [row["group"] for row in found["tables"] if row["table"] == "biome"] == ["taiga"]
     prediction, label, index = by_hand
     assert found["n"] == (index < 3).sum()
-    assert [picture.chip_id for picture in drawn] == ["10SFF_1_2020-05-01"]
+    assert [picture.title for picture in drawn] == ["10SFF_1_2020-05-01, taiga"]
 
 
 def test_statistics_are_chosen(model, world, tmp_path):

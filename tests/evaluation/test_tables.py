@@ -162,7 +162,7 @@ def test_csv_has_the_references_columns_and_empty_cells(tmp_path):
     assert (line["experiment_name"], line["200-300"], line["300-inf"]) == ("zero-shot, taiga", "", "")
     low = (scored.label >= 0) & (scored.label < 100)
     assert float(line["0-100"]) == pytest.approx(plain(scored.prediction[low], scored.label[low])["rmse"], rel=1e-12)
-    with binwise.write_tables(tmp_path / "scores.csv", rows).open() as file:
+    with binwise.write_csv(tmp_path / "scores.csv", binwise.COLUMNS, rows).open() as file:
         read = list(csv.DictReader(file))
     assert len(read) == len(rows)
     for text, row in zip(read, rows, strict=True):

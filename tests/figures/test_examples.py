@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from biomass_jax import figures
-from biomass_jax.figures.examples import COMPOSITES, MASKED
+from biomass_jax.figures.examples import COMPOSITES, MASKED, reconstruction_pictures
 
 BANDS = ("BLUE", "GREEN", "RED", "NIR_NARROW", "SWIR_1", "SWIR_2")
 TOKEN = 4
@@ -35,7 +35,7 @@ def masked_pixels(panel):
 @pytest.mark.parametrize("name", COMPOSITES)
 def test_each_pixel_comes_from_its_source(panel, name):
     colours = {"RGB": (2, 1, 0), "SWIR": (5, 3, 2)}[name]  # red, green, blue of the picture, by hand
-    seen, hidden, filled = figures.reconstruction_pictures(panel, BANDS, COMPOSITES[name])
+    seen, hidden, filled = reconstruction_pictures(panel, BANDS, COMPOSITES[name])
     masked = masked_pixels(panel)
     expected = {}
     for source in ("image", "reconstruction"):
@@ -61,9 +61,7 @@ def test_the_scale_of_the_units_does_not_matter(panel):
     )
     for colours in COMPOSITES.values():
         np.testing.assert_allclose(
-            figures.reconstruction_pictures(changed, BANDS, colours),
-            figures.reconstruction_pictures(panel, BANDS, colours),
-            atol=1e-9,
+            reconstruction_pictures(changed, BANDS, colours), reconstruction_pictures(panel, BANDS, colours), atol=1e-9
         )
 
 
@@ -72,7 +70,7 @@ def test_the_figure_shows_six_pictures_a_chip(panel, tmp_path):
     figure = figures.reconstructions([panel, second], bands=BANDS, title="Step 300")
     assert len(figure.axes) == 12
     for n, chip in enumerate((panel, second)):
-        pictures = [p for colours in COMPOSITES.values() for p in figures.reconstruction_pictures(chip, BANDS, colours)]
+        pictures = [p for colours in COMPOSITES.values() for p in reconstruction_pictures(chip, BANDS, colours)]
         for axes, picture in zip(figure.axes[6 * n : 6 * n + 6], pictures, strict=True):
             assert (np.asarray(axes.images[0].get_array()) == picture).all()
     texts = [text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text"))]
@@ -83,7 +81,7 @@ def test_the_figure_shows_six_pictures_a_chip(panel, tmp_path):
 
 def test_a_chip_without_any_data_is_blank_but_for_the_mask(panel):
     nothing = figures.ReconstructionPanel(panel.image, panel.reconstruction, panel.mask, np.ones_like(panel.nodata), "")
-    seen, hidden, filled = figures.reconstruction_pictures(nothing, BANDS, COMPOSITES["RGB"])
+    seen, hidden, filled = reconstruction_pictures(nothing, BANDS, COMPOSITES["RGB"])
     assert not seen.any() and not filled.any()
     assert (hidden[..., 3] == masked_pixels(panel)).all()
 
@@ -93,4 +91,4 @@ def test_what_cannot_be_shown_is_an_error(panel):
         figures.reconstructions([panel], bands=("BLUE", "GREEN", "RED", "NIR_NARROW", "SWIR_1", "X"), title="")
     short = figures.ReconstructionPanel(panel.image, panel.reconstruction, panel.mask[:, :4], panel.nodata, "")
     with pytest.raises(ValueError, match=r"mask \(8, 4\).*32 x 40 px"):
-        figures.reconstruction_pictures(short, BANDS, COMPOSITES["RGB"])
+        reconstruction_pictures(short, BANDS, COMPOSITES["RGB"])

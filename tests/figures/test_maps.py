@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from biomass_jax import figures
+from biomass_jax.figures.style import stretch
 
 
 def test_stretch_runs_from_2nd_to_98th_percentile_of_valid_pixels():
@@ -12,7 +13,7 @@ def test_stretch_runs_from_2nd_to_98th_percentile_of_valid_pixels():
     image[:] = np.arange(101)[None, :, None] * np.array([1, 10, 100]) + np.array([0, 5, -50])
     image[0, 0] = np.nan
     image[0, 1, 1] = np.nan  # one band is enough
-    out = figures.stretch(image)
+    out = stretch(image)
     assert out.shape == (10, 101, 4)
     assert (out[0, :2] == 0).all()
     assert (out[1:, :, 3] == 1).all()
@@ -25,7 +26,7 @@ def test_stretch_runs_from_2nd_to_98th_percentile_of_valid_pixels():
 
 @pytest.mark.parametrize("image", [np.full((4, 5, 3), np.nan), np.full((4, 5, 3), 7.0)])
 def test_stretch_of_nothing_or_of_one_value(image):
-    out = figures.stretch(image)
+    out = stretch(image)
     assert np.isfinite(out).all()
     assert (out[..., 3] == np.isfinite(image[..., 0])).all()
 

@@ -8,6 +8,7 @@ import pytest
 from biomass_jax import figures
 from biomass_jax.errors import FigureError
 from biomass_jax.figures.__main__ import main
+from biomass_jax.figures.style import stretch
 
 SCORES = {"n": 3000, "rmse": 41.26, "bias": -3.04, "r2": 0.614}
 
@@ -131,7 +132,7 @@ def test_chip_panels_place_footprints_on_their_pixels_in_the_predictions_colours
     assert colours == {(2, 39): 0, (20, 20): 55, (30, 10): 70}
     assert dots.get_clim() == shown.images[0].get_clim()
     assert shown.images[0].get_array().mask[:5].all()
-    np.testing.assert_array_equal(image.images[0].get_array(), figures.stretch(rgb))
+    np.testing.assert_array_equal(image.images[0].get_array(), stretch(rgb))
     errors = np.array([prediction[10, 30] - 70, prediction[39, 2], prediction[20, 20] - 55])
     texts = texts_of(figure)
     assert f"Footprints: n = 3, RMSE {np.sqrt((errors**2).mean()):.1f}" in texts

@@ -3,12 +3,13 @@
 import threading
 import time
 import tracemalloc
+from contextlib import closing
 
 import numpy as np
 import pytest
 
 from biomass_jax.errors import PredictionError
-from biomass_jax.prediction.stream import Broken, Feeder, Pipe, Sink, stream_map
+from biomass_jax.prediction.stream import read_ahead, stream_map, write_behind
 from biomass_jax.prediction.tiling import default_plan
 
 PLAN = {"tile": 32, "stride": 20, "margin": 3, "blend": "cosine"}
@@ -176,7 +177,7 @@ def test_memory_is_some_bands_of_rows_and_not_the_raster():
     assert peak < bound
 
 
-def test_pipe_holds_no_more_than_its_size():
+def test_no_more_is_read_ahead_than_asked_for():
     taken = []
     made = []
 
@@ -185,42 +186,59 @@ def test_pipe_holds_no_more_than_its_size():
             made.append(number)
             yield number
 
-    with Feeder(items(), 3, "feeder") as feed:
-        for number in feed:
+    with closing(read_ahead(items(), 3)) as ahead:
+        for number in ahead:
             taken.append(number)
             time.sleep(0.001)
-            assert len(made) - len(taken) <= 4
+            assert len(made) - len(taken) <= 3
     assert taken == list(range(50))
 
 
-def test_leaving_early_stops_an_endless_feeder():
+def test_leaving_early_stops_an_endless_reader():
     def endless():
         while True:
             yield 1
 
-    with Feeder(endless(), 2, "feeder") as feed:
-        assert next(feed) == 1
+    with closing(read_ahead(endless(), 2)) as ahead:
+        assert next(ahead) == 1
 
 
-def test_sink_runs_all_and_raises_late_errors():
+def test_all_is_written_before_leaving_and_late_errors_are_raised():
     got = []
-    with Sink(got.append, 2, "sink") as sink:
+    with write_behind(lambda *row: got.append(row), 2) as put:
         for number in range(20):
-            sink.put(number)
-    assert got == list(range(20))
+            put(number, number + 1)
+    assert got == [(number, number + 1) for number in range(20)]
 
-    def fail(item):
+    def fail(*row):
         raise OSError("disk")
 
-    with pytest.raises(OSError, match="disk"), Sink(fail, 2, "sink") as sink:
-        sink.put(1)
+    with pytest.raises(OSError, match="disk"), write_behind(fail, 2) as put:
+        put(1, 2)
 
 
-def test_pipe_keeps_the_first_error():
-    pipe = Pipe(1)
-    pipe.fail(OSError("first"))
-    pipe.fail(Broken())
-    with pytest.raises(OSError, match="first"):
-        pipe.put(1)
-    with pytest.raises(OSError, match="first"):
-        next(iter(pipe))
+def test_no_more_waits_to_be_written_than_asked_for():
+    got, given = [], []
+
+    def write(start, values):
+        time.sleep(0.001)
+        got.append(start)
+
+    with write_behind(write, 3) as put:
+        for number in range(30):
+            put(number, None)
+            given.append(number)
+            assert len(given) - len(got) <= 3
+
+
+def test_the_first_of_several_errors_counts():
+    def fail(start, values):
+        raise OSError(f"error {start}")
+
+    with pytest.raises(OSError, match="error 0"), write_behind(fail, 9) as put:
+        put(0, None)
+        put(1, None)
+    with write_behind(fail, 1) as put:
+        put(0, None)
+        with pytest.raises(OSError, match="error 0"):
+            put(1, None)
