@@ -14,7 +14,7 @@ from rasterio.crs import CRS
 
 from biomass_jax.data.bands import BAND_NAMES
 from biomass_jax.data.raster.image import open_image
-from biomass_jax.errors import PrepError
+from biomass_jax.errors import PrepError, RasterError
 from data_prep.hls import composite as module
 from data_prep.hls import composite_sums
 from data_prep.hls.composite import composite, composite_path, main, select
@@ -214,7 +214,7 @@ def test_a_file_cut_short_is_named_and_nothing_is_written(world, tmp_path):
     name = next(name for name in world[1] if ".L30." in name)
     path = tmp_path / "granules" / name / f"{name}.B06.tif"
     os.truncate(path, path.stat().st_size // 2)
-    with pytest.raises(PrepError, match=rf"{path}.*truncated"):
+    with pytest.raises(RasterError, match=rf"{path}.*truncated"):
         composite(find_scenes(tmp_path / "granules"), tmp_path / "out" / "c.tif", season=SEASON)
     assert not (tmp_path / "out").exists()
 
@@ -229,7 +229,7 @@ def test_a_block_that_does_not_decode_is_named(world, tmp_path):
         file.seek(offset)
         file.write(b"\xff" * 200)
     for statistic in ("mean", "median"):
-        with pytest.raises(PrepError, match=str(path)):
+        with pytest.raises(RasterError, match=str(path)):
             composite(
                 find_scenes(tmp_path / "granules"), tmp_path / "out" / "c.tif", season=SEASON, statistic=statistic
             )
