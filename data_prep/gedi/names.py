@@ -1,6 +1,7 @@
 """What GEDI L4A files call their beams and datasets, in product versions 2 (and 2.1) and 3."""
 
 import re
+from collections.abc import Container
 from pathlib import PurePath
 from typing import NamedTuple
 
@@ -83,6 +84,6 @@ def product_of(name: str) -> Product | None:
     return Product(match[0], f"{match['pge']}_{match['production']}", f"V{match['version']}")
 
 
-def naming(datasets: set[str]) -> int:
+def naming(datasets: Container[str]) -> int:
     """Which version's names a beam uses, from the paths of its datasets: 2 or 3."""
-    return 3 if datasets & set(_ONLY_VERSION_3) else 2
+    return 3 if any(name in datasets for name in _ONLY_VERSION_3) else 2
