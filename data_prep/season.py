@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, time
 from typing import NamedTuple
 
 from biomass_jax.errors import PrepError
@@ -73,10 +73,7 @@ class Season:
     @property
     def bounds(self) -> tuple[datetime, datetime]:
         """First moment, and the first that no longer belongs to it, in UTC."""
-        return (
-            datetime(self.start.year, self.start.month, self.start.day, tzinfo=UTC),
-            datetime(self.stop.year, self.stop.month, self.stop.day, tzinfo=UTC),
-        )
+        return datetime.combine(self.start, time(), UTC), datetime.combine(self.stop, time(), UTC)
 
     def contains(self, moment: datetime) -> bool:
         """Whether a moment lies inside; one without a time zone is taken as UTC."""
@@ -125,9 +122,7 @@ def season_of_year(year: int, latitude: float, table: Iterable[Sequence] = DEFAU
         raise PrepError(f"season table: two lines begin at one latitude: {souths}; expected one for each")
     for row in rows:
         if latitude >= row.south:
-            return Season(
-                _day(row, "start", year + row.start_year, row.start), _day(row, "stop", year + row.stop_year, row.stop)
-            )
+            return Season(_day(row, "start", year), _day(row, "stop", year))
     raise PrepError(f"season table: no line holds at latitude {latitude:.4f}; its lines begin at {souths}")
 
 
@@ -155,7 +150,8 @@ def _row(line: Sequence) -> SeasonRow:
         ) from error
 
 
-def _day(row: SeasonRow, field: str, year: int, text: str) -> date:
+def _day(row: SeasonRow, field: str, year: int) -> date:
+    text, year = getattr(row, field), year + getattr(row, f"{field}_year")
     match = _MONTH_DAY.fullmatch(str(text))
     try:
         if match is None:

@@ -10,13 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biomass_jax.runtime.files import replacing
+from data_prep.gedi.names import BEAMS, FULL_POWER_BEAMS
 
 EPOCH = datetime(2018, 1, 1)  # of delta_time, UTC
-COVERAGE_BEAMS = ("BEAM0000", "BEAM0001", "BEAM0010", "BEAM0011")
-FULL_POWER_BEAMS = ("BEAM0101", "BEAM0110", "BEAM1000", "BEAM1011")
-BEAMS = COVERAGE_BEAMS + FULL_POWER_BEAMS
 CHUNK = 14200  # shots, as in the real files
 NO_VALUE = -9999.0
+_SUB_ORBIT = 2  # the quarter of each orbit
 _TEXT = h5py.string_dtype()
 _COORDINATES = "delta_time lat_lowestmode lon_lowestmode"
 _ALGORITHMS = (1, 2, 10)  # the real files have seven
@@ -72,21 +71,20 @@ _DATASETS: dict[str, tuple[Any, Any, str, str]] = {
 }
 
 
-def granule_name(start: datetime, orbit: int, *, sub_orbit: int = 2, version: str = "002_02") -> str:
+def granule_name(start: datetime, orbit: int, *, version: str = "002_02") -> str:
     """Return a file's name, for example `GEDI04_A_2020183184512_O08852_02_T00198_02_002_02_V002.h5`.
 
     Args:
         start: when the sub-orbit begins, UTC.
         orbit: orbit number.
-        sub_orbit: quarter of the orbit, 1 to 4.
         version: release and production version of the product, `002_01` or `002_02`.
     """
-    return f"GEDI04_A_{start:%Y%j%H%M%S}_O{orbit:05d}_{sub_orbit:02d}_T00198_02_{version}_V002.h5"
+    return f"GEDI04_A_{start:%Y%j%H%M%S}_O{orbit:05d}_{_SUB_ORBIT:02d}_T00198_02_{version}_V002.h5"
 
 
-def shot_numbers(orbit: int, beam: str, count: int, *, sub_orbit: int = 2, first: int = 1) -> NDArray[np.uint64]:
+def shot_numbers(orbit: int, beam: str, count: int) -> NDArray[np.uint64]:
     """Return (count,) shot numbers: orbit, beam, 0, sub-orbit and index digits, too long for a float64."""
-    start = ((orbit * 100 + int(beam.removeprefix("BEAM"), 2)) * 1000 + sub_orbit) * 10**8 + first
+    start = ((orbit * 100 + int(beam.removeprefix("BEAM"), 2)) * 1000 + _SUB_ORBIT) * 10**8 + 1
     return np.arange(start, start + count, dtype=np.uint64)
 
 

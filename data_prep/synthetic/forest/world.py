@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from pyproj import Transformer
 
 from biomass_jax.runtime.files import write_json
+from data_prep.gedi.names import BEAMS
 from data_prep.synthetic.forest.land import Floats, Forest
 from data_prep.synthetic.forest.view import Day, shadowed_biomass, view
-from data_prep.synthetic.gedi_file import BEAMS, granule_name, seconds_since_epoch, shot_numbers, write_gedi
+from data_prep.synthetic.gedi_file import granule_name, seconds_since_epoch, shot_numbers, write_gedi
 from data_prep.synthetic.granule import SMALLEST, Overpass, write_granule
 from data_prep.synthetic.landscape import PIXEL_M
 

@@ -11,9 +11,9 @@ from data_prep.synthetic.gedi_file import granule_name, seconds_since_epoch, sho
 START = datetime(2020, 7, 1, 18, 45, 12)
 
 
-def a_beam(count: int = 5, first: int = 1) -> dict:
+def a_beam(count: int = 5) -> dict:
     return {
-        "shot_number": shot_numbers(6515, "BEAM0101", count, first=first),
+        "shot_number": shot_numbers(6515, "BEAM0101", count),
         "delta_time": seconds_since_epoch(START) + np.arange(count) / 128,
         "lat_lowestmode": np.linspace(36, 37, count),
         "lon_lowestmode": np.linspace(-120, -119, count),
