@@ -133,6 +133,8 @@ def label_raster(
     Raises:
         PrepError: agbd that is negative or not finite, a tile that isn't in `tiles`.
     """
+    if shot_owner not in ("nearest", "all"):
+        raise PrepError(f"shot_owner: found {shot_owner!r}, expected 'nearest' or 'all'")
     counts = {"shots": len(footprints["shot_number"])}
     table = _sorted(footprints)
     wrong = ~(np.isfinite(table["agbd"]) & (table["agbd"] >= 0))
@@ -311,22 +313,6 @@ def _gather(paths: Sequence[Path], grid: Grid) -> tuple[dict[str, np.ndarray], d
     return merged, {"product": "GEDI_L4A", "versions": sorted(versions), "filters": filters[0] if filters else None}
 
 
-def tile_grids(composites: Iterable[Composite]) -> dict[str, Grid]:
-    """The grid of each tile.
-
-    Raises:
-        PrepError: two composites of one tile on different grids.
-    """
-    grids: dict[str, Grid] = {}
-    for image in composites:
-        if not grids.setdefault(image.tile, image.grid).same_as(image.grid):
-            raise PrepError(
-                f"{image.path}: {image.grid.describe()}, but another composite of tile {image.tile} is "
-                f"{grids[image.tile].describe()}"
-            )
-    return grids
-
-
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Write labels for every composite. Exit code."""
@@ -342,7 +328,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--label-years", type=int, default=0, help="shots of N years before and after too (0)")
     args = parser.parse_args(argv)
     composites = [open_composite(path) for path in sorted(args.out.glob("composites/*/*.tif"))]
-    grids = tile_grids(composites)
+    grids: dict[str, Grid] = {}
+    for image in composites:
+        if not grids.setdefault(image.tile, image.grid).same_as(image.grid):
+            raise PrepError(
+                f"{image.path}: {image.grid.describe()}, but another composite of tile {image.tile} is "
+                f"{grids[image.tile].describe()}"
+            )
     missing = sorted(set(args.tile or ()) - set(grids))
     if missing or not composites:
         raise PrepError(f"{args.out / 'composites'}: no composites of tile {', '.join(missing) or 'any'}")

@@ -33,7 +33,6 @@ NAMES = (*BAND_NAMES, "CLEAR_COUNT")
 SENSORS = ("L30", "S30")
 DUPLICATE_MINUTES = 10  # two granules of one sensor and tile less than this apart show one overpass
 DEFAULT = CompositeSettings()
-MEMORY = 512 * 2**20  # bytes for sums or stacks
 MOST_THREADS = 8  # unless told otherwise: each holds blocks of some scenes
 _BY_TIME = attrgetter("acquired", "sensor", "name")  # of granules
 
@@ -103,7 +102,6 @@ def composite(
     drop_high_aerosol: bool = False,
     tile: str | None = None,
     threads: int | None = None,
-    memory: int = MEMORY,
 ) -> CompositeReport:
     """Make the composite of a tile.
 
@@ -122,7 +120,6 @@ def composite(
         drop_high_aerosol: leave out high aerosol (bits 7-6).
         tile: the expected tile; that of the granules where None.
         threads: for decoding, 60 MiB each; one for each core, but at most 8, where None.
-        memory: bytes for sums or stacks; the whole takes about 400 MiB more.
 
     Raises:
         PrepError: bad settings, no scene of the season, granules of several tiles or on different grids, a granule
@@ -134,7 +131,7 @@ def composite(
     selection = select(scene_folders, season=season, sensors=sensors, tile=tile)
     threads = threads or min(len(os.sched_getaffinity(0)), MOST_THREADS)
     scenes, duplicates = _opened(selection.folders, threads)
-    plan = sums.CompositePlan(scenes, settings, threads, memory)
+    plan = sums.CompositePlan(scenes, settings, threads)
     counts = sums.Counts(scenes)
     tags = _tags(scenes, season, duplicates)
     path = write_cog(dst, _rows(plan, counts, tags), scenes[0].grid, "int16", NAMES, FILL, tags)

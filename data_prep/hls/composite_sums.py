@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from data_prep.hls.granules import FMASK_FILL, Buffers, ReadInto, Scene, buffers
 from data_prep.settings import CompositeSettings
 
 BLOCK = DATA_LAYOUT.block  # of composites, in pixels
+MEMORY = 512 * 2**20  # bytes for sums or stacks; the whole takes about 400 MiB more
 
 # |int16| <= 2^15, so the int32 sum of up to 2^16 - 1 scenes can't overflow; the int16 count holds fewer.
 MOST_SCENES = 2**15 - 1
@@ -27,12 +28,11 @@ _REFLECTANCE, _ENOUGH_PIXELS = 2, 1000  # no land is that dark in all bands over
 
 
 class CompositePlan(NamedTuple):
-    """What to do: scenes by time on one grid, how, and how many threads and bytes to use."""
+    """What to do: scenes by time on one grid, how, and with how many threads."""
 
     scenes: Sequence[Scene]
     settings: CompositeSettings
     threads: int
-    memory: int
 
 
 class _Seen(NamedTuple):
@@ -101,13 +101,16 @@ def row_bands(plan: CompositePlan, counts: Counts) -> Iterator[np.ndarray]:
     mean = plan.settings.statistic == "mean"
     pixel_bytes = 4 * _BANDS + 2 if mean else 2 * _BANDS * len(plan.scenes)
     grid = plan.scenes[0].grid
-    with _pool(plan.threads) as pool:
-        for windows in _slabs(grid.height, grid.width, plan.memory // pixel_bytes):
+    pool = ThreadPoolExecutor(plan.threads)
+    try:
+        for windows in _slabs(grid.height, grid.width, MEMORY // pixel_bytes):
             parts = [(_mean if mean else _median)(plan, pool, counts, window) for window in windows]
             for beside in zip(*parts, strict=True):
                 rows = beside[0] if len(beside) == 1 else np.concatenate(beside, axis=2)
                 counts.covered += int(np.count_nonzero(rows[-1]))
                 yield rows
+    finally:
+        pool.shutdown(cancel_futures=True)  # threads begin nothing new once something has gone wrong
     counts.check(plan.scenes)
 
 
@@ -118,16 +121,6 @@ def _slabs(height: int, width: int, pixels: int) -> Iterator[list[Window]]:
     for top in range(0, height, rows):
         down = min(rows, height - top)
         yield [Window(left, top, min(columns, width - left), down) for left in range(0, width, columns)]
-
-
-@contextmanager
-def _pool(threads: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads that begin nothing new once something has gone wrong."""
-    pool = ThreadPoolExecutor(threads)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _mean(plan: CompositePlan, pool: ThreadPoolExecutor, counts: Counts, window: Window) -> Iterator[np.ndarray]:

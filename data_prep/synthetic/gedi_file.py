@@ -93,7 +93,7 @@ def seconds_since_epoch(time: datetime) -> float:
     return (time - EPOCH) / timedelta(seconds=1)
 
 
-def write_gedi(path: Path, beams: Mapping[str, Mapping[str, Any]], *, chunk: int = CHUNK) -> Path:
+def write_gedi(path: Path, beams: Mapping[str, Mapping[str, Any]]) -> Path:
     """Write one L4A file through a file beside it.
 
     Args:
@@ -101,7 +101,6 @@ def write_gedi(path: Path, beams: Mapping[str, Mapping[str, Any]], *, chunk: int
         beams: by beam name, the shots' arrays (N,) by dataset name as in the product; at least shot_number,
             delta_time, lat_lowestmode, lon_lowestmode and agbd. What is not given is filled in. A beam that is not
             named is absent from the file.
-        chunk: shots in one HDF5 chunk.
 
     Returns:
         The path.
@@ -118,7 +117,7 @@ def write_gedi(path: Path, beams: Mapping[str, Mapping[str, Any]], *, chunk: int
         _write_ancillary(file.create_group("ANCILLARY"))
         for beam in BEAMS:
             if beam in beams:
-                _write_beam(file.create_group(beam), beam, dict(beams[beam]), chunk)
+                _write_beam(file.create_group(beam), beam, dict(beams[beam]))
         attributes = file.create_group("METADATA/DatasetIdentification").attrs
         for name, text in {
             "PGEVersion": path.name.split("_")[-2],
@@ -132,7 +131,7 @@ def write_gedi(path: Path, beams: Mapping[str, Mapping[str, Any]], *, chunk: int
     return path
 
 
-def _write_beam(group: h5py.Group, beam: str, shots: dict[str, Any], chunk: int) -> None:
+def _write_beam(group: h5py.Group, beam: str, shots: dict[str, Any]) -> None:
     group.attrs["description"] = "Full power beam" if beam in FULL_POWER_BEAMS else "Coverage beam"
     shots = _derived(beam, shots) | shots
     count = len(shots["shot_number"])
@@ -140,18 +139,18 @@ def _write_beam(group: h5py.Group, beam: str, shots: dict[str, Any], chunk: int)
         values = shots.get(name, default)
         if np.ndim(values) == 0:
             values = np.full(count, values, object if dtype is _TEXT else dtype)
-        dataset = _create(group, name, np.asarray(values), dtype, chunk)
+        dataset = _create(group, name, np.asarray(values), dtype)
         if "/" not in name:
             dataset.attrs["coordinates"] = _COORDINATES
             dataset.attrs["long_name"] = long_name
             dataset.attrs["units"] = units
-    _create(group, "xvar", np.tile(np.array([10.5, 0, 0, 0], np.float32), (count, 1)), "f4", chunk)
+    _create(group, "xvar", np.tile(np.array([10.5, 0, 0, 0], np.float32), (count, 1)), "f4")
     prediction = group["agbd_prediction"].attrs
     prediction["alpha"], prediction["max_nvar"], prediction["predictor_offset"] = 0.1, 4, 100
 
 
-def _create(group: h5py.Group, name: str, values: np.ndarray, dtype: object, chunk: int) -> h5py.Dataset:
-    layout = {"maxshape": (None, *values.shape[1:]), "chunks": (chunk, *[1] * (values.ndim - 1))}
+def _create(group: h5py.Group, name: str, values: np.ndarray, dtype: object) -> h5py.Dataset:
+    layout = {"maxshape": (None, *values.shape[1:]), "chunks": (CHUNK, *[1] * (values.ndim - 1))}
     return group.create_dataset(name, data=values, dtype=dtype, compression="gzip", compression_opts=4, **layout)
 
 

@@ -65,11 +65,7 @@ DATA_LAYOUT = CogLayout(
 
 
 def check_space(folder: str | os.PathLike[str], needed: int) -> None:
-    """Check that a folder can be written to and has room.
-
-    Args:
-        folder: an existing folder.
-        needed: bytes.
+    """Check that a folder can be written to and has room for `needed` bytes.
 
     Raises:
         RasterError: the folder is missing, can't be written to, or has less room than needed.

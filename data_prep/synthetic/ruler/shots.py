@@ -71,13 +71,9 @@ class Shot:
 
 
 def tile_shots(tile: RulerTile, tiles: list[RulerTile], seen: NDArray[np.bool_], seed: int) -> list[Shot]:
-    """Return a tile's shots, at pixels that it owns, with their longitudes and latitudes.
+    """Return a tile's shots, at pixels that it owns among all tiles, with their longitudes and latitudes.
 
-    Args:
-        tile: the tile.
-        tiles: all tiles.
-        seen: (H, W) whether any scene of the season sees a pixel clear.
-        seed: another seed, other pixels.
+    `seen` (H, W) says whether any scene of the season sees a pixel clear; another seed, other pixels.
     """
     shots = list(_edge_shots(tile)) + list(_pixel_shots(_pixels(tile, tiles, seen, seed), tile.name, seen))
     rows, cols, dx, dy = np.array([(s.row, s.col, *s.corner) for s in shots], np.float64).T
@@ -171,13 +167,7 @@ def _edge_shots(tile: RulerTile) -> Iterator[Shot]:
 
 
 def write_orbits(folder: Path, shots: list[Shot], season: Season, group: int) -> dict[str, dict[str, Any]]:
-    """Write the files of one group of tiles and number its shots.
-
-    Args:
-        folder: takes the files.
-        shots: all shots of the tiles of the group; their `number` is set.
-        season: of the tiles.
-        group: number of the group.
+    """Write the files of one group of tiles, whose season and shots these are; the shots' `number` is set.
 
     Returns:
         By file name: product version, absent beams, number of shots, and how many each filter drops.

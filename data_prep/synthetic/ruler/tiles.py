@@ -38,13 +38,10 @@ class RulerTile:
     def _to_degrees(self) -> Transformer:
         return Transformer.from_crs(self.epsg, 4326, always_xy=True)
 
-    def degrees(self, x: Floats, y: Floats) -> tuple[Floats, Floats]:
-        """Return longitude and latitude of places given in the tile's CRS."""
-        return self._to_degrees.transform(x, y)
-
     def places(self, rows: Floats, cols: Floats, dx: Floats, dy: Floats) -> tuple[Floats, Floats]:
         """Return longitude and latitude of places given as an offset in metres from the centre of a pixel."""
-        return self.degrees(self.left + PIXEL_M * (cols + 0.5) + dx, self.top - PIXEL_M * (rows + 0.5) + dy)
+        x, y = self.left + PIXEL_M * (cols + 0.5) + dx, self.top - PIXEL_M * (rows + 0.5) + dy
+        return self._to_degrees.transform(x, y)
 
     def inside(self, lon: Floats, lat: Floats) -> NDArray[np.bool_]:
         """Return whether places lie in the tile."""

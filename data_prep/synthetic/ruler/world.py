@@ -121,16 +121,12 @@ def clear_counts(shape: tuple[int, int], seed: int) -> NDArray[np.uint8]:
     return np.array(counts, np.uint8)[pixel_classes(shape, seed)]
 
 
-def ruler_image(
-    shape: tuple[int, int], seed: int, column: int | None, poison: int = 0
+def _ruler_image(
+    shape: tuple[int, int], seed: int, column: int | None, poison: int
 ) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
-    """Return (H, W, 6) digital numbers and (H, W) Fmask of one scene.
+    """Digital numbers (H, W, 6), to each of which `poison` is added, and Fmask (H, W) of a scene.
 
-    Args:
-        shape: (H, W).
-        seed: shifts the classes of pixels.
-        column: which column of PATTERN it shows; None for a clear sky.
-        poison: what is added to every pixel.
+    It shows a column of PATTERN, or a clear sky where that is None; the seed shifts the classes of pixels.
     """
     rows, cols = np.ogrid[: shape[0], : shape[1]]
     states = [STATES["low"] if column is None else STATES[row[column]] for row in PATTERN]
@@ -145,20 +141,12 @@ def ruler_image(
     return image, np.array([state.fmask for state in states], np.uint8)[classes]
 
 
-def unused_bands(shape: tuple[int, int], sensor: str) -> dict[str, NDArray[np.int16]]:
-    """Return (H, W) of each band that nobody uses: 20000 + its number."""
-    return {number: np.full(shape, 20000 + int(number[1:]), np.int16) for number in UNUSED[sensor]}
+def _tile_scenes(tile: RulerTile, index: int) -> list[RulerScene]:
+    """A tile's scenes: those of the season, from its first day to its last, and four that don't count.
 
-
-def tile_scenes(tile: RulerTile, year: int, index: int) -> list[RulerScene]:
-    """Return a tile's scenes: those of the season, from its first day to its last, and four that don't count.
-
-    Args:
-        tile: the tile.
-        year: the season's year.
-        index: number of the tile; tiles differ in which of two duplicates comes first by name.
+    Tiles differ by their `index` in which of two duplicates comes first by name.
     """
-    start, stop = tile.season(year).start, tile.season(year).stop
+    start, stop = tile.season(YEAR).start, tile.season(YEAR).stop
     days = (stop - start).days
     noon = datetime.combine(start, time(18, 45, 12))
     passes = [noon + timedelta(days=d) for d in (0, days // 3, 2 * days // 3, days - 1)]
@@ -240,12 +228,13 @@ def write_ruler_world(
 
 def _write_scenes(folder: Path, tile: RulerTile, index: int, seed: int) -> list[dict[str, str]]:
     written = []
-    for scene in tile_scenes(tile, YEAR, index):
+    for scene in _tile_scenes(tile, index):
         poison = SCENE_POISONS.get(scene.role, 0)
-        image, fmask = ruler_image(tile.shape, seed + index, scene.column, poison)
+        image, fmask = _ruler_image(tile.shape, seed + index, scene.column, poison)
         # Real granules have all their bands; most users fetch the six.
         whole = scene.column == 0 or scene.role == "other_sensor"
-        others = unused_bands(tile.shape, scene.overpass.sensor) if whole else {}
+        unused = UNUSED[scene.overpass.sensor] if whole else ()
+        others = {number: np.full(tile.shape, 20000 + int(number[1:]), np.int16) for number in unused}
         write_granule(folder, image, fmask, scene.overpass, others)
         written.append({"granule": scene.overpass.granule, "role": scene.role})
     return written

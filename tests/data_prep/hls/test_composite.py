@@ -106,7 +106,7 @@ def test_the_file_says_what_it_is(world, tmp_path):
     assert "5 scenes of 10SFF" in text and "4 out of season, 2 of other sensors" in text
 
 
-def test_order_blocks_and_threads_change_no_byte(tmp_path):
+def test_order_blocks_and_threads_change_no_byte(tmp_path, monkeypatch):
     rng = np.random.default_rng(2)
     shape = (270, 300)  # more than one block in each direction
     folders = []
@@ -115,12 +115,12 @@ def test_order_blocks_and_threads_change_no_byte(tmp_path):
         folders.append(write_granule(tmp_path, image, fmask, replace(FIRST, time=FIRST.time + timedelta(days=day))))
     for statistic, pixel_bytes in (("mean", 26), ("median", 60)):
         settings = {"season": SEASON, "statistic": statistic}
+        monkeypatch.undo()
         first = composite(folders, tmp_path / "a.tif", **settings).path.read_bytes()
         for threads, memory in ((1, 1), (3, pixel_bytes * 256 * 300)):  # blocks of files, all columns
+            monkeypatch.setattr(composite_sums, "MEMORY", memory)
             order = rng.permutation(len(folders))
-            path = composite(
-                [folders[k] for k in order], tmp_path / "b.tif", threads=threads, memory=memory, **settings
-            ).path
+            path = composite([folders[k] for k in order], tmp_path / "b.tif", threads=threads, **settings).path
             assert path.read_bytes() == first
         assert read(path).shape == (7, *shape)
 
