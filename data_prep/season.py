@@ -12,21 +12,13 @@ _MONTH_DAY = re.compile(r"(\d{2})-(\d{2})")
 
 
 class SeasonRow(NamedTuple):
-    """One line of a table of seasons: what holds from a latitude on northwards, up to the next line's.
+    """One line of a table of seasons: what holds from a latitude on northwards, up to the next line's."""
 
-    Attributes:
-        south: the southernmost latitude in degrees, itself included.
-        start: first day, `MM-DD`.
-        stop: the day after the last, `MM-DD`.
-        start_year: years added to the season's year for `start`; -1 where the season begins in the year before.
-        stop_year: the same for `stop`; 1 where it ends in the year after.
-    """
-
-    south: float
-    start: str
-    stop: str
-    start_year: int = 0
-    stop_year: int = 0
+    south: float  # the southernmost latitude in degrees, itself included
+    start: str  # first day, `MM-DD`
+    stop: str  # the day after the last, `MM-DD`
+    start_year: int = 0  # added to the season's year for `start`; -1 where the season begins in the year before
+    stop_year: int = 0  # the same for `stop`; 1 where it ends in the year after
 
 
 # Leaf-on by latitude. The reference says no months: boreal May is snow and leaf-out, the tropics have none,

@@ -198,15 +198,7 @@ def _means(table: Mapping[str, np.ndarray], grid: Grid) -> np.ndarray:
 
 
 class Composite(NamedTuple):
-    """What labels need of a composite.
-
-    Attributes:
-        path: its file.
-        tile: from its tags.
-        season: from its tags.
-        sensors: from its tags.
-        grid: size and place.
-    """
+    """What labels need of a composite: its file, what its tags say, size and place."""
 
     path: Path
     tile: str

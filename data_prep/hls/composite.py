@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from operator import attrgetter
 from pathlib import Path
@@ -39,35 +39,20 @@ _BY_TIME = attrgetter("acquired", "sensor", "name")  # of granules
 
 @dataclass(frozen=True)
 class CompositeReport:
-    """What a composite was made of.
-
-    Attributes:
-        path: the composite.
-        tile: MGRS tile.
-        season: `2020-06-01/2020-09-16`.
-        sensors: of the scenes used, `L30`, `S30` or `L30+S30`.
-        scenes: names of those used, by time.
-        duplicates: dropped granule -> the one kept.
-        out_of_season: names of granules left out by date.
-        other_sensors: names of granules left out by sensor.
-        counts: scene -> {`observed`: pixels whose Fmask is not fill, `clear`: pixels used}.
-        pixels: pixels of the tile.
-        covered: those with values.
-        warnings: sentences for the user.
-    """
+    """What a composite was made of."""
 
     path: Path
-    tile: str
-    season: str
-    sensors: str
-    scenes: tuple[str, ...]
-    duplicates: Mapping[str, str]
-    out_of_season: tuple[str, ...]
-    other_sensors: tuple[str, ...]
-    counts: Mapping[str, Mapping[str, int]]
-    pixels: int
-    covered: int
-    warnings: tuple[str, ...] = field(default=())
+    tile: str  # MGRS
+    season: str  # `2020-06-01/2020-09-16`
+    sensors: str  # of the scenes used, `L30`, `S30` or `L30+S30`
+    scenes: tuple[str, ...]  # names of those used, by time
+    duplicates: Mapping[str, str]  # dropped granule -> the one kept
+    out_of_season: tuple[str, ...]  # names of granules left out by date
+    other_sensors: tuple[str, ...]  # names of granules left out by sensor
+    counts: Mapping[str, Mapping[str, int]]  # scene -> {`observed`: its Fmask is not fill, `clear`: used} pixels
+    pixels: int  # of the tile
+    covered: int  # those with values
+    warnings: tuple[str, ...]  # sentences for the user
 
     def lines(self) -> list[str]:
         """The report as text."""

@@ -40,19 +40,12 @@ ReadInto = Callable[[Window, Buffers], None]
 
 @dataclass(frozen=True, order=True)
 class Granule:
-    """What a granule's name tells.
+    """What a granule's name tells."""
 
-    Attributes:
-        sensor: `L30` or `S30`.
-        tile: MGRS tile without T (`10SFF`).
-        acquired: the UTC time in the name; in S30 names it is not the SENSING_TIME.
-        name: `HLS.L30.T10SFF.2020183T184512.v2.0`.
-    """
-
-    sensor: str
-    tile: str
-    acquired: datetime
-    name: str
+    sensor: str  # `L30` or `S30`
+    tile: str  # MGRS tile without T (`10SFF`)
+    acquired: datetime  # the UTC time in the name; in S30 names it is not the SENSING_TIME
+    name: str  # `HLS.L30.T10SFF.2020183T184512.v2.0`
 
 
 def parse_granule_name(name: str) -> Granule:
@@ -108,21 +101,13 @@ def find_scenes(path: str | os.PathLike[str]) -> list[Path]:
 
 @dataclass(frozen=True)
 class Scene:
-    """A granule whose files have been checked. Nothing is kept open, so any thread may read.
-
-    Attributes:
-        folder: where its files lie.
-        granule: what its name tells.
-        grid: size and place of all its files.
-        tags: the first band's file tags.
-        paths: files of the six bands in `bands.BANDS` order, then Fmask's.
-    """
+    """A granule whose files have been checked. Nothing is kept open, so any thread may read."""
 
     folder: Path
     granule: Granule
-    grid: Grid
-    tags: Mapping[str, str]
-    paths: tuple[Path, ...]
+    grid: Grid  # of all its files
+    tags: Mapping[str, str]  # of the first band's file
+    paths: tuple[Path, ...]  # files of the six bands in `bands.BANDS` order, then Fmask's
 
     @property
     def processing_time(self) -> datetime:
