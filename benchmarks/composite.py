@@ -24,11 +24,11 @@ from rasterio.windows import Window
 from benchmarks import common
 from biomass_jax.data.bands import FILL
 from data_prep.hls.composite import composite
-from data_prep.hls.granules import CLOUD, SHADOW, find_scenes, needed_layers
+from data_prep.hls.granules import CLOUD, FMASK_FILL, SHADOW, find_scenes, needed_layers
 from data_prep.season import Season
 from data_prep.synthetic.granule import Overpass, write_granule
 from data_prep.synthetic.landscape import fractal, make_landscape
-from data_prep.synthetic.scene import FMASK_FILL, digital_numbers, fmask
+from data_prep.synthetic.scene import digital_numbers, fmask
 
 FOLDER = common.FOLDER / "composite"
 SEASON = Season.parse("2020-05-01/2020-10-01")

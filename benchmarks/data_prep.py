@@ -21,9 +21,10 @@ from benchmarks import common, composite, suite
 from benchmarks.table import TableRow
 from biomass_jax.data import records
 from biomass_jax.data.sources import ShardSource
+from data_prep.gedi.names import BEAMS
 from data_prep.gedi.orbits import convert_granule
 from data_prep.shards import geotiff
-from data_prep.synthetic.gedi_file import BEAMS, granule_name, seconds_since_epoch, shot_numbers, write_gedi
+from data_prep.synthetic.gedi_file import granule_name, seconds_since_epoch, shot_numbers, write_gedi
 
 FOLDER = common.FOLDER / "data_prep"
 SIDE = records.CHIP_SIZE

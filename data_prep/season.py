@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, time
 from typing import NamedTuple
 
 from biomass_jax.errors import PrepError
@@ -12,21 +12,13 @@ _MONTH_DAY = re.compile(r"(\d{2})-(\d{2})")
 
 
 class SeasonRow(NamedTuple):
-    """One line of a table of seasons: what holds from a latitude on northwards, up to the next line's.
+    """One line of a table of seasons: what holds from a latitude on northwards, up to the next line's."""
 
-    Attributes:
-        south: the southernmost latitude in degrees, itself included.
-        start: first day, `MM-DD`.
-        stop: the day after the last, `MM-DD`.
-        start_year: years added to the season's year for `start`; -1 where the season begins in the year before.
-        stop_year: the same for `stop`; 1 where it ends in the year after.
-    """
-
-    south: float
-    start: str
-    stop: str
-    start_year: int = 0
-    stop_year: int = 0
+    south: float  # the southernmost latitude in degrees, itself included
+    start: str  # first day, `MM-DD`
+    stop: str  # the day after the last, `MM-DD`
+    start_year: int = 0  # added to the season's year for `start`; -1 where the season begins in the year before
+    stop_year: int = 0  # the same for `stop`; 1 where it ends in the year after
 
 
 # Leaf-on by latitude. The reference says no months: boreal May is snow and leaf-out, the tropics have none,
@@ -73,10 +65,7 @@ class Season:
     @property
     def bounds(self) -> tuple[datetime, datetime]:
         """First moment, and the first that no longer belongs to it, in UTC."""
-        return (
-            datetime(self.start.year, self.start.month, self.start.day, tzinfo=UTC),
-            datetime(self.stop.year, self.stop.month, self.stop.day, tzinfo=UTC),
-        )
+        return datetime.combine(self.start, time(), UTC), datetime.combine(self.stop, time(), UTC)
 
     def contains(self, moment: datetime) -> bool:
         """Whether a moment lies inside; one without a time zone is taken as UTC."""
@@ -125,9 +114,7 @@ def season_of_year(year: int, latitude: float, table: Iterable[Sequence] = DEFAU
         raise PrepError(f"season table: two lines begin at one latitude: {souths}; expected one for each")
     for row in rows:
         if latitude >= row.south:
-            return Season(
-                _day(row, "start", year + row.start_year, row.start), _day(row, "stop", year + row.stop_year, row.stop)
-            )
+            return Season(_day(row, "start", year), _day(row, "stop", year))
     raise PrepError(f"season table: no line holds at latitude {latitude:.4f}; its lines begin at {souths}")
 
 
@@ -155,7 +142,8 @@ def _row(line: Sequence) -> SeasonRow:
         ) from error
 
 
-def _day(row: SeasonRow, field: str, year: int, text: str) -> date:
+def _day(row: SeasonRow, field: str, year: int) -> date:
+    text, year = getattr(row, field), year + getattr(row, f"{field}_year")
     match = _MONTH_DAY.fullmatch(str(text))
     try:
         if match is None:

@@ -1,6 +1,6 @@
 """Which GEDI L4A shots are kept: filters in a fixed order, each a setting."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import date
 from typing import Any, NamedTuple
@@ -14,11 +14,6 @@ from data_prep.settings import Filters
 Table = dict[str, np.ndarray]
 EPOCH = date(2018, 1, 1)  # of delta_time; no leap second has been since, so UTC counts its seconds
 WRONG_RELEASE, WRONG_ALGORITHM = "002_01", 10  # agbd of this algorithm setting is wrong in this release
-
-
-Seasons = Season | Sequence[Season]
-
-
 DEFAULT = Filters()
 
 
@@ -35,23 +30,23 @@ class Step(NamedTuple):
     keep: Callable[[Table], np.ndarray]
 
 
-def steps(filters: Filters, *, naming: int, release: str, season: Seasons | None = None) -> list[Step]:
+def steps(filters: Filters, *, naming: int, release: str, seasons: Sequence[Season] | None) -> list[Step]:
     """The enabled filters in their order.
 
     Args:
         filters: settings.
         naming: version of dataset names, 2 or 3.
         release: for example `002_01`.
-        season: one season or several (shots inside any of them are kept); None for no filter.
+        seasons: shots inside any of them are kept; None for no filter.
     """
-    spans = None if season is None else list(spans_of(season))
-    return [step for step in _all_steps(filters, naming, release, spans) if step is not None]
+    return [step for step in _all_steps(filters, naming, release, seasons) if step is not None]
 
 
-def _all_steps(f: Filters, naming: int, release: str, spans: list[tuple[float, float]] | None) -> Iterator[Step | None]:
+def _all_steps(f: Filters, naming: int, release: str, seasons: Sequence[Season] | None) -> Iterator[Step | None]:
     yield _equals("algorithm_run_flag", "algorithm_run_flag", 1) if f.algorithm_run_flag else None
     if naming == 3:
-        yield _both_qualities() if f.l4_quality_flag else None
+        both = ("l2a_quality_flag", "l4_quality_flag")
+        yield Step(both[1], both, lambda t: (t[both[0]] == 1) & (t[both[1]] == 1)) if f.l4_quality_flag else None
         yield _equals("outlier_flag", "outlier_flag", 0) if f.outlier_flag else None
     else:
         yield _equals("l4_quality_flag", "l4_quality_flag", 1) if f.l4_quality_flag else None
@@ -62,7 +57,8 @@ def _all_steps(f: Filters, naming: int, release: str, spans: list[tuple[float, f
     if f.algorithm_10 == "drop" or (f.algorithm_10 == "auto" and release == WRONG_RELEASE):
         yield _differs("selected_algorithm", WRONG_ALGORITHM)
     yield _differs("leaf_off_flag", 1) if f.leaf_off_flag else None
-    if spans is not None:
+    if seasons is not None:
+        spans = [((one.start - EPOCH).days * 86400.0, (one.stop - EPOCH).days * 86400.0) for one in seasons]
         yield Step("season", ("delta_time",), lambda t: inside(t["delta_time"], spans))
     if f.sensitivity_min is not None:
         least = np.float32(f.sensitivity_min)
@@ -87,26 +83,15 @@ def _differs(field: str, value: int) -> Step:
     return Step(field, (field,), lambda t: t[field] != value)
 
 
-def _both_qualities() -> Step:
-    fields = ("l2a_quality_flag", "l4_quality_flag")
-    return Step("l4_quality_flag", fields, lambda t: (t[fields[0]] == 1) & (t[fields[1]] == 1))
-
-
 def _degrade(f: Filters) -> Step:
     tens, ones = f.degrade_tens or tuple(range(26)), f.degrade_ones or tuple(range(10))
     admitted = [flag for flag in range(256) if flag // 10 in tens and flag % 10 in ones]
     return Step("degrade_flag", ("degrade_flag",), lambda t: np.isin(t["degrade_flag"], admitted))
 
 
-def spans_of(season: Seasons) -> Iterator[tuple[float, float]]:
-    """Each season as [start, stop) in seconds of delta_time."""
-    for one in [season] if isinstance(season, Season) else season:
-        yield (one.start - EPOCH).days * 86400.0, (one.stop - EPOCH).days * 86400.0
-
-
-def inside(delta_time: np.ndarray, spans: list[tuple[float, float]]) -> np.ndarray:
-    """Which times (seconds of delta_time) lie in any of the half-open spans."""
-    kept = np.zeros(delta_time.shape, bool)
+def inside(times: np.ndarray, spans: Iterable[tuple[Any, Any]]) -> np.ndarray:
+    """Which times lie in any of the half-open spans; all are seconds of delta_time, or all are dates."""
+    kept = np.zeros(times.shape, bool)
     for start, stop in spans:
-        kept |= (delta_time >= start) & (delta_time < stop)
+        kept |= (times >= start) & (times < stop)
     return kept

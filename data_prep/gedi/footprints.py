@@ -46,10 +46,10 @@ def write_footprints(footprints: Mapping[str, np.ndarray], dst: str | os.PathLik
         The path.
 
     Raises:
-        PrepError: a column is missing, of another length, or shot_number isn't uint64; the disk doesn't take it.
+        PrepError: the disk doesn't take it.
     """
     dst = Path(dst)
-    columns = [_column(name, kind, footprints, dst) for name, kind in COLUMNS.items()]
+    columns = [_column(footprints[name], kind) for name, kind in COLUMNS.items()]
     lon, lat = footprints["lon"], footprints["lat"]
     schema = pa.schema(
         [pa.field(name, kind, nullable=False) for name, kind in COLUMNS.items()]
@@ -106,15 +106,8 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise PrepError(f"{path}: no settings of biomass_jax in the schema's metadata; write it again") from error
 
 
-def _column(name: str, kind: pa.DataType, footprints: Mapping[str, np.ndarray], dst: Path) -> pa.Array:
-    if name not in footprints:
-        raise PrepError(f"{dst}: column {name} is missing; expected {', '.join(COLUMNS)}")
-    values, rows = np.asarray(footprints[name]), len(footprints["shot_number"])
-    if values.shape != (rows,):
-        raise PrepError(f"{dst}: column {name} has shape {values.shape}, expected ({rows},) as shot_number")
-    if name == "shot_number" and values.dtype != np.uint64:
-        raise PrepError(f"{dst}: shot_number is {values.dtype}, expected uint64; a float loses digits")
-    if name == "time":
+def _column(values: np.ndarray, kind: pa.DataType) -> pa.Array:
+    if pa.types.is_timestamp(kind):
         return pa.array(values.astype("datetime64[us]").view("i8"), pa.int64()).cast(kind)
     return pa.array(values, kind)
 
@@ -122,11 +115,8 @@ def _column(name: str, kind: pa.DataType, footprints: Mapping[str, np.ndarray], 
 def _points(lon: np.ndarray, lat: np.ndarray) -> pa.Array:
     points = np.empty(len(lon), _POINT)
     points["order"], points["kind"], points["x"], points["y"] = 1, 1, lon, lat
-    offsets = np.arange(len(lon) + 1, dtype=np.int64) * _POINT.itemsize
-    if offsets[-1] >= 2**31:
-        raise PrepError(f"{len(lon):,} footprints in one table; at most {2**31 // _POINT.itemsize:,}")
-    buffers = [None, pa.py_buffer(offsets.astype(np.int32)), pa.py_buffer(points)]
-    return pa.Array.from_buffers(pa.binary(), len(lon), buffers)
+    fixed = pa.Array.from_buffers(pa.binary(_POINT.itemsize), len(lon), [None, pa.py_buffer(points)])
+    return fixed.cast(pa.binary())
 
 
 def _box(lon: np.ndarray, lat: np.ndarray) -> Box | None:

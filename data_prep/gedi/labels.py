@@ -17,8 +17,9 @@ from biomass_jax.data.raster.image import open_image
 from biomass_jax.errors import PrepError
 from biomass_jax.runtime.settings import add_options
 from data_prep.commands import command
+from data_prep.gedi.filters import inside
 from data_prep.gedi.footprints import read_footprints, read_settings
-from data_prep.geoparquet import SETTINGS_KEY, write_table
+from data_prep.geoparquet import with_settings, write_table
 from data_prep.ground import geocentric
 from data_prep.places import boxes_meet, grid_box, grid_centre, transformer
 from data_prep.season import Season
@@ -26,16 +27,14 @@ from data_prep.settings import LabelSettings
 
 NO_LABEL = -1.0
 ShotOwner = Literal["nearest", "all"]
-_ROWS = 512  # read and written at once
-_SHOTS = pa.schema(
-    [
-        pa.field("shot_number", pa.uint64(), nullable=False),
-        pa.field("row", pa.int32(), nullable=False),
-        pa.field("col", pa.int32(), nullable=False),
-        pa.field("agbd", pa.float32(), nullable=False),
-        pa.field("agbd_se", pa.float32(), nullable=False),
-    ]
-)
+_ROWS = 512  # read at once
+_SHOTS = {  # columns of the table beside a raster
+    "shot_number": pa.uint64(),
+    "row": pa.int32(),
+    "col": pa.int32(),
+    "agbd": pa.float32(),
+    "agbd_se": pa.float32(),
+}
 
 
 class Labels(NamedTuple):
@@ -105,8 +104,7 @@ def owner_tile(lon: np.ndarray, lat: np.ndarray, tiles: Mapping[str, Grid]) -> n
         centre = geocentric(*(np.asarray(degrees) for degrees in grid_centre(tiles[name])))
         offset = places - centre
         distance = offset[..., 0] ** 2 + offset[..., 1] ** 2 + offset[..., 2] ** 2
-        _, _, inside = pixel_of(lon, lat, tiles[name])
-        better = inside & (distance < nearest)
+        better = pixel_of(lon, lat, tiles[name])[2] & (distance < nearest)
         owner[better], nearest[better] = name, distance[better]
     return owner
 
@@ -133,10 +131,8 @@ def label_raster(
         seasons: shots outside all of them are dropped; None for no such filter.
 
     Raises:
-        PrepError: agbd that is negative or not finite, a mask of another size, a tile that isn't in `tiles`.
+        PrepError: agbd that is negative or not finite, a tile that isn't in `tiles`.
     """
-    if valid.shape != (grid.height, grid.width):
-        raise PrepError(f"valid: found shape {valid.shape}, expected {(grid.height, grid.width)} as the grid")
     if shot_owner not in ("nearest", "all"):
         raise PrepError(f"shot_owner: found {shot_owner!r}, expected 'nearest' or 'all'")
     counts = {"shots": len(footprints["shot_number"])}
@@ -151,9 +147,13 @@ def label_raster(
     again = np.zeros(len(table["agbd"]), bool)
     again[1:] = table["shot_number"][1:] == table["shot_number"][:-1]
     table = _drop(table, again, counts, "repeated")
-    table = _drop(table, ~_in_seasons(table["time"], seasons), counts, "other_season")
-    table["row"], table["col"], inside = pixel_of(table["lon"], table["lat"], grid)
-    table = _drop(table, ~inside, counts, "outside")
+    if seasons is None:
+        counts["other_season"] = 0
+    else:
+        spans = [(np.datetime64(season.start), np.datetime64(season.stop)) for season in seasons]
+        table = _drop(table, ~inside(table["time"], spans), counts, "other_season")
+    table["row"], table["col"], held = pixel_of(table["lon"], table["lat"], grid)
+    table = _drop(table, ~held, counts, "outside")
     others = np.zeros(len(table["agbd"]), bool)
     if tiles is not None and shot_owner == "nearest":
         others = owner_tile(table["lon"], table["lat"], _neighbours(tile, grid, tiles)) != tile
@@ -161,8 +161,7 @@ def label_raster(
     table = _drop(table, ~valid[table["row"], table["col"]], counts, "no_data")
     label = _means(table, grid)
     counts |= {"used": len(table["agbd"]), "pixels": int((label != NO_LABEL).sum())}
-    kinds: dict[str, Any] = {"shot_number": np.uint64, "row": np.int32, "col": np.int32, "granule": object}
-    kinds |= {"agbd": np.float32, "agbd_se": np.float32}
+    kinds = {name: kind.to_pandas_dtype() for name, kind in _SHOTS.items()} | {"granule": object}
     return Labels(label, {name: table[name].astype(kind) for name, kind in kinds.items()}, counts)
 
 
@@ -182,15 +181,6 @@ def _drop(table: dict[str, np.ndarray], gone: np.ndarray, counts: dict[str, int]
     return {column: values[~gone] for column, values in table.items()}
 
 
-def _in_seasons(time: np.ndarray, seasons: Sequence[Season] | None) -> np.ndarray:
-    if seasons is None:
-        return np.ones(time.shape, bool)
-    kept = np.zeros(time.shape, bool)
-    for season in seasons:
-        kept |= (time >= np.datetime64(season.start)) & (time < np.datetime64(season.stop))
-    return kept
-
-
 def _neighbours(tile: str, grid: Grid, tiles: Mapping[str, Grid]) -> dict[str, Grid]:
     if tile not in tiles or not tiles[tile].same_as(grid):
         raise PrepError(f"tile {tile!r}: its grid isn't among those of the tiles {sorted(tiles)}")
@@ -208,15 +198,7 @@ def _means(table: Mapping[str, np.ndarray], grid: Grid) -> np.ndarray:
 
 
 class Composite(NamedTuple):
-    """What labels need of a composite.
-
-    Attributes:
-        path: its file.
-        tile: from its tags.
-        season: from its tags.
-        sensors: from its tags.
-        grid: size and place.
-    """
+    """What labels need of a composite: its file, what its tags say, size and place."""
 
     path: Path
     tile: str
@@ -293,13 +275,12 @@ def write_labels(
     }
     stem = f"{image.tile}_{image.season.start:%Y-%m-%d}_{image.season.stop:%Y-%m-%d}_agbd"
     dst = Path(folder, image.tile, f"{stem}.tif")
-    columns = [pa.array(made.shots[field.name], field.type) for field in _SHOTS]
-    metadata = {SETTINGS_KEY: json.dumps(settings, sort_keys=True).encode()}
-    write_table(pa.Table.from_arrays(columns, schema=_SHOTS.with_metadata(metadata)), dst.with_suffix(".parquet"))
+    schema = pa.schema([pa.field(name, kind, nullable=False) for name, kind in _SHOTS.items()])
+    schema = schema.with_metadata(with_settings(schema, settings))
+    write_table(pa.Table.from_pydict(made.shots, schema), dst.with_suffix(".parquet"))
     tags = {"TILE": image.tile, "SEASON": image.season.text, "SENSORS": image.sensors}
     tags["LABELS"] = json.dumps(settings, sort_keys=True)
-    rows = (made.label[None, start : start + _ROWS] for start in range(0, image.grid.height, _ROWS))
-    write_cog(dst, rows, image.grid, "float32", ["agbd"], NO_LABEL, tags, units=["Mg ha-1"])
+    write_cog(dst, [made.label[None]], image.grid, "float32", ["agbd"], NO_LABEL, tags, units=["Mg ha-1"])
     return dst, made.counts
 
 
@@ -324,22 +305,6 @@ def _gather(paths: Sequence[Path], grid: Grid) -> tuple[dict[str, np.ndarray], d
     return merged, {"product": "GEDI_L4A", "versions": sorted(versions), "filters": filters[0] if filters else None}
 
 
-def tile_grids(composites: Iterable[Composite]) -> dict[str, Grid]:
-    """The grid of each tile.
-
-    Raises:
-        PrepError: two composites of one tile on different grids.
-    """
-    grids: dict[str, Grid] = {}
-    for image in composites:
-        if not grids.setdefault(image.tile, image.grid).same_as(image.grid):
-            raise PrepError(
-                f"{image.path}: {image.grid.describe()}, but another composite of tile {image.tile} is "
-                f"{grids[image.tile].describe()}"
-            )
-    return grids
-
-
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Write labels for every composite. Exit code."""
@@ -355,7 +320,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--label-years", type=int, default=0, help="shots of N years before and after too (0)")
     args = parser.parse_args(argv)
     composites = [open_composite(path) for path in sorted(args.out.glob("composites/*/*.tif"))]
-    grids = tile_grids(composites)
+    grids: dict[str, Grid] = {}
+    for image in composites:
+        if not grids.setdefault(image.tile, image.grid).same_as(image.grid):
+            raise PrepError(
+                f"{image.path}: {image.grid.describe()}, but another composite of tile {image.tile} is "
+                f"{grids[image.tile].describe()}"
+            )
     missing = sorted(set(args.tile or ()) - set(grids))
     if missing or not composites:
         raise PrepError(f"{args.out / 'composites'}: no composites of tile {', '.join(missing) or 'any'}")

@@ -1,6 +1,7 @@
 """What GEDI L4A files call their beams and datasets, in product versions 2 (and 2.1) and 3."""
 
 import re
+from collections.abc import Container
 from pathlib import PurePath
 from typing import NamedTuple
 
@@ -14,17 +15,11 @@ _NAME = re.compile(r"GEDI04_A_\d{13}_O\d+_\d+_T\d+_\d+_(?P<pge>\d{3})_(?P<produc
 
 
 class Field(NamedTuple):
-    """One quantity of a shot.
+    """One quantity of a shot."""
 
-    Attributes:
-        datasets: its dataset's path below the beam, by product version; None where a version has none.
-        dtype: what it is held as here.
-        missing: stands where a file lacks the dataset; None for those that no table can do without.
-    """
-
-    datasets: dict[int, str | None]
-    dtype: np.dtype
-    missing: float | None
+    datasets: dict[int, str | None]  # its dataset's path below the beam, by product version; None where one has none
+    dtype: np.dtype  # what it is held as here
+    missing: float | None  # stands where a file lacks the dataset; None for those that no table can do without
 
 
 def _field(dtype: str, missing: float | None, v2: str | None, v3: str | None) -> Field:
@@ -62,17 +57,11 @@ _ONLY_VERSION_3 = ("l4a_quality_flag_rel3", "l2a_quality_flag_rel3", "l2_algrunf
 
 
 class Product(NamedTuple):
-    """What a granule's name tells.
+    """What a granule's name tells."""
 
-    Attributes:
-        granule: NASA's name without what a subsetter appended.
-        release: `002_01`: the version of the programs and of the production.
-        version: `V002`.
-    """
-
-    granule: str
-    release: str
-    version: str
+    granule: str  # NASA's name without what a subsetter appended
+    release: str  # `002_01`: the version of the programs and of the production
+    version: str  # `V002`
 
 
 def product_of(name: str) -> Product | None:
@@ -83,6 +72,6 @@ def product_of(name: str) -> Product | None:
     return Product(match[0], f"{match['pge']}_{match['production']}", f"V{match['version']}")
 
 
-def naming(datasets: set[str]) -> int:
+def naming(datasets: Container[str]) -> int:
     """Which version's names a beam uses, from the paths of its datasets: 2 or 3."""
-    return 3 if datasets & set(_ONLY_VERSION_3) else 2
+    return 3 if any(name in datasets for name in _ONLY_VERSION_3) else 2

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
@@ -15,7 +14,7 @@ import numpy as np
 from biomass_jax.errors import PrepError
 from biomass_jax.runtime.settings import add_options, options_of
 from data_prep.commands import command
-from data_prep.gedi.filters import DEFAULT, EPOCH, Seasons, Step, Table, as_dict, steps
+from data_prep.gedi.filters import DEFAULT, EPOCH, Step, Table, as_dict, steps
 from data_prep.gedi.footprints import write_footprints
 from data_prep.gedi.names import BEAMS, COLUMNS, FIELDS, Product, naming, product_of
 from data_prep.places import Box, check_box, grid_box, grid_centre, in_box, tile_grid
@@ -26,8 +25,12 @@ _BLOCK = 2**14  # rows read at once of a dataset without chunks
 
 
 def read_granule(
-    path: str | os.PathLike[str], *, bbox: Box | None = None, season: Seasons | None = None, filters: Filters = DEFAULT
-) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    path: str | os.PathLike[str],
+    *,
+    bbox: Box | None = None,
+    season: Sequence[Season] | None = None,
+    filters: Filters = DEFAULT,
+) -> tuple[dict[str, np.ndarray], dict[str, int], Product]:
     """Read the shots of one orbit that the filters leave.
 
     With a box, coordinates are read first, and of everything else only the chunks that hold a shot inside it.
@@ -35,31 +38,25 @@ def read_granule(
     Args:
         path: GEDI L4A file, version 2, 2.1 or 3.
         bbox: (west, south, east, north) in degrees, west > east across the antimeridian; None for the whole orbit.
-        season: one season or several, None for all times.
+        season: shots inside any of them are kept; None for all times.
         filters: what is kept.
 
     Returns:
         Columns (N,) sorted by shot_number: shot_number uint64, lon, lat float64 degrees, time datetime64[us] UTC, beam,
         agbd, agbd_se float32 Mg/ha, sensitivity, l4_quality_flag, degrade_flag, selected_algorithm, pft_class,
         leaf_off_flag, granule. And how many shots were left after each step, in order: `shots` (all), `box` where there
-        is one, then each enabled filter. A filter that leaves nothing is a warning (UserWarning).
+        is one, then each enabled filter. A filter that leaves nothing is a warning (UserWarning). And what the
+        granule's name tells.
 
     Raises:
         PrepError: not such a file, truncated, or without a dataset that is needed.
     """
-    footprints, counts, _ = _read_orbit(Path(path), bbox, season, filters)
-    return footprints, counts
-
-
-def _read_orbit(
-    path: Path, bbox: Box | None, season: Seasons | None, filters: Filters
-) -> tuple[dict[str, np.ndarray], dict[str, int], Product]:
-    box = None if bbox is None else check_box(bbox)
+    path, box = Path(path), None if bbox is None else check_box(bbox)
     with _opened(path) as file:
         product = _product(file, path, filters)
         found = _beams(file, path)
-        version = max(naming(_dataset_paths(beam)) for beam in found.values())
-        chain = steps(filters, naming=version, release=product.release, season=season)
+        version = max(naming(beam) for beam in found.values())
+        chain = steps(filters, naming=version, release=product.release, seasons=season)
         fields = list(dict.fromkeys([*COLUMNS, *(field for step in chain for field in step.needs)]))
         counts = {"shots": sum(len(beam["shot_number"]) for beam in found.values())}
         table = _read_beams(found, fields, version, chain, box, path)
@@ -85,7 +82,7 @@ def convert_granule(
     out: str | os.PathLike[str],
     *,
     bbox: Box | None = None,
-    season: Seasons | None = None,
+    season: Sequence[Season] | None = None,
     filters: Filters = DEFAULT,
 ) -> tuple[Path, dict[str, int]]:
     """Write one orbit's footprints to `out/{granule}.parquet`, settings and counts in its schema's metadata.
@@ -96,8 +93,7 @@ def convert_granule(
     Raises:
         PrepError: as `read_granule` and `write_footprints`.
     """
-    footprints, counts, product = _read_orbit(Path(path), bbox, season, filters)
-    seasons = [] if season is None else [season] if isinstance(season, Season) else list(season)
+    footprints, counts, product = read_granule(path, bbox=bbox, season=season, filters=filters)
     metadata = {
         "step": "gedi",
         "product": "GEDI_L4A",
@@ -106,7 +102,7 @@ def convert_granule(
         "version": product.version,
         "filters": as_dict(filters),
         "counts": [[name, count] for name, count in counts.items()],  # their order tells
-        "season": [one.text for one in seasons],
+        "season": [one.text for one in season or ()],
         "box": None if bbox is None else list(check_box(bbox)),
     }
     return write_footprints(footprints, Path(out) / f"{product.granule}.parquet", metadata), counts
@@ -175,10 +171,6 @@ def _beams(file: h5py.File, path: Path) -> dict[str, h5py.Group]:
     return found
 
 
-def _dataset_paths(beam: h5py.Group) -> set[str]:
-    return {field for field in beam if isinstance(beam.get(field), h5py.Dataset)}
-
-
 def _read_beams(
     beams: dict[str, h5py.Group], fields: Sequence[str], version: int, chain: list[Step], box: Box | None, path: Path
 ) -> Table:
@@ -205,15 +197,12 @@ def _read_beams(
 
 
 def _check_dispensable(field: str, beam: str, version: int, chain: list[Step], path: Path) -> None:
-    dataset = FIELDS[field].datasets[version]
-    for step in chain:
-        if field in step.needs and FIELDS[field].missing is not None:
-            raise PrepError(
-                f"{path}: {beam} has no dataset {dataset}, which filter {step.name} needs; get the whole granule, or "
-                "turn that filter off"
-            )
+    lacks = f"{path}: {beam} has no dataset {FIELDS[field].datasets[version]}, which"
     if FIELDS[field].missing is None:
-        raise PrepError(f"{path}: {beam} has no dataset {dataset}, which is needed")
+        raise PrepError(f"{lacks} is needed")
+    for step in chain:
+        if field in step.needs:
+            raise PrepError(f"{lacks} filter {step.name} needs; get the whole granule, or turn that filter off")
 
 
 def _rows_inside(beam: h5py.Group, version: int, box: Box, path: Path) -> np.ndarray:
@@ -278,27 +267,7 @@ def _warn(message: str) -> None:
     warnings.warn(message, stacklevel=2)
 
 
-def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Keyword settings of `read_granule` from the command line.
-
-    Raises:
-        PrepError: a box, tile or season that isn't one.
-    """
-    bbox, latitude = None, None
-    if args.bbox is not None:
-        bbox = check_box(tuple(args.bbox))
-        latitude = (bbox[1] + bbox[3]) / 2
-    if args.tile is not None:
-        grid = tile_grid(args.tile)
-        bbox, latitude = grid_box(grid), grid_centre(grid)[1]
-    season: list[Season] | None = None
-    if args.season is not None:
-        season = resolve_season(args.season, latitude).widened(args.label_years)
-    return {"bbox": bbox, "season": season, "filters": Filters(**options_of(args, Filters))}
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
+def _parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m data_prep gedi", description=__doc__)
     made.add_argument(
         "paths", nargs="*", type=Path, metavar="PATH", help="GEDI L4A files or folders of them (OUT/granules/gedi)"
@@ -316,13 +285,22 @@ def parser() -> argparse.ArgumentParser:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert every granule; one that can't be read is named and doesn't stop the rest. Exit code."""
-    args = parser().parse_args(argv)
-    options = settings(args)
+    args = _parser().parse_args(argv)
+    bbox, latitude, season = None, None, None
+    if args.bbox is not None:
+        bbox = check_box(tuple(args.bbox))
+        latitude = (bbox[1] + bbox[3]) / 2
+    if args.tile is not None:
+        grid = tile_grid(args.tile)
+        bbox, latitude = grid_box(grid), grid_centre(grid)[1]
+    if args.season is not None:
+        season = resolve_season(args.season, latitude).widened(args.label_years)
+    filters = Filters(**options_of(args, Filters))
     granules = find_granules(args.paths or [args.out / "granules" / "gedi"])
     failed = 0
     for path in granules:
         try:
-            dst, counts = convert_granule(path, args.out / "footprints", **options)
+            dst, counts = convert_granule(path, args.out / "footprints", bbox=bbox, season=season, filters=filters)
         except PrepError as error:
             print(f"error: {error}", file=sys.stderr)
             failed += 1

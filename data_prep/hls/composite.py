@@ -10,8 +10,9 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from biomass_jax.errors import PrepError
 from biomass_jax.runtime.settings import add_options, options_of
 from data_prep.commands import command
 from data_prep.hls import composite_sums as sums
-from data_prep.hls.granules import Granule, Scene, find_scenes, open_scene, parse_granule_name
+from data_prep.hls.granules import Scene, find_scenes, open_scene, parse_granule_name
 from data_prep.places import grid_centre
 from data_prep.season import DEFAULT_TABLE, Season, resolve_season
 from data_prep.settings import CompositeSettings
@@ -32,41 +33,26 @@ NAMES = (*BAND_NAMES, "CLEAR_COUNT")
 SENSORS = ("L30", "S30")
 DUPLICATE_MINUTES = 10  # two granules of one sensor and tile less than this apart show one overpass
 DEFAULT = CompositeSettings()
-MEMORY = 512 * 2**20  # bytes for sums or stacks
 MOST_THREADS = 8  # unless told otherwise: each holds blocks of some scenes
+_BY_TIME = attrgetter("acquired", "sensor", "name")  # of granules
 
 
 @dataclass(frozen=True)
 class CompositeReport:
-    """What a composite was made of.
-
-    Attributes:
-        path: the composite.
-        tile: MGRS tile.
-        season: `2020-06-01/2020-09-16`.
-        sensors: of the scenes used, `L30`, `S30` or `L30+S30`.
-        scenes: names of those used, by time.
-        duplicates: dropped granule -> the one kept.
-        out_of_season: names of granules left out by date.
-        other_sensors: names of granules left out by sensor.
-        counts: scene -> {`observed`: pixels whose Fmask is not fill, `clear`: pixels used}.
-        pixels: pixels of the tile.
-        covered: those with values.
-        warnings: sentences for the user.
-    """
+    """What a composite was made of."""
 
     path: Path
-    tile: str
-    season: str
-    sensors: str
-    scenes: tuple[str, ...]
-    duplicates: Mapping[str, str]
-    out_of_season: tuple[str, ...]
-    other_sensors: tuple[str, ...]
-    counts: Mapping[str, Mapping[str, int]]
-    pixels: int
-    covered: int
-    warnings: tuple[str, ...] = field(default=())
+    tile: str  # MGRS
+    season: str  # `2020-06-01/2020-09-16`
+    sensors: str  # of the scenes used, `L30`, `S30` or `L30+S30`
+    scenes: tuple[str, ...]  # names of those used, by time
+    duplicates: Mapping[str, str]  # dropped granule -> the one kept
+    out_of_season: tuple[str, ...]  # names of granules left out by date
+    other_sensors: tuple[str, ...]  # names of granules left out by sensor
+    counts: Mapping[str, Mapping[str, int]]  # scene -> {`observed`: its Fmask is not fill, `clear`: used} pixels
+    pixels: int  # of the tile
+    covered: int  # those with values
+    warnings: tuple[str, ...]  # sentences for the user
 
     def lines(self) -> list[str]:
         """The report as text."""
@@ -101,7 +87,6 @@ def composite(
     drop_high_aerosol: bool = False,
     tile: str | None = None,
     threads: int | None = None,
-    memory: int = MEMORY,
 ) -> CompositeReport:
     """Make the composite of a tile.
 
@@ -120,21 +105,21 @@ def composite(
         drop_high_aerosol: leave out high aerosol (bits 7-6).
         tile: the expected tile; that of the granules where None.
         threads: for decoding, 60 MiB each; one for each core, but at most 8, where None.
-        memory: bytes for sums or stacks; the whole takes about 400 MiB more.
 
     Raises:
         PrepError: bad settings, no scene of the season, granules of several tiles or on different grids, a granule
             that can't be used (see `hls.open_scene`), holds nothing but fill, or holds reflectance.
+        RasterError: a granule's file can't be read, or the composite can't be written.
     """
-    _check_settings(sensors, statistic, min_clear)
+    settings = CompositeSettings(tuple(sensors), statistic, min_clear, drop_water, drop_high_aerosol)
+    _check_settings(settings)
     selection = select(scene_folders, season=season, sensors=sensors, tile=tile)
     threads = threads or min(len(os.sched_getaffinity(0)), MOST_THREADS)
     scenes, duplicates = _opened(selection.folders, threads)
-    mask = sums.Mask(drop_water, drop_high_aerosol)
-    plan = sums.CompositePlan(tuple(scenes), statistic, min_clear, mask, threads, memory)
-    counts = sums.Counts(tuple(scene.granule.name for scene in scenes))
+    plan = sums.CompositePlan(scenes, settings, threads)
+    counts = sums.Counts(scenes)
     tags = _tags(scenes, season, duplicates)
-    path = write_cog(dst, _rows(plan, counts, tags, sensors), scenes[0].grid, "int16", NAMES, FILL, tags)
+    path = write_cog(dst, _rows(plan, counts, tags), scenes[0].grid, "int16", NAMES, FILL, tags)
     return CompositeReport(
         path=path,
         tile=tags["TILE"],
@@ -162,15 +147,14 @@ def _tags(scenes: Sequence[Scene], season: Season, duplicates: Mapping[str, str]
     }
 
 
-def _rows(
-    plan: sums.CompositePlan, counts: sums.Counts, tags: dict[str, str], sensors: Sequence[str]
-) -> Iterator[np.ndarray]:
+def _rows(plan: sums.CompositePlan, counts: sums.Counts, tags: dict[str, str]) -> Iterator[np.ndarray]:
     """The composite's rows; adds settings and counts to the tags, which the writer reads after the last of them."""
     yield from sums.row_bands(plan, counts)
+    of = plan.settings
     masked = ["fill", "cloud", "adjacent", "shadow", "snow"]
-    masked += ["water"] * plan.mask.drop_water + ["high aerosol"] * plan.mask.drop_high_aerosol
+    masked += ["water"] * of.drop_water + ["high aerosol"] * of.drop_high_aerosol
     found = {"scenes": len(plan.scenes), "covered": counts.covered, "by_scene": counts.by_scene}
-    settings = {"statistic": plan.statistic, "min_clear": plan.min_clear, "sensors": sorted(set(sensors))}
+    settings = {"statistic": of.statistic, "min_clear": of.min_clear, "sensors": sorted(set(of.sensors))}
     tags["COMPOSITE"] = json.dumps({**settings, "masked": masked, "counts": found}, sort_keys=True)
 
 
@@ -187,7 +171,7 @@ def select(
         PrepError: granules of another tile, or none of the season and sensors.
     """
     granules = {Path(folder): parse_granule_name(Path(folder).name) for folder in scene_folders}
-    ordered = sorted(granules, key=lambda folder: (_by_time(granules[folder]), str(folder)))
+    ordered = sorted(granules, key=lambda folder: (_BY_TIME(granules[folder]), str(folder)))
     if not ordered:
         raise PrepError("no granules given; expected the folders of a tile's scenes")
     tile = (tile or granules[ordered[0]].tile).removeprefix("T")
@@ -218,23 +202,24 @@ def without_duplicates(scenes: Sequence[Scene]) -> tuple[list[Scene], dict[str, 
     """
     gap = timedelta(minutes=DUPLICATE_MINUTES)
 
-    def same_overpass(one: Scene, other: Scene) -> bool:
-        mine, theirs = one.granule, other.granule
-        return mine.sensor == theirs.sensor and abs(mine.acquired - theirs.acquired) < gap
+    def rivals(scene: Scene, among: Sequence[Scene]) -> list[str]:
+        """Names of the other granules of its overpass."""
+        mine = scene.granule
+        others = [other.granule for other in among if other is not scene and other.granule.sensor == mine.sensor]
+        return [other.name for other in others if abs(mine.acquired - other.acquired) < gap]
 
-    kept: list[Scene] = []
+    kept = [scene for scene in scenes if not rivals(scene, scenes)]
     dropped: dict[str, str] = {}
-    crowded = [one for one in scenes if any(one is not other and same_overpass(one, other) for other in scenes)]
+    crowded = [scene for scene in scenes if rivals(scene, scenes)]
     # newest first; the name decides between equal times, so that the order of the scenes never does
     crowded.sort(key=lambda scene: (scene.processing_time, scene.granule.name, str(scene.folder)), reverse=True)
     for scene in crowded:
-        rivals = [other for other in kept if same_overpass(scene, other)]
-        if rivals:
-            dropped[scene.granule.name] = rivals[0].granule.name
+        newer = rivals(scene, kept)
+        if newer:
+            dropped[scene.granule.name] = newer[0]
         else:
             kept.append(scene)
-    kept += [scene for scene in scenes if not any(scene is one for one in crowded)]
-    return sorted(kept, key=lambda scene: _by_time(scene.granule)), dict(sorted(dropped.items()))
+    return sorted(kept, key=lambda scene: _BY_TIME(scene.granule)), dict(sorted(dropped.items()))
 
 
 def composite_path(out: str | os.PathLike[str], tile: str, season: Season) -> Path:
@@ -242,17 +227,13 @@ def composite_path(out: str | os.PathLike[str], tile: str, season: Season) -> Pa
     return Path(out, tile, f"{tile}_{season.text.replace('/', '_')}.tif")
 
 
-def _by_time(granule: Granule) -> tuple:
-    return granule.acquired, granule.sensor, granule.name
-
-
-def _check_settings(sensors: Sequence[str], statistic: str, min_clear: int) -> None:
-    if not sensors or not set(sensors) <= set(SENSORS):
-        raise PrepError(f"sensors {tuple(sensors)}: expected L30, S30 or both")
-    if statistic not in ("mean", "median"):
-        raise PrepError(f"statistic {statistic!r}: expected mean or median")
-    if min_clear < 1:
-        raise PrepError(f"min_clear {min_clear}: expected 1 or more clear scenes")
+def _check_settings(settings: CompositeSettings) -> None:
+    if not settings.sensors or not set(settings.sensors) <= set(SENSORS):
+        raise PrepError(f"sensors {settings.sensors}: expected L30, S30 or both")
+    if settings.statistic not in ("mean", "median"):
+        raise PrepError(f"statistic {settings.statistic!r}: expected mean or median")
+    if settings.min_clear < 1:
+        raise PrepError(f"min_clear {settings.min_clear}: expected 1 or more clear scenes")
 
 
 def _opened(folders: Sequence[Path], threads: int) -> tuple[list[Scene], dict[str, str]]:
@@ -267,13 +248,6 @@ def _opened(folders: Sequence[Path], threads: int) -> tuple[list[Scene], dict[st
                 f"{first.grid.describe()}; expected one grid for all scenes of a tile"
             )
     return scenes, duplicates
-
-
-def _season(text: str, folder: Path, table: Sequence | None) -> Season:
-    """The season that the command line names; for a year by the latitude of the tile's centre."""
-    year = text.strip().isdigit()
-    latitude = grid_centre(open_scene(folder).grid)[1] if year else None
-    return resolve_season(text, latitude, DEFAULT_TABLE if table is None else table)
 
 
 def _read_table(path: str) -> Sequence:
@@ -304,7 +278,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     args = _parser().parse_args(argv)
-    table = _read_table(args.season_table) if args.season_table else None
+    table = _read_table(args.season_table) if args.season_table else DEFAULT_TABLE
     tiles: dict[str, list[Path]] = {}
     for folder in dict.fromkeys(folder for path in args.granules for folder in find_scenes(path)):
         tiles.setdefault(parse_granule_name(folder.name).tile, []).append(folder)
@@ -314,7 +288,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise PrepError(f"tile {tile}: no granules of it; found tiles {', '.join(sorted(tiles))}")
         tiles = {tile: tiles[tile]}
     for tile, folders in sorted(tiles.items()):
-        season = _season(args.season, folders[0], table)
+        latitude = grid_centre(open_scene(folders[0]).grid)[1] if args.season.strip().isdigit() else None
+        season = resolve_season(args.season, latitude, table)
         report = composite(
             folders,
             composite_path(args.out, tile, season),

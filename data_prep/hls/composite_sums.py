@@ -1,20 +1,22 @@
 """The arithmetic of composites: scenes decoded by threads into sums or stacks, and rows of the result from those."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import numpy as np
+from rasterio.windows import Window
 
 from biomass_jax.data.bands import BAND_NAMES, FILL, UNITS
 from biomass_jax.data.raster.cog import DATA_LAYOUT
 from biomass_jax.errors import PrepError
-from data_prep.hls.granules import FMASK_FILL, Buffers, ReadRows, Scene, buffers, clear, observed
+from data_prep.hls.granules import FMASK_FILL, Buffers, ReadInto, Scene, buffers, clear, observed
+from data_prep.settings import CompositeSettings
 
 BLOCK = DATA_LAYOUT.block  # of composites, in pixels
+MEMORY = 512 * 2**20  # bytes for sums or stacks; the whole takes about 400 MiB more
 
 # |int16| <= 2^15, so the int32 sum of up to 2^16 - 1 scenes can't overflow; the int16 count holds fewer.
 MOST_SCENES = 2**15 - 1
@@ -25,50 +27,21 @@ _PIECE = 32  # rows whose sums of one band stay in a core's cache
 _REFLECTANCE, _ENOUGH_PIXELS = 2, 1000  # no land is that dark in all bands over so many pixels
 
 
-class Mask(NamedTuple):
-    """Settings of `hls.clear`."""
+class CompositePlan(NamedTuple):
+    """What to do: scenes by time on one grid, how, and with how many threads."""
 
-    drop_water: bool = False
-    drop_high_aerosol: bool = False
-
-
-@dataclass(frozen=True)
-class CompositePlan:
-    """What to do: scenes by time on one grid, `mean` or `median`, and how many threads and bytes to use."""
-
-    scenes: tuple[Scene, ...]
-    statistic: str
-    min_clear: int
-    mask: Mask
+    scenes: Sequence[Scene]
+    settings: CompositeSettings
     threads: int
-    memory: int
 
 
 class _Seen(NamedTuple):
     """What a piece of a scene held."""
 
-    observed: int = 0  # pixels whose Fmask is not fill
-    clear: int = 0
-    valid: bool = False  # whether any of them has all bands
-    peak: int = 0  # the largest clear value
-
-    def plus(self, other: "_Seen") -> "_Seen":
-        """Both pieces together."""
-        return _Seen(
-            self.observed + other.observed,
-            self.clear + other.clear,
-            self.valid or other.valid,
-            max(self.peak, other.peak),
-        )
-
-
-class _Window(NamedTuple):
-    """Rows and columns of the tile, ends not included."""
-
-    top: int
-    bottom: int
-    left: int
-    right: int
+    observed: int  # pixels whose Fmask is not fill
+    clear: int
+    valid: bool  # whether any of them has all bands
+    peak: int  # the largest clear value
 
 
 class Counts:
@@ -79,11 +52,11 @@ class Counts:
         covered: pixels of the result with values.
     """
 
-    def __init__(self, names: tuple[str, ...]) -> None:
-        self.by_scene = {name: {"observed": 0, "clear": 0} for name in names}
+    def __init__(self, scenes: Sequence[Scene]) -> None:
+        self.by_scene = {scene.granule.name: {"observed": 0, "clear": 0} for scene in scenes}
         self.covered = 0
-        self._valid = dict.fromkeys(names, False)
-        self._peak = dict.fromkeys(names, 0)
+        self._valid = dict.fromkeys(self.by_scene, False)
+        self._peak = dict.fromkeys(self.by_scene, 0)
 
     def add(self, scene: Scene, seen: _Seen) -> None:
         """Add a piece of a scene."""
@@ -93,7 +66,7 @@ class Counts:
         self._valid[name] |= seen.valid
         self._peak[name] = max(self._peak[name], seen.peak)
 
-    def check(self, scenes: tuple[Scene, ...]) -> None:
+    def check(self, scenes: Sequence[Scene]) -> None:
         """PrepError for a scene without any value, or with values that can't be digital numbers."""
         for scene in scenes:
             name = scene.granule.name
@@ -120,64 +93,57 @@ def row_bands(plan: CompositePlan, counts: Counts) -> Iterator[np.ndarray]:
         (7, rows, width) int16: six bands and the number of clear scenes.
 
     Raises:
-        PrepError: too many scenes, or one that can't be read, holds only fill or holds reflectance.
+        PrepError: too many scenes, or one that holds only fill or holds reflectance.
+        RasterError: a scene can't be read.
     """
     if len(plan.scenes) > MOST_SCENES:
         raise PrepError(f"{len(plan.scenes):,} scenes; expected at most {MOST_SCENES:,}")
-    mean = plan.statistic == "mean"
+    mean = plan.settings.statistic == "mean"
     pixel_bytes = 4 * _BANDS + 2 if mean else 2 * _BANDS * len(plan.scenes)
     grid = plan.scenes[0].grid
-    with _pool(plan.threads) as pool:
-        for windows in _slabs(grid.height, grid.width, plan.memory // pixel_bytes):
+    pool = ThreadPoolExecutor(plan.threads)
+    try:
+        for windows in _slabs(grid.height, grid.width, MEMORY // pixel_bytes):
             parts = [(_mean if mean else _median)(plan, pool, counts, window) for window in windows]
             for beside in zip(*parts, strict=True):
                 rows = beside[0] if len(beside) == 1 else np.concatenate(beside, axis=2)
                 counts.covered += int(np.count_nonzero(rows[-1]))
                 yield rows
+    finally:
+        pool.shutdown(cancel_futures=True)  # threads begin nothing new once something has gone wrong
     counts.check(plan.scenes)
 
 
-def _slabs(height: int, width: int, pixels: int) -> Iterator[list[_Window]]:
+def _slabs(height: int, width: int, pixels: int) -> Iterator[list[Window]]:
     """Windows of at most `pixels` (but at least a block of files) that lie beside each other, from north to south."""
     rows = min(height, max(BLOCK, pixels // width // BLOCK * BLOCK))
     columns = width if rows * width <= pixels else max(BLOCK, pixels // rows // BLOCK * BLOCK)
     for top in range(0, height, rows):
-        bottom = min(top + rows, height)
-        yield [_Window(top, bottom, left, min(left + columns, width)) for left in range(0, width, columns)]
+        down = min(rows, height - top)
+        yield [Window(left, top, min(columns, width - left), down) for left in range(0, width, columns)]
 
 
-@contextmanager
-def _pool(threads: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads that begin nothing new once something has gone wrong."""
-    pool = ThreadPoolExecutor(threads)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _mean(plan: CompositePlan, pool: ThreadPoolExecutor, counts: Counts, window: _Window) -> Iterator[np.ndarray]:
+def _mean(plan: CompositePlan, pool: ThreadPoolExecutor, counts: Counts, window: Window) -> Iterator[np.ndarray]:
     """Rows of a window as `row_bands` yields them: rounded means."""
-    shape = (window.bottom - window.top, window.right - window.left)
+    shape = (window.height, window.width)
     sums, number = np.zeros((_BANDS, *shape), np.int32), np.zeros(shape, np.int16)
     blocks = _blocks(window)
     locks = [threading.Lock() for _ in blocks]
     scratch = _Scratch(window)
 
-    def run(job: tuple[tuple[Scene, ...], range]) -> list[_Seen]:
+    def run(job: tuple[Sequence[Scene], range]) -> list[tuple[Scene, _Seen]]:
         """Add some blocks of some scenes."""
         scenes, wanted = job
-        seen = [_Seen() for _ in scenes]
+        seen: list[tuple[Scene, _Seen]] = []
         with ExitStack() as stack:
             readers = [stack.enter_context(scene.reader()) for scene in scenes]
             for index in wanted:
-                top, bottom = blocks[index]
+                rows = blocks[index]
                 found = [
-                    _masked(read, (top, bottom), window, plan.mask, scratch.get(place, bottom - top))
+                    _masked(read, rows, window, plan.settings, scratch.get(place, rows))
                     for place, read in enumerate(readers)
                 ]
-                seen = [one.plus(new) for one, (_, _, new) in zip(seen, found, strict=True)]
-                rows = slice(top - window.top, bottom - window.top)
+                seen += zip(scenes, (new for _, _, new in found), strict=True)
                 with locks[index]:
                     _add([(planes, keep) for planes, keep, new in found if new.clear], sums[:, rows], number[rows])
         return seen
@@ -187,15 +153,14 @@ def _mean(plan: CompositePlan, pool: ThreadPoolExecutor, counts: Counts, window:
     parts = min(len(blocks), max(2, -(-4 * plan.threads // len(groups))))
     edges = [len(blocks) * part // parts for part in range(parts + 1)]
     jobs = [(group, range(edges[part], edges[part + 1])) for group in groups for part in range(parts)]
-    for (group, _), seen in zip(jobs, pool.map(run, jobs), strict=True):
-        for scene, one in zip(group, seen, strict=True):
+    for seen in pool.map(run, jobs):
+        for scene, one in seen:
             counts.add(scene, one)
 
-    def divide(block: tuple[int, int]) -> np.ndarray:
-        rows = slice(block[0] - window.top, block[1] - window.top)
+    def divide(rows: slice) -> np.ndarray:
         # exact: a float64 quotient of these integers is a half only where the true one is
         means = np.divide(sums[:, rows], np.maximum(number[rows], 1))
-        return _finished(np.rint(means, out=means), number[rows], plan.min_clear)
+        return _finished(np.rint(means, out=means), number[rows], plan.settings.min_clear)
 
     for first in range(0, len(blocks), plan.threads):  # few at once: the writer takes them one by one
         yield from pool.map(divide, blocks[first : first + plan.threads])
@@ -217,21 +182,20 @@ def _add(found: list[tuple[np.ndarray, np.ndarray]], sums: np.ndarray, number: n
             number[rows] += keep[rows]
 
 
-def _median(plan: CompositePlan, pool: ThreadPoolExecutor, counts: Counts, window: _Window) -> Iterator[np.ndarray]:
+def _median(plan: CompositePlan, pool: ThreadPoolExecutor, counts: Counts, window: Window) -> Iterator[np.ndarray]:
     """Rows of a window as `row_bands` yields them: medians, of two middle values their mean, half to even."""
-    shape = (window.bottom - window.top, window.right - window.left)
+    shape = (window.height, window.width)
     stack, number = np.empty((len(plan.scenes), _BANDS, *shape), np.int16), np.zeros(shape, np.int16)
     blocks = _blocks(window)
     lock = threading.Lock()
     scratch = _Scratch(window)
 
-    def run(index: int) -> _Seen:
-        seen = _Seen()
+    def run(index: int) -> list[_Seen]:
+        seen = []
         with plan.scenes[index].reader() as read:
-            for top, bottom in blocks:
-                planes, keep, new = _masked(read, (top, bottom), window, plan.mask, scratch.get(0, bottom - top))
-                seen = seen.plus(new)
-                rows = slice(top - window.top, bottom - window.top)
+            for rows in blocks:
+                planes, keep, new = _masked(read, rows, window, plan.settings, scratch.get(0, rows))
+                seen.append(new)
                 stack[index, :, rows] = np.where(keep, planes, _ABSENT)
                 with lock:
                     number[rows] += keep
@@ -245,45 +209,45 @@ def _median(plan: CompositePlan, pool: ThreadPoolExecutor, counts: Counts, windo
         return np.rint((low.astype(np.int32) + high) / 2)
 
     for scene, seen in zip(plan.scenes, pool.map(run, range(len(plan.scenes))), strict=True):
-        counts.add(scene, seen)
-    for top, bottom in blocks:
-        rows = range(top - window.top, bottom - window.top)
-        medians = np.stack(list(pool.map(middle, rows)), axis=1)
-        yield _finished(medians, number[rows.start : rows.stop], plan.min_clear)
+        for one in seen:
+            counts.add(scene, one)
+    for rows in blocks:
+        medians = np.stack(list(pool.map(middle, range(rows.start, rows.stop))), axis=1)
+        yield _finished(medians, number[rows], plan.settings.min_clear)
 
 
-def _blocks(window: _Window) -> list[tuple[int, int]]:
-    """Rows of a window cut where the files' blocks are."""
-    return [(top, min(top + BLOCK, window.bottom)) for top in range(window.top, window.bottom, BLOCK)]
+def _blocks(window: Window) -> list[slice]:
+    """Rows of a window, counted from its own top, cut where the files' blocks are."""
+    return [slice(top, min(top + BLOCK, window.height)) for top in range(0, window.height, BLOCK)]
 
 
 class _Scratch(threading.local):
     """Memory that a thread reads blocks of a window into, again and again: new memory would cost time and stay."""
 
-    def __init__(self, window: _Window) -> None:
-        self._shape = (min(BLOCK, window.bottom - window.top), window.right - window.left)
+    def __init__(self, window: Window) -> None:
+        self._shape = (min(BLOCK, window.height), window.width)
         self._held: list[Buffers] = []
 
-    def get(self, place: int, rows: int) -> Buffers:
-        """Buffers of `rows` rows, others for each place."""
+    def get(self, place: int, rows: slice) -> Buffers:
+        """Buffers for so many rows, others for each place."""
         while len(self._held) <= place:
             self._held.append(buffers(*self._shape))
         planes, fmask = self._held[place]
-        columns = self._shape[1]
-        whole = planes.reshape(-1)[: _BANDS * rows * columns].reshape(_BANDS, rows, columns)
-        return whole, fmask[:rows]
+        count = rows.stop - rows.start
+        return planes[:, :count], fmask[:count]
 
 
 def _masked(
-    read: ReadRows, rows: tuple[int, int], window: _Window, mask: Mask, into: Buffers
+    read: ReadInto, rows: slice, window: Window, settings: CompositeSettings, into: Buffers
 ) -> tuple[np.ndarray, np.ndarray, _Seen]:
     """Rows of a scene: (6, rows, columns) int16 with 0 where not clear, (rows, columns) clear, and what was seen."""
-    image, fmask = read(*rows, window.left, window.right, into)
-    keep = clear(image, fmask, *mask)
+    read(Window(window.col_off, window.row_off + rows.start, window.width, rows.stop - rows.start), into)
+    planes, fmask = into
+    image = np.moveaxis(planes, 0, -1)
+    keep = clear(image, fmask, settings.drop_water, settings.drop_high_aerosol)
     seen = observed(fmask)
     number = int(np.count_nonzero(keep))
     valid = number > 0 or bool((seen & (image != FILL).all(axis=-1)).any())
-    planes = np.moveaxis(image, -1, 0)
     planes &= -keep.astype(np.int16)  # 0 or all bits: far quicker than adding under a mask
     return planes, keep, _Seen(int(np.count_nonzero(seen)), number, valid, int(planes.max()))
 

@@ -21,7 +21,7 @@ from biomass_jax.data import bands
 from biomass_jax.data.raster.grid import Grid, grid_of, open_quietly, raster_errors, utm_zone
 from biomass_jax.data.raster.inputs import granule_name
 from biomass_jax.data.raster.tiff import verify_blocks
-from biomass_jax.errors import BandError, PrepError, RasterError
+from biomass_jax.errors import BandError, PrepError
 
 VERSION = "2.0"
 FMASK_FILL = 255
@@ -34,25 +34,18 @@ _TILE_TAGS = ("SENTINEL2_TILEID", "TILE_ID")  # of L30, of S30
 _SENSOR_TAGS = ("SENSOR", "SPACECRAFT_NAME")
 _REFLECTANCE = 2.0  # digital numbers of land are hundreds, reflectance is below this
 
-ReadRows = Callable[..., tuple[np.ndarray, np.ndarray]]
 Buffers = tuple[np.ndarray, np.ndarray]  # (6, rows, columns) int16, (rows, columns) uint8
+ReadInto = Callable[[Window, Buffers], None]
 
 
 @dataclass(frozen=True, order=True)
 class Granule:
-    """What a granule's name tells.
+    """What a granule's name tells."""
 
-    Attributes:
-        sensor: `L30` or `S30`.
-        tile: MGRS tile without T (`10SFF`).
-        acquired: the UTC time in the name; in S30 names it is not the SENSING_TIME.
-        name: `HLS.L30.T10SFF.2020183T184512.v2.0`.
-    """
-
-    sensor: str
-    tile: str
-    acquired: datetime
-    name: str
+    sensor: str  # `L30` or `S30`
+    tile: str  # MGRS tile without T (`10SFF`)
+    acquired: datetime  # the UTC time in the name; in S30 names it is not the SENSING_TIME
+    name: str  # `HLS.L30.T10SFF.2020183T184512.v2.0`
 
 
 def parse_granule_name(name: str) -> Granule:
@@ -108,21 +101,13 @@ def find_scenes(path: str | os.PathLike[str]) -> list[Path]:
 
 @dataclass(frozen=True)
 class Scene:
-    """A granule whose files have been checked. Nothing is kept open, so any thread may read.
-
-    Attributes:
-        folder: where its files lie.
-        granule: what its name tells.
-        grid: size and place of all its files.
-        tags: the first band's file tags.
-        paths: files of the six bands in `bands.BANDS` order, then Fmask's.
-    """
+    """A granule whose files have been checked. Nothing is kept open, so any thread may read."""
 
     folder: Path
     granule: Granule
-    grid: Grid
-    tags: Mapping[str, str]
-    paths: tuple[Path, ...]
+    grid: Grid  # of all its files
+    tags: Mapping[str, str]  # of the first band's file
+    paths: tuple[Path, ...]  # files of the six bands in `bands.BANDS` order, then Fmask's
 
     @property
     def processing_time(self) -> datetime:
@@ -136,42 +121,28 @@ class Scene:
                 "it decides which of two granules of one overpass is used"
             ) from error
 
-    def read_rows(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows `start` to `stop` (not included).
-
-        Returns:
-            (rows, width, 6) int16 digital numbers as stored, -9999 where there are none; (rows, width) uint8 Fmask.
-
-        Raises:
-            PrepError: a file can't be read there.
-        """
-        with self.reader() as read:
-            return read(start, stop)
-
     @contextmanager
-    def reader(self) -> Iterator[ReadRows]:
+    def reader(self) -> Iterator[ReadInto]:
         """Open the files once for several reads by one thread.
 
         Yields:
-            read(start, stop, left=0, right=None, into=None): as `read_rows`, of columns `left` to `right` (not
-                included); into arrays of `buffers` where given, because new memory costs time.
+            read(window, into): fill arrays of `buffers`, because new memory costs time, with digital numbers as stored,
+                -9999 where there are none, and the Fmask.
+
+        Raises:
+            RasterError: a file can't be read there.
         """
         with ExitStack() as stack:
             datasets = []
             for path in self.paths:
-                with _prep_errors(path):
+                with raster_errors(str(path)):
                     datasets.append(stack.enter_context(open_quietly(str(path))))
 
-            def read(
-                start: int, stop: int, left: int = 0, right: int | None = None, into: Buffers | None = None
-            ) -> tuple[np.ndarray, np.ndarray]:
-                right = self.grid.width if right is None else right
-                window = Window(left, start, right - left, stop - start)
-                planes, fmask = buffers(stop - start, right - left) if into is None else into
+            def read(window: Window, into: Buffers) -> None:
+                planes, fmask = into
                 for path, dataset, out in zip(self.paths, datasets, (*planes, fmask), strict=True):
-                    with _prep_errors(path):
+                    with raster_errors(str(path)):
                         dataset.read(1, window=window, out=out)
-                return np.moveaxis(planes, 0, -1), fmask  # a view: bands stay contiguous in memory
 
             yield read
 
@@ -181,7 +152,8 @@ def open_scene(folder: str | os.PathLike[str]) -> Scene:
 
     Raises:
         PrepError: not v2.0, a band or Fmask missing, files of another granule, tile or sensor, different grids, a grid
-            that can't belong to the tile, reflectance instead of digital numbers, or a file cut short.
+            that can't belong to the tile, or reflectance instead of digital numbers.
+        RasterError: a file is no TIFF, or cut short.
     """
     folder = Path(folder)
     granule = parse_granule_name(folder.name)
@@ -192,13 +164,12 @@ def open_scene(folder: str | os.PathLike[str]) -> Scene:
     grids: list[Grid] = []
     long_names: list[str | None] = []
     for path in paths:
-        with _prep_errors(path):
-            verify_blocks(path, sparse_ok=True)
-            with open_quietly(str(path)) as dataset:
-                _check_file(path, dataset, is_fmask=path == paths[-1])
-                tags.append(dict(dataset.tags()))
-                grids.append(grid_of(dataset))
-                long_names.append(dataset.tags(1).get("long_name") or tags[-1].get("long_name"))
+        verify_blocks(path, sparse_ok=True)
+        with raster_errors(str(path)), open_quietly(str(path)) as dataset:
+            _check_file(path, dataset, is_fmask=path == paths[-1])
+            tags.append(dict(dataset.tags()))
+            grids.append(grid_of(dataset))
+            long_names.append(dataset.tags(1).get("long_name") or tags[-1].get("long_name"))
     for path, grid, found in zip(paths, grids, tags, strict=True):
         if not grid.same_as(grids[0]):
             raise PrepError(
@@ -207,13 +178,12 @@ def open_scene(folder: str | os.PathLike[str]) -> Scene:
             )
         _check_tags(path, found, granule)
     _check_place(folder, granule, grids[0])
-    layers = needed_layers(granule.sensor)[:-1]
-    _resolve(layers, granule, folder, long_names[:-1])
+    _resolve(needed_layers(granule.sensor)[:-1], granule, folder, long_names[:-1])
     return Scene(folder, granule, grids[0], tags[0], paths)
 
 
 def buffers(rows: int, columns: int) -> Buffers:
-    """Memory for what `Scene.reader` reads."""
+    """Memory for what `Scene.reader` reads: the bands in `bands.BANDS` order, and the Fmask."""
     return np.empty((len(bands.BANDS), rows, columns), np.int16), np.empty((rows, columns), np.uint8)
 
 
@@ -269,7 +239,7 @@ def tile_grid_key(crs: CRS | None, transform: Affine, name: str = "grid") -> tup
 
 
 def _layer_paths(folder: Path, granule: Granule) -> tuple[Path, ...]:
-    """The needed files; PrepError that says which are missing or don't belong here."""
+    """The needed files. PrepError that says which are missing or don't belong here."""
     try:
         files = sorted(entry for entry in folder.iterdir() if entry.suffix == ".tif" and not entry.name.startswith("."))
     except OSError as error:
@@ -279,14 +249,14 @@ def _layer_paths(folder: Path, granule: Granule) -> tuple[Path, ...]:
         if not file.name.startswith(f"{granule.name}."):
             raise PrepError(f"{file}: doesn't belong into this folder; expected names that begin with {granule.name}")
         layers[file.name[len(granule.name) + 1 : -len(".tif")]] = file
-    numbers = [layer for layer in layers if layer.startswith("B")]
-    _resolve(numbers, granule, folder, ())
+    _resolve([layer for layer in layers if layer.startswith("B")], granule, folder)
     if "Fmask" not in layers:
         raise PrepError(f"{folder}: no {granule.name}.Fmask.tif; found layers {', '.join(layers)}")
     return tuple(layers[layer] for layer in needed_layers(granule.sensor))
 
 
-def _resolve(layers: Sequence[str], granule: Granule, folder: Path, long_names: Sequence[str | None]) -> None:
+def _resolve(layers: Sequence[str], granule: Granule, folder: Path, long_names: Sequence[str | None] = ()) -> None:
+    """PrepError, as for whatever else is wrong with a granule's files, where its six bands can't be told."""
     try:
         bands.resolve(layers, sensor=granule.sensor, long_names=long_names, path=str(folder))
     except BandError as error:
@@ -335,13 +305,3 @@ def _check_place(folder: Path, granule: Granule, grid: Grid) -> None:
         raise PrepError(
             f"{folder}: wrong tile: the centre of its {found} lies {side} of the equator, tile {granule.tile} {other}"
         )
-
-
-@contextmanager
-def _prep_errors(path: Path) -> Iterator[None]:
-    """GDAL's errors and RasterErrors become PrepErrors that name the file."""
-    try:
-        with raster_errors(str(path)):
-            yield
-    except RasterError as error:
-        raise PrepError(str(error)) from error

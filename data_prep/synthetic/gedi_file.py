@@ -10,13 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biomass_jax.runtime.files import replacing
+from data_prep.gedi.names import BEAMS, FULL_POWER_BEAMS
 
 EPOCH = datetime(2018, 1, 1)  # of delta_time, UTC
-COVERAGE_BEAMS = ("BEAM0000", "BEAM0001", "BEAM0010", "BEAM0011")
-FULL_POWER_BEAMS = ("BEAM0101", "BEAM0110", "BEAM1000", "BEAM1011")
-BEAMS = COVERAGE_BEAMS + FULL_POWER_BEAMS
 CHUNK = 14200  # shots, as in the real files
 NO_VALUE = -9999.0
+_SUB_ORBIT = 2  # the quarter of each orbit
 _TEXT = h5py.string_dtype()
 _COORDINATES = "delta_time lat_lowestmode lon_lowestmode"
 _ALGORITHMS = (1, 2, 10)  # the real files have seven
@@ -72,21 +71,20 @@ _DATASETS: dict[str, tuple[Any, Any, str, str]] = {
 }
 
 
-def granule_name(start: datetime, orbit: int, *, sub_orbit: int = 2, version: str = "002_02") -> str:
+def granule_name(start: datetime, orbit: int, *, version: str = "002_02") -> str:
     """Return a file's name, for example `GEDI04_A_2020183184512_O08852_02_T00198_02_002_02_V002.h5`.
 
     Args:
         start: when the sub-orbit begins, UTC.
         orbit: orbit number.
-        sub_orbit: quarter of the orbit, 1 to 4.
         version: release and production version of the product, `002_01` or `002_02`.
     """
-    return f"GEDI04_A_{start:%Y%j%H%M%S}_O{orbit:05d}_{sub_orbit:02d}_T00198_02_{version}_V002.h5"
+    return f"GEDI04_A_{start:%Y%j%H%M%S}_O{orbit:05d}_{_SUB_ORBIT:02d}_T00198_02_{version}_V002.h5"
 
 
-def shot_numbers(orbit: int, beam: str, count: int, *, sub_orbit: int = 2, first: int = 1) -> NDArray[np.uint64]:
+def shot_numbers(orbit: int, beam: str, count: int) -> NDArray[np.uint64]:
     """Return (count,) shot numbers: orbit, beam, 0, sub-orbit and index digits, too long for a float64."""
-    start = ((orbit * 100 + int(beam.removeprefix("BEAM"), 2)) * 1000 + sub_orbit) * 10**8 + first
+    start = ((orbit * 100 + int(beam.removeprefix("BEAM"), 2)) * 1000 + _SUB_ORBIT) * 10**8 + 1
     return np.arange(start, start + count, dtype=np.uint64)
 
 
@@ -95,7 +93,7 @@ def seconds_since_epoch(time: datetime) -> float:
     return (time - EPOCH) / timedelta(seconds=1)
 
 
-def write_gedi(path: Path, beams: Mapping[str, Mapping[str, Any]], *, chunk: int = CHUNK) -> Path:
+def write_gedi(path: Path, beams: Mapping[str, Mapping[str, Any]]) -> Path:
     """Write one L4A file through a file beside it.
 
     Args:
@@ -103,7 +101,6 @@ def write_gedi(path: Path, beams: Mapping[str, Mapping[str, Any]], *, chunk: int
         beams: by beam name, the shots' arrays (N,) by dataset name as in the product; at least shot_number,
             delta_time, lat_lowestmode, lon_lowestmode and agbd. What is not given is filled in. A beam that is not
             named is absent from the file.
-        chunk: shots in one HDF5 chunk.
 
     Returns:
         The path.
@@ -120,7 +117,7 @@ def write_gedi(path: Path, beams: Mapping[str, Mapping[str, Any]], *, chunk: int
         _write_ancillary(file.create_group("ANCILLARY"))
         for beam in BEAMS:
             if beam in beams:
-                _write_beam(file.create_group(beam), beam, dict(beams[beam]), chunk)
+                _write_beam(file.create_group(beam), beam, dict(beams[beam]))
         attributes = file.create_group("METADATA/DatasetIdentification").attrs
         for name, text in {
             "PGEVersion": path.name.split("_")[-2],
@@ -134,7 +131,7 @@ def write_gedi(path: Path, beams: Mapping[str, Mapping[str, Any]], *, chunk: int
     return path
 
 
-def _write_beam(group: h5py.Group, beam: str, shots: dict[str, Any], chunk: int) -> None:
+def _write_beam(group: h5py.Group, beam: str, shots: dict[str, Any]) -> None:
     group.attrs["description"] = "Full power beam" if beam in FULL_POWER_BEAMS else "Coverage beam"
     shots = _derived(beam, shots) | shots
     count = len(shots["shot_number"])
@@ -142,18 +139,18 @@ def _write_beam(group: h5py.Group, beam: str, shots: dict[str, Any], chunk: int)
         values = shots.get(name, default)
         if np.ndim(values) == 0:
             values = np.full(count, values, object if dtype is _TEXT else dtype)
-        dataset = _create(group, name, np.asarray(values), dtype, chunk)
+        dataset = _create(group, name, np.asarray(values), dtype)
         if "/" not in name:
             dataset.attrs["coordinates"] = _COORDINATES
             dataset.attrs["long_name"] = long_name
             dataset.attrs["units"] = units
-    _create(group, "xvar", np.tile(np.array([10.5, 0, 0, 0], np.float32), (count, 1)), "f4", chunk)
+    _create(group, "xvar", np.tile(np.array([10.5, 0, 0, 0], np.float32), (count, 1)), "f4")
     prediction = group["agbd_prediction"].attrs
     prediction["alpha"], prediction["max_nvar"], prediction["predictor_offset"] = 0.1, 4, 100
 
 
-def _create(group: h5py.Group, name: str, values: np.ndarray, dtype: object, chunk: int) -> h5py.Dataset:
-    layout = {"maxshape": (None, *values.shape[1:]), "chunks": (chunk, *[1] * (values.ndim - 1))}
+def _create(group: h5py.Group, name: str, values: np.ndarray, dtype: object) -> h5py.Dataset:
+    layout = {"maxshape": (None, *values.shape[1:]), "chunks": (CHUNK, *[1] * (values.ndim - 1))}
     return group.create_dataset(name, data=values, dtype=dtype, compression="gzip", compression_opts=4, **layout)
 
 

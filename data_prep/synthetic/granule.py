@@ -1,7 +1,6 @@
 """Writes scenes as HLS v2.0 granules: folders of single-band Cloud-Optimized GeoTIFFs with HLS's own tags."""
 
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -15,8 +14,10 @@ from rasterio.io import MemoryFile
 from rasterio.shutil import copy
 
 from biomass_jax.data.bands import BANDS, FILL
+from biomass_jax.runtime.files import replace_folder
+from data_prep.hls.granules import FMASK_FILL
 from data_prep.synthetic.landscape import PIXEL_M, make_landscape
-from data_prep.synthetic.scene import FMASK_FILL, Sun, digital_numbers, fmask
+from data_prep.synthetic.scene import SUN, digital_numbers, fmask
 
 STAMP = "%Y-%m-%dT%H:%M:%SZ"
 FMASK_BITS = (
@@ -45,7 +46,6 @@ class Overpass:
     epsg: int = 32610
     left: float = 600000.0  # easting and northing of the upper-left corner, metres
     top: float = 4100040.0
-    sun: Sun = Sun()
     sensor: str = "L30"  # or `S30`
     user_defined: bool = False  # the same CRS without an EPSG code
     scale: str = "file"  # where the scale 0.0001 stands: `file` tags, the `band`'s own scale, or `both`
@@ -72,24 +72,17 @@ class Overpass:
         return self.processed or self.time + timedelta(days=2)
 
 
-def file_tags(overpass: Overpass, shape: tuple[int, ...], fill: int) -> dict[str, str]:
-    """Return the tags of one file.
-
-    Args:
-        overpass: when, where and how.
-        shape: (H, W).
-        fill: the file's no-data value.
-    """
+def _file_tags(overpass: Overpass, shape: tuple[int, ...], fill: int) -> dict[str, str]:
     return (_s30_tags if overpass.sensor == "S30" else _l30_tags)(overpass) | {
         "arop_ave_xshift(meters)": "0",
         "arop_ave_yshift(meters)": "0",
         "cloud_coverage": "0",
         "HLS_PROCESSING_TIME": overpass.processing_time.strftime(STAMP),
-        "MEAN_SUN_AZIMUTH_ANGLE": f"{overpass.sun.azimuth:.6f}",
-        "MEAN_SUN_ZENITH_ANGLE": f"{overpass.sun.zenith:.6f}",
+        "MEAN_SUN_AZIMUTH_ANGLE": f"{SUN.azimuth:.6f}",
+        "MEAN_SUN_ZENITH_ANGLE": f"{SUN.zenith:.6f}",
         "MEAN_VIEW_AZIMUTH_ANGLE": "100.000000",
         "MEAN_VIEW_ZENITH_ANGLE": "3.000000",
-        "NBAR_SOLAR_ZENITH": f"{overpass.sun.zenith:.6f}",
+        "NBAR_SOLAR_ZENITH": f"{SUN.zenith:.6f}",
         "NCOLS": str(shape[1]),
         "NROWS": str(shape[0]),
         "OVR_RESAMPLING_ALG": "NEAREST",
@@ -158,15 +151,15 @@ def write_scene(out: Path, *, shape: tuple[int, int] = (460, 700), seed: int = 0
     """
     if min(shape) < SMALLEST:
         raise ValueError(f"a scene of {shape[0]} x {shape[1]} pixels is too small; at least {SMALLEST} x {SMALLEST}")
-    land, overpass = make_landscape(shape, seed), Overpass()
-    return write_granule(out, digital_numbers(land, seed=seed, sun=overpass.sun), fmask(land), overpass)
+    land = make_landscape(shape, seed)
+    return write_granule(out, digital_numbers(land, seed=seed), fmask(land), Overpass())
 
 
 def write_granule(
     out: Path,
     image: NDArray[np.int16],
     quality: NDArray[np.uint8],
-    overpass: Overpass | None = None,
+    overpass: Overpass,
     others: Mapping[str, NDArray[np.int16]] | None = None,
 ) -> Path:
     """Write the bands and the Fmask of one granule, replacing a granule of the same name.
@@ -181,29 +174,26 @@ def write_granule(
     Returns:
         The granule's folder; it appears under this name only when it is whole.
     """
-    overpass = overpass or Overpass()
-    out.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{overpass.granule}.", dir=out))
+    final = out / overpass.granule
+    partial = out / f".{overpass.granule}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     try:
         for index, band in enumerate(BANDS):
             number = band.s30 if overpass.sensor == "S30" else band.l30
             _write_band(partial, number, image[..., index], overpass, band.description)
         for number, values in (others or {}).items():
             _write_band(partial, number, values, overpass, number)
-        tags = file_tags(overpass, image.shape[:2], FMASK_FILL) | {"Fmask bit description": FMASK_BITS}
+        tags = {"Fmask bit description": FMASK_BITS}
         _write_cog(partial / f"{overpass.granule}.Fmask.tif", quality, FMASK_FILL, overpass, tags)
-        partial.chmod(0o755)  # mkdtemp makes private folders
-        final = out / overpass.granule
-        if final.exists():
-            shutil.rmtree(final)
-        return partial.rename(final)
-    except BaseException:
+        replace_folder(partial, final)
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
+    return final
 
 
 def _write_band(folder: Path, number: str, values: NDArray[np.int16], overpass: Overpass, long_name: str) -> None:
-    tags = file_tags(overpass, values.shape, FILL) | {"long_name": long_name}
+    tags = {"long_name": long_name}
     scale = None if overpass.scale == "file" else 0.0001
     if overpass.scale != "band":
         tags |= {"scale_factor": "0.0001", "add_offset": "0"}
@@ -219,31 +209,24 @@ def _write_cog(
     description: str | None = None,
     scale: float | None = None,
 ) -> None:
-    height, width = values.shape
-    profile = {
-        "driver": "GTiff",
-        "height": height,
-        "width": width,
-        "count": 1,
-        "dtype": values.dtype.name,
-        "crs": overpass.crs,
-        "transform": rasterio.Affine(PIXEL_M, 0, overpass.left, 0, -PIXEL_M, overpass.top),
-        "nodata": fill,
-    }
+    """Write one band as HLS does: `data/raster/cog.py` writes other options, overviews and tags, thus other bytes."""
     with MemoryFile() as memory:
-        with memory.open(**profile) as dst:
+        with memory.open(
+            driver="GTiff",
+            height=values.shape[0],
+            width=values.shape[1],
+            count=1,
+            dtype=values.dtype.name,
+            crs=overpass.crs,
+            transform=rasterio.Affine(PIXEL_M, 0, overpass.left, 0, -PIXEL_M, overpass.top),
+            nodata=fill,
+        ) as dst:
             dst.write(values, 1)
-            dst.update_tags(**tags)
+            dst.update_tags(**_file_tags(overpass, values.shape, fill), **tags)
             if description is not None:
                 dst.set_band_description(1, description)
             if scale is not None:
                 dst.scales = (scale,)
         # The layout of the real files: 256-pixel blocks, deflate with differences, overviews by nearest neighbour.
-        with rasterio.open(memory.name) as src:
-            layout = {
-                "BLOCKSIZE": 256,
-                "COMPRESS": "DEFLATE",
-                "PREDICTOR": "STANDARD",
-                "OVERVIEW_RESAMPLING": "NEAREST",
-            }
-            copy(src, path, driver="COG", **layout)
+        layout = {"blocksize": 256, "compress": "DEFLATE", "predictor": "STANDARD", "overview_resampling": "NEAREST"}
+        copy(memory.name, path, driver="COG", **layout)

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biomass_jax.data.bands import FILL
+from data_prep.hls import granules
 from data_prep.synthetic.landscape import PIXEL_M, Cover, FloatGrid, Landscape, fractal
 
 # Digital numbers (reflectance x 10,000) of pure surfaces in BLUE, GREEN, RED, NIR_NARROW, SWIR_1, SWIR_2, rounded from
@@ -17,8 +18,6 @@ BUILT = (1150, 1350, 1500, 2150, 2250, 1950)  # roofs and streets
 WATER = (330, 380, 230, 90, 45, 25)
 
 CLOSING_BIOMASS = 70.0  # Mg/ha at which the crowns cover 63 % of the ground
-FMASK_FILL = 255
-FMASK_WATER = 1 << 5
 FMASK_LOW_AEROSOL = 0b01 << 6
 
 
@@ -28,6 +27,9 @@ class Sun:
 
     zenith: float = 26.0
     azimuth: float = 135.0
+
+
+SUN = Sun()  # a summer day in California
 
 
 def canopy_cover(biomass: FloatGrid) -> FloatGrid:
@@ -51,7 +53,7 @@ def off_swath(shape: tuple[int, int]) -> NDArray[np.bool_]:
     return y + 3.5 * x < 0.55 * height
 
 
-def digital_numbers(land: Landscape, *, seed: int = 0, sun: Sun | None = None) -> NDArray[np.int16]:
+def digital_numbers(land: Landscape, *, seed: int = 0) -> NDArray[np.int16]:
     """Return (H, W, 6) int16 surface reflectance x 10,000; `FILL` in all bands outside the swath.
 
     Crowns hide the ground as biomass grows, and their own colour darkens slightly with it; slopes are lit by the sun;
@@ -66,7 +68,7 @@ def digital_numbers(land: Landscape, *, seed: int = 0, sun: Sun | None = None) -
     surface = ground + (aged - ground) * crowns
     texture = 1 + 0.05 * fractal(land.cover.shape, rng, roughness=0.3, largest=10)
     streets = 1 + 0.22 * fractal(land.cover.shape, rng, roughness=0.1, largest=10)
-    lit = hillshade(land.elevation, sun or Sun()) * np.where(land.cover == Cover.URBAN, streets, texture)
+    lit = hillshade(land.elevation, SUN) * np.where(land.cover == Cover.URBAN, streets, texture)
     image = np.where((land.cover == Cover.WATER)[..., None], water, surface * lit[..., None])
     image = _mix_neighbours(image) + rng.normal(0, 18, image.shape)
     image = np.clip(np.rint(image), -2000, 16000).astype(np.int16)
@@ -77,8 +79,8 @@ def digital_numbers(land: Landscape, *, seed: int = 0, sun: Sun | None = None) -
 def fmask(land: Landscape) -> NDArray[np.uint8]:
     """Return (H, W) HLS quality bits: a clear sky with low aerosol, the water bit, 255 outside the swath."""
     bits = np.full(land.cover.shape, FMASK_LOW_AEROSOL, np.uint8)
-    bits[land.cover == Cover.WATER] |= FMASK_WATER
-    bits[off_swath(land.cover.shape)] = FMASK_FILL
+    bits[land.cover == Cover.WATER] |= granules.WATER
+    bits[off_swath(land.cover.shape)] = granules.FMASK_FILL
     return bits
 
 

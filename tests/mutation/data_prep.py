@@ -73,8 +73,8 @@ MUTATIONS = (
         + in_file(
             "data_prep/hls/composite_sums.py",
             (
-                "keep = clear(image, fmask, *mask)\n",
-                "keep = clear(image, fmask, *mask) & (np.moveaxis(image, -1, 0) != FILL)\n",
+                "keep = clear(image, fmask, settings.drop_water, settings.drop_high_aerosol)\n",
+                "keep = clear(image, fmask, settings.drop_water, settings.drop_high_aerosol) & (planes != FILL)\n",
             ),
             (
                 "np.zeros((_BANDS, *shape), np.int32), np.zeros(shape, np.int16)",

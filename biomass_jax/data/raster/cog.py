@@ -65,11 +65,7 @@ DATA_LAYOUT = CogLayout(
 
 
 def check_space(folder: str | os.PathLike[str], needed: int) -> None:
-    """Check that a folder can be written to and has room.
-
-    Args:
-        folder: an existing folder.
-        needed: bytes.
+    """Check that a folder can be written to and has room for `needed` bytes.
 
     Raises:
         RasterError: the folder is missing, can't be written to, or has less room than needed.
@@ -101,7 +97,7 @@ class CogWriter:
     under the target's name. Working files lie beside the target, hidden: `.{stem}.partial.tif`, `.{stem}.cog.tif`.
 
     Attributes:
-        seconds: time spent so far in `write`, `verify` and `copy`.
+        seconds: time spent so far in `verify` and `copy`.
     """
 
     def __init__(
@@ -133,7 +129,7 @@ class CogWriter:
         """
         self.path = Path(dst)
         self.grid = grid
-        self.seconds = {"write": 0.0, "verify": 0.0, "copy": 0.0}
+        self.seconds = {"verify": 0.0, "copy": 0.0}
         self._dtype, self._bands, self._layout, self._tags = np.dtype(dtype), len(band_names), layout, tags
         self._next_row = 0
         self._checksums: list[int] = []
@@ -199,7 +195,6 @@ class CogWriter:
             )
         if top + values.shape[1] > self.grid.height:
             raise RasterError(f"{self.path}: rows {top} to {top + values.shape[1]} of a raster with {self.grid.height}")
-        began = time.perf_counter()
         done = 0
         while done < values.shape[1]:
             at = self._next_row % block
@@ -209,7 +204,6 @@ class CogWriter:
             done += take
             if self._next_row % block == 0 or self._next_row == self.grid.height:
                 self._flush(at + take)
-        self.seconds["write"] += time.perf_counter() - began
 
     def _flush(self, rows: int) -> None:
         """Write one row of blocks, each of them whole and once, and take their checksums."""
@@ -237,7 +231,7 @@ class CogWriter:
         try:
             if self._next_row != self.grid.height:
                 raise RasterError(f"{self.path}: {self._next_row} of {self.grid.height} rows were written")
-            self._timed("write", self._finish_dataset)
+            self._finish_dataset()
             self._timed("verify", lambda: self._verify(self._partial))
             self._timed("copy", self._copy)
             self._timed("verify", lambda: self._verify(self._cog))
@@ -259,9 +253,8 @@ class CogWriter:
         self.seconds[what] += time.perf_counter() - began
 
     def _finish_dataset(self) -> None:
-        tags = {key: str(value) for key, value in self._tags.items()}
         with raster_errors(f"{self.path}: writing {self._partial.name}; {_FULL}"):
-            self._dataset.update_tags(**{**tags, "AREA_OR_POINT": "Area"})
+            self._dataset.update_tags(**{**self._tags, "AREA_OR_POINT": "Area"})
             if self._layout.overviews_first:
                 self._dataset.build_overviews(self._overview_factors(), Resampling.average)
         self._close_dataset()
@@ -352,19 +345,16 @@ class MapWriter(CogWriter):
         tags: Mapping[str, str],
         block: int = MAP_LAYOUT.block,
     ) -> None:
-        """Open the working copy.
+        """Open the working copy, as `CogWriter` does.
 
         Args:
-            dst: the map's path; its folder is made if it isn't there.
+            dst: the map's path.
             grid: size and place of the map.
             nodata: value of pixels without one.
             description: name of the band.
             unit: its unit.
             tags: texts for the file.
             block: edge of its tiles in pixels, a multiple of 16.
-
-        Raises:
-            RasterError: the folder can't be written to, or has too little room.
         """
         layout = CogLayout(block, MAP_LAYOUT.compression, MAP_LAYOUT.working)
         super().__init__(
@@ -403,20 +393,9 @@ def write_cog(
     *,
     units: Sequence[str] = (),
 ) -> Path:
-    """Write a raster of digital numbers or labels as a COG, in `DATA_LAYOUT`; see `CogWriter` for arguments and errors.
+    """Write (bands, rows, width) arrays of any numbers of rows, from north to south, as a COG in `DATA_LAYOUT`.
 
-    Args:
-        dst: the raster's path.
-        arrays_by_row_band: (bands, rows, width) arrays from north to south, of any numbers of rows.
-        grid: size and place.
-        dtype: of the file and the arrays.
-        band_names: description of each band.
-        nodata: of all bands.
-        tags: texts for the file; whoever makes the arrays may still add to it.
-        units: unit of each band, or none.
-
-    Returns:
-        `dst`.
+    The other arguments and the errors are those of `CogWriter`. Returns `dst`.
     """
     with CogWriter(dst, grid, dtype=dtype, band_names=band_names, nodata=nodata, tags=tags, units=units) as writer:
         for array in arrays_by_row_band:

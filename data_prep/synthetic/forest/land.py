@@ -37,17 +37,13 @@ def smooth(x: Floats, y: Floats, step: float, field: int, seed: int) -> Floats:
     Values at the knots of a lattice, blended bilinearly with eased weights.
     """
     i, j = np.floor(x / step), np.floor(y / step)
-    u, v = (_ease(w) for w in (x / step - i, y / step - j))
+    u, v = (w * w * (3 - 2 * w) for w in (x / step - i, y / step - j))
     i, j = i.astype(np.int64), j.astype(np.int64)
     total: Floats = np.zeros(np.broadcast_shapes(np.shape(x), np.shape(y)))
     for di, wi in ((0, 1 - u), (1, u)):
         for dj, wj in ((0, 1 - v), (1, v)):
             total += wi * wj * (hashed(i + di, j + dj, field, seed) - 0.5)
     return total / 0.214  # uniform numbers have 0.289; blending leaves 0.743 of it on average
-
-
-def _ease(w: Floats) -> Floats:
-    return w * w * (3 - 2 * w)
 
 
 @dataclass(frozen=True)
@@ -71,13 +67,7 @@ class Forest:
         return self.plot_biomass(x, y) * self._patch(_cell(x, _SUB_M), _cell(y, _SUB_M))
 
     def pixel_biomass(self, left: float, top: float, shape: tuple[int, int]) -> Floats:
-        """Return (H, W) mean biomass of pixels, rows north to south.
-
-        Args:
-            left: easting of the upper-left corner, a multiple of 30 m.
-            top: its northing, a multiple of 30 m.
-            shape: (H, W).
-        """
+        """Return (H, W) mean biomass of pixels, rows north to south; the upper-left corner is in multiples of 30 m."""
         x = left + PIXEL_M * (np.arange(shape[1])[None, :] + 0.5)
         y = top - PIXEL_M * (np.arange(shape[0])[:, None] + 0.5)
         i, j = _cell(x, _SUB_M), _cell(y, _SUB_M)

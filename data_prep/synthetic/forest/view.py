@@ -6,15 +6,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biomass_jax.data.bands import FILL
+from data_prep.hls import granules
 from data_prep.synthetic.forest.land import Floats
 from data_prep.synthetic.landscape import fractal, share_below
-from data_prep.synthetic.scene import CANOPY, FMASK_FILL, GREEN, SOIL
+from data_prep.synthetic.scene import CANOPY, FMASK_LOW_AEROSOL, GREEN, SOIL
 
 CLOSING_BIOMASS = 110.0  # Mg/ha at which the crowns cover 63 % of the ground
 CROWN_SHADOW = 0.4  # how much of the sunward neighbour's biomass darkens a pixel as its own does
 CLOUD = (5200, 5000, 5100, 5600, 4100, 3300)
-_LOW_AEROSOL, _HIGH_AEROSOL = 0b01_000000, 0b11_000000
-_CLOUD, _ADJACENT, _SHADOW = 1 << 1, 1 << 2, 1 << 3
 _COARSE = 4  # clouds are made on a grid this much coarser
 
 
@@ -75,14 +74,15 @@ def view(
     image = np.where((shadow & ~cloud)[..., None], 0.45 * image, image)
     image = np.where(near[..., None], image + 150, image)
 
-    fmask = np.where(haze > 1.5, _HIGH_AEROSOL, _LOW_AEROSOL).astype(np.uint8)
-    for bit, where in ((_CLOUD, cloud), (_ADJACENT, near), (_SHADOW, shadow & ~cloud)):
-        fmask[where] |= bit
+    fmask = np.where(haze > 1.5, granules.HIGH_AEROSOL, FMASK_LOW_AEROSOL).astype(np.uint8)
+    fmask[cloud] |= granules.CLOUD
+    fmask[near] |= granules.ADJACENT
+    fmask[shadow & ~cloud] |= granules.SHADOW
     numbers = np.clip(np.rint(image), -2000, 16000).astype(np.int16)
     if day.off_swath:
         y, x = np.ogrid[: shape[0], : shape[1]]
         off = (shape[0] - y) + 2.5 * (shape[1] - x) < 0.6 * shape[0]
-        numbers[off], fmask[off] = FILL, FMASK_FILL
+        numbers[off], fmask[off] = FILL, granules.FMASK_FILL
     return numbers, fmask
 
 

@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from pyproj import Transformer
 
 from biomass_jax.runtime.files import write_json
+from data_prep.gedi.names import BEAMS
 from data_prep.synthetic.forest.land import Floats, Forest
 from data_prep.synthetic.forest.view import Day, shadowed_biomass, view
-from data_prep.synthetic.gedi_file import BEAMS, granule_name, seconds_since_epoch, shot_numbers, write_gedi
+from data_prep.synthetic.gedi_file import granule_name, seconds_since_epoch, shot_numbers, write_gedi
 from data_prep.synthetic.granule import SMALLEST, Overpass, write_granule
 from data_prep.synthetic.landscape import PIXEL_M
 
@@ -70,7 +71,7 @@ def write_forest_world(
     area = (shape[0], step * (tiles - 1) + shape[1])
     shots, plan["gedi"] = _write_orbits(out / "granules" / "gedi", forest, area)
     plan["shots"], plan["kept"] = len(shots["kept"]), int(shots["kept"].sum())
-    plan["noise_floor"] = noise_floor(forest, shots, area)
+    plan["noise_floor"] = _noise_floor(forest, shots, area)
     write_json(out / "plan.json", plan, indent=1)
     return plan
 
@@ -92,12 +93,10 @@ def _write_scenes(
     return names
 
 
-def tracks(area: tuple[int, int], rng: np.random.Generator) -> list[dict[str, tuple[Floats, Floats]]]:
-    """Return for each orbit the places (x, y) of each beam's shots in metres: slanting lines that cover an area.
+def _tracks(area: tuple[int, int], rng: np.random.Generator) -> list[dict[str, tuple[Floats, Floats]]]:
+    """For each orbit the places (x, y) of each beam's shots in metres: slanting lines that cover an area (H, W).
 
-    Args:
-        area: (H, W) in pixels, from `LEFT`, `TOP` on.
-        rng: shifts the tracks and every shot a little.
+    The area is in pixels from `LEFT`, `TOP` on; tracks and shots are shifted a little at random.
     """
     height, width = (PIXEL_M * n for n in area)
     north = np.arange(ALONG_M / 2, height, ALONG_M / np.hypot(1, SLANT))
@@ -121,7 +120,7 @@ def _write_orbits(folder: Path, forest: Forest, area: tuple[int, int]) -> tuple[
     """Write the files; return all shots (x, y, agbd, kept) and the files' names."""
     rng = np.random.default_rng([forest.seed, 77])
     to_degrees = Transformer.from_crs(EPSG, 4326, always_xy=True)
-    orbits = tracks(area, rng)
+    orbits = _tracks(area, rng)
     gathered: list[Mapping[str, np.ndarray]] = []
     names = []
     for index, places in enumerate(orbits):
@@ -170,14 +169,8 @@ def _measure(biomass: Floats, rng: np.random.Generator) -> dict[str, NDArray[Any
     }
 
 
-def noise_floor(forest: Forest, shots: Mapping[str, np.ndarray], area: tuple[int, int]) -> dict[str, dict[str, float]]:
-    """Return the scores that no model can pass, as `plan.json` has them.
-
-    Args:
-        forest: the truth.
-        shots: x, y, agbd and kept, (N,) each.
-        area: (H, W) in pixels, from `LEFT`, `TOP` on.
-    """
+def _noise_floor(forest: Forest, shots: Mapping[str, np.ndarray], area: tuple[int, int]) -> dict[str, dict[str, float]]:
+    """The scores that no model can pass, as `plan.json` has them; the area is (H, W) pixels from `LEFT`, `TOP` on."""
     keep = shots["kept"]
     cols = np.floor((shots["x"][keep] - LEFT) / PIXEL_M).astype(np.int64)
     rows = np.floor((TOP - shots["y"][keep]) / PIXEL_M).astype(np.int64)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import date, datetime, time, timedelta
+from datetime import datetime, time, timedelta
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.synthetic.gedi_file import BEAMS, EPOCH, granule_name, seconds_since_epoch, shot_numbers, write_gedi
+from data_prep.gedi.names import BEAMS
+from data_prep.season import Season
+from data_prep.synthetic.gedi_file import EPOCH, granule_name, seconds_since_epoch, shot_numbers, write_gedi
 from data_prep.synthetic.ruler.tiles import RulerTile, clearly_owned
 
 CELL = 112  # pixels: shots are spread evenly over cells of this size
@@ -69,13 +71,9 @@ class Shot:
 
 
 def tile_shots(tile: RulerTile, tiles: list[RulerTile], seen: NDArray[np.bool_], seed: int) -> list[Shot]:
-    """Return a tile's shots, at pixels that it owns, with their longitudes and latitudes.
+    """Return a tile's shots, at pixels that it owns among all tiles, with their longitudes and latitudes.
 
-    Args:
-        tile: the tile.
-        tiles: all tiles.
-        seen: (H, W) whether any scene of the season sees a pixel clear.
-        seed: another seed, other pixels.
+    `seen` (H, W) says whether any scene of the season sees a pixel clear; another seed, other pixels.
     """
     shots = list(_edge_shots(tile)) + list(_pixel_shots(_pixels(tile, tiles, seen, seed), tile.name, seen))
     rows, cols, dx, dy = np.array([(s.row, s.col, *s.corner) for s in shots], np.float64).T
@@ -168,14 +166,8 @@ def _edge_shots(tile: RulerTile) -> Iterator[Shot]:
         yield Shot(tile.name, row, col, corner, "new", SHOT_POISONS["outside"], "outside")
 
 
-def write_orbits(folder: Path, shots: list[Shot], season: tuple[date, date], group: int) -> dict[str, dict[str, Any]]:
-    """Write the files of one group of tiles and number its shots.
-
-    Args:
-        folder: takes the files.
-        shots: all shots of the tiles of the group; their `number` is set.
-        season: first day, and the day after the last.
-        group: number of the group.
+def write_orbits(folder: Path, shots: list[Shot], season: Season, group: int) -> dict[str, dict[str, Any]]:
+    """Write the files of one group of tiles, whose season and shots these are; the shots' `number` is set.
 
     Returns:
         By file name: product version, absent beams, number of shots, and how many each filter drops.
@@ -204,9 +196,9 @@ def write_orbits(folder: Path, shots: list[Shot], season: tuple[date, date], gro
     return plan
 
 
-def _seconds(file: str, season: tuple[date, date], count: int) -> list[float]:
+def _seconds(file: str, season: Season, count: int) -> list[float]:
     """When the shots of a file were taken: from the first moment of the season, until its last, and right after it."""
-    start, stop = (seconds_since_epoch(datetime.combine(day, time())) for day in season)
+    start, stop = (seconds_since_epoch(datetime.combine(day, time())) for day in (season.start, season.stop))
     step = 1 / 128  # exact in binary; real shots follow each other after 8.264 ms
     first = {"new": start, "old": stop - count * step, "season": stop, "other_year": start + 406 * 86400}[file]
     return [first + i * step for i in range(count)]

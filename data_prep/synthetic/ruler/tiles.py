@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import date
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 from pyproj import Geod, Transformer
 
+from data_prep.season import Season, season_of_year
 from data_prep.synthetic.landscape import PIXEL_M
 
 OVERLAP = 328  # pixels that neighbouring tiles share
@@ -38,13 +38,10 @@ class RulerTile:
     def _to_degrees(self) -> Transformer:
         return Transformer.from_crs(self.epsg, 4326, always_xy=True)
 
-    def degrees(self, x: Floats, y: Floats) -> tuple[Floats, Floats]:
-        """Return longitude and latitude of places given in the tile's CRS."""
-        return self._to_degrees.transform(x, y)
-
     def places(self, rows: Floats, cols: Floats, dx: Floats, dy: Floats) -> tuple[Floats, Floats]:
         """Return longitude and latitude of places given as an offset in metres from the centre of a pixel."""
-        return self.degrees(self.left + PIXEL_M * (cols + 0.5) + dx, self.top - PIXEL_M * (rows + 0.5) + dy)
+        x, y = self.left + PIXEL_M * (cols + 0.5) + dx, self.top - PIXEL_M * (rows + 0.5) + dy
+        return self._to_degrees.transform(x, y)
 
     def inside(self, lon: Floats, lat: Floats) -> NDArray[np.bool_]:
         """Return whether places lie in the tile."""
@@ -63,16 +60,9 @@ class RulerTile:
         ones = np.ones(np.shape(lon))
         return np.asarray(_GEOD.inv(lon, lat, ones * self.centre[0], ones * self.centre[1])[2])
 
-    def season(self, year: int) -> tuple[date, date]:
-        """Return the first day of the season of a year, and the day after its last, by the centre's latitude."""
-        latitude = self.centre[1]
-        if latitude >= 50:
-            return date(year, 6, 1), date(year, 9, 16)
-        if latitude >= 23.5:
-            return date(year, 5, 1), date(year, 10, 1)
-        if latitude >= -23.5:
-            return date(year, 1, 1), date(year + 1, 1, 1)
-        return date(year - 1, 11, 1), date(year, 4, 1)
+    def season(self, year: int) -> Season:
+        """Return the season of a year, by the centre's latitude."""
+        return season_of_year(year, self.centre[1])
 
 
 def ruler_tiles(shape: tuple[int, int]) -> list[RulerTile]:

@@ -16,7 +16,7 @@ drop carries a poison that is told apart from these. `plan.json` beside the file
 import json
 from collections import Counter
 from collections.abc import Sequence
-from datetime import date, datetime, time, timedelta
+from datetime import datetime, time, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 
 from biomass_jax.data.bands import BANDS, FILL
 from biomass_jax.runtime.files import write_text
+from data_prep.hls.granules import FMASK_FILL
 from data_prep.synthetic.granule import SMALLEST, Overpass, write_granule
 from data_prep.synthetic.landscape import PIXEL_M
 from data_prep.synthetic.ruler.shots import Shot, tile_shots, write_orbits
 from data_prep.synthetic.ruler.tiles import RulerTile, ruler_tiles
-from data_prep.synthetic.scene import FMASK_FILL
 
 IN_SEASON = 4  # scenes of a season that count
 UNUSED = {"L30": ("B01", "B09", "B10", "B11"), "S30": ("B01", "B05", "B06", "B07", "B08", "B09", "B10")}
@@ -121,16 +121,12 @@ def clear_counts(shape: tuple[int, int], seed: int) -> NDArray[np.uint8]:
     return np.array(counts, np.uint8)[pixel_classes(shape, seed)]
 
 
-def ruler_image(
-    shape: tuple[int, int], seed: int, column: int | None, poison: int = 0
+def _ruler_image(
+    shape: tuple[int, int], seed: int, column: int | None, poison: int
 ) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
-    """Return (H, W, 6) digital numbers and (H, W) Fmask of one scene.
+    """Digital numbers (H, W, 6), to each of which `poison` is added, and Fmask (H, W) of a scene.
 
-    Args:
-        shape: (H, W).
-        seed: shifts the classes of pixels.
-        column: which column of PATTERN it shows; None for a clear sky.
-        poison: what is added to every pixel.
+    It shows a column of PATTERN, or a clear sky where that is None; the seed shifts the classes of pixels.
     """
     rows, cols = np.ogrid[: shape[0], : shape[1]]
     states = [STATES["low"] if column is None else STATES[row[column]] for row in PATTERN]
@@ -145,20 +141,12 @@ def ruler_image(
     return image, np.array([state.fmask for state in states], np.uint8)[classes]
 
 
-def unused_bands(shape: tuple[int, int], sensor: str) -> dict[str, NDArray[np.int16]]:
-    """Return (H, W) of each band that nobody uses: 20000 + its number."""
-    return {number: np.full(shape, 20000 + int(number[1:]), np.int16) for number in UNUSED[sensor]}
+def _tile_scenes(tile: RulerTile, index: int) -> list[RulerScene]:
+    """A tile's scenes: those of the season, from its first day to its last, and four that don't count.
 
-
-def tile_scenes(tile: RulerTile, year: int, index: int) -> list[RulerScene]:
-    """Return a tile's scenes: those of the season, from its first day to its last, and four that don't count.
-
-    Args:
-        tile: the tile.
-        year: the season's year.
-        index: number of the tile; tiles differ in which of two duplicates comes first by name.
+    Tiles differ by their `index` in which of two duplicates comes first by name.
     """
-    start, stop = tile.season(year)
+    start, stop = tile.season(YEAR).start, tile.season(YEAR).stop
     days = (stop - start).days
     noon = datetime.combine(start, time(18, 45, 12))
     passes = [noon + timedelta(days=d) for d in (0, days // 3, 2 * days // 3, days - 1)]
@@ -176,6 +164,7 @@ def tile_scenes(tile: RulerTile, year: int, index: int) -> list[RulerScene]:
     elif tile.user_defined:
         scenes[2] = RulerScene("season", Overpass(time=passes[2], scale="both", **first | {"user_defined": False}), 2)
 
+    outside = start - timedelta(days=1) if index % 2 else stop  # the day before the season, or the first after it
     apart = timedelta(minutes=9, seconds=59) if index % 2 else timedelta(seconds=-24)
     processed = scenes[0].overpass.processing_time - timedelta(days=1)
 
@@ -185,15 +174,10 @@ def tile_scenes(tile: RulerTile, year: int, index: int) -> list[RulerScene]:
     return [
         *scenes,
         other("older_duplicate", passes[0] + apart, processed=processed),
-        other("out_of_season", datetime.combine(_outside(start, stop, index), time(18, 45, 12))),
+        other("out_of_season", datetime.combine(outside, time(18, 45, 12))),
         other("other_year", passes[1] - timedelta(days=366)),
         other("other_sensor", passes[1] + timedelta(minutes=2), sensor="S30", scale="band"),
     ]
-
-
-def _outside(start: date, stop: date, index: int) -> date:
-    """The day before the season, or the first day after it."""
-    return stop if index % 2 == 0 else start - timedelta(days=1)
 
 
 def write_ruler_world(
@@ -244,12 +228,13 @@ def write_ruler_world(
 
 def _write_scenes(folder: Path, tile: RulerTile, index: int, seed: int) -> list[dict[str, str]]:
     written = []
-    for scene in tile_scenes(tile, YEAR, index):
+    for scene in _tile_scenes(tile, index):
         poison = SCENE_POISONS.get(scene.role, 0)
-        image, fmask = ruler_image(tile.shape, seed + index, scene.column, poison)
+        image, fmask = _ruler_image(tile.shape, seed + index, scene.column, poison)
         # Real granules have all their bands; most users fetch the six.
         whole = scene.column == 0 or scene.role == "other_sensor"
-        others = unused_bands(tile.shape, scene.overpass.sensor) if whole else {}
+        unused = UNUSED[scene.overpass.sensor] if whole else ()
+        others = {number: np.full(tile.shape, 20000 + int(number[1:]), np.int16) for number in unused}
         write_granule(folder, image, fmask, scene.overpass, others)
         written.append({"granule": scene.overpass.granule, "role": scene.role})
     return written
@@ -257,13 +242,12 @@ def _write_scenes(folder: Path, tile: RulerTile, index: int, seed: int) -> list[
 
 def _tile_plan(tile: RulerTile, scenes: list[dict[str, str]], counts: np.ndarray, shots: list[Shot]) -> dict[str, Any]:
     labels = Counter((shot.row, shot.col) for shot in shots if shot.fate == "kept")
-    start, stop = tile.season(YEAR)
     return {
         "epsg": tile.epsg,
         "user_defined": tile.user_defined,
         "transform": [PIXEL_M, 0, tile.left, 0, -PIXEL_M, tile.top],
         "centre": list(tile.centre),
-        "season": f"{start:%Y-%m-%d}/{stop:%Y-%m-%d}",
+        "season": tile.season(YEAR).text,
         "scenes": scenes,
         "clear_counts": {str(n): int(pixels) for n, pixels in enumerate(np.bincount(counts.ravel())) if pixels},
         "labels": [[row, col, number] for (row, col), number in sorted(labels.items())],

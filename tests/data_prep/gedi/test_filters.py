@@ -6,9 +6,9 @@ from datetime import date
 import numpy as np
 import pytest
 
-from data_prep.gedi.orbits import Filters, read_granule
+from data_prep.gedi.orbits import Filters
 from data_prep.season import Season
-from tests.data_prep.gedi_files import DAY, FIRST, NEW, OLD, whole, write
+from tests.data_prep.gedi_files import DAY, FIRST, NEW, OLD, read_granule, whole, write
 
 TRAPS = [
     # (what is unlike a good shot, filter that drops it or None)
@@ -38,7 +38,7 @@ SEASON = Season(date(2020, 6, 1), date(2020, 9, 16))
 def test_every_trap_falls_to_its_filter(tmp_path, name, wrong_algorithm):
     path = write(tmp_path / name, whole([trap for trap, _ in TRAPS]))
     fates = [None if fate == "selected_algorithm" and not wrong_algorithm else fate for _, fate in TRAPS]
-    table, counts = read_granule(path, season=SEASON)
+    table, counts = read_granule(path, season=[SEASON])
     expected = [FIRST + k for k, fate in enumerate(fates) if fate is None]
     assert table["shot_number"].tolist() == expected
     left, chain = len(TRAPS), [*ORDER, "season"]
@@ -95,7 +95,7 @@ def test_an_orbit_that_a_filter_empties_is_a_warning_that_names_both(tmp_path):
 def test_several_seasons_widen_the_shots(tmp_path):
     year = 365 * 86400.0
     path = write(tmp_path / NEW, whole([{"delta_time": DAY + k * year} for k in (-2, -1, 0, 1, 2)]))
-    assert read_granule(path, season=SEASON)[1]["season"] == 1
+    assert read_granule(path, season=[SEASON])[1]["season"] == 1
     assert read_granule(path, season=SEASON.widened(1))[1]["season"] == 3
 
 

@@ -210,8 +210,6 @@ def test_agbd_that_is_no_biomass_is_an_error(bad):
     grid = ground("north")[0]
     with pytest.raises(PrepError, match=f"first shot_number {FIRST + 1}"):
         label_raster(shots(*at_pixels("north", [1, 2], [1, 2]), [1, bad]), grid, everywhere(grid))
-    with pytest.raises(PrepError, match="valid: found shape"):
-        label_raster(shots([], [], []), grid, np.ones((W, H), bool))
     with pytest.raises(PrepError, match="shot_owner"):
         label_raster(shots([], [], []), grid, everywhere(grid), shot_owner="first")
 

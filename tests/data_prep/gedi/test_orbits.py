@@ -9,8 +9,8 @@ import pytest
 
 from biomass_jax.errors import PrepError
 from data_prep.gedi import orbits as gedi
-from data_prep.gedi.orbits import Filters, find_granules, read_granule
-from tests.data_prep.gedi_files import BEAMS, DAY, FIRST, GOOD, NEW, OLD, whole, write
+from data_prep.gedi.orbits import Filters, find_granules
+from tests.data_prep.gedi_files import BEAMS, DAY, FIRST, GOOD, NEW, OLD, read_granule, whole, write
 
 
 def test_columns_have_their_types_and_values(tmp_path):

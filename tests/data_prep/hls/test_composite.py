@@ -14,7 +14,7 @@ from rasterio.crs import CRS
 
 from biomass_jax.data.bands import BAND_NAMES
 from biomass_jax.data.raster.image import open_image
-from biomass_jax.errors import PrepError
+from biomass_jax.errors import PrepError, RasterError
 from data_prep.hls import composite as module
 from data_prep.hls import composite_sums
 from data_prep.hls.composite import composite, composite_path, main, select
@@ -106,7 +106,7 @@ def test_the_file_says_what_it_is(world, tmp_path):
     assert "5 scenes of 10SFF" in text and "4 out of season, 2 of other sensors" in text
 
 
-def test_order_blocks_and_threads_change_no_byte(tmp_path):
+def test_order_blocks_and_threads_change_no_byte(tmp_path, monkeypatch):
     rng = np.random.default_rng(2)
     shape = (270, 300)  # more than one block in each direction
     folders = []
@@ -115,12 +115,12 @@ def test_order_blocks_and_threads_change_no_byte(tmp_path):
         folders.append(write_granule(tmp_path, image, fmask, replace(FIRST, time=FIRST.time + timedelta(days=day))))
     for statistic, pixel_bytes in (("mean", 26), ("median", 60)):
         settings = {"season": SEASON, "statistic": statistic}
+        monkeypatch.undo()
         first = composite(folders, tmp_path / "a.tif", **settings).path.read_bytes()
         for threads, memory in ((1, 1), (3, pixel_bytes * 256 * 300)):  # blocks of files, all columns
+            monkeypatch.setattr(composite_sums, "MEMORY", memory)
             order = rng.permutation(len(folders))
-            path = composite(
-                [folders[k] for k in order], tmp_path / "b.tif", threads=threads, memory=memory, **settings
-            ).path
+            path = composite([folders[k] for k in order], tmp_path / "b.tif", threads=threads, **settings).path
             assert path.read_bytes() == first
         assert read(path).shape == (7, *shape)
 
@@ -214,7 +214,7 @@ def test_a_file_cut_short_is_named_and_nothing_is_written(world, tmp_path):
     name = next(name for name in world[1] if ".L30." in name)
     path = tmp_path / "granules" / name / f"{name}.B06.tif"
     os.truncate(path, path.stat().st_size // 2)
-    with pytest.raises(PrepError, match=rf"{path}.*truncated"):
+    with pytest.raises(RasterError, match=rf"{path}.*truncated"):
         composite(find_scenes(tmp_path / "granules"), tmp_path / "out" / "c.tif", season=SEASON)
     assert not (tmp_path / "out").exists()
 
@@ -229,7 +229,7 @@ def test_a_block_that_does_not_decode_is_named(world, tmp_path):
         file.seek(offset)
         file.write(b"\xff" * 200)
     for statistic in ("mean", "median"):
-        with pytest.raises(PrepError, match=str(path)):
+        with pytest.raises(RasterError, match=str(path)):
             composite(
                 find_scenes(tmp_path / "granules"), tmp_path / "out" / "c.tif", season=SEASON, statistic=statistic
             )
