@@ -37,10 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return importlib.import_module(STEPS[step][0]).main(rest) or 0
 
 
-def old_spelling(step: str) -> None:
-    """Run the step that was called as `python -m data_prep.STEP`, and exit with its code."""
-    sys.exit(main([step, *sys.argv[1:]]))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    # `data_prep.labels` in the old spelling, see `data_prep/__init__.py`
+    called = __spec__.name.split(".")[1] if __spec__ else ""
+    sys.exit(main([called, *sys.argv[1:]] if called in STEPS else None))

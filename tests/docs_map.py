@@ -18,11 +18,7 @@ def first_sentence(module: str) -> str:
 def listed() -> dict[str, str]:
     """Path -> first sentence, for every module that says something, in the order of folders."""
     paths = {module: path for module, path in MODULES.items() if module.split(".")[0] in PRODUCT}
-    chosen = {
-        path.relative_to(ROOT).as_posix(): first_sentence(module)
-        for module, path in paths.items()
-        if "old_spellings" not in path.parts and "old spelling" not in first_sentence(module)
-    }
+    chosen = {path.relative_to(ROOT).as_posix(): first_sentence(module) for module, path in paths.items()}
     return dict(
         sorted(chosen.items(), key=lambda item: (item[0].rpartition("/")[0], "__init__" not in item[0], item[0]))
     )

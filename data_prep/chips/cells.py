@@ -6,11 +6,12 @@ That is an index: pixels stay where they are, and `read_record` reads a chip's w
 """
 
 import argparse
+import dataclasses
 import math
 import os
 import warnings
-from collections.abc import Sequence
-from pathlib import Path, PurePath
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,6 @@ from data_prep.chips.windows import TilePair, moved
 from data_prep.commands import command
 from data_prep.settings import ChipSettings
 
-DEFAULT = ChipSettings()
 _NO_SHOTS: dict[str, Any] = {"shot_numbers": [], "agbd_se_sum": 0.0, "agbd_se_shots": 0}
 _SHOT_COLUMNS = ("shot_number", "row", "col", "agbd", "agbd_se")
 
@@ -37,13 +37,11 @@ _SHOT_COLUMNS = ("shot_number", "row", "col", "agbd", "agbd_se")
 def index_tile(
     composite: str | os.PathLike[str],
     label: str | os.PathLike[str],
+    settings: ChipSettings,
     *,
     root: str | os.PathLike[str],
-    shots: str | os.PathLike[str] | None = None,
-    min_labels: int = DEFAULT.min_labels,
-    max_nodata: float = DEFAULT.max_nodata,
-    size: int = DEFAULT.size,
-    biomes: Biomes | None = None,
+    shots: str | os.PathLike[str] | None,
+    biomes: Biomes | None,
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """The chips of one composite.
 
@@ -53,11 +51,9 @@ def index_tile(
     Args:
         composite: its six bands, with the tags TILE, SEASON and SENSORS.
         label: Mg/ha on the same grid, -1 for none.
+        settings: which cells become chips.
         root: folder to which the index's paths are relative; both rasters lie in it.
         shots: Parquet table of the shots behind the labels (shot_number uint64, row, col, agbd, agbd_se), or None.
-        min_labels: fewest labels of a chip.
-        max_nodata: largest share of pixels without data.
-        size: pixels along a chip's side.
         biomes: what names the biome at a place; `unknown` without.
 
     Returns:
@@ -68,7 +64,12 @@ def index_tile(
         PrepError: grids differ, a tag is missing, labels are out of range, or shots and labels contradict each other.
         RasterError: the composite can't be read.
     """
-    _check_settings(min_labels, max_nodata, size)
+    size, min_labels, max_nodata = settings.size, settings.min_labels, settings.max_nodata
+    if not (size > 0 and min_labels >= 1 and 0 <= max_nodata <= 1):
+        raise PrepError(
+            f"settings: found size {size}, min_labels {min_labels}, max_nodata {max_nodata}, expected a size above 0, "
+            "min_labels from 1 on, max_nodata from 0 to 1"
+        )
     counts = {"cells": 0, "kept": 0, "few_labels": 0, "no_data": 0}
     rows = []
     with TilePair(composite, label) as pair:
@@ -94,14 +95,6 @@ def index_tile(
     return rows, counts
 
 
-def _check_settings(min_labels: int, max_nodata: float, size: int) -> None:
-    if not (size > 0 and min_labels >= 1 and 0 <= max_nodata <= 1):
-        raise PrepError(
-            f"settings: found size {size}, min_labels {min_labels}, max_nodata {max_nodata}, expected a size above 0, "
-            "min_labels from 1 on, max_nodata from 0 to 1"
-        )
-
-
 def _label_fields(found: np.ndarray) -> dict[str, Any]:
     return {
         "n_labels": found.size,
@@ -119,20 +112,14 @@ def _add_places(rows: list[dict[str, Any]], pair: TilePair, root: Path, size: in
     places = np.array([(row["row"], row["col"]) for row in rows])
     outlines = ground.chip_outlines(pair.epsg, tuple(grid.transform)[:6], places, size)
     slugs = [records.UNKNOWN_BIOME] * len(rows) if biomes is None else biomes.at(ground.centres(outlines))
-    paths = {"composite": _relative(pair.composite, root), "label": _relative(pair.label_path, root)}
+    files = {"composite": pair.composite, "label": pair.label_path}
+    paths = {name: os.path.relpath(path.resolve(), root.resolve()) for name, path in files.items()}
     common = {"tile": pair.tile, "season": pair.season, "sensors": pair.sensors, "epsg": pair.epsg, "size": size}
     for row, outline, slug in zip(rows, outlines, slugs, strict=True):
         start = pair.season.split("/")[0]
         row |= {"geometry": outline, "biome": slug, "split": "", **paths, **common}
         row["chip_id"] = records.chip_id(pair.tile, row["row"], row["col"], grid.width, start, size)
         row["transform"] = moved(grid.transform, row["row"], row["col"])
-
-
-def _relative(path: Path, root: Path) -> str:
-    try:
-        return PurePath(os.path.relpath(path.resolve(), root.resolve())).as_posix()
-    except ValueError as error:  # another drive
-        raise PrepError(f"{path}: found outside {root}, expected inside") from error
 
 
 class _ShotTable:
@@ -180,25 +167,14 @@ class _ShotTable:
 
 
 def index_folder(
-    out: str | os.PathLike[str],
-    *,
-    tiles: Sequence[str] = (),
-    min_labels: int = DEFAULT.min_labels,
-    max_nodata: float = DEFAULT.max_nodata,
-    size: int = DEFAULT.size,
-    biomes: str | os.PathLike[str] | None = None,
-    biome_field: str = "",
+    out: str | os.PathLike[str], settings: ChipSettings, *, tiles: Sequence[str] = ()
 ) -> dict[str, dict[str, int]]:
     """Write the index of a folder of prepared data.
 
     Args:
         out: the folder.
+        settings: which cells become chips.
         tiles: MGRS tiles to take; all where empty.
-        min_labels: as for `index_tile`.
-        max_nodata: as for `index_tile`.
-        size: as for `index_tile`.
-        biomes: polygons as for `Biomes`, or None.
-        biome_field: their column.
 
     Returns:
         counts of `index_tile` by composite, as path in the folder.
@@ -206,26 +182,25 @@ def index_folder(
     Raises:
         PrepError: nothing to take, or see `index_tile`.
     """
-    named = None if biomes is None else Biomes(biomes, biome_field)
+    biomes = Biomes(settings.biomes, settings.biome_field) if settings.biomes else None
     rows: list[dict[str, Any]] = []
     counts: dict[str, dict[str, int]] = {}
     for composite, label, shots in find_pairs(out, tiles):
-        limits: dict[str, Any] = {"min_labels": min_labels, "max_nodata": max_nodata, "size": size}
-        found, counted = index_tile(composite, label, root=out, shots=shots, biomes=named, **limits)
+        found, counted = index_tile(composite, label, settings, root=out, shots=shots, biomes=biomes)
         rows += found
         counts[composite.relative_to(out).as_posix()] = counted
     if not rows:
-        warnings.warn(f"{out}: no cell has {min_labels} labels and enough data: the index is empty", stacklevel=2)
-    settings = {
-        "min_labels": min_labels,
-        "max_nodata": max_nodata,
-        "size": size,
-        "biomes": "" if biomes is None else Path(biomes).name,
-        "biome_field": biome_field,
-        "label_edges": list(chip_index.LABEL_EDGES),
-    }
-    chip_index.write_index(chip_index.path_in(out), rows, {"chips": {**settings, "counts": counts}})
+        warnings.warn(
+            f"{out}: no cell has {settings.min_labels} labels and enough data: the index is empty", stacklevel=2
+        )
+    chip_index.write_index(chip_index.path_in(out), rows, metadata(dataclasses.asdict(settings), counts))
     return counts
+
+
+def metadata(settings: Mapping[str, Any], counts: Mapping[str, Any]) -> dict[str, Any]:
+    """What the index says of how its chips were made: fields of `ChipSettings`, and counts by composite."""
+    about = {"biomes": Path(settings["biomes"]).name, "label_edges": list(chip_index.LABEL_EDGES), "counts": counts}
+    return {"chips": {**settings, **about}}
 
 
 def find_pairs(out: str | os.PathLike[str], tiles: Sequence[str] = ()) -> list[tuple[Path, Path, Path | None]]:
@@ -268,11 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if (args.biomes == "") != (args.biome_field == ""):
         parser.error("--biomes and --biome-field go together")
-    counts = index_folder(
-        args.out,
-        tiles=args.tile,
-        **options_of(args, ChipSettings) | {"biomes": Path(args.biomes) if args.biomes else None},
-    )
+    counts = index_folder(args.out, ChipSettings(**options_of(args, ChipSettings)), tiles=args.tile)
     for name, found in counts.items():
         print(f"{name}: " + ", ".join(f"{number} {what.replace('_', ' ')}" for what, number in found.items()))
     print(f"{sum(found['kept'] for found in counts.values())} chips in {chip_index.path_in(args.out)}")

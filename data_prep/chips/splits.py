@@ -4,6 +4,7 @@
 """
 
 import argparse
+import dataclasses
 import hashlib
 import warnings
 from collections import Counter
@@ -21,20 +22,9 @@ from data_prep.commands import command
 from data_prep.settings import SPLIT_KINDS, SPLITS, SplitSettings
 
 DROPPED = "dropped"
-DEFAULT = SplitSettings()
-FRACTIONS = dict(zip(SPLITS, DEFAULT.fractions, strict=True))
 
 
-def split_by_blocks(
-    chips: Any,
-    *,
-    block_km: float = DEFAULT.block_km,
-    buffer_m: float = DEFAULT.buffer_m,
-    fractions: Mapping[str, float] | None = None,
-    seed: int = 0,
-    kind: str = "block",
-    stratify: str | None = "biome",
-) -> tuple[np.ndarray, dict[str, int]]:
+def split_by_blocks(chips: Any, settings: SplitSettings) -> tuple[np.ndarray, dict[str, int]]:
     """Draw each chip's split.
 
     All chips of a block go to one split. Blocks are drawn in an order given by the seed, stratum by stratum, each to
@@ -43,14 +33,10 @@ def split_by_blocks(
 
     Args:
         chips: GeoDataFrame of the index: geometry (EPSG:4326), chip_id, tile and the column `stratify`.
-        block_km: edge of the equal-area blocks for kind `block`.
-        buffer_m: how far outlines are grown before they are compared, in metres. With 0, chips that only share an edge
-            may lie in two splits.
-        fractions: share of chips for each of train, val, test.
-        seed: of the draw.
-        kind: `block`, `tile` (a tile is a block) or `random` (each chip by itself, as the reference; it leaks, and
-            nothing is dropped).
-        stratify: column whose values get the fractions each, as far as blocks allow; None for none.
+        settings: of `kind`, `block` has equal-area blocks of edge `block_km`, `tile` takes a tile for a block, and
+            `random` each chip by itself, as the reference (it leaks, and nothing is dropped). `buffer_m` says how far
+            outlines are grown before they are compared; with 0, chips that only share an edge may lie in two splits.
+            The values of the column `stratify` get the `fractions` each, as far as blocks allow.
 
     Returns:
         (n,) text `train`, `val`, `test` or `dropped`, and how many were dropped: `train_meets_test`,
@@ -59,14 +45,21 @@ def split_by_blocks(
     Raises:
         PrepError: a setting is none of those above.
     """
-    fractions = _checked_fractions(FRACTIONS if fractions is None else fractions)
+    kind, block_km, buffer_m = settings.kind, settings.block_km, settings.buffer_m
+    fractions = dict(zip(SPLITS, settings.fractions, strict=False))
+    if len(settings.fractions) != len(SPLITS) or min(fractions.values()) < 0 or abs(sum(fractions.values()) - 1) > 1e-6:
+        raise PrepError(
+            f"fractions: found {settings.fractions}, expected shares from 0 on for {', '.join(SPLITS)} that add up to 1"
+        )
     if kind not in SPLIT_KINDS:
         raise PrepError(f"kind: found {kind!r}, expected one of {', '.join(SPLIT_KINDS)}")
     if not (np.isfinite(buffer_m) and buffer_m >= 0):
         raise PrepError(f"buffer_m: found {buffer_m}, expected metres from 0 on")
     outlines = np.asarray(chips.geometry, object)
-    strata = np.full(len(outlines), "all", object) if stratify is None else _column(chips, stratify)
-    drawn = _draw(_block_names(chips, outlines, kind, block_km), strata, fractions, seed)
+    strata = np.full(len(outlines), "all", object)
+    if settings.stratify != "none":
+        strata = _column(chips, settings.stratify)
+    drawn = _draw(_block_names(chips, outlines, kind, block_km), strata, fractions, settings.seed)
     split, dropped = _without_shared_ground(drawn, outlines, buffer_m)
     if kind == "random":
         warnings.warn(
@@ -97,14 +90,6 @@ def _without_shared_ground(
         split[met] = DROPPED
         dropped[f"{leaver}_meets_{keeper}"] = len(met)
     return split, dropped
-
-
-def _checked_fractions(fractions: Mapping[str, float]) -> dict[str, float]:
-    if set(fractions) != set(SPLITS) or min(fractions.values()) < 0 or abs(sum(fractions.values()) - 1) > 1e-6:
-        raise PrepError(
-            f"fractions: found {dict(fractions)}, expected shares from 0 on for {', '.join(SPLITS)} that add up to 1"
-        )
-    return {name: float(fractions[name]) for name in SPLITS}
 
 
 def _column(chips: Any, name: str) -> np.ndarray:
@@ -174,25 +159,30 @@ def _report(metadata: Mapping[str, Any], histograms: Mapping[str, Sequence[int]]
     return "\n".join([*lines, f"dropped for shared ground: {gone}"])
 
 
-def run(index: Path, **settings: Any) -> dict[str, Any]:
+def as_metadata(settings: SplitSettings) -> dict[str, Any]:
+    """The settings as the index holds them: fractions by split, None for no column to stratify by."""
+    fractions = dict(zip(SPLITS, settings.fractions, strict=False))
+    stratify = None if settings.stratify == "none" else settings.stratify
+    return dataclasses.asdict(settings) | {"fractions": fractions, "stratify": stratify}
+
+
+def run(index: Path, settings: SplitSettings) -> dict[str, Any]:
     """Draw the splits of an index and write them into it.
 
     Args:
         index: chips.parquet.
-        settings: of `split_by_blocks`.
+        settings: see `split_by_blocks`.
 
     Returns:
         the metadata written: kind, block_km, buffer_m, seed, fractions, stratify, counts, dropped, label_edges,
         label_histograms.
     """
     chips = chip_index.read_index(index)
-    settings = {**(split_by_blocks.__kwdefaults__ or {}), **settings}  # defaults are settings too
-    settings["fractions"] = dict(settings["fractions"] or FRACTIONS)
-    split, dropped = split_by_blocks(chips, **settings)
+    split, dropped = split_by_blocks(chips, settings)
     histograms = label_histograms(chips, split)
     found = Counter(split.tolist())
     metadata = {
-        **settings,
+        **as_metadata(settings),
         "counts": {name: found[name] for name in (*SPLITS, DROPPED)},
         "dropped": dropped,
         "label_edges": list(chip_index.LABEL_EDGES),
@@ -212,8 +202,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add_options(parser, SplitSettings)
     args = parser.parse_args(argv)
-    chosen = options_of(args, SplitSettings)
-    chosen["fractions"] = dict(zip(SPLITS, args.fractions, strict=True))
-    chosen["stratify"] = None if args.stratify == "none" else args.stratify
-    run(chip_index.path_in(args.out), **chosen)
+    run(chip_index.path_in(args.out), SplitSettings(**options_of(args, SplitSettings)))
     return 0

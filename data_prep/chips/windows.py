@@ -3,26 +3,25 @@
 import os
 import re
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import rasterio
 from affine import Affine
-from rasterio.errors import RasterioError
-from rasterio.io import DatasetReader
 from rasterio.windows import Window
 
 from biomass_jax.data import bands, records
-from biomass_jax.data.raster.grid import Grid, epsg_code
+from biomass_jax.data.raster.grid import epsg_code, grid_of, open_quietly, raster_errors
+from biomass_jax.data.raster.image import open_image
 from biomass_jax.data.raster.tiff import verify_blocks
 from biomass_jax.errors import PrepError
 
 _TAGS = {"TILE": r"T?(\d{2}[A-Z]{3})", "SEASON": r"(\S+/\S+)", "SENSORS": r"(L30|S30|L30\+S30)"}
 
 
-class TilePair:
-    """An open composite and its label raster on the same grid; a context manager.
+class TilePair(ExitStack[None]):
+    """An open composite and its label raster on the same grid; it closes as a stack does.
 
     Attributes:
         grid: the grid of both.
@@ -34,38 +33,29 @@ class TilePair:
         """Open both.
 
         Raises:
-            PrepError: no int16 composite with six named bands and the tags TILE, SEASON, SENSORS, or other grids.
-            RasterError: a file is truncated.
-            BandError: the six bands aren't found by name.
+            PrepError: no int16 composite with the tags TILE, SEASON, SENSORS, or other grids.
+            RasterError: a file can't be opened or is truncated, or the six bands aren't found by name.
         """
+        super().__init__()
         self.composite, self.label_path = Path(composite), Path(label)
-        self._image = _open(self.composite)
         try:
-            self._label = _open(self.label_path)
-        except BaseException:
-            self._image.close()
-            raise
-        try:
+            self._image = self.enter_context(open_image(composite, model_sensors=()))
+            with raster_errors(os.fspath(label)):
+                self._label = self.enter_context(open_quietly(os.fspath(label)))
+            verify_blocks(label, sparse_ok=True)
             self._check()
         except BaseException:
             self.close()
             raise
 
     def _check(self) -> None:
-        tags = self._image.tags()
-        self.tile, self.season, self.sensors = (_tag(tags, name, self.composite) for name in _TAGS)
-        self._indexes = bands.resolve(
-            self._image.descriptions, sensor=bands.sensor_of(self.sensors), path=str(self.composite)
-        ).indexes
-        kinds = {self._image.dtypes[index - 1] for index in self._indexes}
-        if kinds != {"int16"} or self._image.nodata not in (None, bands.FILL):
+        self.tile, self.season, self.sensors = (_tag(self._image.tags, name, self.composite) for name in _TAGS)
+        if self._image.dtype != np.int16 or self._image.fill not in (None, bands.FILL):
             raise PrepError(
-                f"{self.composite}: found {', '.join(sorted(kinds))} with no-data value {self._image.nodata}, expected "
+                f"{self.composite}: found {self._image.dtype} with no-data value {self._image.fill} when read, expected "
                 f"int16 {bands.UNITS} with {bands.FILL} as `data_prep composite` writes them"
             )
-        self.grid, found = (
-            Grid(src.height, src.width, src.crs or None, src.transform) for src in (self._image, self._label)
-        )
+        self.grid, found = self._image.grid, grid_of(self._label)
         if self._label.count != 1 or not found.same_as(self.grid):
             raise PrepError(
                 f"{self.label_path}: found {self._label.count} band(s) of {found.describe()}, expected one on the "
@@ -73,47 +63,25 @@ class TilePair:
             )
         self.epsg = epsg_code(self.grid.crs, str(self.composite))
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close both files."""
-        self._image.close()
-        self._label.close()
-
     def read_image(self, window: Window) -> np.ndarray:
-        """(rows, columns, 6) int16 digital numbers as stored. PrepError where they can't be read."""
-        return np.ascontiguousarray(np.moveaxis(_read(self._image, list(self._indexes), window, self.composite), 0, -1))
+        """(rows, columns, 6) int16 digital numbers as stored. RasterError where they can't be read."""
+        return self._image.read_window(window)
 
     def read_label(self, window: Window) -> np.ndarray:
-        """(rows, columns) float32 Mg/ha, -1 for none. PrepError where a value is neither, or can't be read."""
-        label = _read(self._label, 1, window, self.label_path).astype(np.float32, copy=False)
+        """(rows, columns) float32 Mg/ha, -1 for none.
+
+        Raises:
+            PrepError: a value is neither.
+            RasterError: they can't be read.
+        """
+        with raster_errors(f"{self.label_path}: can't be read"):
+            label = self._label.read(1, window=window).astype(np.float32, copy=False)
         wrong = label[~((np.isfinite(label) & (label >= 0)) | (label == records.NO_LABEL))]
         if wrong.size:
             raise PrepError(
                 f"{self.label_path}: found {wrong.size} values like {wrong[0]:g}, expected Mg/ha from 0 on, or -1"
             )
         return label
-
-
-def _open(path: Path) -> Any:
-    if not path.is_file():
-        raise PrepError(f"{path}: no such file, expected a composite or label raster")
-    verify_blocks(path, sparse_ok=True)
-    try:
-        return rasterio.open(path)
-    except RasterioError as error:
-        raise PrepError(f"{path}: can't be opened: {error}") from error
-
-
-def _read(dataset: DatasetReader, indexes: Any, window: Window, path: Path) -> np.ndarray:
-    try:
-        return dataset.read(indexes, window=window)
-    except RasterioError as error:
-        raise PrepError(f"{path}: can't be read: {error.__cause__ or error}") from error
 
 
 def _tag(tags: Mapping[str, str], name: str, path: Path) -> str:
@@ -169,8 +137,8 @@ def read_record(row: Mapping[str, Any], root: str | os.PathLike[str]) -> records
         the record; image (size, size, 6) int16 with the composite's own values, label (size, size) float32.
 
     Raises:
-        PrepError: the rasters can't be read, or are not those that the index was made from.
-        RasterError: a raster is truncated.
+        PrepError: the rasters are not those that the index was made from.
+        RasterError: a raster can't be read or is truncated.
     """
     with ChipReader(root) as reader:
         return reader.read(row)

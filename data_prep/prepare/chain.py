@@ -13,6 +13,7 @@ from data_prep.archive.download import log_in, plan_gedi, plan_hls
 from data_prep.archive.fetch import OpenUrl, fetch_all
 from data_prep.archive.search import Area, Search, search_archive, search_gedi, search_hls
 from data_prep.chips import index as chip_index
+from data_prep.chips.splits import as_metadata
 from data_prep.gedi.filters import as_dict
 from data_prep.gedi.labels import Composite, open_composite
 from data_prep.gedi.names import product_of
@@ -24,7 +25,7 @@ from data_prep.prepare import steps
 from data_prep.prepare.runner import Runner
 from data_prep.prepare.state import StepJob, StepRecords, write_json
 from data_prep.season import DEFAULT_TABLE, Season, resolve_season, season_of_year
-from data_prep.settings import SPLITS, Filters
+from data_prep.settings import Filters, SplitSettings
 
 WHOLE = "all"  # name of the jobs that take all tiles together
 Say = Callable[[str], None]
@@ -183,18 +184,16 @@ class Chain:
 
     def chips(self) -> None:
         """`chips` for each label raster."""
-        settings = dict(self.config["chips"])
-        biomes, biome_field = settings.pop("biomes"), settings.pop("biome_field")
-        if bool(biomes) != bool(biome_field):
+        settings = self.config["chips"]
+        if bool(settings["biomes"]) != bool(settings["biome_field"]):
             raise PrepError("chips.biomes and chips.biome_field go together: a polygon file, and its column of names")
         jobs = []
         for tile, part in self.done["labels"].items():
             image, (label, shots) = self.images[tile].path, part.job.outputs
             index = self.out / "state" / "chips" / f"{tile}.parquet"
-            arguments = {"out": self.out, "image": image, "label": label, "index": index, "limits": settings}
-            arguments |= {"biomes": biomes, "biome_field": biome_field}
-            inputs = (image, label, shots, *([Path(biomes)] if biomes else []))
-            chosen = settings | {"biome_field": biome_field}
+            arguments = {"out": self.out, "image": image, "label": label, "index": index, "settings": settings}
+            inputs = (image, label, shots, *([Path(settings["biomes"])] if settings["biomes"] else []))
+            chosen = {name: value for name, value in settings.items() if name != "biomes"}
             jobs.append(StepJob("chips", tile, steps.chips_of_tile, arguments, chosen, inputs, (index,)))
         self.runner.run("chips", jobs, lambda r: f"{r['counts']['kept']} of {r['counts']['cells']} cells")
 
@@ -207,12 +206,10 @@ class Chain:
             return
         parts = {self.state.key(self.images[tile].path): part.job.outputs[0] for tile, part in tiles.items()}
         chips = {**self.config["chips"], "biomes": Path(self.config["chips"]["biomes"]).name}
-        splits = dict(self.config["splits"])
-        splits["fractions"] = dict(zip(SPLITS, splits["fractions"], strict=False))
-        splits["stratify"] = None if splits["stratify"] == "none" else splits["stratify"]
+        splits = self.config["splits"]
         index = chip_index.path_in(self.out)
         arguments = {"parts": parts, "index": index, "settings": chips, "splits": splits}
-        chosen = {"chips": chips, "splits": splits, "parts": list(parts)}
+        chosen = {"chips": chips, "splits": as_metadata(SplitSettings(**splits)), "parts": list(parts)}
         job = StepJob("splits", WHOLE, steps.index_with_splits, arguments, chosen, tuple(parts.values()), (index,))
         self.runner.run("splits", [job], _counts, here=True)
         if not self.done["splits"]:

@@ -2,19 +2,33 @@
 
 import functools
 import os
+import warnings
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+import shapely
+
+from biomass_jax.data.biomes import Biomes
 from biomass_jax.errors import PrepError, RasterError
+from data_prep.chips import cells
 from data_prep.chips import index as chip_index
+from data_prep.chips.splits import run
 from data_prep.gedi.labels import open_composite, write_labels
 from data_prep.gedi.orbits import Filters, convert_granule
 from data_prep.hls.composite import composite
 from data_prep.hls.granules import Granule, open_scene, parse_granule_name
+from data_prep.inspect.check import check_records, draw, records_of_index
 from data_prep.places import Box, grid_centre
 from data_prep.season import Season
+from data_prep.settings import ChipSettings, SplitSettings
+from data_prep.shards.items import index_metadata, items_of
+from data_prep.shards.write import write_shards
+
+_biomes = functools.lru_cache(maxsize=1)(Biomes)  # a worker reads the polygons once for all its tiles
 
 
 def footprints_of_orbit(
@@ -31,17 +45,8 @@ def composite_of_tile(
 ) -> dict[str, Any]:
     """`composite`: a tile's scenes to one image."""
     made = composite(folders, path, season=Season.parse(season), tile=tile, threads=threads, **settings)
-    return {
-        "scenes": list(made.scenes),
-        "sensors": made.sensors,
-        "season": made.season,
-        "latitude": grid_centre(open_composite(path).grid)[1],
-        "duplicates": dict(made.duplicates),
-        "counts": {name: dict(counts) for name, counts in made.counts.items()},
-        "pixels": made.pixels,
-        "covered": made.covered,
-        "warnings": list(made.warnings),
-    }
+    names = ("scenes", "sensors", "season", "duplicates", "counts", "pixels", "covered", "warnings")
+    return {name: getattr(made, name) for name in names} | {"latitude": grid_centre(open_composite(path).grid)[1]}
 
 
 def labels_of_tile(
@@ -67,24 +72,14 @@ def labels_of_tile(
     return {"counts": counts}
 
 
-def chips_of_tile(
-    out: Path, image: Path, label: Path, index: Path, limits: Mapping[str, Any], biomes: str, biome_field: str
-) -> dict[str, Any]:
+def chips_of_tile(out: Path, image: Path, label: Path, index: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """`chips`: the tile's part of the index."""
-    from data_prep.chips.cells import index_tile
-
+    chosen = ChipSettings(**settings)
+    biomes = _biomes(chosen.biomes, chosen.biome_field) if chosen.biomes else None
     shots = label.with_suffix(".parquet")
-    named = _biomes(biomes, biome_field) if biomes else None
-    rows, counts = index_tile(image, label, root=out, shots=shots, biomes=named, **limits)
+    rows, counts = cells.index_tile(image, label, chosen, root=out, shots=shots, biomes=biomes)
     chip_index.write_index(index, rows, {"chips": counts})
     return {"counts": counts}
-
-
-@functools.lru_cache(maxsize=1)
-def _biomes(path: str, field: str) -> Any:
-    from biomass_jax.data.biomes import Biomes
-
-    return Biomes(path, field)
 
 
 def index_with_splits(
@@ -95,32 +90,25 @@ def index_with_splits(
     Args:
         parts: composite, as path in the folder -> that tile's part of the index.
         index: takes the whole.
-        settings: of `chips`, for the index's metadata.
-        splits: of `split_by_blocks`.
+        settings: fields of `ChipSettings`, for the index's metadata.
+        splits: fields of `SplitSettings`.
     """
-    import pyarrow.parquet as pq
-    import shapely
-
-    from data_prep.chips.splits import run
-
     rows: list[dict[str, Any]] = []
     for part in parts.values():
         rows += pq.read_table(part).to_pylist()
     for row in rows:
         row["geometry"] = shapely.from_wkb(row["geometry"])
     counts = {name: chip_index.read_metadata(part)["chips"] for name, part in parts.items()}
-    metadata = {"chips": {**settings, "label_edges": list(chip_index.LABEL_EDGES), "counts": counts}}
     partial = index.with_name(".with_splits.parquet")  # under its name it has its splits
     try:
-        chip_index.write_index(partial, rows, metadata)
-        made = run(partial, **splits)
+        chip_index.write_index(partial, rows, cells.metadata(settings, counts))
+        made = run(partial, SplitSettings(**splits))
         os.replace(partial, index)
     finally:
         partial.unlink(missing_ok=True)
-    by_tile: dict[str, dict[str, int]] = {}
+    by_tile: dict[str, Counter[str]] = defaultdict(Counter)
     for row, split in zip(rows, chip_index.read_index(index)["split"], strict=True):
-        tile = by_tile.setdefault(row["tile"], {})
-        tile[split] = tile.get(split, 0) + 1
+        by_tile[row["tile"]][split] += 1
     return {"counts": made["counts"], "dropped": made["dropped"], "tiles": by_tile}
 
 
@@ -128,8 +116,6 @@ def shards_of_index(
     index: Path, folder: Path, settings: Mapping[str, Any], executor: Executor | None
 ) -> dict[str, Any]:
     """`stats` and `shards`: the index's chips to a data set, written by the executor's workers."""
-    from data_prep.shards.write import index_metadata, items_of, write_shards
-
     info = write_shards(
         items_of(index), folder, metadata=index_metadata(index), executor=executor, overwrite=True, **settings
     )
@@ -139,10 +125,6 @@ def shards_of_index(
 
 def check_of_tile(out: Path, tile: str, picture: Path) -> dict[str, Any]:
     """`check`: whether a tile's labels lie where its image says, with a picture."""
-    import warnings
-
-    from data_prep.inspect.check import check_records, draw, records_of_index
-
     (found,) = check_records(records_of_index(out, (tile,)))
     picture.parent.mkdir(parents=True, exist_ok=True)
     draw(found, picture)

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import PurePath
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import rasterio
@@ -24,8 +24,8 @@ _ENOUGH_PIXELS = 1000
 _said_unverified: set[str] = set()  # "the sensor cannot be verified" is said once a process for each kind
 
 
-class ImageSource:
-    """An open image: six (or the wanted) bands on one grid. A context manager; one thread at a time may read.
+class ImageSource(ExitStack[None]):
+    """An open image: six (or the wanted) bands on one grid. It closes as a stack does; one thread at a time may read.
 
     Attributes:
         name: what messages call it.
@@ -49,10 +49,10 @@ class ImageSource:
         wanted: Sequence[str] = bands.BAND_NAMES,
         model_sensors: Sequence[str] = ("L30",),
     ) -> None:
+        super().__init__()
         self.name = item.name
         self.bands = tuple(wanted)
         self.warnings: list[str] = []
-        self._stack = ExitStack()
         self._bands: list[tuple[Any, int]] = []  # (dataset, band index) of each wanted band
         try:
             with raster_errors(self.name):
@@ -114,7 +114,7 @@ class ImageSource:
         far = path.startswith("/vsi")
         # GDAL would list a far folder to look for side files
         with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR") if far else nullcontext():
-            dataset = self._stack.enter_context(open_quietly(path))
+            dataset = self.enter_context(open_quietly(path))
         for file in dataset.files:  # of a VRT, those it refers to as well
             if is_tiff(file):
                 verify_blocks(file, sparse_ok=True)
@@ -137,25 +137,10 @@ class ImageSource:
     def _set_fill(self, fill: float | None) -> None:
         """One fill for all bands: given, else their common tag; -9999 where tags differ (`read_rows` maps them)."""
         tagged = [dataset.nodatavals[index - 1] for dataset, index in self._bands]
-        self._own_fills: list[float | None] = []
-        distinct = {None if value is None or np.isnan(value) else float(value) for value in tagged}
-        if fill is not None:
-            self.fill: float | None = fill
-        elif len(distinct) == 1:
-            self.fill = distinct.pop()
-        else:
-            self.fill = float(bands.FILL)
-            self._own_fills = [None if v is None or np.isnan(v) else float(v) for v in tagged]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the files."""
-        self._stack.close()
+        own = [None if value is None or np.isnan(value) else float(value) for value in tagged]
+        differ = fill is None and len(set(own)) > 1
+        self._own_fills = own if differ else [None] * len(own)
+        self.fill = float(bands.FILL) if differ else own[0] if fill is None else fill
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
         """Rows `start` to `stop` (not included).
@@ -166,9 +151,10 @@ class ImageSource:
         Raises:
             RasterError: the file can't be read there (truncated, unreachable).
         """
-        return self._read(Window(0, start, self.grid.width, stop - start))
+        return self.read_window(Window(0, start, self.grid.width, stop - start))
 
-    def _read(self, window: Window, shape: tuple[int, int] | None = None) -> np.ndarray:
+    def read_window(self, window: Window, shape: tuple[int, int] | None = None) -> np.ndarray:
+        """A window as `read_rows` reads rows, at another size where a `shape` (rows, columns) is given."""
         rows, columns = shape or (int(window.height), int(window.width))
         out = np.empty((rows, columns, len(self._bands)), self.dtype)
         where = f"{self.name}: reading rows {int(window.row_off)} to {int(window.row_off + window.height)}"
@@ -181,7 +167,7 @@ class ImageSource:
                 )
             for k, band in zip(places, values, strict=True):
                 out[..., k] = band
-                if self._own_fills and self._own_fills[k] is not None:
+                if self._own_fills[k] is not None:
                     out[..., k][band == self._own_fills[k]] = bands.FILL
         return out
 
@@ -192,7 +178,7 @@ class ImageSource:
             (rows, columns, bands) float32 digital numbers, the longer side at most `max_size`, NaN for no-data.
         """
         window = Window(0, 0, self.grid.width, self.grid.height)
-        image = self._read(window, _preview_shape(self.grid, max_size))
+        image = self.read_window(window, _preview_shape(self.grid, max_size))
         missing = bands.no_data(image, self.fill)
         preview = image.astype(np.float32)
         preview[missing] = np.nan
@@ -247,7 +233,7 @@ class ImageSource:
                 for column in _spread(self.grid.width, _SAMPLE_COLUMNS, count):
                     rows = min(_SAMPLE_ROWS, self.grid.height - row)
                     columns = min(_SAMPLE_COLUMNS, self.grid.width - column)
-                    image = self._read(Window(column, row, columns, rows))
+                    image = self.read_window(Window(column, row, columns, rows))
                     parts.append(image[~bands.no_data(image, self.fill)])
             values = np.concatenate(parts)
             if values.shape[0] >= _ENOUGH_PIXELS:
@@ -334,9 +320,8 @@ def _granule_paths(item: InputItem, wanted: Sequence[str], granule: GranuleName)
 def _claimed_sensor(dataset: rasterio.DatasetReader, granule: GranuleName | None, name: str) -> str | None:
     """The sensor that the granule's name or a tag tells; RasterError where they disagree."""
     tags = dataset.tags()
-    by_tag = None
-    for key in ("SENSORS", "SENSOR", "SPACECRAFT_NAME"):
-        by_tag = by_tag or bands.sensor_of(_tag(tags, key))
+    named = [bands.sensor_of(_tag(tags, key)) for key in ("SENSORS", "SENSOR", "SPACECRAFT_NAME")]
+    by_tag = next(filter(None, named), None)
     if granule is not None and by_tag not in (None, granule.sensor):
         raise RasterError(
             f"{name}: its name says {granule.sensor}, its sensor tag {by_tag}; correct the one that is wrong"
@@ -345,10 +330,7 @@ def _claimed_sensor(dataset: rasterio.DatasetReader, granule: GranuleName | None
 
 
 def _tag(tags: dict[str, str], key: str) -> str:
-    for name, value in tags.items():
-        if name.casefold() == key.casefold():
-            return str(value)
-    return ""
+    return next((str(value) for name, value in tags.items() if name.casefold() == key.casefold()), "")
 
 
 def _base_name(path: str) -> str:
@@ -381,8 +363,8 @@ def _spread(length: int, window: int, count: int) -> list[int]:
     return [int(start) for start in np.linspace(0, length - window, count)]
 
 
-class MaskSource:
-    """Which pixels of a map's grid belong to the kept classes of a land-cover raster; a context manager.
+class MaskSource(ExitStack[None]):
+    """Which pixels of a map's grid belong to the kept classes of a land-cover raster; it closes as a stack does.
 
     The raster is warped to the grid by nearest neighbour while it is read; outside its extent nothing is kept.
     """
@@ -399,12 +381,12 @@ class MaskSource:
             RasterError: unreadable, several bands, no class to keep, its no-data value among those to keep, or no CRS
                 (of the mask or the map) while the grids differ.
         """
+        super().__init__()
         self.name = os.fspath(path)
         self.keep = tuple(sorted(set(keep)))
         self.grid = grid
         if not self.keep:
             raise RasterError(f"{self.name}: no class to keep; give the mask's classes (config.mask_keep)")
-        self._stack = ExitStack()
         try:
             with raster_errors(self.name):
                 self._source = self._open()
@@ -413,7 +395,7 @@ class MaskSource:
             raise
 
     def _open(self) -> Any:
-        dataset = self._stack.enter_context(open_quietly(self.name))
+        dataset = self.enter_context(open_quietly(self.name))
         if dataset.count != 1:
             raise RasterError(f"{self.name}: {dataset.count} bands; a mask has one band of classes")
         if dataset.nodata is not None and dataset.nodata in self.keep:
@@ -431,7 +413,7 @@ class MaskSource:
         outside = next((value for value in range(256) if value not in self.keep and value != dataset.nodata), None)
         if outside is None:
             raise RasterError(f"{self.name}: {len(self.keep)} classes are to be kept, all there can be")
-        return self._stack.enter_context(
+        return self.enter_context(
             WarpedVRT(
                 dataset,
                 crs=self.grid.crs,
@@ -443,16 +425,6 @@ class MaskSource:
                 INIT_DEST=str(outside),
             )
         )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._stack.close()
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
         """bool (rows, width), True where rows `start` to `stop` of the map are to be kept."""

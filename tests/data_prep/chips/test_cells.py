@@ -18,6 +18,7 @@ from data_prep.chips import folders as chip_folders
 from data_prep.chips import index as chip_index
 from data_prep.chips import splits
 from data_prep.chips.windows import ChipReader, read_record
+from data_prep.settings import ChipSettings, SplitSettings
 from tests.data_prep.chip_world import BANDS, SEASON, SIZE, agbd_se, ramp, scattered, write_tif, write_tile
 
 HEIGHT, WIDTH = 53, 70  # 3 x 4 cells of 16 px; 5 rows and 6 columns are left over
@@ -41,7 +42,7 @@ def world(tmp_path):
 
 
 def index(root, **settings):
-    counts = chips.index_folder(root, size=SIZE, **settings)
+    counts = chips.index_folder(root, ChipSettings(size=SIZE, **settings))
     return chip_index.read_index(chip_index.path_in(root)), counts
 
 
@@ -308,9 +309,7 @@ def test_the_reference_layout(world, capsys):
     index(world)
     with pytest.raises(PrepError, match="no split drawn"):
         chip_folders.write_folders(world, world / "published")
-    splits.run(
-        chip_index.path_in(world), kind="block", block_km=0.5, seed=1, fractions={"train": 0.6, "val": 0.2, "test": 0.2}
-    )
+    splits.run(chip_index.path_in(world), SplitSettings(kind="block", block_km=0.5, seed=1, fractions=(0.6, 0.2, 0.2)))
     assert chip_folders.main(["--out", str(world), "--folders", str(world / "published")]) == 0
     frame = chip_index.read_index(chip_index.path_in(world))
     assert set(frame["split"]) == {"train", "val", "test"}
@@ -347,7 +346,7 @@ def test_the_real_chip_comes_back(samples, tmp_path):
     )
     write_tif(tmp_path / f"labels/14RMR/{stem}_agbd.tif", label[None], crs, transform, nodata=-1)
     with pytest.warns(UserWarning, match="no table of shots"):
-        chips.index_folder(tmp_path)
+        chips.index_folder(tmp_path, ChipSettings())
     (row,) = chip_index.read_index(chip_index.path_in(tmp_path)).to_dict("records")
     assert (row["n_labels"], row["nodata_share"]) == (246, 79 / 224**2)
     record = read_record(row, tmp_path)
@@ -366,5 +365,5 @@ def test_no_chip_at_all_is_an_index_without_rows(world):
         frame, _ = index(world, min_labels=256)
     assert len(frame) == 0
     with pytest.warns(UserWarning, match="no chip is left for train, val, test: 0 chips"):
-        splits.run(chip_index.path_in(world), kind="block")
+        splits.run(chip_index.path_in(world), SplitSettings(kind="block"))
     assert set(chip_index.read_metadata(chip_index.path_in(world))["split"]["counts"].values()) == {0}

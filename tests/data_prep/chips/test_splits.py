@@ -14,6 +14,7 @@ from data_prep.chips import cells as chips
 from data_prep.chips import index as chip_index
 from data_prep.chips import splits
 from data_prep.chips.windows import read_record
+from data_prep.settings import SPLITS, ChipSettings, SplitSettings
 from tests.data_prep.chip_world import SIZE, ramp, scattered, write_tile
 
 CHIP = 224
@@ -57,7 +58,7 @@ def shared_area(frame, split, one, other):
 
 
 def test_train_val_and_test_share_no_ground(neighbours):
-    split, dropped = splits.split_by_blocks(neighbours, seed=11, fractions=SHARES)
+    split, dropped = splits.split_by_blocks(neighbours, SplitSettings(seed=11, fractions=tuple(SHARES.values())))
     found = Counter(split)
     assert set(found) == {"train", "val", "test", "dropped"}
     assert found["dropped"] == sum(dropped.values()) > 0
@@ -75,7 +76,7 @@ def block_columns(frame):
 
 @pytest.mark.parametrize("seed", [7, 11])  # where val, or train, lies beside test
 def test_only_chips_that_meet_another_split_are_dropped(neighbours, seed):
-    split, dropped = splits.split_by_blocks(neighbours, seed=seed, fractions=SHARES)
+    split, dropped = splits.split_by_blocks(neighbours, SplitSettings(seed=seed, fractions=tuple(SHARES.values())))
     drawn = splits._draw(*block_columns(neighbours), SHARES, seed)
     # A plain loop over all pairs, in EPSG:6933, where an overlap of less than 0.5 % of a chip is none.
     outlines = np.asarray(neighbours.geometry.to_crs(6933), object)
@@ -111,13 +112,16 @@ def test_blocks_are_those_of_the_equal_area_grid():
 
 
 def test_the_draw_depends_on_the_seed_and_on_nothing_else(neighbours):
-    first, _ = splits.split_by_blocks(neighbours, seed=3, fractions=SHARES)
-    again, _ = splits.split_by_blocks(neighbours, seed=3, fractions=SHARES)
+    first, _ = splits.split_by_blocks(neighbours, SplitSettings(seed=3, fractions=tuple(SHARES.values())))
+    again, _ = splits.split_by_blocks(neighbours, SplitSettings(seed=3, fractions=tuple(SHARES.values())))
     np.testing.assert_array_equal(first, again)
     shuffled = neighbours.sample(frac=1, random_state=1)
-    moved, _ = splits.split_by_blocks(shuffled, seed=3, fractions=SHARES)
+    moved, _ = splits.split_by_blocks(shuffled, SplitSettings(seed=3, fractions=tuple(SHARES.values())))
     assert dict(zip(shuffled["chip_id"], moved, strict=True)) == dict(zip(neighbours["chip_id"], first, strict=True))
-    assert any((splits.split_by_blocks(neighbours, seed=s, fractions=SHARES)[0] != first).any() for s in (4, 5))
+    assert any(
+        (splits.split_by_blocks(neighbours, SplitSettings(seed=s, fractions=tuple(SHARES.values())))[0] != first).any()
+        for s in (4, 5)
+    )
 
 
 def test_each_biome_gets_its_share():
@@ -146,19 +150,25 @@ def test_a_block_belongs_to_the_biome_of_most_of_its_chips():
 def test_few_blocks_leave_no_split_empty():
     names = np.array(["a"] * 50 + ["b", "c"], object)
     strata = np.full(52, "all", object)
-    assert set(splits._draw(names, strata, splits.FRACTIONS, 0)) == {"train", "val", "test"}
+    assert set(splits._draw(names, strata, dict(zip(SPLITS, SplitSettings().fractions, strict=True)), 0)) == {
+        "train",
+        "val",
+        "test",
+    }
     assert set(splits._draw(names, strata, {"train": 0.5, "val": 0, "test": 0.5}, 0)) == {"train", "test"}
 
 
 def test_an_empty_split_is_said():
     frame = tile_frame("10SFF", 32610, 600000, 4200000, cells=2)
     with pytest.warns(UserWarning, match="no chip is left for val, test: 4 chips"):
-        split, _ = splits.split_by_blocks(frame, block_km=500)
+        split, _ = splits.split_by_blocks(frame, SplitSettings(block_km=500))
     assert set(split) == {"train"}
 
 
 def test_whole_tiles_under_the_same_overlap_rule(neighbours):
-    split, dropped = splits.split_by_blocks(neighbours, kind="tile", fractions=SHARES, seed=0)
+    split, dropped = splits.split_by_blocks(
+        neighbours, SplitSettings(kind="tile", fractions=tuple(SHARES.values()), seed=0)
+    )
     for tile in ("10SFF", "10SGF", "11SKB"):
         assert len(set(split[neighbours["tile"] == tile]) - {"dropped"}) == 1
     assert sum(dropped.values()) > 30
@@ -167,7 +177,9 @@ def test_whole_tiles_under_the_same_overlap_rule(neighbours):
 
 def test_a_random_split_warns_and_drops_nothing(neighbours):
     with pytest.warns(UserWarning, match=r"random split leaks.* and \d\d+ of 768 chips share ground"):
-        split, dropped = splits.split_by_blocks(neighbours, kind="random", fractions=SHARES, seed=0, stratify=None)
+        split, dropped = splits.split_by_blocks(
+            neighbours, SplitSettings(kind="random", fractions=tuple(SHARES.values()), seed=0, stratify="none")
+        )
     assert Counter(split) == {"train": 461, "val": 154, "test": 153}
     assert set(dropped.values()) == {0}
 
@@ -179,11 +191,13 @@ def test_a_dropped_val_chip_drops_no_train_chip():
     names = ["10SFA", "10SFB", "10SFC"]
     columns = {"chip_id": names, "tile": names, "biome": "unknown"}
     frame = geopandas.GeoDataFrame(columns, geometry=geometry, crs=4326)
-    thirds = dict.fromkeys(splits.SPLITS, 1 / 3)
+    thirds = dict.fromkeys(SPLITS, 1 / 3)
     blocks, strata = np.array(names, object), np.full(3, "unknown", object)
     seed = next(s for s in range(99) if splits._draw(blocks, strata, thirds, s).tolist() == ["train", "val", "test"])
     with pytest.warns(UserWarning, match="no chip is left for val"):
-        split, dropped = splits.split_by_blocks(frame, kind="tile", fractions=thirds, seed=seed)
+        split, dropped = splits.split_by_blocks(
+            frame, SplitSettings(kind="tile", fractions=tuple(thirds.values()), seed=seed)
+        )
     assert split.tolist() == ["train", "dropped", "test"]
     assert dropped == {"train_meets_test": 0, "train_meets_val": 0, "val_meets_test": 1}
 
@@ -257,7 +271,7 @@ def test_tiles_across_the_antimeridian_leave_no_shared_ground_between_splits():
     frame = joined(tile_frame("60KXX", 32660, x, y - 1e7), tile_frame("01KAB", 32701, *east))
     crossing = [outline.geom_type == "MultiPolygon" for outline in frame.geometry]
     assert 16 <= sum(crossing) < 100
-    split, dropped = splits.split_by_blocks(frame, kind="tile", seed=1, fractions={"train": 0.5, "val": 0, "test": 0.5})
+    split, dropped = splits.split_by_blocks(frame, SplitSettings(kind="tile", seed=1, fractions=(0.5, 0, 0.5)))
     assert dropped["train_meets_test"] > 80
     # Longitudes from 0 to 360 have no seam here.
     frame["geometry"] = [
@@ -295,7 +309,7 @@ def test_meeting_of_many_is_that_of_each_pair(neighbours):
 def world(tmp_path):
     shots = scattered(64, 80, 900, seed=5)
     write_tile(tmp_path, "10SFF", image=ramp(64, 80), shots=shots)
-    chips.index_folder(tmp_path, size=SIZE)
+    chips.index_folder(tmp_path, ChipSettings(size=SIZE))
     return tmp_path, np.array([s[3] for s in shots])
 
 
@@ -332,7 +346,9 @@ def test_the_command_writes_splits_into_the_index(world, capsys):
 
 def test_histograms_count_each_splits_labels(world):
     root, agbd = world
-    splits.run(chip_index.path_in(root), kind="block", block_km=0.7, seed=2, fractions=SHARES)
+    splits.run(
+        chip_index.path_in(root), SplitSettings(kind="block", block_km=0.7, seed=2, fractions=tuple(SHARES.values()))
+    )
     frame = chip_index.read_index(chip_index.path_in(root))
     found = chip_index.read_metadata(chip_index.path_in(root))["split"]["label_histograms"]
     edges = [*chip_index.LABEL_EDGES, np.inf]
@@ -343,7 +359,7 @@ def test_histograms_count_each_splits_labels(world):
 
 
 def test_settings_left_out_are_written_too(world):
-    written = splits.run(chip_index.path_in(world[0]), block_km=0.7)
+    written = splits.run(chip_index.path_in(world[0]), SplitSettings(block_km=0.7))
     expected = {"kind": "block", "block_km": 0.7, "buffer_m": 0.0, "seed": 0, "stratify": "biome"}
     expected["fractions"] = {"train": 0.8, "val": 0.1, "test": 0.1}
     assert {name: written[name] for name in expected} == expected
@@ -359,8 +375,8 @@ def test_random_in_the_command(world, capsys):
     ("settings", "message"),
     [
         ({"kind": "file"}, "kind: found 'file', expected one of block, tile, random"),
-        ({"fractions": {"train": 0.8, "val": 0.1, "test": 0.2}}, "add up to 1"),
-        ({"fractions": {"train": 1.0}}, "shares from 0 on for train, val, test"),
+        ({"fractions": (0.8, 0.1, 0.2)}, "add up to 1"),
+        ({"fractions": (1.0,)}, "shares from 0 on for train, val, test"),
         ({"buffer_m": -1}, "buffer_m: found -1"),
         ({"block_km": 0}, "block_km: found 0"),
         ({"stratify": "ecoregion"}, "no column 'ecoregion'"),
@@ -368,7 +384,7 @@ def test_random_in_the_command(world, capsys):
 )
 def test_wrong_settings_are_refused(settings, message):
     with pytest.raises(PrepError, match=message):
-        splits.split_by_blocks(tile_frame("10SFF", 32610, 600000, 4200000, cells=2), **settings)
+        splits.split_by_blocks(tile_frame("10SFF", 32610, 600000, 4200000, cells=2), SplitSettings(**settings))
 
 
 def test_without_an_index_the_step_before_is_named(tmp_path, capsys):

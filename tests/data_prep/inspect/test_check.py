@@ -12,6 +12,7 @@ from data_prep.chips import cells as chips
 from data_prep.chips import index as chip_index
 from data_prep.chips import splits
 from data_prep.inspect import check
+from data_prep.settings import ChipSettings, SplitSettings
 from data_prep.shards import write as shards
 from data_prep.shards.items import items_of
 from tests.data_prep.chip_world import SIZE, write_tile
@@ -182,8 +183,8 @@ def world(tmp_path_factory):
         shots = [(1000 * number + i, int(r), int(c), float(label[r, c])) for i, (r, c) in enumerate(places)]
         bands = np.concatenate([np.moveaxis(image, -1, 0), np.ones((1, 48, 64), np.int16)])
         write_tile(root, tile, image=bands, shots=shots, origin=(600000.0 + 90000 * number, 4200000.0))
-    chips.index_folder(root, size=SIZE)
-    splits.run(chip_index.path_in(root), block_km=0.5, fractions={"train": 0.6, "val": 0.2, "test": 0.2})
+    chips.index_folder(root, ChipSettings(size=SIZE))
+    splits.run(chip_index.path_in(root), SplitSettings(block_km=0.5, fractions=(0.6, 0.2, 0.2)))
     return root
 
 

@@ -11,6 +11,7 @@ from data_prep.chips import index as chip_index
 from data_prep.chips import splits
 from data_prep.chips.windows import read_record
 from data_prep.inspect import preview
+from data_prep.settings import ChipSettings, SplitSettings
 from data_prep.shards import write as shards
 from data_prep.shards.items import items_of
 from tests.data_prep.chip_world import SIZE, ramp, scattered, write_tile
@@ -25,8 +26,8 @@ def world(tmp_path_factory):
     image = ramp(48, 70)
     image[:, 20:24, 20:30] = -9999
     write_tile(root, TILE, image=image, shots=[s for s in SHOTS if not (20 <= s[1] < 24 and 20 <= s[2] < 30)])
-    chips.index_folder(root, size=SIZE, max_nodata=0.2)
-    splits.run(chip_index.path_in(root), block_km=0.5, fractions={"train": 0.6, "val": 0.2, "test": 0.2})
+    chips.index_folder(root, ChipSettings(size=SIZE, max_nodata=0.2))
+    splits.run(chip_index.path_in(root), SplitSettings(block_km=0.5, fractions=(0.6, 0.2, 0.2)))
     return root
 
 

@@ -11,6 +11,7 @@ from biomass_jax.data.sources import ShardSource
 from biomass_jax.errors import PrepError
 from data_prep.chips import cells as chips
 from data_prep.chips import index as chip_index
+from data_prep.settings import ChipSettings
 from data_prep.shards import statistics as stats
 from data_prep.shards import write as shards
 from data_prep.shards.items import index_metadata, items_of
@@ -37,7 +38,7 @@ def world(tmp_path):
         gedi = {"product": "GEDI_L4A", "versions": ["V2.1"], "filters": {"leaf_off": True}, "granules": [f"O{number}"]}
         counts = {"used": 500 + number, "no_data": number}
         write_tags(label, LABELS=json.dumps({"shot_owner": "nearest", "counts": counts, "gedi": gedi, "tiles": [tile]}))
-    chips.index_folder(tmp_path, size=SIZE)
+    chips.index_folder(tmp_path, ChipSettings(size=SIZE))
     frame = chip_index.read_index(chip_index.path_in(tmp_path))
     split = ["train" if col == 0 else "val" if col == SIZE else "test" for col in frame["col"]]
     split = [
