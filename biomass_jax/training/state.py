@@ -25,23 +25,14 @@ STAGE_NORM = re.compile(r"params/encoder/stages_\d+/norm/\w+")
 
 @flax.struct.dataclass
 class TrainState:
-    """State of a run, all of it arrays.
+    """State of a run, all of it arrays."""
 
-    Attributes:
-        step: int32 scalar, optimiser steps taken.
-        params: weights, float32.
-        batch_stats: running statistics of batch norms, {} where the model has none.
-        opt_state: optax's.
-        ema: {"params", "batch_stats"}, exponential averages of both, or None where they are off.
-        learning_rate: float32 scalar where validation moves it (plateau), None where it follows from the step.
-    """
-
-    step: jax.Array
-    params: Any
-    batch_stats: Any
-    opt_state: Any
-    ema: Any
-    learning_rate: Any
+    step: jax.Array  # int32 scalar, optimiser steps taken
+    params: Any  # weights, float32
+    batch_stats: Any  # running statistics of batch norms, {} where the model has none
+    opt_state: Any  # optax's
+    ema: Any  # {"params", "batch_stats"}, exponential averages of both, or None where they are off
+    learning_rate: Any  # float32 scalar where validation moves it (plateau), None where it follows from the step
 
     def evaluated(self) -> dict[str, Any]:
         """The variables that are scored and exported: the averages where they are on."""
