@@ -22,7 +22,8 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from biomass_jax.errors import STOPPED, BiomassError, Stopped, UsageError
-from biomass_jax.runtime.files import write_json
+from biomass_jax.runtime import processes
+from biomass_jax.runtime.files import check_local, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -53,10 +54,8 @@ def main(argv: list[str]) -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(workdir.absolute().parent / ".jax_cache"))
     if config.get("deterministic"):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
-    from biomass_jax.runtime import processes as distributed
-
-    distributed.start(COORDINATOR.value, PROCESS_COUNT.value, PROCESS_ID.value)
-    if distributed.place()[0] == 0:
+    processes.start(COORDINATOR.value, PROCESS_COUNT.value, PROCESS_ID.value)
+    if processes.place()[0] == 0:
         write_config(config, workdir)
     else:
         log.setLevel(logging.WARNING)  # one voice is enough
@@ -73,10 +72,9 @@ def predict(config: object, workdir: Path) -> None:
 
 def train(config: object, workdir: Path) -> None:
     """Train on all devices, or resume from what the workdir holds."""
-    from biomass_jax.runtime.processes import Together
     from biomass_jax.training.run import train_and_evaluate
 
-    if not train_and_evaluate(config, workdir, stop=Together(DeferredStop())):
+    if not train_and_evaluate(config, workdir, stop=processes.Together(DeferredStop())):
         raise Stopped
 
 
@@ -115,8 +113,6 @@ MODES: dict[str, Callable[[Any, Path], None]] = {
 
 def check_paths(config: ConfigDict) -> None:
     """Refuse a bucket's address where a folder is meant; inputs of `predict` may be addresses."""
-    from biomass_jax.runtime.files import check_local
-
     check_local(WORKDIR.value, "--workdir")
     for name in ("bundle", "init_from"):
         check_local(config.get(name), f"config.{name}")
@@ -192,20 +188,16 @@ def cli() -> NoReturn:
         app.run(main, flags_parser=parse_flags)
     except Stopped:
         log.warning("stopped by SIGTERM after %.0f s; give the same command again to resume", time.monotonic() - began)
-        from biomass_jax.runtime import processes as distributed
-
-        distributed.finish()
+        processes.finish()
         logging.shutdown()
         # Threads may be compiling or reading: leaving at once is what was asked for, and nothing half-written is there.
         os._exit(STOPPED)
     except Exception as error:
-        from biomass_jax.runtime import processes as distributed
-
         log.error("%s", error, exc_info=not isinstance(error, BiomassError))
         if getattr(error, "failures", None):  # of a prediction, which all processes raise together
-            distributed.finish()
+            processes.finish()
         else:
-            distributed.abandon(1)  # the other processes of a run would wait for this one
+            processes.abandon(1)  # the other processes of a run would wait for this one
         sys.exit(1)
     sys.exit(0)
 

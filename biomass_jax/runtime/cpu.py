@@ -27,14 +27,10 @@ COMPILER_OPTIONS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 IMAGES_A_CORE = 2
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def images_at_once() -> int:
-    """Images that a CPU predicts at a time."""
-    return IMAGES_A_CORE * cores()
+    """Images that a CPU predicts at a time, by the cores that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return IMAGES_A_CORE * cores
 
 
 def give_back_memory() -> None:

@@ -126,11 +126,8 @@ def regression(
         raise ConfigError(f"config.reference with config.loss={config.loss}: the reference's loss is rmse")
     if reference:
         augment = {
-            "flip": True,
-            "turn": False,
             "horizontal_only": True,
             "rotate_degrees": REFERENCE_DEGREES,
-            "rotate_probability": 0.5,
             "rotate_label": "nearest",
             "rotate_label_fill": 0.0,
         }
@@ -145,8 +142,7 @@ def regression(
         loss=config.loss,
         huber_delta=config.huber_delta,
         augment=tuple(sorted(augment.items())),
-        keep_labels=reference,
-        mean_of_batches=reference,
+        reference=reference,
     )
     label = train.info.metadata.get("label", LABEL)
     nodata = -1 if module.final_relu else -9999  # a model without the ReLU may say -1 itself

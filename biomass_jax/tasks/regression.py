@@ -25,9 +25,8 @@ class Regression:
         loss: rmse, mse, mae or huber.
         huber_delta: Mg/ha, where `huber` turns from square to linear.
         augment: arguments of `transforms.augment`.
-        keep_labels: keep labels on no-data pixels, as the reference does.
-        mean_of_batches: `val/loss` is the batch-size-weighted mean of per-batch RMSEs, as in the reference, instead of
-            the loss over all pixels.
+        reference: as the reference does, keep labels on no-data pixels, and have as `val/loss` the batch-size-weighted
+            mean of per-batch RMSEs instead of the loss over all pixels.
     """
 
     module: Any
@@ -35,8 +34,7 @@ class Regression:
     loss: str = "rmse"
     huber_delta: float = 50.0
     augment: tuple[tuple[str, Any], ...] = ()
-    keep_labels: bool = False
-    mean_of_batches: bool = False
+    reference: bool = False
 
     def init(self, key: jax.Array) -> Arrays:
         """See `Task`."""
@@ -47,7 +45,7 @@ class Regression:
     def inputs(self, batch: Arrays, key: jax.Array) -> Arrays:
         """{"image": z-scored float32 [B, H, W, 6], "label": float32 [B, H, W], Mg/ha, -1 for none}."""
         image, label, _ = transforms.clean(
-            batch["image"], batch["label"], fill=self.statistics.fill, keep_labels=self.keep_labels
+            batch["image"], batch["label"], fill=self.statistics.fill, keep_labels=self.reference
         )
         image, label = transforms.augment(key, image, label, **dict(self.augment))
         return {"image": transforms.normalize(image, self.statistics.means, self.statistics.stds), "label": label}
@@ -68,7 +66,7 @@ class Regression:
         """{"prediction", "label"}, float32 [B, H, W], Mg/ha; padded rows have no labels."""
         del number  # nothing is drawn
         image, label, nodata = transforms.clean(
-            batch["image"], batch["label"], fill=self.statistics.fill, keep_labels=self.keep_labels
+            batch["image"], batch["label"], fill=self.statistics.fill, keep_labels=self.reference
         )
         inputs = transforms.normalize(image, self.statistics.means, self.statistics.stds)
         outputs = {"prediction": self.module.apply(variables, inputs), "label": label}
@@ -87,7 +85,7 @@ class Regression:
 
     def scorer(self) -> "RegressionScorer":
         """See `Task`."""
-        return RegressionScorer(self.loss, self.huber_delta, self.mean_of_batches)
+        return RegressionScorer(self.loss, self.huber_delta, self.reference)
 
 
 class RegressionScorer:

@@ -44,7 +44,7 @@ def block_mask(
         float32 [B, H/p, W/p], 1 where a token is masked.
 
     Raises:
-        ValueError: sizes that don't divide each other, or a ratio outside 0..1.
+        ValueError: sizes that don't divide each other.
     """
     if mask_patch_size < 1 or patch_size < 1 or mask_patch_size % patch_size:
         raise ValueError(f"mask patch {mask_patch_size} px: expected a multiple of the model's patch, {patch_size} px")
@@ -53,8 +53,6 @@ def block_mask(
             f"chips of {height} x {width} px cannot be masked in cells of {mask_patch_size} px: expected both sides to "
             "be multiples of it; choose another mask patch or crop size"
         )
-    if not 0 <= ratio <= 1:
-        raise ValueError(f"mask ratio {ratio}: expected a share of the cells, 0..1")
     rows, columns = height // mask_patch_size, width // mask_patch_size
     cells, repeat = rows * columns, mask_patch_size // patch_size
     masked = math.ceil(ratio * cells)

@@ -22,27 +22,16 @@ LOSS = "val/loss"
 
 @dataclasses.dataclass
 class HostState:
-    """What the host knows of a run, saved with the state as JSON.
-
-    Attributes:
-        config: of the run.
-        step: steps taken, which is the position in the data too.
-        epoch: epochs ended.
-        window: losses of the steps since the last line.
-        plateau: of `plateau_step`, or None.
-        early_stop: of `early_stop_step`, or None.
-        best: {"step", "loss", "scores"} of the best validation so far, or None.
-        line: of an epoch that ended but isn't written yet, or None.
-    """
+    """What the host knows of a run, saved with the state as JSON."""
 
     config: dict[str, Any]
-    step: int = 0
-    epoch: int = 0
-    window: list[float] = dataclasses.field(default_factory=list)
-    plateau: dict[str, Any] | None = None
-    early_stop: dict[str, Any] | None = None
-    best: dict[str, Any] | None = None
-    line: dict[str, Any] | None = None
+    step: int = 0  # steps taken, which is the position in the data too
+    epoch: int = 0  # epochs ended
+    window: list[float] = dataclasses.field(default_factory=list)  # losses of the steps since the last line
+    plateau: dict[str, Any] | None = None  # of `plateau_step`
+    early_stop: dict[str, Any] | None = None  # of `early_stop_step`
+    best: dict[str, Any] | None = None  # {"step", "loss", "scores"} of the best validation so far
+    line: dict[str, Any] | None = None  # of an epoch that ended but isn't written yet
 
 
 class Checkpoints:
@@ -52,12 +41,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, *, keep: int) -> None:
-        """Open or make the folder.
-
-        Args:
-            workdir: of the run.
-            keep: how many of the latest are kept, beside the best.
-        """
+        """Open or make the folder; `keep` of the latest are kept, beside the best."""
         self.folder = workdir.absolute() / FOLDER
         policies = [
             preservation_policy.LatestN(keep),

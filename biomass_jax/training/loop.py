@@ -31,42 +31,24 @@ class Run:
 
     At an epoch's end: validate, move the counters (plateau, early stopping, best), save, write the line, export the
     best. A run that was killed between two of these does the rest when it is started again.
-
-    Attributes:
-        workdir: where the run writes.
-        task: what is learnt.
-        about: arguments of `bundle.save` that are known before training.
-        steps: compiled functions.
-        state: fresh, loaded or restored; then the newest.
-        host: what is saved with the state.
-        feed: batches.
-        checkpoints: of the run.
-        writer: of the run.
-        profiler: of the run.
-        batch_size: chips a step over all devices and processes.
-        steps_per_epoch: whole batches in the training split.
-        total_steps: steps of the whole run.
-        log_every: steps between lines.
-        save_every: steps between checkpoints within an epoch; 0 = at its end only.
-        draw_every: epochs between pictures of validation chips; 0 = none.
     """
 
-    workdir: Path
+    workdir: Path  # where the run writes
     task: Task
-    about: dict[str, Any]
+    about: dict[str, Any]  # arguments of `bundle.save` that are known before training
     steps: Steps
-    state: TrainState
+    state: TrainState  # fresh, loaded or restored; then the newest
     host: HostState
     feed: Feed
     checkpoints: Checkpoints
     writer: Writer
     profiler: Profiler
-    batch_size: int
-    steps_per_epoch: int
+    batch_size: int  # chips a step over all devices and processes
+    steps_per_epoch: int  # whole batches in the training split
     total_steps: int
-    log_every: int
-    save_every: int
-    draw_every: int
+    log_every: int  # steps between lines
+    save_every: int  # steps between checkpoints within an epoch; 0 = at its end only
+    draw_every: int  # epochs between pictures of validation chips; 0 = none
 
     def __post_init__(self) -> None:
         self.metrics, self.clock = TrainMetrics(self.host.window), Clock()

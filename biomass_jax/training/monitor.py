@@ -132,9 +132,9 @@ class Writer:
         self._active = active
         if not active:
             return
-        self._path = workdir / METRICS
-        cut_back(self._path, -1 if resumed is None else resumed)
-        self._file = self._path.open("a", encoding="utf-8")
+        path = workdir / METRICS
+        cut_back(path, -1 if resumed is None else resumed)
+        self._file = path.open("a", encoding="utf-8")
         # Events after the checkpoint's step are hidden by TensorBoard.
         self._board = summary_writer()(str(workdir), purge_step=None if resumed is None else resumed + 1)
 

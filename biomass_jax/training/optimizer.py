@@ -60,15 +60,11 @@ def create_schedule(
     Raises:
         ConfigError: a warm-up that outlasts the cosine or a milestone, or milestones that do not increase.
     """
+    field = f"config.schedule: {kind} schedule:"
     if kind == "cosine" and not warmup_steps < total_steps:
-        raise ConfigError(
-            f"config.schedule: cosine schedule: the warm-up of {warmup_steps} steps must be shorter than all "
-            f"{total_steps}"
-        )
+        raise ConfigError(f"{field} the warm-up of {warmup_steps} steps must be shorter than all {total_steps}")
     if kind == "multistep" and any(low >= high for low, high in itertools.pairwise([warmup_steps - 1, *milestones])):
-        raise ConfigError(
-            f"config.schedule: multistep schedule: milestones {list(milestones)} must increase from {warmup_steps} on"
-        )
+        raise ConfigError(f"{field} milestones {list(milestones)} must increase from {warmup_steps} on")
 
     def schedule(step: jax.Array | int) -> jax.Array:
         t = jnp.asarray(step, jnp.float32)
@@ -118,7 +114,12 @@ def create_optimizer(
     if clip_norm is not None:
         steps.insert(0, optax.clip_by_global_norm(clip_norm))
     if layer_decay != 1.0:
-        steps.append(_scale_by_name(_flat(layer_scales(params, layer_decay))))
+        scales = _flat(layer_scales(params, layer_decay))
+
+        def scale(updates: Tree, _: Tree | None) -> Tree:  # by name: what arrives here lacks what is frozen
+            return jax.tree.map_with_path(lambda path, u: scales[_name(path)] * u, updates)
+
+        steps.append(optax.stateless(scale))
     optimizer = optax.chain(*steps)
     if not freeze:
         return optimizer
@@ -159,9 +160,10 @@ def trainable_mask(params: Tree, freeze: Sequence[str]) -> Tree:
             raise ConfigError(
                 f"config.optimizer: freeze: no parameter is called {name!r}; at that level there are {', '.join(there)}"
             )
-    if all(any(_under(path, name) for name in freeze) for path in paths):
+    mask = _by_name(lambda path: not any(_under(path, name) for name in freeze), params)
+    if not any(jax.tree.leaves(mask)):
         raise ConfigError(f"config.optimizer: freeze: {', '.join(freeze)} leave no parameter to train")
-    return _by_name(lambda path: not any(_under(path, name) for name in freeze), params)
+    return mask
 
 
 def layer_scales(params: Tree, layer_decay: float) -> Tree:
@@ -208,11 +210,6 @@ def import_adam(opt_state: object, count: object, mu: Tree, nu: Tree) -> Any:
 
     count = _like(optax.tree.get(opt_state, "count"), count)
     return optax.tree.set(opt_state, count=count, mu=moments("mu", mu), nu=moments("nu", nu))
-
-
-def _scale_by_name(scales: dict[str, float]) -> optax.GradientTransformation:
-    # By name, since the tree that arrives here lacks what is frozen.
-    return optax.stateless(lambda updates, _: jax.tree.map_with_path(lambda p, u: scales[_name(p)] * u, updates))
 
 
 def _like(old: jax.Array, value: object) -> jax.Array:

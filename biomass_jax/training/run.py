@@ -109,15 +109,7 @@ def set_up(config: ConfigDict, workdir: Path, *, command: str) -> Run:
         tell_changes(saved.config, plan.host.config, workdir)
         host = resume_host(saved, plan.host)
         log.info("%s: resuming from step %d of %d", workdir, resumed, total_steps)
-    feed = Feed(
-        train,
-        valid,
-        mesh,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        threads=config.data.threads,
-        cache=config.data.cache,
-    )
+    data = {name: config.data[name] for name in ("threads", "cache")}
     return Run(
         workdir=workdir,
         task=task,
@@ -125,7 +117,7 @@ def set_up(config: ConfigDict, workdir: Path, *, command: str) -> Run:
         steps=plan.steps,
         state=state,
         host=host,
-        feed=feed,
+        feed=Feed(train, valid, mesh, batch_size=config.batch_size, seed=config.seed, **data),
         checkpoints=checkpoints,
         writer=Writer(workdir, resumed=resumed, active=jax.process_index() == 0),
         profiler=profiler,
@@ -140,19 +132,12 @@ def set_up(config: ConfigDict, workdir: Path, *, command: str) -> Run:
 
 @dataclasses.dataclass(frozen=True)
 class PlannedRun:
-    """A run's state and steps as they will be; nothing is computed yet.
+    """A run's state and steps as they will be; nothing is computed yet."""
 
-    Attributes:
-        init: draws the state.
-        state: its shapes, dtypes and shardings.
-        steps: to be compiled when they are first called.
-        host: of a run that has not begun.
-    """
-
-    init: Callable[[], TrainState]
-    state: TrainState
-    steps: Steps
-    host: HostState
+    init: Callable[[], TrainState]  # draws the state
+    state: TrainState  # its shapes, dtypes and shardings
+    steps: Steps  # to be compiled when they are first called
+    host: HostState  # of a run that has not begun
 
 
 def plan_steps(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -18,28 +19,20 @@ from biomass_jax.tasks.base import Task
 
 log = logging.getLogger(__name__)
 
-ENCODER = ("encoder/",)
+# Of a decoder, which has norms of its own for the encoder's stages: a pretrained encoder has none.
+STAGE_NORM = re.compile(r"params/encoder/stages_\d+/norm/\w+")
 
 
 @flax.struct.dataclass
 class TrainState:
-    """State of a run, all of it arrays.
+    """State of a run, all of it arrays."""
 
-    Attributes:
-        step: int32 scalar, optimiser steps taken.
-        params: weights, float32.
-        batch_stats: running statistics of batch norms, {} where the model has none.
-        opt_state: optax's.
-        ema: {"params", "batch_stats"}, exponential averages of both, or None where they are off.
-        learning_rate: float32 scalar where validation moves it (plateau), None where it follows from the step.
-    """
-
-    step: jax.Array
-    params: Any
-    batch_stats: Any
-    opt_state: Any
-    ema: Any
-    learning_rate: Any
+    step: jax.Array  # int32 scalar, optimiser steps taken
+    params: Any  # weights, float32
+    batch_stats: Any  # running statistics of batch norms, {} where the model has none
+    opt_state: Any  # optax's
+    ema: Any  # {"params", "batch_stats"}, exponential averages of both, or None where they are off
+    learning_rate: Any  # float32 scalar where validation moves it (plateau), None where it follows from the step
 
     def evaluated(self) -> dict[str, Any]:
         """The variables that are scored and exported: the averages where they are on."""
@@ -62,13 +55,7 @@ def plan_train_state(
 ) -> tuple[Callable[[], TrainState], TrainState]:
     """How a fresh state is drawn and where it belongs, from its shapes alone.
 
-    Args:
-        task: see `tasks.base.Task`.
-        optimizer: of optimizer.py.
-        mesh: of `runtime.mesh`.
-        seed: of the weights.
-        ema: keep averages of the weights.
-        learning_rate: the first one, where validation moves it.
+    With `ema` it holds averages of the weights, with `learning_rate`, the first one, a rate that validation moves.
 
     Returns:
         what draws the state, and its shapes, dtypes and shardings; nothing is drawn yet.
@@ -106,9 +93,8 @@ def load_weights(state: TrainState, loaded: Bundle, *, load: str) -> TrainState:
     """
     found = flatten(loaded.variables)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    wanted = {path: leaf for path, leaf in flatten(variables).items() if load == "all" or _of_encoder(path)}
-    # A decoder's own norms of the encoder's stages come with a decoder: a pretrained encoder has none.
-    missing = [path for path in wanted if path not in found and not (load == "encoder" and _stage_norm(path))]
+    wanted = {path: x for path, x in flatten(variables).items() if load == "all" or path.split("/")[1] == "encoder"}
+    missing = [path for path in wanted if path not in found and not (load == "encoder" and STAGE_NORM.fullmatch(path))]
     if missing:
         first = ", ".join(missing[:5]) + " ..." * (len(missing) > 5)
         raise BundleError(f"{loaded.path}: no {first}; config.load is {load!r}")
@@ -134,12 +120,3 @@ def load_weights(state: TrainState, loaded: Bundle, *, load: str) -> TrainState:
             log.info("%s: %s", what, ", ".join(names))
     ema = jax.tree.map(jnp.copy, variables) if state.ema is not None else None
     return dataclasses.replace(state, params=variables["params"], batch_stats=variables["batch_stats"], ema=ema)
-
-
-def _of_encoder(path: str) -> bool:
-    return path.split("/", 1)[1].startswith(ENCODER)
-
-
-def _stage_norm(path: str) -> bool:
-    parts = path.split("/")  # params/encoder/stages_0/norm/scale
-    return len(parts) == 5 and parts[2].startswith("stages_") and parts[3] == "norm"

@@ -22,18 +22,13 @@ Schedule = Callable[[jax.Array], jax.Array]
 class StepSettings:
     """What a step needs beside the task and the optimiser.
 
-    Attributes:
-        seed: of everything that is drawn.
-        accumulation: micro-batches a step; the loss and its gradient are those of the whole batch, batch norms use each
-            micro-batch's own statistics.
-        ema_decay: of the averages of weights and batch statistics, where the state holds them.
-        trainable: tree of bool like the parameters; gradients of the others are not computed.
+    The loss of micro-batches and its gradient are those of the whole batch; batch norms use each one's own statistics.
     """
 
-    seed: int
-    accumulation: int = 1
-    ema_decay: float = 0.0
-    trainable: Any = None
+    seed: int  # of everything that is drawn
+    accumulation: int = 1  # micro-batches a step
+    ema_decay: float = 0.0  # of the averages of weights and batch statistics, where the state holds them
+    trainable: Any = None  # tree of bool like the parameters; gradients of the others are not computed
 
 
 def train_step(

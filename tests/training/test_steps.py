@@ -223,7 +223,7 @@ def reference_task(tmp_path_factory):
 def test_the_references_loss_of_a_validation_is_the_mean_of_its_batches_by_hand(reference_task):
     _, task = reference_task
     rng = np.random.default_rng(4)
-    scorer, plain = task.scorer(), dataclasses.replace(task, mean_of_batches=False).scorer()
+    scorer, plain = task.scorer(), dataclasses.replace(task, reference=False).scorer()
     weighted, squares, labels = 0.0, 0.0, 0
     for chips, share in ((4, 0.5), (4, 0.01), (2, 0.2)):  # the last batch is padded
         prediction = rng.gamma(2, 60, (4, 8, 8)).astype(np.float32)
