@@ -22,34 +22,31 @@ class Field(NamedTuple):
     missing: float | None  # stands where a file lacks the dataset; None for those that no table can do without
 
 
-def _field(dtype: str, missing: float | None, v2: str | None, v3: str | None) -> Field:
-    return Field({2: v2, 3: v3}, np.dtype(dtype), missing)
-
-
-def _same(dtype: str, missing: float | None, path: str) -> Field:
-    return _field(dtype, missing, path, path)
+def _field(dtype: str, missing: float | None, *paths: str | None) -> Field:
+    """A field with one path for both versions, or one for each."""
+    return Field({2: paths[0], 3: paths[-1]}, np.dtype(dtype), missing)
 
 
 # 255 is no value that these flags and classes take (of leaf_off_flag it is "not applicable").
 FIELDS: dict[str, Field] = {
-    "shot_number": _same("u8", None, "shot_number"),
-    "lon": _same("f8", None, "lon_lowestmode"),
-    "lat": _same("f8", None, "lat_lowestmode"),
-    "delta_time": _same("f8", None, "delta_time"),
-    "agbd": _same("f4", None, "agbd"),
-    "agbd_se": _same("f4", np.nan, "agbd_se"),
-    "sensitivity": _same("f4", np.nan, "sensitivity"),
+    "shot_number": _field("u8", None, "shot_number"),
+    "lon": _field("f8", None, "lon_lowestmode"),
+    "lat": _field("f8", None, "lat_lowestmode"),
+    "delta_time": _field("f8", None, "delta_time"),
+    "agbd": _field("f4", None, "agbd"),
+    "agbd_se": _field("f4", np.nan, "agbd_se"),
+    "sensitivity": _field("f4", np.nan, "sensitivity"),
     "l4_quality_flag": _field("u1", 255, "l4_quality_flag", "l4a_quality_flag_rel3"),
-    "degrade_flag": _same("u1", 255, "degrade_flag"),
-    "selected_algorithm": _same("u1", 255, "selected_algorithm"),
-    "pft_class": _same("u1", 255, "land_cover_data/pft_class"),
-    "leaf_off_flag": _same("u1", 255, "land_cover_data/leaf_off_flag"),
+    "degrade_flag": _field("u1", 255, "degrade_flag"),
+    "selected_algorithm": _field("u1", 255, "selected_algorithm"),
+    "pft_class": _field("u1", 255, "land_cover_data/pft_class"),
+    "leaf_off_flag": _field("u1", 255, "land_cover_data/leaf_off_flag"),
     # read for filters only
     "algorithm_run_flag": _field("u1", 255, "algorithm_run_flag", "l2_algrunflag"),
     "l2a_quality_flag": _field("u1", 255, None, "l2a_quality_flag_rel3"),
     "degrade_include_flag": _field("u1", 255, None, "degrade_include_flag"),
     "outlier_flag": _field("u1", 255, None, "elev_highestreturn_outlier_flag"),
-    "solar_elevation": _same("f4", np.nan, "solar_elevation"),
+    "solar_elevation": _field("f4", np.nan, "solar_elevation"),
 }
 # The table's own columns; the remaining fields are read where a filter asks for them.
 COLUMNS = tuple(FIELDS)[:12]

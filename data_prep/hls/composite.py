@@ -192,10 +192,7 @@ def select(
 
 
 def without_duplicates(scenes: Sequence[Scene]) -> tuple[list[Scene], dict[str, str]]:
-    """Keep one granule of each overpass, the one that HLS made last.
-
-    Args:
-        scenes: of one tile, in any order.
+    """Keep one granule of each overpass of a tile, the one that HLS made last.
 
     Returns:
         scenes by time, and {name of a dropped one: name of the one kept}.

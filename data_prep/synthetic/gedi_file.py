@@ -118,16 +118,14 @@ def write_gedi(path: Path, beams: Mapping[str, Mapping[str, Any]]) -> Path:
         for beam in BEAMS:
             if beam in beams:
                 _write_beam(file.create_group(beam), beam, dict(beams[beam]))
-        attributes = file.create_group("METADATA/DatasetIdentification").attrs
-        for name, text in {
-            "PGEVersion": path.name.split("_")[-2],
-            "VersionID": "02",
-            "abstract": "Synthetic shots in the layout of the GEDI L4A standard data product.",
-            "fileName": path.name,
-            "shortName": "GEDI_L4A",
-            "spatialRepresentationType": "along-track",
-        }.items():
-            attributes[name] = text
+        file.create_group("METADATA/DatasetIdentification").attrs.update(
+            PGEVersion=path.name.split("_")[-2],
+            VersionID="02",
+            abstract="Synthetic shots in the layout of the GEDI L4A standard data product.",
+            fileName=path.name,
+            shortName="GEDI_L4A",
+            spatialRepresentationType="along-track",
+        )
     return path
 
 
@@ -141,12 +139,9 @@ def _write_beam(group: h5py.Group, beam: str, shots: dict[str, Any]) -> None:
             values = np.full(count, values, object if dtype is _TEXT else dtype)
         dataset = _create(group, name, np.asarray(values), dtype)
         if "/" not in name:
-            dataset.attrs["coordinates"] = _COORDINATES
-            dataset.attrs["long_name"] = long_name
-            dataset.attrs["units"] = units
+            dataset.attrs.update(coordinates=_COORDINATES, long_name=long_name, units=units)
     _create(group, "xvar", np.tile(np.array([10.5, 0, 0, 0], np.float32), (count, 1)), "f4")
-    prediction = group["agbd_prediction"].attrs
-    prediction["alpha"], prediction["max_nvar"], prediction["predictor_offset"] = 0.1, 4, 100
+    group["agbd_prediction"].attrs.update(alpha=0.1, max_nvar=4, predictor_offset=100)
 
 
 def _create(group: h5py.Group, name: str, values: np.ndarray, dtype: object) -> h5py.Dataset:

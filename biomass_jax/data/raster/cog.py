@@ -11,7 +11,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,19 +31,13 @@ _FULL = "is the disk full, or a limit on file sizes set (ulimit -f)?"
 
 @dataclass(frozen=True)
 class CogLayout:
-    """How a COG is compressed and blocked.
+    """How a COG is compressed and blocked."""
 
-    Attributes:
-        block: edge of its tiles in pixels, a multiple of 16.
-        compression: GDAL's options of the COG.
-        working: GDAL's options of the working copy.
-        overviews_first: whether overviews are made in the working copy (quicker where that isn't compressed) or by the
-            COG driver. Either way they are means of the valid pixels.
-    """
-
-    block: int
-    compression: Mapping[str, Any]
-    working: Mapping[str, Any] = field(default_factory=dict)
+    block: int  # edge of its tiles in pixels, a multiple of 16
+    compression: Mapping[str, Any]  # GDAL's options of the COG
+    working: Mapping[str, Any]  # GDAL's options of the working copy
+    # Whether overviews are made in the working copy (quicker where that isn't compressed) or by the COG driver. Either
+    # way they are means of the valid pixels.
     overviews_first: bool = False
 
 
@@ -261,10 +255,8 @@ class CogWriter:
 
     def _overview_factors(self) -> list[int]:
         """2, 4, 8 ... until the smallest overview is one tile."""
-        factors: list[int] = []
-        while max(self.grid.height, self.grid.width) > self._layout.block * 2 ** len(factors):
-            factors.append(2 ** (len(factors) + 1))
-        return factors
+        blocks = max(self.grid.height, self.grid.width) / self._layout.block
+        return [2 ** (level + 1) for level in range(31) if blocks > 2**level]
 
     def _close_dataset(self) -> None:
         dataset, self._dataset = self._dataset, None
