@@ -15,6 +15,7 @@ from flax import linen as nn
 
 Initializer = Callable[..., jax.Array]  # (key, shape, dtype) -> array
 
+KINDS = ("torch", "simmim")
 # The original says trunc_normal_(std=0.02), which cuts at -2 and 2, a hundred deviations away; JAX's cuts at two.
 NORMAL: Initializer = nn.initializers.normal(0.02)
 
@@ -30,8 +31,12 @@ def uniform(fan_in: int) -> Initializer:
 
 
 def dense(kind: str, fan_in: int) -> dict[str, Any]:
-    """`nn.Dense`'s initialisers for `fan_in` input features."""
-    if kind == "simmim":
+    """`nn.Dense`'s initialisers for `fan_in` input features.
+
+    Raises:
+        ValueError: unknown kind.
+    """
+    if _check(kind) == "simmim":
         return {"kernel_init": NORMAL, "bias_init": nn.initializers.zeros_init()}
     return {"kernel_init": uniform(fan_in), "bias_init": uniform(fan_in)}
 
@@ -43,4 +48,10 @@ def conv(fan_in: int) -> dict[str, Any]:
 
 def bias_table(kind: str) -> Initializer:
     """The initialiser of relative position bias tables."""
-    return NORMAL if kind == "simmim" else nn.initializers.zeros_init()
+    return NORMAL if _check(kind) == "simmim" else nn.initializers.zeros_init()
+
+
+def _check(kind: str) -> str:
+    if kind not in KINDS:
+        raise ValueError(f"unknown initialisation {kind!r}; expected one of {', '.join(KINDS)}")
+    return kind

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from biomass_jax.errors import STOPPED, PrepError, Stopped
+from biomass_jax.runtime.settings import check
 from data_prep.commands import command
 from data_prep.prepare.chain import prepare
 from data_prep.prepare.runner import open_executor
 from data_prep.prepare.state import locked
+from data_prep.settings import Prepare
 
 
 def read_config(path: str, changes: Sequence[str] = ()) -> dict[str, Any]:
@@ -31,6 +33,7 @@ def read_config(path: str, changes: Sequence[str] = ()) -> dict[str, Any]:
 
     Raises:
         PrepError: no such file or field, or a value of another type.
+        ConfigError: a value that the field can't have.
     """
     from absl import flags
     from ml_collections import config_flags
@@ -53,6 +56,7 @@ def read_config(path: str, changes: Sequence[str] = ()) -> dict[str, Any]:
         raise PrepError(f"{path}: {' '.join(str(said).split())}") from error
     if left[1:]:
         raise PrepError(f"unexpected arguments {left[1:]}; fields are given as --config.field=value")
+    check(holder.value, Prepare)
     return config
 
 

@@ -184,3 +184,8 @@ def test_how_weights_are_drawn_is_no_part_of_the_architecture():
     fields = architecture_of(module)
     assert not {"initializer", "remat", "dtype"} & set(fields)
     assert build_module("biomass", fields, remat=[1, 2]) == BiomassModel(**ENCODER, remat=(1, 2))
+
+
+def test_an_unknown_initialisation_is_refused():
+    with pytest.raises(ValueError, match="unknown initialisation 'xavier'; expected one of torch, simmim"):
+        jax.eval_shape(lambda: small("xavier").init(jax.random.key(0), small_input()))
