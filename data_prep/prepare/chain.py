@@ -98,7 +98,7 @@ class Chain:
         seasons = self._shot_seasons()
         folder = Path(self.config["granules"]["gedi"] or self.out / "granules" / "gedi")
         present = {} if not folder.is_dir() or not any(folder.rglob("*.h5")) else _by_name(find_granules([folder]))
-        gone = [name for name in self.state.names("gedi") if name not in present and self._discarded("gedi", name)]
+        gone = [name for name in self.state.names("gedi") if name not in present and self.state.discarded("gedi", name)]
         jobs = []
         for name in sorted([*present, *gone]):
             path, dst = present.get(name), self.out / "footprints" / f"{name}.parquet"
@@ -129,7 +129,7 @@ class Chain:
         try:
             folders = select(scenes, season=season, sensors=settings["sensors"], tile=tile).folders
         except PrepError:
-            if not self._discarded("composite", tile):
+            if not self.state.discarded("composite", tile):
                 raise
             folders = []
         path = composite_path(self.out / "composites", tile, season)
@@ -262,10 +262,6 @@ class Chain:
             "config": json.loads(json.dumps(self.config)),
         }
 
-    def _discarded(self, step: str, name: str) -> bool:
-        record = self.state.read(step, name)
-        return record is not None and bool(record.discarded)
-
 
 def _season(config: Mapping[str, Any]) -> tuple[Season | None, int, Sequence[Sequence[Any]]]:
     """(season, or None where it depends on latitude; its year; the table that tells it then)."""
@@ -370,5 +366,4 @@ def download_tile(tile: str, settings: Mapping[str, Any], runner: Runner) -> dic
 def _discarded(runner: Runner, path: Path) -> bool:
     """Whether an orbit has been used for another tile, and then deleted."""
     product = product_of(path.name)
-    record = runner.state.read("gedi", product.granule) if product else None
-    return record is not None and bool(record.discarded)
+    return product is not None and runner.state.discarded("gedi", product.granule)

@@ -177,9 +177,11 @@ class Runner:
             if outcome is None and not last:
                 alone.append((job, inputs))
                 return
-            self._take(job, inputs, outcome or Outcome(None, _DIED), describe)
+            self._take(job, inputs, outcome or Outcome(None, _DIED))
+            part = self.done[step].get(job.name)
+            fate = describe(part.record.result) if part else "failed"
             left = f", {len(waiting)} left" if waiting else ""
-            self.say(f"{step:9} {job.name}: {self._fate(job, describe)} ({time.monotonic() - began:.1f} s{left})")
+            self.say(f"{step:9} {job.name}: {fate} ({time.monotonic() - began:.1f} s{left})")
 
         for job in jobs:
             with self.failing(step, job.name):
@@ -220,7 +222,7 @@ class Runner:
         executor = SerialExecutor() if here else self.executor
         return executor.submit(attempt, job.function, dict(job.arguments))
 
-    def _take(self, job: StepJob, inputs: dict[str, str], outcome: Outcome, describe: Describe) -> None:
+    def _take(self, job: StepJob, inputs: dict[str, str], outcome: Outcome) -> None:
         for text in outcome.warnings:
             print(f"warning: {job.step} {job.name}: {text}", file=sys.stderr)
         if outcome.result is None:
@@ -230,10 +232,6 @@ class Runner:
         with self.failing(job.step, job.name):
             record = self.state.finish(job, inputs, outcome.result, outcome.warnings)
             self.done[job.step][job.name] = FinishedStep(job, record)
-
-    def _fate(self, job: StepJob, describe: Describe) -> str:
-        part = self.done[job.step].get(job.name)
-        return describe(part.record.result) if part else "failed"
 
 
 def _outcome(future: Future) -> Outcome | None:

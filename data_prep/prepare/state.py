@@ -140,6 +140,11 @@ class StepRecords:
             self._write(step, name, record, stored["settings"])
         return sum(_delete(self.out / path) for path in record.discarded)
 
+    def discarded(self, step: str, name: str) -> bool:
+        """Whether inputs of a finished job were deleted."""
+        record = self.read(step, name)
+        return record is not None and bool(record.discarded)
+
     def names(self, step: str) -> list[str]:
         """Of what there are records of a step."""
         return sorted(path.stem for path in (self.out / "state" / step).glob("*.json"))
