@@ -29,28 +29,22 @@ def run_all(
         Exception: the first one that a task raises; tasks not begun are given up.
     """
     if executor is not None:
-        yield from _results(executor, function, tasks)
+        yield from executor.map(function, *zip(*tasks, strict=True))
     elif workers <= 1 or len(tasks) <= 1:
         for task in tasks:
             yield function(*task)
     else:
-        # Not forked: a fork copies the locks of GDAL's and TFDS's threads in whatever state they are.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=end_with_parent) as pool:
-            yield from _results(pool, function, tasks)
+        with new_pool(min(workers, len(tasks))) as pool:
+            yield from pool.map(function, *zip(*tasks, strict=True))
 
 
-def _results(executor: Executor, function: Callable[..., Result], tasks: Sequence[tuple[Any, ...]]) -> Iterator[Result]:
-    futures = [executor.submit(function, *task) for task in tasks]
-    try:
-        for future in futures:
-            yield future.result()
-    finally:
-        for future in futures:
-            future.cancel()
+def new_pool(workers: int) -> ProcessPoolExecutor:
+    """Processes that end with this one."""
+    # Not forked: a fork copies the locks of GDAL's and TFDS's threads in whatever state they are.
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
 
 
-def end_with_parent() -> None:
+def _end_with_parent() -> None:
     """End this worker when its parent is gone: a killed run must not keep writing beside the next."""
     parent = multiprocessing.parent_process()
     if parent is not None:

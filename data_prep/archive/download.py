@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from biomass_jax.errors import PrepError
 from data_prep.archive.fetch import WORKERS, AccessError, OpenUrl, Response, Wanted, fetch_all
-from data_prep.archive.search import Area, Search, read_area, search_archive, search_gedi, search_hls
+from data_prep.archive.search import Area, read_area, search_archive, search_gedi, search_hls
 from data_prep.commands import command
 from data_prep.hls.granules import needed_layers, parse_granule_name
 from data_prep.places import check_box
@@ -206,8 +206,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def download(args: argparse.Namespace, *, search: Search, open_url: OpenUrl | None = None) -> int:
-    """The command behind its arguments; returns its exit code, 1 where something failed."""
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code, 1 where something failed."""
+    args = _parser().parse_args(argv)
     if args.area is not None:
         area = read_area(args.area)
     else:
@@ -215,10 +217,10 @@ def download(args: argparse.Namespace, *, search: Search, open_url: OpenUrl | No
         area = Area(tile=tile, box=check_box(tuple(args.bbox)) if args.bbox else None)
     season = resolve_season(args.season, area.latitude)
     if args.product == "hls":
-        answers = search_hls(area, season, sensors=args.sensors.split("+"), search=search)
+        answers = search_hls(area, season, sensors=args.sensors.split("+"), search=search_archive)
         plan = plan_hls(answers, args.out, season=season, tile=area.tile, max_cloud=args.max_cloud)
     else:
-        plan = plan_gedi(search_gedi(area, season.widened(args.label_years), search=search), args.out)
+        plan = plan_gedi(search_gedi(area, season.widened(args.label_years), search=search_archive), args.out)
     print("\n".join(plan.lines()))
     if not plan.granules and not plan.incomplete:
         raise PrepError(
@@ -226,15 +228,9 @@ def download(args: argparse.Namespace, *, search: Search, open_url: OpenUrl | No
         )
     if args.dry_run:
         return 0
-    result = fetch_all(plan.files, open_url or log_in(), workers=args.workers, say=print)
+    result = fetch_all(plan.files, log_in, workers=args.workers, say=print)
     print(
         f"{len(result.received)} files downloaded ({result.bytes / 1e6:,.1f} MB), {len(result.present)} were there, "
         f"{len(result.failed)} failed"
     )
     return 1 if result.failed or plan.incomplete else 0
-
-
-@command
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    return download(_parser().parse_args(argv), search=search_archive)

@@ -3,14 +3,15 @@
 A file arrives as `.{name}.part` beside its place; `.{name}.part.json` says of which version on the server it is a part.
 """
 
+import itertools
 import json
 import os
 import re
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import sleep
 from typing import Any, Protocol
 
 from biomass_jax.data.raster.cog import check_space
@@ -94,10 +95,8 @@ class _Again(Exception):
 
 def fetch_all(
     wanted: Sequence[Wanted],
-    open_url: OpenUrl,
+    log_in: Callable[[], OpenUrl],
     *,
-    attempts: int = ATTEMPTS,
-    pause: float = PAUSE,
     workers: int = WORKERS,
     say: Callable[[str], None] = lambda line: None,
 ) -> Result:
@@ -105,29 +104,29 @@ def fetch_all(
 
     Args:
         wanted: the files.
-        open_url: asks the server.
-        attempts: for each file.
-        pause: seconds before the second attempt, doubled before each further one.
+        log_in: gives what asks the server; called where a file is missing alone.
         workers: files at a time.
         say: is called with a line for each file.
 
     Raises:
-        AccessError: the server refuses the credentials.
-        PrepError: no room.
+        AccessError: there are no credentials, or the server refuses them.
+        PrepError: no room, or see `log_in`.
     """
     result = Result()
     missing = [one for one in wanted if not _is_here(one)]
     result.present = [one.path for one in wanted if one not in missing]
     for folder in dict.fromkeys(one.path.parent for one in missing):
         folder.mkdir(parents=True, exist_ok=True)
-    if missing:
-        try:
-            check_space(missing[0].path.parent, sum(one.size or 0 for one in missing))
-        except RasterError as error:
-            raise PrepError(str(error)) from error
+    if not missing:
+        return result
+    try:
+        check_space(missing[0].path.parent, sum(one.size or 0 for one in missing))
+    except RasterError as error:
+        raise PrepError(str(error)) from error
+    open_url = log_in()
     pool = ThreadPoolExecutor(workers)
     try:
-        jobs = {pool.submit(fetch, one, open_url, attempts=attempts, pause=pause): one for one in missing}
+        jobs = {pool.submit(fetch, one, open_url): one for one in missing}
         for job in as_completed(jobs):
             path = jobs[job].path
             try:
@@ -147,14 +146,7 @@ def fetch_all(
     return result
 
 
-def fetch(
-    wanted: Wanted,
-    open_url: OpenUrl,
-    *,
-    attempts: int = ATTEMPTS,
-    pause: float = PAUSE,
-    sleep: Callable[[float], None] = time.sleep,
-) -> int:
+def fetch(wanted: Wanted, open_url: OpenUrl) -> int:
     """Get one file, resuming from what an earlier attempt or run left of it.
 
     Returns:
@@ -170,15 +162,15 @@ def fetch(
         nonlocal received
         received += size
 
-    for attempt in range(1, attempts + 1):
+    for attempt in itertools.count(1):
         try:
             _attempt(wanted, open_url, count)
-            return received
+            break
         except _Again as error:
-            if attempt == attempts:
-                raise PrepError(f"{wanted.path}: {error} ({attempts} attempts); start again to resume") from error
-            sleep(min(error.pause if error.pause is not None else pause * 2 ** (attempt - 1), LONGEST_PAUSE))
-    raise PrepError(f"{wanted.path}: attempts is {attempts}, expected at least 1")
+            if attempt == ATTEMPTS:
+                raise PrepError(f"{wanted.path}: {error} ({ATTEMPTS} attempts); start again to resume") from error
+            sleep(min(error.pause if error.pause is not None else PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE))
+    return received
 
 
 def fault(path: Path, *, like: Path | None = None) -> str | None:

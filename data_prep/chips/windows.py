@@ -52,8 +52,8 @@ class TilePair(ExitStack[None]):
         self.tile, self.season, self.sensors = (_tag(self._image.tags, name, self.composite) for name in _TAGS)
         if self._image.dtype != np.int16 or self._image.fill not in (None, bands.FILL):
             raise PrepError(
-                f"{self.composite}: found {self._image.dtype} with no-data value {self._image.fill} when read, "
-                f"expected int16 {bands.UNITS} with {bands.FILL} as `data_prep composite` writes them"
+                f"{self.composite}: found {self._image.dtype} with no-data value {self._image.fill} as read, expected "
+                f"int16 {bands.UNITS} with {bands.FILL} as `data_prep composite` writes them"
             )
         self.grid, found = self._image.grid, grid_of(self._label)
         if self._label.count != 1 or not found.same_as(self.grid):

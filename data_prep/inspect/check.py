@@ -17,6 +17,8 @@ import numpy as np
 
 from biomass_jax.data import bands
 from biomass_jax.data.records import Record
+from biomass_jax.data.shards import split_counts
+from biomass_jax.data.sources import ShardSource
 from biomass_jax.errors import PrepError
 from biomass_jax.figures import style
 from biomass_jax.runtime.files import write_json
@@ -275,9 +277,6 @@ def records_of_index(out: str | os.PathLike[str], tiles: Sequence[str] = ()) -> 
 
 def records_of_shards(folder: str | os.PathLike[str], tiles: Sequence[str] = ()) -> Iterator[Record]:
     """The chips of all splits of a data set of shards; of these tiles alone where there are any."""
-    from biomass_jax.data.shards import split_counts
-    from biomass_jax.data.sources import ShardSource
-
     for split in sorted(split_counts(Path(folder))):
         for record in ShardSource(folder, split):
             if not tiles or record["tile"] in tiles:

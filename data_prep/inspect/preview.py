@@ -21,6 +21,7 @@ from data_prep.chips import cells as chips
 from data_prep.chips import index as chip_index
 from data_prep.chips.windows import read_record
 from data_prep.commands import command
+from data_prep.inspect.check import records_of_shards
 
 TILE_PIXELS = 915  # of the longer side of a tile's picture: a quarter of an HLS tile
 _RGB = [bands.BAND_NAMES.index(name) for name in ("RED", "GREEN", "BLUE")]
@@ -132,16 +133,12 @@ def find_record(name: str, *, out: Path | None = None, shards: Path | None = Non
             return read_record(row, out)
         names = frame["chip_id"].tolist()
     else:
-        from biomass_jax.data.shards import split_counts
-        from biomass_jax.data.sources import ShardSource
-
         assert shards is not None
         names = []
-        for split in sorted(split_counts(shards)):
-            for record in ShardSource(shards, split):
-                if record["chip_id"] == name:
-                    return record
-                names.append(record["chip_id"])
+        for record in records_of_shards(shards):
+            if record["chip_id"] == name:
+                return record
+            names.append(record["chip_id"])
     raise PrepError(f"{out or shards}: found no chip {name!r} among {len(names)}, expected a chip_id like {names[:1]}")
 
 

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 
 from biomass_jax.errors import PrepError
 from data_prep.archive.download import log_in, plan_gedi, plan_hls
-from data_prep.archive.fetch import OpenUrl, fetch_all
-from data_prep.archive.search import Area, Search, search_archive, search_gedi, search_hls
+from data_prep.archive.fetch import fetch_all
+from data_prep.archive.search import Area, search_archive, search_gedi, search_hls
 from data_prep.chips import index as chip_index
 from data_prep.chips.splits import as_metadata
 from data_prep.gedi.filters import as_dict
@@ -98,7 +98,7 @@ class Chain:
         seasons = self._shot_seasons()
         folder = Path(self.config["granules"]["gedi"] or self.out / "granules" / "gedi")
         present = {} if not folder.is_dir() or not any(folder.rglob("*.h5")) else _by_name(find_granules([folder]))
-        gone = [name for name in self.state.names("gedi") if name not in present and self._discarded("gedi", name)]
+        gone = [name for name in self.state.names("gedi") if name not in present and self.state.discarded("gedi", name)]
         jobs = []
         for name in sorted([*present, *gone]):
             path, dst = present.get(name), self.out / "footprints" / f"{name}.parquet"
@@ -129,7 +129,7 @@ class Chain:
         try:
             folders = select(scenes, season=season, sensors=settings["sensors"], tile=tile).folders
         except PrepError:
-            if not self._discarded("composite", tile):
+            if not self.state.discarded("composite", tile):
                 raise
             folders = []
         path = composite_path(self.out / "composites", tile, season)
@@ -262,10 +262,6 @@ class Chain:
             "config": json.loads(json.dumps(self.config)),
         }
 
-    def _discarded(self, step: str, name: str) -> bool:
-        record = self.state.read(step, name)
-        return record is not None and bool(record.discarded)
-
 
 def _season(config: Mapping[str, Any]) -> tuple[Season | None, int, Sequence[Sequence[Any]]]:
     """(season, or None where it depends on latitude; its year; the table that tells it then)."""
@@ -312,16 +308,12 @@ def _counts(result: Mapping[str, Any]) -> str:
     return ", ".join(f"{count} {name}" for name, count in result["counts"].items())
 
 
-def download_tiles(
-    config: Mapping[str, Any], runner: Runner, *, search: Search | None = None, open_url: OpenUrl | None = None
-) -> None:
+def download_tiles(config: Mapping[str, Any], runner: Runner) -> None:
     """Get what the config's tiles need into `granules/`; tiles that have been searched with these settings are left.
 
     Args:
         config: the fields of configs/prepare.py.
         runner: takes records and errors; jobs run in this process.
-        search: asks the archive; earthaccess where None.
-        open_url: asks for a file; None logs in with the environment's or netrc's credentials.
 
     Raises:
         PrepError: no tiles are named, or granules are said to be elsewhere.
@@ -336,20 +328,12 @@ def download_tiles(
     settings |= {"sensors": sorted(set(config["composite"]["sensors"]))}
     jobs = []
     for tile in sorted({tile.removeprefix("T") for tile in config["tiles"]}):
-        arguments = {
-            "tile": tile,
-            "settings": settings,
-            "runner": runner,
-            "search": search or search_archive,
-            "open_url": open_url,
-        }
+        arguments = {"tile": tile, "settings": settings, "runner": runner}
         jobs.append(StepJob("download", tile, download_tile, arguments, settings, (), ()))
     runner.run("download", jobs, lambda r: f"{len(r['scenes'])} scenes, {len(r['orbits'])} orbits", here=True)
 
 
-def download_tile(
-    tile: str, settings: Mapping[str, Any], runner: Runner, search: Search, open_url: OpenUrl | None
-) -> dict[str, Any]:
+def download_tile(tile: str, settings: Mapping[str, Any], runner: Runner) -> dict[str, Any]:
     """One tile's granules; names of its scenes and orbits.
 
     Raises:
@@ -358,13 +342,13 @@ def download_tile(
     area, granules = Area(tile=tile), runner.state.out / "granules"
     season = resolve_season(settings["season"], area.latitude, settings["season_table"] or DEFAULT_TABLE)
     scenes = plan_hls(
-        search_hls(area, season, sensors=settings["sensors"], search=search),
+        search_hls(area, season, sensors=settings["sensors"], search=search_archive),
         granules,
         season=season,
         tile=tile,
         max_cloud=settings["max_cloud"],
     )
-    orbits = plan_gedi(search_gedi(area, season.widened(settings["label_years"]), search=search), granules)
+    orbits = plan_gedi(search_gedi(area, season.widened(settings["label_years"]), search=search_archive), granules)
     for what, plan in (("scenes", scenes), ("orbits", orbits)):
         if plan.incomplete:
             name, why = min(plan.incomplete.items())
@@ -372,7 +356,7 @@ def download_tile(
         if not plan.granules:
             raise PrepError(f"the archive has no {what} of tile {tile} in {season.text} within these settings")
     wanted = [*scenes.files, *(file for file in orbits.files if not _discarded(runner, file.path))]
-    found = fetch_all(wanted, _when_needed(open_url), say=runner.say)
+    found = fetch_all(wanted, log_in, say=runner.say)
     if found.failed:
         path, why = min(found.failed.items())
         raise PrepError(f"{len(found.failed)} of {len(wanted)} files were not downloaded, first {path.name}: {why}")
@@ -382,17 +366,4 @@ def download_tile(
 def _discarded(runner: Runner, path: Path) -> bool:
     """Whether an orbit has been used for another tile, and then deleted."""
     product = product_of(path.name)
-    record = runner.state.read("gedi", product.granule) if product else None
-    return record is not None and bool(record.discarded)
-
-
-def _when_needed(open_url: OpenUrl | None) -> OpenUrl:
-    """Log in with the first file, so that a folder that has all of them needs no credentials."""
-    made: list[Callable[..., Any]] = [] if open_url is None else [open_url]
-
-    def opened(url: str, headers: Mapping[str, str]) -> Any:
-        if not made:
-            made.append(log_in())
-        return made[0](url, headers)
-
-    return opened
+    return product is not None and runner.state.discarded("gedi", product.granule)

@@ -1,18 +1,17 @@
 """Runs jobs in this process, a pool or a Dask cluster: keeps what is done, writes records, tells what happens."""
 
-import multiprocessing
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, as_completed, wait
+from concurrent.futures import BrokenExecutor, Executor, Future, as_completed, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from biomass_jax.errors import BiomassError, PrepError
-from data_prep.parallel import end_with_parent
+from data_prep.parallel import new_pool
 from data_prep.prepare.state import StepJob, StepRecord, StepRecords
 
 CONNECT_SECONDS = 30
@@ -39,12 +38,7 @@ class ProcessExecutor(Executor):
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
-        self._pool = self._new()
-
-    def _new(self) -> ProcessPoolExecutor:
-        # Not forked: a fork copies the locks of GDAL's threads in whatever state they are.
-        context = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(self._workers, context, initializer=end_with_parent)
+        self._pool = new_pool(workers)
 
     def submit(self, function: Callable[..., Any], /, *args: object, **kwargs: object) -> Future:
         """A future; BrokenExecutor in it if the pool breaks before it is done."""
@@ -52,7 +46,7 @@ class ProcessExecutor(Executor):
             return self._pool.submit(function, *args, **kwargs)
         except BrokenExecutor:
             self._pool.shutdown(wait=False)
-            self._pool = self._new()
+            self._pool = new_pool(self._workers)
             return self._pool.submit(function, *args, **kwargs)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -183,9 +177,11 @@ class Runner:
             if outcome is None and not last:
                 alone.append((job, inputs))
                 return
-            self._take(job, inputs, outcome or Outcome(None, _DIED), describe)
+            self._take(job, inputs, outcome or Outcome(None, _DIED))
+            part = self.done[step].get(job.name)
+            fate = describe(part.record.result) if part else "failed"
             left = f", {len(waiting)} left" if waiting else ""
-            self.say(f"{step:9} {job.name}: {self._fate(job, describe)} ({time.monotonic() - began:.1f} s{left})")
+            self.say(f"{step:9} {job.name}: {fate} ({time.monotonic() - began:.1f} s{left})")
 
         for job in jobs:
             with self.failing(step, job.name):
@@ -223,13 +219,10 @@ class Runner:
         print(f"error: {step} {name}: {error}", file=sys.stderr)
 
     def _submit(self, job: StepJob, here: bool) -> Future:
-        if not here:
-            return self.executor.submit(attempt, job.function, dict(job.arguments))
-        future: Future = Future()
-        future.set_result(attempt(job.function, job.arguments))
-        return future
+        executor = SerialExecutor() if here else self.executor
+        return executor.submit(attempt, job.function, dict(job.arguments))
 
-    def _take(self, job: StepJob, inputs: dict[str, str], outcome: Outcome, describe: Describe) -> None:
+    def _take(self, job: StepJob, inputs: dict[str, str], outcome: Outcome) -> None:
         for text in outcome.warnings:
             print(f"warning: {job.step} {job.name}: {text}", file=sys.stderr)
         if outcome.result is None:
@@ -239,10 +232,6 @@ class Runner:
         with self.failing(job.step, job.name):
             record = self.state.finish(job, inputs, outcome.result, outcome.warnings)
             self.done[job.step][job.name] = FinishedStep(job, record)
-
-    def _fate(self, job: StepJob, describe: Describe) -> str:
-        part = self.done[job.step].get(job.name)
-        return describe(part.record.result) if part else "failed"
 
 
 def _outcome(future: Future) -> Outcome | None:

@@ -79,17 +79,10 @@ class StepRecords:
         """A record; None where there is none, or one that can't be read (then the step is done again)."""
         try:
             stored = json.loads(self.path(step, name).read_text(encoding="utf-8"))
-            return (
-                StepRecord(**{key: stored[key] for key in StepRecord.__dataclass_fields__})
-                if self._fits(stored)
-                else None
-            )
+            known = StepRecord(**{key: stored[key] for key in StepRecord.__dataclass_fields__})
+            return known if stored["schema"] == SCHEMA else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
-
-    @staticmethod
-    def _fits(stored: object) -> bool:
-        return isinstance(stored, dict) and stored.get("schema") == SCHEMA
 
     def finished(self, job: StepJob) -> StepRecord | None:
         """The job's record if nothing needs to be done.
@@ -146,6 +139,11 @@ class StepRecords:
             stored = json.loads(self.path(step, name).read_text(encoding="utf-8"))
             self._write(step, name, record, stored["settings"])
         return sum(_delete(self.out / path) for path in record.discarded)
+
+    def discarded(self, step: str, name: str) -> bool:
+        """Whether inputs of a finished job were deleted."""
+        record = self.read(step, name)
+        return record is not None and bool(record.discarded)
 
     def names(self, step: str) -> list[str]:
         """Of what there are records of a step."""

@@ -62,12 +62,11 @@ def _rows(index: Path) -> list[dict[str, Any]]:
     return pq.read_table(index, columns=columns).to_pylist()
 
 
-def index_metadata(index: Path, root: Path | None = None) -> dict[str, Any]:
+def index_metadata(index: Path) -> dict[str, Any]:
     """How the chips of an index were made, as it and the tags of its rasters tell.
 
     Args:
-        index: chips.parquet.
-        root: as for `items_of`.
+        index: chips.parquet in its folder of prepared data.
 
     Returns:
         {chips, split, composite, gedi, sources}: `composite` and `gedi` are settings that all rasters share (a list,
@@ -79,7 +78,7 @@ def index_metadata(index: Path, root: Path | None = None) -> dict[str, Any]:
         PrepError: no index there.
         RasterError: one of its rasters can't be opened.
     """
-    root = index.absolute().parent.parent if root is None else root
+    root = index.absolute().parent.parent
     rows = [row for row in _rows(index) if row["split"] in SPLITS]
     composites = {path: _tags(root / path, "COMPOSITE") for path in sorted({row["composite"] for row in rows})}
     labels = {path: _tags(root / path, "LABELS") for path in sorted({row["label"] for row in rows})}
@@ -132,9 +131,9 @@ def _shared(settings: Mapping[str, dict[str, Any]], what: str) -> dict[str, Any]
     first: dict[str, str] = {}
     for path, made in settings.items():
         first.setdefault(json.dumps(made, sort_keys=True), path)
-    distinct: Iterable[dict[str, Any]] = [json.loads(text) for text in first]
+    distinct = [json.loads(text) for text in first]
     if len(first) > 1:
         one, other = list(first.values())[:2]
         warnings.warn(f"{what} were made with different settings, among them {one} and {other}", stacklevel=3)
-        return list(distinct)
-    return next(iter(distinct), {})
+        return distinct
+    return distinct[0] if distinct else {}

@@ -9,12 +9,21 @@ from data_prep.archive.fetch import AccessError, Wanted, fetch, fetch_all
 from tests.data_prep.archive_server import CHUNK, names_in
 
 
-def get(server, open_url, path, **settings):
+@pytest.fixture(autouse=True)
+def waits(monkeypatch):
+    """The pauses, which no test waits for."""
+    pauses = []
+    monkeypatch.setattr("data_prep.archive.fetch.sleep", pauses.append)
+    return pauses
+
+
+def get(server, open_url, path, size=None, attempts=5, pause=2):
     waits = []
-    size = fetch(
-        Wanted(f"{server.url}/{path.name}", path, settings.pop("size", None)), open_url, sleep=waits.append, **settings
-    )
-    return size, waits
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data_prep.archive.fetch.sleep", waits.append)
+        patch.setattr("data_prep.archive.fetch.ATTEMPTS", attempts)
+        patch.setattr("data_prep.archive.fetch.PAUSE", pause)
+        return fetch(Wanted(f"{server.url}/{path.name}", path, size), open_url), waits
 
 
 def test_a_file_comes_whole(server, open_url, tmp_path):
@@ -71,18 +80,18 @@ class Answer:
         pass
 
 
-def test_a_body_that_ends_early_without_an_error(tmp_path):
+def test_a_body_that_ends_early_without_an_error(tmp_path, waits):
     answers = [
         Answer(200, [b"abc", b"de"], **{"Content-Length": "8"}),
         Answer(206, [b"fgh"], **{"Content-Length": "3", "Content-Range": "bytes 5-7/8"}),
     ]
-    asked, waits = [], []
+    asked = []
 
     def open_url(url, headers):
         asked.append(headers.get("Range"))
         return answers[len(asked) - 1]
 
-    assert fetch(Wanted("https://x/a.bin", tmp_path / "a.bin"), open_url, sleep=waits.append) == 8
+    assert fetch(Wanted("https://x/a.bin", tmp_path / "a.bin"), open_url) == 8
     assert (tmp_path / "a.bin").read_bytes() == b"abcdefgh"
     assert asked == [None, "bytes=5-"] and waits == [2.0]
 
@@ -130,10 +139,10 @@ def test_pauses_grow_and_the_server_may_name_one(server, open_url, tmp_path):
         get(server, open_url, tmp_path / "a.bin", attempts=2)
 
 
-def test_no_server(open_url, tmp_path):
-    waits = []
+def test_no_server(open_url, tmp_path, waits, monkeypatch):
+    monkeypatch.setattr("data_prep.archive.fetch.ATTEMPTS", 2)
     with pytest.raises(PrepError, match=r"a\.bin: no answer"):
-        fetch(Wanted("http://127.0.0.1:9/a.bin", tmp_path / "a.bin"), open_url, attempts=2, sleep=waits.append)
+        fetch(Wanted("http://127.0.0.1:9/a.bin", tmp_path / "a.bin"), open_url)
     assert waits == [2.0]
 
 
@@ -151,7 +160,7 @@ def test_refused_credentials_end_everything_and_name_the_steps(server, open_url,
         server.files[f"/{name}.bin"], server.faults[f"/{name}.bin"] = b"x", [fault] * 9
     wanted = [Wanted(f"{server.url}/{name}.bin", tmp_path / f"{name}.bin") for name in "abcdef"]
     with pytest.raises(AccessError, match=rf"(?s){says}.*EARTHDATA_TOKEN.*netrc"):
-        fetch_all(wanted, open_url, workers=1, pause=0)
+        fetch_all(wanted, lambda: open_url, workers=1)
     assert len(server.asked) < 6
     assert [name for name in names_in(tmp_path) if not name.startswith(".")] == []
 
@@ -177,7 +186,7 @@ def test_what_is_there_and_whole_is_not_taken_again(server, open_url, tmp_path, 
     sizes = {"a": None, "b": None, "c": len(body)}
     wanted = [Wanted(f"{server.url}/{key}.tif", tmp_path / f"{key}.tif", size) for key, size in sizes.items()]
     lines = []
-    result = fetch_all(wanted, open_url, say=lines.append)
+    result = fetch_all(wanted, lambda: open_url, say=lines.append)
     assert result.present == [tmp_path / "a.tif"]
     assert result.received == [tmp_path / "b.tif", tmp_path / "c.tif"]
     assert result.bytes == 2 * len(body)
@@ -188,7 +197,7 @@ def test_what_is_there_and_whole_is_not_taken_again(server, open_url, tmp_path, 
 def test_one_file_that_fails_does_not_stop_the_others(server, open_url, tmp_path):
     server.files |= {"/a.bin": b"1", "/c.bin": b"2"}
     wanted = [Wanted(f"{server.url}/{name}.bin", tmp_path / "new" / f"{name}.bin") for name in "abc"]
-    result = fetch_all(wanted, open_url, workers=2)
+    result = fetch_all(wanted, lambda: open_url, workers=2)
     assert [path.name for path in result.received] == ["a.bin", "c.bin"]
     assert list(result.failed) == [tmp_path / "new" / "b.bin"]
     assert "404" in result.failed[tmp_path / "new" / "b.bin"]
@@ -197,7 +206,7 @@ def test_one_file_that_fails_does_not_stop_the_others(server, open_url, tmp_path
 def test_no_room(server, open_url, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
     with pytest.raises(PrepError, match="make room"):
-        fetch_all([Wanted(f"{server.url}/a.bin", tmp_path / "a.bin", 5000)], open_url)
+        fetch_all([Wanted(f"{server.url}/a.bin", tmp_path / "a.bin", 5000)], lambda: open_url)
     assert server.asked == []
 
 

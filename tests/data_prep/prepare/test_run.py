@@ -267,6 +267,7 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path, capsys):
     [
         (["--config.seson=2020"], 'Did you mean "season"'),
         (["--config.chips.size=many"], "chips.size=many"),
+        (["--config.composite.statistic=mode"], "config.composite.statistic is 'mode'; expected one of mean, median"),
         (["--config.season=1 May"], "season '1 May' is not two dates"),
         (["--config.season="], "season is not set"),
         (["--workers", "0"], "--workers 0: expected 1 or more"),
