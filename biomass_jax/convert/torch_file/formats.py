@@ -11,6 +11,7 @@ from biomass_jax.convert.torch_file import pickle as torch_pickle
 from biomass_jax.convert.torch_file.tensor import (
     MAX_DIMENSIONS,
     FileRecord,
+    Malformed,
     MappedFile,
     Storage,
     StorageType,
@@ -18,7 +19,6 @@ from biomass_jax.convert.torch_file.tensor import (
     item_size,
     make_tensor,
 )
-from biomass_jax.convert.torch_file.values import Malformed
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
