@@ -194,9 +194,8 @@ def read_legacy(file: MappedFile) -> Parsed:
         if loaded.value != expected:
             found = loaded.value if type(loaded.value) is int else f"a {type(loaded.value).__name__}"
             raise Malformed(f"its {what} is {found}, expected {expected}")
-    position = torch_pickle.load(
-        file.data, position, file.size, _no_persistent
-    ).end  # sizes of C types of the writing machine
+    # the sizes of C types of the writing machine aren't looked at
+    position = torch_pickle.load(file.data, position, file.size, _no_persistent).end
     loaded = torch_pickle.load(file.data, position, file.size, persistent)
     keys = torch_pickle.load(file.data, loaded.end, file.size, _no_persistent)
     _place_storages(file, keys.value, keys.end, roots)
