@@ -99,21 +99,6 @@ def _check_usage(options: argparse.Namespace, parse: argparse.ArgumentParser) ->
         parse.error(f"{flags}: has no effect with --to {options.to}")
 
 
-def _convert(options: argparse.Namespace, command: str) -> None:
-    from biomass_jax.convert import convert
-
-    if (Path(options.input) / "bundle.json").is_file():
-        raise ConvertError(f"{options.input} is a bundle already; --to torch writes it as a PyTorch file")
-    lines = convert.convert(
-        options.input,
-        options.output,
-        config=options.config,
-        options=Options(**{name: getattr(options, name) for name in _OPTIONS}, command=command),
-        overwrite=options.overwrite,
-    )
-    _print_table(lines)
-
-
 def _inspect(name: str) -> None:
     from biomass_jax.convert import hub, torch_file
 
@@ -167,7 +152,18 @@ def _run(options: argparse.Namespace, command: str) -> None:
 
         _print_table(export(options.input, options.output, img_size=options.img_size, overwrite=options.overwrite))
     else:
-        _convert(options, command)
+        from biomass_jax.convert import convert
+
+        if (Path(options.input) / "bundle.json").is_file():
+            raise ConvertError(f"{options.input} is a bundle already; --to torch writes it as a PyTorch file")
+        lines = convert.convert(
+            options.input,
+            options.output,
+            config=options.config,
+            options=Options(**{name: getattr(options, name) for name in _OPTIONS}, command=command),
+            overwrite=options.overwrite,
+        )
+        _print_table(lines)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ from biomass_jax.convert.torch_file import Placeholder
 from biomass_jax.data import bands as band_table
 from biomass_jax.errors import ConvertError
 
-_SCALARS = (str, int, bool, type(None))
-
 # Terratorch's argument of the model -> our field that it sets.
 FIELD_OF = {
     "backbone_embed_dim": "embed_dim",
@@ -147,7 +145,7 @@ def is_plain(value: object, *, finite: bool = False) -> bool:
         return all(is_plain(item, finite=finite) for item in value)
     if isinstance(value, float):
         return math.isfinite(value) or not finite
-    return isinstance(value, _SCALARS)
+    return isinstance(value, str | int | None)
 
 
 def _add(into: dict[str, Value], values: Mapping[str, Any], where: str) -> None:

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from biomass_jax.convert.torch_file import formats as torch_formats
-from biomass_jax.convert.torch_file.tensor import MappedFile, TorchTensor
-from biomass_jax.convert.torch_file.values import Inert, Malformed, Placeholder
+from biomass_jax.convert.torch_file.tensor import Inert, Malformed, MappedFile, Placeholder, TorchTensor
 from biomass_jax.errors import TorchFileError
 
 __all__ = ["Placeholder", "TorchFile", "TorchFileError", "TorchTensor", "flatten", "read"]

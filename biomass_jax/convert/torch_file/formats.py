@@ -11,6 +11,7 @@ from biomass_jax.convert.torch_file import pickle as torch_pickle
 from biomass_jax.convert.torch_file.tensor import (
     MAX_DIMENSIONS,
     FileRecord,
+    Malformed,
     MappedFile,
     Storage,
     StorageType,
@@ -18,7 +19,6 @@ from biomass_jax.convert.torch_file.tensor import (
     item_size,
     make_tensor,
 )
-from biomass_jax.convert.torch_file.values import Malformed
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
@@ -194,9 +194,8 @@ def read_legacy(file: MappedFile) -> Parsed:
         if loaded.value != expected:
             found = loaded.value if type(loaded.value) is int else f"a {type(loaded.value).__name__}"
             raise Malformed(f"its {what} is {found}, expected {expected}")
-    position = torch_pickle.load(
-        file.data, position, file.size, _no_persistent
-    ).end  # sizes of C types of the writing machine
+    # the sizes of C types of the writing machine aren't looked at
+    position = torch_pickle.load(file.data, position, file.size, _no_persistent).end
     loaded = torch_pickle.load(file.data, position, file.size, persistent)
     keys = torch_pickle.load(file.data, loaded.end, file.size, _no_persistent)
     _place_storages(file, keys.value, keys.end, roots)

@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from biomass_jax.convert.torch_file import tensor
-from biomass_jax.convert.torch_file.values import Inert, Malformed, Placeholder
+from biomass_jax.convert.torch_file.tensor import BUILDERS, CONSTANTS, Inert, Malformed, Placeholder
 
 MAX_PICKLE_BYTES = 64 << 20  # real ones stay under a few MB: the weights lie outside the pickle
 MAX_COPIED_BYTES = 256 << 20
@@ -166,8 +165,8 @@ class _Machine:
         full = f"{module}.{name}".replace("numpy.core.", "numpy._core.")
         if not full.isprintable():  # names are shown to users
             raise Malformed("a class name has unprintable characters")
-        if full in tensor.CONSTANTS:
-            return tensor.CONSTANTS[full]
+        if full in CONSTANTS:
+            return CONSTANTS[full]
         if full not in _BUILDERS:
             self.unknown[full] = None
         return Placeholder(full)
@@ -410,7 +409,7 @@ _DICT_CLASSES = (
 
 # Dotted name -> function called with the arguments; where it returns NotImplemented, a placeholder is made instead.
 _BUILDERS: dict[str, Callable[..., Any]] = {
-    **tensor.BUILDERS,
+    **BUILDERS,
     **dict.fromkeys(_DICT_CLASSES, _mapping),
     "collections.OrderedDict": lambda *args: OrderedDict(_mapping(*args)),
     "collections.defaultdict": lambda *factory: {},

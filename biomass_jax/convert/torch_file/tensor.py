@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint: byte ranges of the mapped file, storages on them, and tensors that view storages."""
+"""What a file's objects become: tensors that view storages in the mapped file, and inert stand-ins for the rest."""
 
 import math
 import mmap
@@ -11,7 +11,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from biomass_jax.convert.torch_file.values import Inert, Malformed
 from biomass_jax.errors import TorchFileError
 
 MAX_DIMENSIONS = 64  # NumPy's limit
@@ -29,6 +28,41 @@ NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
 }
 # dtypes that are known by size but have no NumPy counterpart: listed by --inspect, refused by .array()
 OTHER_SIZES = {"complex32": 4, "qint8": 1, "quint8": 1, "qint32": 4, "quint4x2": 1, "quint2x4": 1}
+
+
+class Malformed(ValueError):
+    """The same fault found where the file's name isn't known; `torch_file.read` adds the name."""
+
+
+class Inert:
+    """Base of the objects that may stand for something else: compared and hashed by identity, never called."""
+
+    __slots__ = ()
+    class_name: str
+
+
+class Placeholder(Inert):
+    """A class, function or object of the file that was not built.
+
+    Attributes:
+        class_name: dotted name as the file gives it.
+        args: what it was called with; None for a mere mention of the name.
+        kwargs: keyword arguments of the call.
+        state: what pickle would have handed to `__setstate__` or `__dict__` (a dict for an `argparse.Namespace`).
+        items: what would have been appended or added, or (key, value) pairs that would have been set.
+    """
+
+    __slots__ = ("args", "class_name", "items", "kwargs", "state")
+
+    def __init__(self, class_name: str, args: tuple[Any, ...] | None = None, kwargs: dict[Any, Any] | None = None):
+        self.class_name = class_name
+        self.args = args
+        self.kwargs = kwargs or {}
+        self.state: Any = None
+        self.items: list[Any] = []
+
+    def __repr__(self) -> str:
+        return f"<{self.class_name}, not built>"
 
 
 def item_size(dtype: str) -> int:

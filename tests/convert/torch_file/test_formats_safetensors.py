@@ -32,6 +32,7 @@ def entry(dtype: object = "F32", shape: object = (1,), span: object = (0, 4)) ->
         ({"a": entry(shape=(-1,))}, bytes(4), "lists of counts"),
         ({"a": entry(shape=(True,))}, bytes(4), "lists of counts"),
         ({"a": entry(shape=(1 << 62, 1 << 62))}, bytes(4), "larger than any memory"),
+        ({"a": entry(shape=(1,) * 65)}, bytes(4), "has 65 sizes; at most 64"),
         ({"a": entry(span=(4, 0))}, bytes(4), r"expected \[start, stop\]"),
         ({"a": entry(dtype="F4")}, bytes(4), "dtype 'F4'; known: F64"),
         ({"a": {"dtype": "F32"}}, bytes(4), "isn't described"),
