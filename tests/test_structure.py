@@ -15,7 +15,7 @@ FOLDERS = ("biomass_jax", "data_prep", "configs", "benchmarks", "launch", "tests
 MOST_FILE_LINES = 500
 MOST_FUNCTION_LINES = 60
 MOST_MODULES_IN_A_FOLDER = 14
-MOST_PRODUCT_LINES = 24_810  # of biomass_jax and data_prep; lower it when they shrink
+MOST_PRODUCT_LINES = 23_200  # of biomass_jax and data_prep; lower it when they shrink
 # Modules that one other module imports stand for an idea of their own, or belong to that one.
 OF_THEIR_OWN = {
     "biomass_jax.convert.torch_file.pickle": "safe against hostile files; read and tested by itself",
@@ -33,7 +33,7 @@ OF_THEIR_OWN = {
     "data_prep.prepare.steps": "what workers call by name",
     "data_prep.synthetic.ruler.shots": "the labels of the ruler world, beside its images",
 }
-MOST_OF_THEIR_OWN = 15
+MOST_OF_THEIR_OWN = 14
 NOT_MIRRORED = {"parity", "reliability", "end_to_end", "mutation"}  # about the whole
 
 # From the bottom up: a part may import the parts of the lines above its own, and itself.
