@@ -74,7 +74,7 @@ def train(config: object, workdir: Path) -> None:
     """Train on all devices, or resume from what the workdir holds."""
     from biomass_jax.training.run import train_and_evaluate
 
-    if not train_and_evaluate(config, workdir, stop=processes.Together(DeferredStop())):
+    if not train_and_evaluate(config, workdir, stop=processes.AgreedStop(DeferredStop())):
         raise Stopped
 
 

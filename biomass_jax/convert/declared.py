@@ -257,8 +257,8 @@ def input_meta(declared: Declared, options: Options, in_channels: int) -> tuple[
     sensors = options.sensors
     if sensors is None and names and not missing:
         # Published statistics tell the sensors they were taken over, whichever way they were given.
-        told = (p.sensors for p in PRESETS.values() if all(p.of(names, name) == found[name] for name in found))
-        sensors = next(told, None)
+        named = (p.sensors for p in PRESETS.values() if all(p.of(names, name) == found[name] for name in found))
+        sensors = next(named, None)
     meta = {
         "bands": list(names or ()),
         "units": band_table.UNITS,

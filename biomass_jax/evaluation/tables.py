@@ -96,7 +96,7 @@ def score_batches(
         batches: `pipeline.Batch` with image, label and valid.
         forward: see `ChipForward`.
         wanted: which chips, by id, are kept whole for pictures.
-        progress: told the number of chips after each batch.
+        progress: called with the number of chips after each batch.
 
     Raises:
         EvaluationError: the model gave NaN or infinity where there is a label; it names the chip.

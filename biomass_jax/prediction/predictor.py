@@ -348,7 +348,7 @@ def make_maps(
                 begun.set_result(begin(item))
             except BundleError:
                 raise
-            except Exception as error:  # told in its turn, so that failures keep the order of the inputs
+            except Exception as error:  # given back in its turn, so that failures keep the order of the inputs
                 begun.set_exception(error)
             finishing.append(finisher.submit(finish, item, begun))
             wait(finishing[-2:-1])

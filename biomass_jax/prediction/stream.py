@@ -207,7 +207,7 @@ def stream_map(
         write: called from a thread of its own with (first row, float32 values (rows, W)).
         batch_size: tiles a forward pass.
         nodata: value of pixels that are not wanted.
-        advance: told how many tiles were finished.
+        advance: called with the number of tiles that were finished.
 
     Raises:
         PredictionError: a wanted pixel has no finite prediction.

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 # A process that is silent for so long is lost, and the runtime ends the others.
 HEARTBEAT_SECONDS = 30
-# Processes that were told to stop leave together; one that doesn't come is not waited for.
+# Processes that were asked to stop leave together; one that doesn't come is not waited for.
 LEAVE_SECONDS = 60.0
 # Steps between two questions whether to stop. One takes a few milliseconds and lets the devices run dry for as long; of
 # steps of up to a second, ten fit well into the half minute that a preempted machine has left.
@@ -196,7 +196,7 @@ def _number(environment: Mapping[str, str], name: str, *, default: int = 1) -> i
     return int(text)
 
 
-class Together:
+class AgreedStop:
     """`stop` of all processes: to be asked after each step, and true at the same step in each of them.
 
     Every `STOP_EVERY` steps the processes ask each other, which waits for the steps that were given to the devices

@@ -228,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     if args.dry_run:
         return 0
-    result = fetch_all(plan.files, log_in, workers=args.workers, say=print)
+    result = fetch_all(plan.files, log_in, workers=args.workers, log=print)
     print(
         f"{len(result.received)} files downloaded ({result.bytes / 1e6:,.1f} MB), {len(result.present)} were there, "
         f"{len(result.failed)} failed"

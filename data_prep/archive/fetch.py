@@ -98,7 +98,7 @@ def fetch_all(
     log_in: Callable[[], OpenUrl],
     *,
     workers: int = WORKERS,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> Result:
     """Get files that aren't there yet; one that fails doesn't stop the others.
 
@@ -106,7 +106,7 @@ def fetch_all(
         wanted: the files.
         log_in: gives what asks the server; called where a file is missing alone.
         workers: files at a time.
-        say: is called with a line for each file.
+        log: is called with a line for each file.
 
     Raises:
         AccessError: there are no credentials, or the server refuses them.
@@ -135,11 +135,11 @@ def fetch_all(
                 raise
             except PrepError as error:
                 result.failed[path] = str(error)
-                say(f"failed: {error}")
+                log(f"failed: {error}")
             else:
                 result.received.append(path)
                 result.bytes += size
-                say(f"{path} ({size / 1e6:.1f} MB)")
+                log(f"{path} ({size / 1e6:.1f} MB)")
     finally:
         pool.shutdown(cancel_futures=True)
     result.received.sort()

@@ -28,7 +28,7 @@ from data_prep.season import DEFAULT_TABLE, Season, resolve_season, season_of_ye
 from data_prep.settings import Filters, SplitSettings
 
 WHOLE = "all"  # name of the jobs that take all tiles together
-Say = Callable[[str], None]
+LogLine = Callable[[str], None]
 
 
 def prepare(
@@ -38,7 +38,7 @@ def prepare(
     *,
     discard: bool = False,
     threads: int | None = None,
-    say: Say = print,
+    log: LogLine = print,
 ) -> dict[str, Any]:
     """Do what isn't done yet of the whole chain.
 
@@ -48,7 +48,7 @@ def prepare(
         executor: runs the jobs.
         discard: delete scenes and orbits below `out` once their composites and footprints are written and checked.
         threads: of each composite; one for each core where None. No setting of the result.
-        say: takes a line for each job.
+        log: takes a line for each job.
 
     Returns:
         what is written to `out/report.json`: tiles, orbits, splits, shards, errors, config. Nothing in it tells how
@@ -57,7 +57,7 @@ def prepare(
     Raises:
         PrepError: settings that no tile could be made with.
     """
-    runner = Runner(StepRecords(out), executor, say)
+    runner = Runner(StepRecords(out), executor, log)
     if config["granules"]["download"]:
         download_tiles(config, runner)
     chain = Chain(config, out, runner, threads)
@@ -79,7 +79,7 @@ class Chain:
 
     def __init__(self, config: Mapping[str, Any], out: Path, runner: Runner, threads: int | None) -> None:
         self.config, self.out, self.runner, self.threads = config, out, runner, threads
-        self.state, self.done, self.errors, self.say = runner.state, runner.done, runner.errors, runner.say
+        self.state, self.done, self.errors, self.log = runner.state, runner.done, runner.errors, runner.log
         self.season, self.year, self.season_table = _season(config)
         hls = Path(config["granules"]["hls"] or out / "granules" / "hls")
         self.granules = steps.granules_by_tile(hls)
@@ -157,7 +157,7 @@ class Chain:
         granules = self.out.resolve() / "granules"
         for step in ("gedi", "composite"):
             number = sum(self.state.discard(step, name, granules) for name in self.done[step])
-            self.say(f"discarded {number} {'orbits' if step == 'gedi' else 'scenes'}")
+            self.log(f"discarded {number} {'orbits' if step == 'gedi' else 'scenes'}")
 
     def labels(self) -> None:
         """`labels` for each composite."""
@@ -356,7 +356,7 @@ def download_tile(tile: str, settings: Mapping[str, Any], runner: Runner) -> dic
         if not plan.granules:
             raise PrepError(f"the archive has no {what} of tile {tile} in {season.text} within these settings")
     wanted = [*scenes.files, *(file for file in orbits.files if not _discarded(runner, file.path))]
-    found = fetch_all(wanted, log_in, say=runner.say)
+    found = fetch_all(wanted, log_in, log=runner.log)
     if found.failed:
         path, why = min(found.failed.items())
         raise PrepError(f"{len(found.failed)} of {len(wanted)} files were not downloaded, first {path.name}: {why}")

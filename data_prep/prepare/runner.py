@@ -150,8 +150,8 @@ class Runner:
         errors: {`step name`: why it failed}.
     """
 
-    def __init__(self, state: StepRecords, executor: Executor, say: Callable[[str], None]) -> None:
-        self.state, self.executor, self.say = state, executor, say
+    def __init__(self, state: StepRecords, executor: Executor, log: Callable[[str], None]) -> None:
+        self.state, self.executor, self.log = state, executor, log
         self.done: dict[str, dict[str, FinishedStep]] = {}
         self.errors: dict[str, str] = {}
 
@@ -181,7 +181,7 @@ class Runner:
             part = self.done[step].get(job.name)
             fate = describe(part.record.result) if part else "failed"
             left = f", {len(waiting)} left" if waiting else ""
-            self.say(f"{step:9} {job.name}: {fate} ({time.monotonic() - began:.1f} s{left})")
+            self.log(f"{step:9} {job.name}: {fate} ({time.monotonic() - began:.1f} s{left})")
 
         for job in jobs:
             with self.failing(step, job.name):
@@ -202,7 +202,7 @@ class Runner:
             wait([future])
             take(future, last=True)
         if kept:
-            self.say(f"{step:9} {len(kept)} of {len(jobs)} done before, unchanged")
+            self.log(f"{step:9} {len(kept)} of {len(jobs)} done before, unchanged")
         self.done[step] = dict(sorted(self.done[step].items()))
 
     @contextmanager
@@ -214,7 +214,7 @@ class Runner:
             self.fail(step, name, str(error))
 
     def fail(self, step: str, name: str, error: str) -> None:
-        """Note a failure, and say it at once."""
+        """Note a failure, and log it at once."""
         self.errors[f"{step} {name}"] = error
         print(f"error: {step} {name}: {error}", file=sys.stderr)
 

@@ -15,7 +15,7 @@ TILES = ("10SFF", "10SGF", "10SGF", "36NXF", "", "10SFF", "55KDV")
 BIOMES = ("taiga", "taiga", "savanna", "savanna", "unknown", "desert", "desert")
 
 
-def made_up(seed=0, n=4000, empty_chip=6):
+def synthetic_scores(seed=0, n=4000, empty_chip=6):
     """Pixels of seven chips, the last without a label; every edge of a bin occurs as label and as prediction."""
     rng = np.random.default_rng(seed)
     label = rng.gamma(1.5, 90, n).astype(np.float32)
@@ -74,7 +74,7 @@ def loop_rows(scored):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_every_row_equals_plain_numpy(seed):
-    scored = made_up(seed)
+    scored = synthetic_scores(seed)
     rows = tables(scored, resamples=20)
     expected = loop_rows(scored)
     assert {(row["table"], row["group"]) for row in rows} == set(expected)
@@ -114,7 +114,7 @@ def drawn_by_hand(scored, tiles, resamples, seed):
 
 
 def test_the_interval_equals_one_from_pixels_put_together():
-    scored = made_up(5)
+    scored = synthetic_scores(5)
     (row,) = [row for row in tables(scored, resamples=200, seed=11) if row["table"] == "all"]
     expected = drawn_by_hand(scored, sorted({TILES[c] for c in scored.chip}, key=lambda t: t or "unknown"), 200, 11)
     for name, (low, high) in expected.items():
@@ -126,7 +126,7 @@ def test_the_interval_equals_one_from_pixels_put_together():
 
 
 def test_one_tile_has_no_interval_and_a_biome_draws_from_its_own_tiles():
-    scored = made_up(6)
+    scored = synthetic_scores(6)
     rows = {(row["table"], row["group"]): row for row in tables(scored, resamples=50)}
     assert rows["biome", "desert"]["tiles"] == 1  # its second tile has no label
     assert rows["biome", "desert"]["rmse_low"] is None
@@ -149,7 +149,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
 
 
 def test_csv_has_the_references_columns_and_empty_cells(tmp_path):
-    scored = made_up(1)
+    scored = synthetic_scores(1)
     few = scored.label < 200
     scored = Scored(
         scored.prediction[few], scored.label[few], scored.chip[few], scored.chip_ids, scored.tiles, scored.biomes

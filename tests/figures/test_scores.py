@@ -13,7 +13,7 @@ from biomass_jax.figures.style import stretch
 SCORES = {"n": 3000, "rmse": 41.26, "bias": -3.04, "r2": 0.614}
 
 
-def made_up(seed=0, n=3000):
+def synthetic_scores(seed=0, n=3000):
     rng = np.random.default_rng(seed)
     label = rng.gamma(1.5, 80, n).astype(np.float32)
     return (0.7 * label + 30 + rng.normal(0, 20, n)).astype(np.float32), label
@@ -37,7 +37,7 @@ def inside(figure):
 
 
 def test_density_scatter_counts_pixels_in_cells(tmp_path):
-    prediction, label = made_up()
+    prediction, label = synthetic_scores()
     figure = figures.density_scatter(prediction, label, SCORES, title="a_$model$ on a set")
     assert inside(figure)
     axes, bar = figure.axes

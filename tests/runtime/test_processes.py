@@ -216,7 +216,7 @@ distributed.start(*((address, 2, number) if address != "found" else ()))
 os.kill(os.getpid(), signal.SIGTERM)
 distributed.STOP_EVERY = 1
 def agree_to_stop(mine):
-    return distributed.Together(lambda: mine)()
+    return distributed.AgreedStop(lambda: mine)()
 """
 AGREE = """
 assert distributed.place() == (number, 2)
@@ -228,7 +228,7 @@ def stop():
     calls += 1
     return number == 1 and calls >= 4
 distributed.STOP_EVERY = 3
-together = distributed.Together(stop)
+together = distributed.AgreedStop(stop)
 print([together() for _ in range(6)], flush=True)
 distributed.finish()
 os._exit(75)

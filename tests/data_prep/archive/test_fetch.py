@@ -186,7 +186,7 @@ def test_what_is_there_and_whole_is_not_taken_again(server, open_url, tmp_path, 
     sizes = {"a": None, "b": None, "c": len(body)}
     wanted = [Wanted(f"{server.url}/{key}.tif", tmp_path / f"{key}.tif", size) for key, size in sizes.items()]
     lines = []
-    result = fetch_all(wanted, lambda: open_url, say=lines.append)
+    result = fetch_all(wanted, lambda: open_url, log=lines.append)
     assert result.present == [tmp_path / "a.tif"]
     assert result.received == [tmp_path / "b.tif", tmp_path / "c.tif"]
     assert result.bytes == 2 * len(body)
