@@ -91,7 +91,7 @@ class CogWriter:
     under the target's name. Working files lie beside the target, hidden: `.{stem}.partial.tif`, `.{stem}.cog.tif`.
 
     Attributes:
-        seconds: time spent so far in `verify` and `copy`.
+        seconds: time spent so far in `write`, `verify` and `copy`.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class CogWriter:
         """
         self.path = Path(dst)
         self.grid = grid
-        self.seconds = {"verify": 0.0, "copy": 0.0}
+        self.seconds = {"write": 0.0, "verify": 0.0, "copy": 0.0}
         self._dtype, self._bands, self._layout, self._tags = np.dtype(dtype), len(band_names), layout, tags
         self._next_row = 0
         self._checksums: list[int] = []
@@ -189,6 +189,7 @@ class CogWriter:
             )
         if top + values.shape[1] > self.grid.height:
             raise RasterError(f"{self.path}: rows {top} to {top + values.shape[1]} of a raster with {self.grid.height}")
+        began = time.perf_counter()
         done = 0
         while done < values.shape[1]:
             at = self._next_row % block
@@ -198,6 +199,7 @@ class CogWriter:
             done += take
             if self._next_row % block == 0 or self._next_row == self.grid.height:
                 self._flush(at + take)
+        self.seconds["write"] += time.perf_counter() - began
 
     def _flush(self, rows: int) -> None:
         """Write one row of blocks, each of them whole and once, and take their checksums."""
@@ -225,7 +227,7 @@ class CogWriter:
         try:
             if self._next_row != self.grid.height:
                 raise RasterError(f"{self.path}: {self._next_row} of {self.grid.height} rows were written")
-            self._finish_dataset()
+            self._timed("write", self._finish_dataset)
             self._timed("verify", lambda: self._verify(self._partial))
             self._timed("copy", self._copy)
             self._timed("verify", lambda: self._verify(self._cog))
