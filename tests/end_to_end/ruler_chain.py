@@ -116,7 +116,7 @@ def run_tiles(chain: Chain) -> None:
     seasons = {GROUPS[name]: tile["season"] for name, tile in plan["tiles"].items()}
     for name in plan["gedi"]:
         group = (int(name.split("_O")[1][:5]) - ORBITS) // 100
-        season = Season.parse(seasons[group])
+        season = [Season.parse(seasons[group])]
         with warnings.catch_warnings():
             # planned: one file lacks a beam, in others nothing is inside the season
             warnings.filterwarnings("ignore", message=r".*: (beams absent: \S+|filter season drops all)")
