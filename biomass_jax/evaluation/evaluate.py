@@ -78,8 +78,10 @@ def run(config: ConfigDict, workdir: Path, *, shardings: Callable[[], dict[str, 
     wanted = chosen_chips(config.figures, source)
     on_chips = chip_forward(forward, bundle.bands, fill=source.info.fill, keep_labels=config.reference)
     part = score(source, on_chips, batch_size(forward, config.batch_size), group.threads, wanted)
-    # Pickled: JAX would round float64.
-    scored, pictures = tables.join([pickle.loads(data) for data in processes.gather(pickle.dumps(part))])
+    parts = [part]
+    if jax.process_count() > 1:  # pickled: JAX would round float64
+        parts = [pickle.loads(data) for data in processes.gather(pickle.dumps(part))]
+    scored, pictures = tables.join(parts)
     if not len(scored.label):
         raise EvaluationError(f"{group.path}: split {group.split!r} has no labelled pixel in {len(source)} chips")
     result = summarize(scored, config, bundle, source.info, statistics)

@@ -49,7 +49,7 @@ def test_a_coordinate_coded_raster_comes_back_at_every_pixel(stub, tmp_path, siz
 
 
 def test_small_rasters_are_one_plain_forward_at_their_own_size(stub, tmp_path, monkeypatch):
-    monkeypatch.setattr(cpu, "images_at_once", lambda: 8)
+    monkeypatch.setattr(cpu.os, "sched_getaffinity", lambda process: set(range(4)), raising=False)
     shapes = []
 
     def model(variables, x):
@@ -96,7 +96,7 @@ def test_array_is_one_plain_forward_however_large(stub):
 
 @pytest.mark.parametrize(("count", "seen"), [(3, 3), (4, 4), (6, 6), (8, 4), (12, 4)])
 def test_a_cpu_computes_two_images_a_core_at_a_time_where_they_come_out_even(stub, monkeypatch, count, seen):
-    monkeypatch.setattr(cpu, "images_at_once", lambda: 4)
+    monkeypatch.setattr(cpu.os, "sched_getaffinity", lambda process: set(range(2)), raising=False)
     shapes = []
 
     def model(variables, x):
