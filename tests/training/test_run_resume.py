@@ -167,7 +167,7 @@ def test_what_is_loaded_and_what_is_not_is_listed(partial):
 @pytest.mark.slow
 def test_the_best_model_is_the_average(partial):
     _, _, ended, exported, _ = partial
-    best = bundle.load(ended.run.workdir / "best")
+    best = bundle.load(ended.workdir / "best")
     saved, average = flatten(best.variables), flatten(exported[-1]["ema"])
     assert saved.keys() == average.keys()
     for path, value in average.items():
@@ -180,13 +180,13 @@ def test_the_best_model_is_the_average(partial):
     labels = np.stack([record["label"] for record in records])
     predictions = np.asarray(jax.jit(best.module().apply)(best.variables, images), np.float64)
     rmse = np.sqrt(((predictions - labels)[labels >= 0] ** 2).mean())
-    chosen = min(line["val/loss"] for line in lines(ended.run.workdir) if "val/loss" in line)
+    chosen = min(line["val/loss"] for line in lines(ended.workdir) if "val/loss" in line)
     np.testing.assert_allclose([chosen, best.meta["training"]["scores"]["val/rmse"]], rmse, rtol=1e-5)
 
 
 @pytest.mark.slow
 def test_rates_in_the_lines_are_the_schedules(partial):
-    found = [line["train/learning_rate"] for line in lines(partial[2].run.workdir) if "train/loss" in line]
+    found = [line["train/learning_rate"] for line in lines(partial[2].workdir) if "train/loss" in line]
     rising = [0.001 + t * 0.001 for t in range(3)]  # 0.6 epochs of 5 steps
     falling = [0.0005 + 0.00175 * (1 + np.cos(np.pi * t / 10)) for t in range(3, 10)]
     np.testing.assert_allclose(found, rising + falling, rtol=1e-5)
