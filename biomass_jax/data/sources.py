@@ -16,7 +16,8 @@ import numpy as np
 
 from biomass_jax.data import bands as band_table
 from biomass_jax.data import records
-from biomass_jax.data.raster.chips import IMAGE_SUFFIX, describe_pairs, pair_files, read_pair
+from biomass_jax.data.raster.chips import IMAGE_SUFFIX, LABEL_MAX, describe_pairs, pair_files, read_pair
+from biomass_jax.data.raster.encoding import AUTO
 from biomass_jax.data.records import Record
 from biomass_jax.data.shards import read_metadata
 from biomass_jax.data.statistics import chip_sums, combine, means_stds
@@ -113,7 +114,14 @@ def chip_of(record: Record) -> Chip:
     return Chip(record["chip_id"], record["tile"], record["biome"])
 
 
-def open_source(path: str | os.PathLike[str], split: str, *, bands: object = None) -> Source:
+def open_source(
+    path: str | os.PathLike[str],
+    split: str,
+    *,
+    bands: object = None,
+    encoding: str = AUTO,
+    label_max: float = LABEL_MAX,
+) -> Source:
     """Open one split of a data set.
 
     Args:
@@ -121,17 +129,23 @@ def open_source(path: str | os.PathLike[str], split: str, *, bands: object = Non
             `*_img.tif` and `*_label.tif` as published; without `{split}_labels` no chip has a label.
         split: `train`, `val`, `test` ...
         bands: names of the GeoTIFFs' bands where their descriptions don't tell; see `bands.parse_band_list`.
+        encoding: what the GeoTIFFs' numbers are, one of `raster.encoding.ENCODINGS`.
+        label_max: Mg/ha, the highest label that a GeoTIFF may hold.
 
     Raises:
-        DataError: no data set, or no such split, or other bands, or another schema version; or `bands` for shards.
+        DataError: no data set, or no such split, or other bands, or another schema version; or `bands`, `encoding`
+            or `label_max` for shards.
     """
     root = Path(path)
     if (root / "dataset_info.json").is_file():
         if bands is not None:
             raise DataError(f"{root}: config.bands is set, but records know their bands; leave it out for shards")
+        for name, given, default in (("encoding", encoding, AUTO), ("label_max", label_max, LABEL_MAX)):
+            if given != default:
+                raise DataError(f"{root}: {name} is {given!r}, but it is for GeoTIFFs; leave it out for shards")
         return ShardSource(root, split)
     if any(root.glob("*_images")):
-        return FolderSource(root, split, bands=bands)
+        return FolderSource(root, split, bands=bands, encoding=encoding, label_max=label_max)
     hint = f"; did you mean {root / 'shards'}?" if (root / "shards" / "dataset_info.json").is_file() else ""
     found = "no such folder"
     if root.is_dir():
@@ -179,7 +193,15 @@ class FolderSource(Source):
     before training begins.
     """
 
-    def __init__(self, path: str | os.PathLike[str], split: str, *, bands: object = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        split: str,
+        *,
+        bands: object = None,
+        encoding: str = AUTO,
+        label_max: float = LABEL_MAX,
+    ) -> None:
         """Find the files and read their headers; DataError as for `open_source`."""
         root = Path(path)
         splits = sorted(folder.name.removesuffix("_images") for folder in root.glob("[!.]*_images") if folder.is_dir())
@@ -201,7 +223,9 @@ class FolderSource(Source):
                 f"{path}: {len(alone)} files without a partner: {', '.join(alone[:_SHOWN])}{more}", stacklevel=3
             )
         try:
-            self._pairs = describe_pairs(paths, band_list=band_table.parse_band_list(bands))
+            self._pairs = describe_pairs(
+                paths, band_list=band_table.parse_band_list(bands), encoding=encoding, label_max=label_max
+            )
         except (BandError, RasterError) as error:
             raise DataError(f"{path}: split {split}: {error}") from error
         first = self._pairs[0]
@@ -277,18 +301,18 @@ class Mixture(Source):
         return {**record, "image": record["image"].astype(self.info.image_dtype, copy=False)}
 
 
-def open_mixture(parts: Sequence[tuple[str | os.PathLike[str], float]], split: str, *, bands: object = None) -> Mixture:
+def open_mixture(parts: Sequence[tuple[str | os.PathLike[str], float]], split: str, **settings: Any) -> Mixture:
     """Open several data sets as one, for pretraining.
 
     Args:
         parts: (path, weight) of each: an epoch holds chips of them in the proportion of the weights.
         split: of each.
-        bands: see `open_source`.
+        settings: those of `open_source`.
 
     Raises:
         DataError: see `open_source`; weights that are not above 0; chips of different shapes.
     """
-    return Mixture([(open_source(path, split, bands=bands), weight) for path, weight in parts])
+    return Mixture([(open_source(path, split, **settings), weight) for path, weight in parts])
 
 
 def statistics_of(source: Source, *, reference: bool = False) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,12 @@ class EvaluationData:
     path: str | None = setting(None, "shards, or folders of GeoTIFFs as published")
     split: str = setting("test", "or val, train")
     bands: str | None = setting(None, "names of the GeoTIFFs' bands where they don't say, see [maps](maps.md)")
+    encoding: str = setting(
+        "auto",
+        "what the GeoTIFFs' numbers are, see [maps](maps.md)",
+        choices="biomass_jax.data.raster.encoding:ENCODINGS",
+    )
+    label_max: float = setting(2000.0, "Mg/ha, the highest label that GeoTIFFs may hold")
     statistics: str = setting("bundle", "means and stds: bundle, or dataset, those of the data's train split")
     means: tuple[float, ...] | None = setting(None, "or explicitly, a number for each band of the model")
     stds: tuple[float, ...] | None = setting(None, "likewise")

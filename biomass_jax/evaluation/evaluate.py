@@ -59,7 +59,9 @@ def run(config: ConfigDict, workdir: Path, *, shardings: Callable[[], dict[str, 
     """
     group = config.data
     check_given(config)
-    source = sources.open_source(group.path, group.split, bands=bands.parse_band_list(group.bands))
+    chosen = {name: group[name] for name in ("encoding", "label_max")}
+    chosen["bands"] = bands.parse_band_list(group.bands)
+    source = sources.open_source(group.path, group.split, **chosen)
     source = with_biomes(source, group.path, biome=group.biome, polygons=group.biomes, field=group.biome_field)
     placement = shardings()
     bundle = bundles.load(config.bundle, placement["replicated"])
@@ -69,7 +71,7 @@ def run(config: ConfigDict, workdir: Path, *, shardings: Callable[[], dict[str, 
         group,
         bundle.bands,
         loaded=bundle,
-        training=lambda: sources.open_source(group.path, "train", bands=bands.parse_band_list(group.bands)),
+        training=lambda: sources.open_source(group.path, "train", **chosen),
         reference=config.reference,
     )
     forward = Forward(

@@ -13,6 +13,9 @@ class Predict:
     inputs: str | None = setting(None, "what to map, see above")
     # A text, because flags can't spell a None in a tuple.
     bands: str | None = setting(None, "names of the files' bands where their descriptions do not say, see above")
+    encoding: str = setting(
+        "auto", "what the files' numbers are, see above", choices="biomass_jax.data.raster.encoding:ENCODINGS"
+    )
     batch_size: int | None = setting(
         None, "tiles a step, over all devices together; not given, 4 a device on CPUs and 32 elsewhere"
     )

@@ -11,13 +11,14 @@ import numpy as np
 
 from biomass_jax import figures
 from biomass_jax.data.bands import no_data, parse_band_list
+from biomass_jax.data.raster.encoding import AUTO
 from biomass_jax.data.raster.image import ImageSource, MaskSource, read_preview, read_tags
 from biomass_jax.data.raster.tiff import verify_blocks
 from biomass_jax.errors import BiomassError, PredictionError, RasterError
 from biomass_jax.version import __version__
 
 # A finished map is kept only where all of these are what a new one would carry.
-IDENTITY = ("MODEL_SHA256", "SETTINGS", "SOURCE_SIZE", "SOURCE_MTIME_NS")
+IDENTITY = ("MODEL_SHA256", "SETTINGS", "SOURCE_SIZE", "SOURCE_MTIME_NS", "SOURCE_READING")
 QUICKLOOK_SIZE = 1000  # px of the longer side
 LAYER_TITLES = {"agbd": "Above-ground biomass"}
 UNIT_TITLES = {"Mg ha-1": "Mg/ha"}
@@ -31,6 +32,7 @@ class MapOptions:
     Attributes:
         bands: names of the files' bands where their descriptions don't say, None for an unused band; see
             `bands.parse_band_list` for how it may be spelled.
+        encoding: what the files' numbers are, one of `encoding.ENCODINGS`.
         mask: a raster of classes on any grid; pixels of other classes than `mask_keep` become no-data.
         mask_keep: the classes to keep.
         overwrite: make maps again that are finished.
@@ -39,6 +41,7 @@ class MapOptions:
     """
 
     bands: Any = None
+    encoding: str = AUTO
     mask: str | os.PathLike[str] | None = None
     mask_keep: Sequence[int] | None = None
     overwrite: bool = False
@@ -57,7 +60,8 @@ class MapOptions:
 
     def settings(self) -> dict[str, Any]:
         """What a map's values depend on; a local mask counts by its size and time as well."""
-        found: dict[str, Any] = {"bands": self.bands, "mask": self.mask, "mask_keep": self.mask_keep}
+        found: dict[str, Any] = {"bands": self.bands, "encoding": self.encoding}
+        found |= {"mask": self.mask, "mask_keep": self.mask_keep}
         if self.mask is not None and os.path.exists(self.mask):
             status = os.stat(self.mask)
             found |= {"mask": os.path.abspath(self.mask), "mask_identity": [status.st_size, status.st_mtime_ns]}
@@ -115,6 +119,7 @@ def map_tags(source: ImageSource, model_sha256: str, settings: Mapping[str, Any]
         "SETTINGS": json.dumps(settings, sort_keys=True),
         "SOURCE_SIZE": str(identity["size"]),
         "SOURCE_MTIME_NS": str(identity["mtime_ns"]),
+        "SOURCE_READING": json.dumps(source.reading(), sort_keys=True),
     }
 
 

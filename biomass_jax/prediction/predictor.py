@@ -14,10 +14,11 @@ import numpy as np
 from biomass_jax import bundle as bundles
 from biomass_jax.bundle import Bundle
 from biomass_jax.data import bands as band_table
+from biomass_jax.data.raster import encoding as encodings
 from biomass_jax.data.raster.cog import MapWriter
 from biomass_jax.data.raster.image import MaskSource, open_image
 from biomass_jax.data.raster.inputs import InputItem, find_inputs
-from biomass_jax.errors import BiomassError, BundleError, PredictionError
+from biomass_jax.errors import BiomassError, BundleError, PredictionError, RasterError
 from biomass_jax.prediction import maps
 from biomass_jax.prediction.forward import Forward, ModelFunction
 from biomass_jax.prediction.maps import MapOptions, MapResult
@@ -106,18 +107,21 @@ class Predictor:
         tiles = (self.batch_size, self.tile, self.tile, len(self.bundle.bands))
         self.forward(np.zeros(tiles, np.int16), None).block_until_ready()
 
-    def predict_array(self, image: np.ndarray, mask_nodata: bool = True) -> np.ndarray:
+    def predict_array(
+        self, image: np.ndarray, mask_nodata: bool = True, *, encoding: str = encodings.AUTO
+    ) -> np.ndarray:
         """Biomass of images in memory: one plain forward pass at their own size, never tiled.
 
         Args:
             image: (H, W, bands) or (B, H, W, bands) digital numbers in the order of `bundle.bands`.
             mask_nodata: put the bundle's no-data value (-1) where the image has none; else the model's raw values.
+            encoding: what the numbers are, one of `encoding.ENCODINGS` but `from_file`.
 
         Returns:
             float32 (H, W) or (B, H, W), Mg/ha.
 
         Raises:
-            PredictionError: another shape or kind of number.
+            PredictionError: another shape or kind of number, or numbers that can't be digital numbers.
         """
         image = np.asarray(image)
         count = len(self.bundle.bands)
@@ -126,7 +130,7 @@ class Predictor:
                 f"image has shape {image.shape}; expected (H, W, {count}) or (B, H, W, {count}), bands last, in the "
                 f"order {', '.join(self.bundle.bands)}"
             )
-        batch = _as_digital_numbers(image if image.ndim == 4 else image[None])
+        batch = _as_digital_numbers(image if image.ndim == 4 else image[None], encoding, self.bundle)
         result = np.array(self.forward(batch, self.bundle.fill))
         if mask_nodata:
             result[band_table.no_data(batch, self.bundle.fill)] = self.bundle.nodata
@@ -138,7 +142,7 @@ class Predictor:
         Args:
             src: the image.
             dst: the map's path if it ends in .tif, else the folder for `<stem>_agbd.tif`.
-            **options: fields of `MapOptions`: bands, mask, mask_keep, overwrite, quicklook, progress.
+            **options: fields of `MapOptions`: bands, encoding, mask, mask_keep, overwrite, quicklook, progress.
 
         Raises:
             RasterError: the image, the mask or the output can't be read or written.
@@ -227,7 +231,9 @@ class _OneMap:
         sensors = tuple(bundle.meta["input"].get("sensors", ()))
         with ExitStack() as stack:
             self._source = stack.enter_context(
-                open_image(item, band_list=options.bands, wanted=bundle.bands, model_sensors=sensors)
+                open_image(
+                    item, band_list=options.bands, wanted=bundle.bands, model_sensors=sensors, encoding=options.encoding
+                )
             )
             settings = {**predictor.settings, **options.settings()}
             tags = maps.map_tags(self._source, bundle.weights_sha256, settings)
@@ -303,6 +309,17 @@ class _OneMap:
             values[~self._wanted] = self._predictor.bundle.nodata
             self._writer.write_rows(0, values)
         self._writer.close()
+        for what, (count, row, column) in self._source.oddities.items():
+            values = "value is" if count == 1 else "values are"
+            log.warning(
+                "%s: %d %s %s, the first in row %d, column %d; taken as no-data",
+                self._item.name,
+                count,
+                values,
+                what,
+                row,
+                column,
+            )
         parts = {**vars(self._timings), **self._writer.seconds}
         seconds, share = time.perf_counter() - self._began, self._reader.share
         kept = "" if share is None else f", the mask keeps {share:.1%} of its data pixels"
@@ -357,12 +374,25 @@ def make_maps(
     return results, failures
 
 
-def _as_digital_numbers(image: np.ndarray) -> np.ndarray:
-    """int16 where the kind of integer fits in it, else float32: one program serves each."""
-    if image.dtype == np.int16:
-        return image
-    if np.issubdtype(image.dtype, np.integer):
-        return image.astype(np.int16 if image.dtype.itemsize == 1 else np.float32)
-    if np.issubdtype(image.dtype, np.floating):
-        return image.astype(np.float32, copy=False)
-    raise PredictionError(f"image has dtype {image.dtype}; expected digital numbers as integers or floats")
+def _as_digital_numbers(image: np.ndarray, encoding: str, bundle: Bundle) -> np.ndarray:
+    """(B, H, W, bands) of any real type to int16 where that holds the kind of integer, else float32.
+
+    One program serves each of the two types.
+    """
+    if image.dtype.kind not in "iuf":
+        raise PredictionError(f"image has dtype {image.dtype}; expected digital numbers as integers or floats")
+    missing = band_table.no_data(image, bundle.fill)
+    try:
+        converted = encodings.conversion(encoding, dict.fromkeys(bundle.bands), "image")
+        if encoding == encodings.AUTO:
+            # A few thousand pixels tell; the step shares no factor with common widths.
+            sample = image[~missing]
+            encodings.check_plausible(sample[:: max(len(sample) // 5000, 1)], image.dtype.name, "image")
+    except RasterError as error:
+        raise PredictionError(str(error)) from error
+    if converted is not None:
+        gain, shift = converted
+        image = np.where(missing[..., None], band_table.FILL, image * gain + shift)
+    if image.dtype == np.int16 or (image.dtype.kind in "iu" and image.dtype.itemsize == 1):
+        return image.astype(np.int16, copy=False)
+    return image.astype(np.float32, copy=False)

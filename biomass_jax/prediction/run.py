@@ -44,6 +44,7 @@ def run(config: ConfigDict, workdir: Path, *, shardings: Callable[[], dict[str, 
             raise PredictionError(f"config.{field} is not given; add --config.{field}=PATH, {what}")
     options = {
         "bands": parse_band_list(config.bands),
+        "encoding": config.encoding,
         "mask": config.mask or None,
         "mask_keep": tuple(config.mask_keep),
         "overwrite": config.overwrite,

@@ -61,6 +61,12 @@ class DataSettings:
 
     path: str | None = setting(None, "shards, or folders of GeoTIFFs as published")
     bands: str | None = setting(None, "names of the GeoTIFFs' bands where they don't say, see [maps](maps.md)")
+    encoding: str = setting(
+        "auto",
+        "what the GeoTIFFs' numbers are, see [maps](maps.md)",
+        choices="biomass_jax.data.raster.encoding:ENCODINGS",
+    )
+    label_max: float = setting(2000.0, "Mg/ha, the highest label that GeoTIFFs may hold")
     statistics: str | None = setting(
         None, "bundle or dataset; not given, the bundle's where `init_from` is given", choices=("bundle", "dataset")
     )

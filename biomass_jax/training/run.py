@@ -190,12 +190,13 @@ def open_splits(config: ConfigDict) -> tuple[sources.Source, sources.Source]:
 def _open(config: ConfigDict, split: str) -> sources.Source:
     """A data set, or several with weights, their folders separated by commas."""
     paths, weights = config.data.path.split(","), tuple(config.data.get("weights", ()))
-    names = bands.parse_band_list(config.data.bands)
+    chosen = {name: config.data[name] for name in ("encoding", "label_max")}
+    chosen["bands"] = bands.parse_band_list(config.data.bands)
     if weights or len(paths) > 1:
         if len(weights) != len(paths):
             raise ConfigError(f"config.data.weights has {len(weights)} numbers, config.data.path {len(paths)} folders")
-        return sources.open_mixture(list(zip(paths, weights, strict=True)), split, bands=names)
-    return sources.open_source(config.data.path, split, bands=names)
+        return sources.open_mixture(list(zip(paths, weights, strict=True)), split, **chosen)
+    return sources.open_source(config.data.path, split, **chosen)
 
 
 def make_optimizer(config: ConfigDict, params: dict[str, Any]) -> optax.GradientTransformation:

@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 from affine import Affine
 from rasterio.crs import CRS
+from rasterio.enums import MaskFlags
 
 from biomass_jax.data import bands, records
-from biomass_jax.data.raster.chips import PUBLISHED_BANDS, Pair, describe_pairs, find_pairs, read_pair
+from biomass_jax.data.raster.chips import LABEL_MAX, PUBLISHED_BANDS, Pair, describe_pairs, find_pairs, read_pair
+from biomass_jax.data.raster.encoding import AUTO, ENCODINGS, SCALES, declared
 from biomass_jax.data.raster.grid import Grid, grid_of, open_quietly, raster_errors
 from biomass_jax.data.records import Record
 from biomass_jax.data.shards import read_metadata, split_counts
@@ -34,6 +36,8 @@ def convert(
     out: str | os.PathLike[str],
     *,
     band_list: tuple[str | None, ...] | None = None,
+    encoding: str = AUTO,
+    label_max: float = LABEL_MAX,
     season: str = "",
     biome: str = records.UNKNOWN_BIOME,
     sensors: str = "L30",
@@ -45,9 +49,11 @@ def convert(
         folder: holds `train_images`, `train_labels` and so on.
         out: folder of the data set to write.
         band_list: see `describe_pairs`.
-        season: see `Record`; the published files don't tell.
-        biome: see `Record`, likewise.
-        sensors: see `Record`, likewise.
+        encoding: likewise.
+        label_max: likewise.
+        season: see `Record`; the published files don't tell, nor the next two.
+        biome: see `Record`.
+        sensors: see `Record`.
         settings: of `shards.write_shards`.
 
     Returns:
@@ -59,18 +65,19 @@ def convert(
     """
     shards.check_free(Path(out), settings.get("overwrite", False))
     found, alone = find_pairs(folder)
-    if alone:
-        more = f" and {len(alone) - _SHOWN} more" if len(alone) > _SHOWN else ""
-        warnings.warn(
-            f"{folder}: {len(alone)} files without a partner: {', '.join(alone[:_SHOWN])}{more}", stacklevel=2
-        )
-    pairs = _described_splits(found, band_list, season)
+    _warn_of_files_alone(folder, alone)
+    reading = {"encoding": encoding, "label_max": label_max}
+    pairs = _described_splits(found, band_list=band_list, season=season, **reading)
     fields: dict[str, Any] = {"season": season, "biome": biome, "sensors": sensors}
-    counts = {split: len(chosen) for split, chosen in pairs.items()}
-    metadata = {
-        "sources": [{"folder": Path(folder).absolute().name, "unpaired": alone, "bands": _band_lists(pairs), **fields}],
-        "split": {"kind": "published", "counts": counts},
+    about = {
+        "folder": Path(folder).absolute().name,
+        "unpaired": alone,
+        "bands": _band_lists(pairs),
+        **reading,
+        **fields,
     }
+    counts = {split: len(chosen) for split, chosen in pairs.items()}
+    metadata = {"sources": [about], "split": {"kind": "published", "counts": counts}}
 
     def write(dtype: str) -> dict[str, Any]:
         items = {
@@ -86,13 +93,16 @@ def convert(
         return write("float32")
 
 
-def _described_splits(
-    found: dict[str, list[tuple[Path, Path]]], band_list: tuple[str | None, ...] | None, season: str
-) -> dict[str, list[Pair]]:
+def _warn_of_files_alone(folder: str | os.PathLike[str], alone: Sequence[str]) -> None:
+    more = f" and {len(alone) - _SHOWN} more" if len(alone) > _SHOWN else ""
+    if alone:
+        shown = ", ".join(alone[:_SHOWN])
+        warnings.warn(f"{folder}: {len(alone)} files without a partner: {shown}{more}", stacklevel=3)
+
+
+def _described_splits(found: dict[str, list[tuple[Path, Path]]], **settings: Any) -> dict[str, list[Pair]]:
     """`describe_pairs` over all splits at once: a tile's chips lie in several."""
-    described = iter(
-        describe_pairs([pair for pairs in found.values() for pair in pairs], band_list=band_list, season=season)
-    )
+    described = iter(describe_pairs([pair for pairs in found.values() for pair in pairs], **settings))
     return {split: [next(described) for _ in pairs] for split, pairs in found.items()}
 
 
@@ -118,7 +128,12 @@ def verify(
     """
     found, _ = find_pairs(folder)
     (source,) = read_metadata(out)["sources"]
-    pairs = _described_splits(found, band_list, source["season"])
+    pairs = _described_splits(
+        found,
+        band_list=band_list,
+        season=source["season"],
+        **{name: source[name] for name in ("encoding", "label_max") if name in source},
+    )
     counts = split_counts(out)
     expected = {split: len(chosen) for split, chosen in pairs.items()}
     if counts != expected:
@@ -140,10 +155,21 @@ def _compare(record: Record, pair: Pair) -> None:
     names = pair.band_list
     with raster_errors(str(pair.image)), open_quietly(str(pair.image)) as dataset:
         names = dataset.descriptions if names is None else names
-        image = np.moveaxis(dataset.read([names.index(name) + 1 for name in bands.BAND_NAMES]), 0, -1)
-        grid = grid_of(dataset)
+        indexes = [names.index(name) + 1 for name in bands.BAND_NAMES]
+        image = np.moveaxis(dataset.read(indexes), 0, -1)
+        grid, missing = grid_of(dataset), bands.no_data(image, dataset.nodata)
+        if MaskFlags.per_dataset in dataset.mask_flag_enums[0]:
+            missing |= dataset.read_masks(1) == 0
+        told = [SCALES.get(pair.encoding) or declared(dataset, index) for index in indexes]
+    tolerance = 0.0
+    if pair.encoding != AUTO:
+        scale, offset = np.array(told, np.float64).T
+        image, tolerance = (image * scale + offset) * 1e4, 1e-2
+    if not bands.no_data(record["image"])[missing].all():
+        raise PrepError(f"{pair.image}: chip {record['chip_id']}: has no data where the shards have; write them anew")
+    image = np.where(missing[..., None], record["image"], image)
     with raster_errors(str(pair.label)), open_quietly(str(pair.label)) as dataset:
-        label = dataset.read(1)
+        label = dataset.read(1, masked=True).astype(np.float32).filled(records.NO_LABEL)
         label[~(label >= 0)] = records.NO_LABEL
     crs = CRS.from_epsg(record["epsg"]) if record["epsg"] else None
     height, width = record["label"].shape
@@ -154,7 +180,9 @@ def _compare(record: Record, pair: Pair) -> None:
             "shards anew"
         )
     for path, values, expected in ((pair.image, record["image"], image), (pair.label, record["label"], label)):
-        differs = (values != expected) & ~(np.isnan(values) & np.isnan(expected))
+        differs = ~(np.abs(values - expected.astype(np.float64)) <= tolerance) & ~(
+            np.isnan(values) & np.isnan(expected)
+        )
         if values.shape != expected.shape or differs.any():
             first = np.argwhere(differs)[:1].tolist()
             raise PrepError(
@@ -174,6 +202,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--bands",
         help=f"names of the files' bands, None for unused ones; by default their descriptions, else {published}",
     )
+    parser.add_argument("--encoding", choices=ENCODINGS, default=AUTO, help="what the images' numbers are (auto)")
+    parser.add_argument(
+        "--label-max", type=float, default=LABEL_MAX, help="Mg/ha, the highest label there may be (2000)"
+    )
     parser.add_argument("--season", default="", help="YYYY-MM-DD/YYYY-MM-DD, which the files don't tell")
     parser.add_argument("--biome", default=records.UNKNOWN_BIOME, help="slug of all chips' biome")
     parser.add_argument("--sensors", choices=records.SENSORS, default="L30", help="where the files don't tell")
@@ -184,7 +216,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     band_list = bands.parse_band_list(args.bands)
     if not args.verify_only:
         fields = {"season": args.season, "biome": args.biome, "sensors": args.sensors}
-        info = convert(args.folder, args.out, band_list=band_list, **fields, **shards.settings_of(args))
+        info = convert(
+            args.folder,
+            args.out,
+            band_list=band_list,
+            encoding=args.encoding,
+            label_max=args.label_max,
+            **fields,
+            **shards.settings_of(args),
+        )
         print(shards.summary(args.out, info))
     if args.verify or args.verify_only:
         print(

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from biomass_jax.data import bands, records
+from biomass_jax.data.raster.encoding import AUTO
 from biomass_jax.data.raster.grid import Grid, epsg_code, grid_of, open_quietly, raster_errors
 from biomass_jax.data.raster.image import open_image
 from biomass_jax.data.raster.tiff import verify_blocks
@@ -21,6 +22,7 @@ from biomass_jax.data.records import Record
 from biomass_jax.errors import FractionError, RasterError
 
 SPLITS = ("train", "val", "test")
+LABEL_MAX = 2000.0  # Mg/ha; the densest forests known have less, and GEDI's highest footprint 1,300
 TILE_WIDTH = 3660  # of an HLS tile: 16 chips of 224 px a row
 # B01, then B02 to B07, B09, B10, B11 and in some files one more, which is probably Fmask.
 PUBLISHED_BANDS = (None, *bands.BAND_NAMES, None, None, None, None)
@@ -38,6 +40,8 @@ class Pair:
         image: path.
         label: path, or None for an image alone.
         band_list: names of the image's bands, None for an unused one; None where its descriptions tell.
+        encoding: what the image's numbers are, one of `encoding.ENCODINGS`.
+        label_max: Mg/ha, the highest label that can be.
         grid: of the image.
         dtype: int16 where all bands are stored so, else float32.
         tile: from the name, "" where it has another form.
@@ -49,6 +53,8 @@ class Pair:
     image: Path
     label: Path | None
     band_list: tuple[str | None, ...] | None
+    encoding: str
+    label_max: float
     grid: Grid
     dtype: str
     tile: str
@@ -101,7 +107,12 @@ def pair_files(root: Path, split: str) -> tuple[list[tuple[Path, Path]], list[st
 
 
 def describe_pairs(
-    paths: Sequence[tuple[Path, Path | None]], *, band_list: tuple[str | None, ...] | None = None, season: str = ""
+    paths: Sequence[tuple[Path, Path | None]],
+    *,
+    band_list: tuple[str | None, ...] | None = None,
+    encoding: str = AUTO,
+    label_max: float = LABEL_MAX,
+    season: str = "",
 ) -> list[Pair]:
     """Read the headers of images.
 
@@ -111,9 +122,11 @@ def describe_pairs(
     Args:
         paths: images and labels, None for an image alone.
         band_list: names of every image's bands; where None, a file's descriptions, else PUBLISHED_BANDS.
+        encoding: see `Pair`.
+        label_max: likewise.
         season: `YYYY-MM-DD/YYYY-MM-DD` or "".
     """
-    pairs = [_described(image, label, band_list, season.split("/")[0]) for image, label in paths]
+    pairs = [_described(image, label, season.split("/")[0], band_list, encoding, label_max) for image, label in paths]
     origins: dict[str, set[tuple[int, int]]] = defaultdict(set)
     for pair in pairs:
         if pair.row != records.UNKNOWN_PLACE and pair.grid.crs is not None:
@@ -131,7 +144,14 @@ def describe_pairs(
     return [replace(pair, row=unknown, col=unknown) if pair.tile in odd else pair for pair in pairs]
 
 
-def _described(image: Path, label: Path | None, band_list: tuple[str | None, ...] | None, start: str) -> Pair:
+def _described(
+    image: Path,
+    label: Path | None,
+    start: str,
+    band_list: tuple[str | None, ...] | None,
+    encoding: str,
+    label_max: float,
+) -> Pair:
     with raster_errors(str(image)), open_quietly(str(image)) as dataset:
         grid = grid_of(dataset)
         names = [name for name in dataset.descriptions if name in bands.BAND_NAMES]
@@ -154,7 +174,7 @@ def _described(image: Path, label: Path | None, band_list: tuple[str | None, ...
         if max(down, right) + size <= TILE_WIDTH:
             row, col = down, right
     chip_id = "_".join(part for part in (name, start) if part)
-    return Pair(image, label, band_list, grid, dtype, tile, chip_id, row, col)
+    return Pair(image, label, band_list, encoding, label_max, grid, dtype, tile, chip_id, row, col)
 
 
 def read_pair(
@@ -174,17 +194,17 @@ def read_pair(
         season: see `Record`.
         biome: see `Record`.
         sensors: where the file itself doesn't tell.
-        check_units: whether to look for reflectance, which takes a third of the time.
+        check_units: whether to look if these can be digital numbers, which takes a third of the time.
 
     Raises:
         RasterError: int16 can't hold the image, another no-data value, or the label has another grid or odd values.
         RasterError: a file can't be read, its bands are others, or it holds reflectance.
     """
-    with open_image(pair.image, band_list=pair.band_list, model_sensors=()) as source:
+    with open_image(pair.image, band_list=pair.band_list, model_sensors=(), encoding=pair.encoding) as source:
         if source.fill not in (None, bands.FILL):
             raise RasterError(f"{pair.image}: no-data value: found {source.fill:g}, expected {bands.FILL} or none")
         if check_units:
-            source.check_units()
+            source.check_units(one_of_many=True)
         image = source.read_rows(0, source.grid.height)
         sensors = source.sensor or sensors
     crs = pair.grid.crs
@@ -215,16 +235,30 @@ def _as_int16(image: np.ndarray, path: Path) -> np.ndarray:
 
 
 def _read_label(pair: Pair) -> np.ndarray:
-    """(H, W) float32; -1 where the file holds -1, or what its tag calls no-data, or there is no file."""
+    """(H, W) float32; -1 where there is none.
+
+    That is where the file holds NaN, what its tag calls no-data, -9999 or anything below 0, where its mask hides a
+    pixel, or where there is no file.
+    """
     if pair.label is None:
         return np.full((pair.grid.height, pair.grid.width), records.NO_LABEL, np.float32)
     with raster_errors(str(pair.label)), open_quietly(str(pair.label)) as dataset:
         verify_blocks(pair.label, sparse_ok=True)
         grid, count = grid_of(dataset), dataset.count
-        label = dataset.read(1).astype(np.float32, copy=False)
+        label = dataset.read(1, masked=True, fill_value=records.NO_LABEL).astype(np.float32).filled(records.NO_LABEL)
     if count != 1 or not grid.same_as(pair.grid):
         raise RasterError(
             f"{pair.label}: found {count} band(s) of {grid.describe()}, expected one on the grid of {pair.image.name}: "
             f"{pair.grid.describe()}"
         )
-    return np.where(np.isnan(label) | (label == bands.FILL), np.float32(records.NO_LABEL), label)
+    odd = label[(label < 0) & (label != records.NO_LABEL) & (label != bands.FILL)]
+    if odd.size:
+        warnings.warn(f"{pair.label}: {odd.size} labels below 0 like {odd[0]:g}, taken as none", stacklevel=2)
+    label = np.where(label >= 0, label, np.float32(records.NO_LABEL))
+    if label.max() > pair.label_max:
+        raise RasterError(
+            f"{pair.label}: labels up to {label.max():g}, {int((label > pair.label_max).sum())} of them above "
+            f"{pair.label_max:g} Mg/ha; probably kg, or a no-data value that no tag names. Where they are right, "
+            "allow them with label_max (config.data.label_max)"
+        )
+    return label

@@ -16,6 +16,8 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from biomass_jax.errors import RasterError
 
 CACHE_BYTES = 256 * 2**20  # GDAL's block cache; its default is a share of the machine's memory
+# What bears on results is set here, so that it is the same whatever the shell says: side-cars are looked for.
+_SETTINGS = {"GDAL_CACHEMAX": CACHE_BYTES, "GDAL_PAM_ENABLED": "YES", "GDAL_DISABLE_READDIR_ON_OPEN": "FALSE"}
 SOUTHERN_NORTHING = 1e7
 _OPENING = threading.Lock()  # warning filters belong to the process, not to a thread
 
@@ -116,7 +118,7 @@ def epsg_code(crs: Any, path: str) -> int:
 def raster_errors(name: str) -> Iterator[None]:
     """Run a piece of GDAL work with this module's settings; its errors become RasterErrors that name the file."""
     try:
-        with rasterio.Env(GDAL_CACHEMAX=CACHE_BYTES):
+        with rasterio.Env(**_SETTINGS):
             yield
     except (RasterioError, CPLE_BaseError, OSError) as error:
         # rasterio's own message for a failed read or write only points to GDAL's

@@ -1,4 +1,4 @@
-"""Images in: the wanted bands of a file, URL or granule as row bands of digital numbers exactly as stored."""
+"""Images in: the wanted bands of a file, URL or granule as row bands of digital numbers."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import rasterio
-from rasterio.enums import Resampling
+from rasterio.enums import ColorInterp, MaskFlags, Resampling
 from rasterio.vrt import WarpedVRT
 from rasterio.windows import Window
 
 from biomass_jax.data import bands
+from biomass_jax.data.raster import encoding as encodings
 from biomass_jax.data.raster.grid import Grid, grid_of, open_quietly, raster_errors
 from biomass_jax.data.raster.inputs import GranuleName, InputItem, find_inputs, granule_name
 from biomass_jax.data.raster.tiff import is_tiff, verify_blocks
@@ -20,7 +21,6 @@ from biomass_jax.errors import BandError, RasterError
 
 _SAMPLE_ROWS, _SAMPLE_COLUMNS = 8, 512  # flat windows: cheap in strip files too
 _SAMPLE_GRIDS = (6, 24)  # windows along each axis, the second where the first met too few valid pixels
-_ENOUGH_PIXELS = 1000
 _said_unverified: set[str] = set()  # "the sensor cannot be verified" is said once a process for each kind
 
 
@@ -32,12 +32,13 @@ class ImageSource(ExitStack[None]):
         grid: size and place.
         bands: the bands read, in order.
         fill: the value that marks no-data besides those of `bands.no_data`, or None.
-        dtype: int16 where every band is stored as int16, else float32.
+        dtype: int16 where every band is stored as int16 and not converted, else float32.
         tags: the file's tags (of a granule: of its first band).
         sensor: `L30`, `S30`, `L30+S30`, or None where nothing tells.
         season: `YYYY-MM-DD/YYYY-MM-DD` from a SEASON tag or the granule's date, or "".
         sources: names of the files read.
         warnings: sentences for the user.
+        oddities: {what: (pixels, row, column of the first one)} of what `read_rows` took for no-data besides no-data.
     """
 
     def __init__(
@@ -48,15 +49,18 @@ class ImageSource(ExitStack[None]):
         fill: float | None = None,
         wanted: Sequence[str] = bands.BAND_NAMES,
         model_sensors: Sequence[str] = ("L30",),
+        encoding: str = encodings.AUTO,
     ) -> None:
         super().__init__()
         self.name = item.name
         self.bands = tuple(wanted)
         self.warnings: list[str] = []
+        self.oddities: dict[str, tuple[int, int, int]] = {}
         self._bands: list[tuple[Any, int]] = []  # (dataset, band index) of each wanted band
         try:
             with raster_errors(self.name):
                 self._open(item, bands.parse_band_list(band_list))
+            self._set_encoding(encoding)
             self._set_fill(fill)
         except BandError as error:
             self.close()
@@ -67,7 +71,8 @@ class ImageSource(ExitStack[None]):
             raise
         first = self._bands[0][0]
         self.grid = grid_of(first)
-        self.dtype = np.dtype("int16" if all(d.dtypes[i - 1] == "int16" for d, i in self._bands) else "float32")
+        exact = self._conversion is None and set(self._stored) == {"int16"}
+        self.dtype = np.dtype("int16" if exact else "float32")
         self.tags: dict[str, str] = dict(first.tags())
         self.sources = tuple(dict.fromkeys(_base_name(dataset.name) for dataset, _ in self._bands))
         granule = granule_name(_base_name(item.paths[0]))
@@ -134,42 +139,87 @@ class ImageSource(ExitStack[None]):
                     f"{first.describe()}, {_base_name(dataset.name)} is {other.describe()}"
                 )
 
+    def _set_encoding(self, encoding: str) -> None:
+        self._encoding = encoding
+        self._stored = [dataset.dtypes[index - 1] for dataset, index in self._bands]
+        if odd := [kind for kind in self._stored if "complex" in kind]:
+            raise RasterError(f"{self.name}: its values are {odd[0]}; expected real numbers, {bands.UNITS}")
+        self._declared = [encodings.declared(*band) for band in self._bands]
+        told = dict(zip(self.bands, self._declared, strict=True))
+        self._conversion = encodings.conversion(encoding, told, self.name)
+        self._masked = [MaskFlags.per_dataset in dataset.mask_flag_enums[i - 1] for dataset, i in self._bands]
+
     def _set_fill(self, fill: float | None) -> None:
-        """One fill for all bands: given, else their common tag; -9999 where tags differ (`read_rows` maps them)."""
-        tagged = [dataset.nodatavals[index - 1] for dataset, index in self._bands]
-        own = [None if value is None or np.isnan(value) else float(value) for value in tagged]
-        differ = fill is None and len(set(own)) > 1
-        self._own_fills = own if differ else [None] * len(own)
-        self.fill = float(bands.FILL) if differ else own[0] if fill is None else fill
+        """One fill for all bands: given, else their common tag; -9999 where tags differ or numbers are converted."""
+        self._tagged = [dataset.nodatavals[index - 1] for dataset, index in self._bands]
+        own = [None if value is None or np.isnan(value) else float(value) for value in self._tagged]
+        own = own if fill is None else [float(fill)] * len(own)
+        alike = len(set(own)) == 1 and self._conversion is None
+        self._own_fills = [None] * len(own) if alike else own
+        self.fill = own[0] if alike else float(bands.FILL)
+
+    def reading(self) -> dict[str, Any]:
+        """What the pixels depend on beside the stored numbers, side-cars included: no-data values, masks, scales."""
+        tagged = [None if value is None else str(value) for value in self._tagged]
+        alpha = [ColorInterp.alpha in dataset.colorinterp for dataset, _ in self._bands]
+        return {"nodata": tagged, "masked": self._masked, "alpha": alpha, "scale_offset": self._declared}
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
         """Rows `start` to `stop` (not included).
 
         Returns:
-            (rows, width, bands) int16 or float32, digital numbers as stored: no scale is applied.
+            (rows, width, bands) int16 or float32 digital numbers: as stored, or converted as `encoding` says. -9999
+            where a mask or an alpha band of the file hides a pixel, where a value is infinite, or where it is what
+            -9999 becomes in an unsigned type.
 
         Raises:
             RasterError: the file can't be read there (truncated, unreachable).
         """
-        return self.read_window(Window(0, start, self.grid.width, stop - start))
+        window = Window(0, start, self.grid.width, stop - start)
+        return self._read(window, (stop - start, self.grid.width), count=True)
 
     def read_window(self, window: Window, shape: tuple[int, int] | None = None) -> np.ndarray:
         """A window as `read_rows` reads rows, at another size where a `shape` (rows, columns) is given."""
-        rows, columns = shape or (int(window.height), int(window.width))
-        out = np.empty((rows, columns, len(self._bands)), self.dtype)
+        return self._read(window, shape or (int(window.height), int(window.width)), count=False)
+
+    def _read(self, window: Window, shape: tuple[int, int], *, count: bool) -> np.ndarray:
+        out = np.empty((*shape, len(self._bands)), self.dtype)
         where = f"{self.name}: reading rows {int(window.row_off)} to {int(window.row_off + window.height)}"
         datasets = list(dict.fromkeys(dataset for dataset, _ in self._bands))
         for dataset in datasets:  # one call for all bands of a file: pixel-interleaved blocks are decoded once
             places = [k for k, (owner, _) in enumerate(self._bands) if owner is dataset]
+            region = {"window": window, "out_shape": (len(places), *shape)}
+            indexes = [self._bands[k][1] for k in places]
             with raster_errors(where):
-                values = dataset.read(
-                    [self._bands[k][1] for k in places], window=window, out_shape=(len(places), rows, columns)
-                )
-            for k, band in zip(places, values, strict=True):
+                values = dataset.read(indexes, **region)
+                hidden = _hidden(dataset, indexes, any(self._masked[k] for k in places), region)
+            for number, (k, band) in enumerate(zip(places, values, strict=True)):
                 out[..., k] = band
                 if self._own_fills[k] is not None:
                     out[..., k][band == self._own_fills[k]] = bands.FILL
+                if hidden is not None:
+                    out[..., k][hidden[number]] = bands.FILL
+                cast = encodings.CAST_FILLS.get(self._stored[k])
+                if cast not in (None, self._tagged[k]):
+                    self._drop(out, k, band == cast, f"{cast}, which is -9999 cast to {self._stored[k]}", window, count)
+                elif out.dtype != np.int16:
+                    self._drop(out, k, np.isinf(out[..., k]), "infinite", window, count)
+        if self._conversion is not None:
+            missing = bands.no_data(out, self.fill)
+            gain, shift = self._conversion
+            out = (out * gain + shift).astype(np.float32)
+            out[missing] = bands.FILL
         return out
+
+    def _drop(self, out: np.ndarray, k: int, odd: np.ndarray, what: str, window: Window, count: bool) -> None:
+        """Make odd values -9999; counted as pixels of band k."""
+        if not odd.any():
+            return
+        out[..., k][odd] = bands.FILL
+        if count:
+            row, column = (int(axis[0]) for axis in np.nonzero(odd))
+            number, *first = self.oddities.get(what, (0, row + int(window.row_off), column + int(window.col_off)))
+            self.oddities[what] = (number + int(odd.sum()), first[0], first[1])
 
     def read_preview(self, max_size: int) -> np.ndarray:
         """The image at reduced size, from overviews where it has them.
@@ -199,29 +249,20 @@ class ImageSource(ExitStack[None]):
                 size += _remote_size(dataset)
         return {"size": size, "mtime_ns": latest}
 
-    def check_units(self) -> str | None:
-        """Tell reflectance from digital numbers by a sample spread over the image.
+    def check_units(self, *, one_of_many: bool = False) -> str | None:
+        """Look by a sample spread over the image whether its values can be digital numbers; see `check_plausible`.
 
         Returns:
-            a warning (99th percentile at most 100), which is added to `warnings` too, or None; None as well where
-            fewer than 1,000 valid pixels were met.
+            a warning, which is added to `warnings` too, or None.
 
         Raises:
-            RasterError: the 99th percentile is at most 2 and there are fractions: reflectance.
+            RasterError: they can't.
         """
-        values = self._sample()
-        if values.shape[0] < _ENOUGH_PIXELS:
+        if self._encoding != encodings.AUTO:
             return None
-        top = float(np.percentile(values, 99))
-        if top > 100:
-            return None
-        found = f"{self.name}: the 99th percentile of its values is {top:.4g} over {values.shape[0]:,} valid pixels"
-        if top <= 2 and (values != np.rint(values)).any():
-            raise RasterError(
-                f"{found}: reflectance, not digital numbers ({bands.UNITS}); multiply by 10000 and save as integers"
-            )
-        warning = f"{found}: very low for {bands.UNITS}; check the file's units"
-        self.warnings.append(warning)
+        warning = encodings.check_plausible(self._sample(), self._stored[0], self.name, one_of_many=one_of_many)
+        if warning is not None:
+            self.warnings.append(warning)
         return warning
 
     def _sample(self) -> np.ndarray:
@@ -236,9 +277,22 @@ class ImageSource(ExitStack[None]):
                     image = self.read_window(Window(column, row, columns, rows))
                     parts.append(image[~bands.no_data(image, self.fill)])
             values = np.concatenate(parts)
-            if values.shape[0] >= _ENOUGH_PIXELS:
+            if len(values) >= encodings.ENOUGH_PIXELS:
                 break
         return values
+
+
+def _hidden(dataset: Any, indexes: Sequence[int], masked: bool, region: dict[str, Any]) -> np.ndarray | None:
+    """bool (bands, rows, columns) of what a mask or an alpha band hides, or None where the file has neither.
+
+    GDAL takes an alpha band for a mask in files of 2 or 4 bands only.
+    """
+    hidden = dataset.read_masks(indexes, **region) == 0 if masked else None
+    if ColorInterp.alpha in dataset.colorinterp:
+        alpha = [dataset.colorinterp.index(ColorInterp.alpha) + 1] * len(indexes)
+        unseen = dataset.read(alpha, **region) == 0
+        hidden = unseen if hidden is None else hidden | unseen
+    return hidden
 
 
 def open_image(
@@ -248,6 +302,7 @@ def open_image(
     fill: float | None = None,
     wanted: Sequence[str] = bands.BAND_NAMES,
     model_sensors: Sequence[str] = ("L30",),
+    encoding: str = encodings.AUTO,
 ) -> ImageSource:
     """Open an image.
 
@@ -257,11 +312,15 @@ def open_image(
         fill: no-data value of the file; its own tag where None.
         wanted: bands to read, in this order.
         model_sensors: sensors that the model was trained on.
+        encoding: what the numbers are, one of `encoding.ENCODINGS`.
 
     Raises:
-        RasterError: unreadable or truncated, wrong bands, files of a granule on different grids.
+        RasterError: unreadable or truncated, wrong bands, a scale that isn't that of digital numbers, files of a
+            granule on different grids.
     """
-    return ImageSource(_one_item(item), band_list=band_list, fill=fill, wanted=wanted, model_sensors=model_sensors)
+    return ImageSource(
+        _one_item(item), band_list=band_list, fill=fill, wanted=wanted, model_sensors=model_sensors, encoding=encoding
+    )
 
 
 def read_tags(path: str | os.PathLike[str]) -> dict[str, str]:

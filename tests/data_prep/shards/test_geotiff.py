@@ -271,10 +271,11 @@ def test_errors_name_the_file(published, tmp_path):
     fails("T10SFF_255_tile_img.tif: no-data value: found 0, expected -9999")
     write_pair(published, "val", 255, image=make_bands(255, 10) / np.float32(10000))
     fails("T10SFF_255_tile_img.tif: .*reflectance, not digital numbers", RasterError)
-    label = make_label(255)
-    label[3, 3] = -7
-    write_pair(published, "val", 255, label=label)
-    fails("chip '10SFF_255': field label: found 1 values like -7", ValueError)
+    for odd in (199_865, 65_535, 3.4e38):  # kg, and no-data values that no tag names
+        label = make_label(255)
+        label[3, 3] = odd
+        write_pair(published, "val", 255, label=label)
+        fails("T10SFF_255_tile_label.tif: labels up to .*, 1 of them above 2000 Mg/ha; probably kg")
     write_pair(published, "val", 255)
     path = published / "val_images" / "T10SFF_255_tile_img.tif"
     path.write_bytes(path.read_bytes()[:-40_000])
@@ -287,6 +288,49 @@ def test_a_stem_in_two_splits_or_no_pairs(published, tmp_path):
         geotiff.find_pairs(published)
     with pytest.raises(RasterError, match="found no pair of images and labels, expected folders like train_images"):
         geotiff.find_pairs(tmp_path)
+
+
+@pytest.mark.parametrize("tag", [0, 65535, 3.4e38])
+def test_what_the_labels_own_tag_calls_no_data_is_no_label(tmp_path, tag):
+    label = make_label(3)
+    label[7, 6] = 12  # the only 0 of it
+    stored = np.where(label == -1, np.float32(tag), label)
+    write_pair(tmp_path / "in", "train", 3)
+    write(tmp_path / "in" / "train_labels" / "T10SFF_3_tile_label.tif", stored, 3, nodata=tag)
+    geotiff.convert(tmp_path / "in", tmp_path / "out")
+    np.testing.assert_array_equal(ShardSource(tmp_path / "out", "train")[0]["label"], label)
+    assert geotiff.verify(tmp_path / "in", tmp_path / "out") == 1
+
+
+def test_labels_below_0_and_masked_ones_are_none(tmp_path):
+    label, expected = make_label(3), make_label(3)
+    label[3, 3] = -7
+    write_pair(tmp_path / "in", "train", 3, label=label)
+    path = tmp_path / "in" / "train_labels" / "T10SFF_3_tile_label.tif"
+    hidden = np.zeros(label.shape, bool)
+    hidden[3, 5] = True  # where the label of cell 3 lies
+    expected[3, 5] = -1
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(path, "r+") as file:
+        file.write_mask(~hidden)
+    with pytest.warns(UserWarning, match="tile_label.tif: 1 labels below 0 like -7, taken as none"):
+        geotiff.convert(tmp_path / "in", tmp_path / "out", workers=1)
+    np.testing.assert_array_equal(ShardSource(tmp_path / "out", "train")[0]["label"], expected)
+    assert geotiff.verify(tmp_path / "in", tmp_path / "out") == 1
+
+
+def test_high_labels_that_are_right_and_images_of_another_encoding(tmp_path):
+    label = make_label(3)
+    label[3, 3] = 2345
+    plain = make_bands(3, 10)
+    plain[:, 0, :7] = -9999
+    image = np.where(plain == -9999, -9999, plain / 1e4).astype(np.float32)
+    write_pair(tmp_path / "in", "train", 3, label=label, image=image)
+    with pytest.warns(UserWarning, match="all images are written as float32"):
+        geotiff.convert(tmp_path / "in", tmp_path / "out", encoding="reflectance", label_max=3000)
+    (record,) = ShardSource(tmp_path / "out", "train")
+    np.testing.assert_array_equal(record["label"], label)
+    np.testing.assert_allclose(record["image"], np.moveaxis(plain[1:7], 0, -1), atol=1e-3)
+    assert geotiff.verify(tmp_path / "in", tmp_path / "out") == 1
 
 
 def test_the_labels_tag_and_nan_mean_no_label(tmp_path):

@@ -1,0 +1,98 @@
+"""Files that look right and aren't: the map is that of the plain equivalent, or the cause is named."""
+
+import numpy as np
+import pytest
+import rasterio
+
+from biomass_jax.data.raster.encoding import SCALES
+from biomass_jax.errors import PredictionError, RasterError
+from tests.prediction.stubs import NIR, write_raster
+
+SIZE = (61, 83)
+
+
+def plain_image(rng):
+    image = rng.integers(150, 6000, (*SIZE, 6)).astype(np.int16)
+    image[5:9, 20:31] = -9999
+    return image
+
+
+def stored_as(rng, image, encoding, dtype):
+    """The image in another encoding, its no-data value, and how far a value may be off after the way back."""
+    scale, offset = SCALES[encoding]
+    values = (image / 1e4 - offset) / scale
+    whole = np.issubdtype(dtype, np.integer)
+    fill = float(rng.choice([0, 65535] if dtype == np.uint16 else [-9999, -32000]))
+    stored = np.where(image == -9999, fill, np.rint(values) if whole else values).astype(dtype)
+    return stored, fill, (scale / 1e-4 / 2 if whole else 0) + 1e-2
+
+
+def read(path):
+    with rasterio.open(path) as file:
+        return file.read(1), file.tags()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_map_of_any_encoding_and_mask_is_that_of_the_plain_file(stub, tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    image = plain_image(rng)
+    encoding = list(SCALES)[seed % len(SCALES)]
+    types = [np.float32, np.float64]
+    if encoding in ("digital_numbers", "landsat_c2", "sentinel2_offset"):
+        types += [np.int32, np.uint16]
+    stored, fill, tolerance = stored_as(rng, image, encoding, types[rng.integers(len(types))])
+    path = write_raster(tmp_path / "odd.tif", stored, nodata=fill)
+    asked = {"encoding": encoding}
+    if rng.random() < 0.5 and encoding != "digital_numbers":
+        scale, offset = SCALES[encoding]
+        with rasterio.open(path, "r+") as file:
+            file.scales, file.offsets = (scale,) * 6, (offset,) * 6
+        asked = {"encoding": "from_file"}
+        if encoding != "reflectance":  # scale 1 and offset 0 are what a file without any has
+            with pytest.raises(RasterError, match="has scale .* expected none"):
+                stub().predict_file(path, tmp_path / "refused")
+        else:
+            asked = {"encoding": "reflectance"}
+    hidden = rng.random(SIZE) < 0.1
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=bool(rng.integers(2))), rasterio.open(path, "r+") as file:
+        file.write_mask(~hidden)
+    expected = np.where(hidden | (image[..., 0] == -9999), -1, image[..., NIR]).astype(np.float32)
+    found, tags = read(stub().predict_file(path, tmp_path / "out", **asked))
+    np.testing.assert_array_equal(found == -1, expected == -1)
+    np.testing.assert_allclose(found, expected, atol=tolerance)
+    assert f'"encoding": "{asked["encoding"]}"' in tags["SETTINGS"]
+
+
+def test_what_is_no_data_for_an_odd_reason_is_logged_with_its_place(stub, tmp_path, caplog):
+    image = plain_image(np.random.default_rng(1)).astype(np.float32)
+    image[40, 50, 2] = image[41, 3, 2] = np.inf
+    found, _ = read(stub().predict_file(write_raster(tmp_path / "a.tif", image), tmp_path / "out"))
+    assert found[40, 50] == found[41, 3] == -1 and (found == -1).sum() == 4 * 11 + 2
+    assert "a.tif: 2 values are infinite, the first in row 40, column 50; taken as no-data" in caplog.text
+
+
+def test_a_side_car_that_changes_makes_the_map_anew(stub, tmp_path):
+    image = plain_image(np.random.default_rng(2))
+    image[:, :30] = 777
+    path = write_raster(tmp_path / "scene.tif", image, nodata=None)
+    predictor = stub()
+    assert predictor.predict_file(path, tmp_path).status == "written"
+    assert predictor.predict_file(path, tmp_path).status == "skipped"
+    bands = "".join(f'<PAMRasterBand band="{i}"><NoDataValue>777</NoDataValue></PAMRasterBand>' for i in range(1, 7))
+    path.with_name("scene.tif.aux.xml").write_text(f"<PAMDataset>{bands}</PAMDataset>")
+    again = predictor.predict_file(path, tmp_path)
+    assert again.status == "written"
+    assert (read(again)[0][:, :30] == -1).all()
+
+
+def test_arrays_that_hold_no_digital_numbers_are_refused_unless_told(stub):
+    image = plain_image(np.random.default_rng(3)).astype(np.float32)
+    image[image == -9999] = np.nan
+    with pytest.raises(PredictionError, match="image: percentiles .* probably reflectance"):
+        stub().predict_array(image / 1e4)
+    found = stub().predict_array(image / 1e4, encoding="reflectance")
+    np.testing.assert_allclose(found, np.where(np.isnan(image[..., NIR]), -1, image[..., NIR]), atol=1e-2)
+    raw = stub().predict_array(image / 1e4, encoding="digital_numbers")
+    np.testing.assert_allclose(raw[30:], image[30:, :, NIR] / 1e4)
+    with pytest.raises(PredictionError, match=r"dtype complex64; expected digital numbers"):
+        stub().predict_array(image.astype(np.complex64))
