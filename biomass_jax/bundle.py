@@ -25,6 +25,7 @@ from biomass_jax.runtime.files import replace_folder
 from biomass_jax.version import __version__
 
 SCHEMA_VERSION = 1
+PIXEL_SIZE = 30.0  # metres, of HLS
 CHECK_TOLERANCE = 1e-4
 _REQUIRED = {"task": str, "weights_sha256": str} | dict.fromkeys(
     ("architecture", "input", "output", "training", "provenance", "check"), dict
@@ -74,6 +75,11 @@ class Bundle:
     def fill(self) -> float | None:
         """Value that marks no-data in the training images."""
         return self.meta["input"].get("fill")
+
+    @property
+    def pixel_size(self) -> float:
+        """Side of the training images' pixels on the ground, metres; HLS's where an older bundle doesn't tell."""
+        return float(self.meta["input"].get("pixel_size", PIXEL_SIZE))
 
     @property
     def nodata(self) -> float:

@@ -16,6 +16,7 @@ class Predict:
     encoding: str = setting(
         "auto", "what the files' numbers are, see above", choices="biomass_jax.data.raster.encoding:ENCODINGS"
     )
+    resample: float | None = setting(None, "m, of the pixels that finer images are brought to, see above")
     batch_size: int | None = setting(
         None, "tiles a step, over all devices together; not given, 4 a device on CPUs and 32 elsewhere"
     )

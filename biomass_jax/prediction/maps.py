@@ -12,7 +12,8 @@ import numpy as np
 from biomass_jax import figures
 from biomass_jax.data.bands import no_data, parse_band_list
 from biomass_jax.data.raster.encoding import AUTO
-from biomass_jax.data.raster.image import ImageSource, MaskSource, read_preview, read_tags
+from biomass_jax.data.raster.image import ImageSource, read_preview, read_tags
+from biomass_jax.data.raster.resample import MaskSource
 from biomass_jax.data.raster.tiff import verify_blocks
 from biomass_jax.errors import BiomassError, PredictionError, RasterError
 from biomass_jax.version import __version__
@@ -33,6 +34,7 @@ class MapOptions:
         bands: names of the files' bands where their descriptions don't say, None for an unused band; see
             `bands.parse_band_list` for how it may be spelled.
         encoding: what the files' numbers are, one of `encoding.ENCODINGS`.
+        resample: metres, of the pixels that finer images are brought to; None to refuse them.
         mask: a raster of classes on any grid; pixels of other classes than `mask_keep` become no-data.
         mask_keep: the classes to keep.
         overwrite: make maps again that are finished.
@@ -42,6 +44,7 @@ class MapOptions:
 
     bands: Any = None
     encoding: str = AUTO
+    resample: float | None = None
     mask: str | os.PathLike[str] | None = None
     mask_keep: Sequence[int] | None = None
     overwrite: bool = False
@@ -60,7 +63,7 @@ class MapOptions:
 
     def settings(self) -> dict[str, Any]:
         """What a map's values depend on; a local mask counts by its size and time as well."""
-        found: dict[str, Any] = {"bands": self.bands, "encoding": self.encoding}
+        found: dict[str, Any] = {"bands": self.bands, "encoding": self.encoding, "resample": self.resample}
         found |= {"mask": self.mask, "mask_keep": self.mask_keep}
         if self.mask is not None and os.path.exists(self.mask):
             status = os.stat(self.mask)

@@ -16,8 +16,9 @@ from biomass_jax.bundle import Bundle
 from biomass_jax.data import bands as band_table
 from biomass_jax.data.raster import encoding as encodings
 from biomass_jax.data.raster.cog import MapWriter
-from biomass_jax.data.raster.image import MaskSource, open_image
+from biomass_jax.data.raster.image import open_image
 from biomass_jax.data.raster.inputs import InputItem, find_inputs
+from biomass_jax.data.raster.resample import MaskSource
 from biomass_jax.errors import BiomassError, BundleError, PredictionError, RasterError
 from biomass_jax.prediction import maps
 from biomass_jax.prediction.forward import Forward, ModelFunction
@@ -142,7 +143,8 @@ class Predictor:
         Args:
             src: the image.
             dst: the map's path if it ends in .tif, else the folder for `<stem>_agbd.tif`.
-            **options: fields of `MapOptions`: bands, encoding, mask, mask_keep, overwrite, quicklook, progress.
+            **options: fields of `MapOptions`: bands, encoding, resample, mask, mask_keep, overwrite, quicklook,
+                progress.
 
         Raises:
             RasterError: the image, the mask or the output can't be read or written.
@@ -232,7 +234,13 @@ class _OneMap:
         with ExitStack() as stack:
             self._source = stack.enter_context(
                 open_image(
-                    item, band_list=options.bands, wanted=bundle.bands, model_sensors=sensors, encoding=options.encoding
+                    item,
+                    band_list=options.bands,
+                    wanted=bundle.bands,
+                    model_sensors=sensors,
+                    encoding=options.encoding,
+                    pixel_size=bundle.pixel_size,
+                    resample=options.resample,
                 )
             )
             settings = {**predictor.settings, **options.settings()}

@@ -45,6 +45,7 @@ def run(config: ConfigDict, workdir: Path, *, shardings: Callable[[], dict[str, 
     options = {
         "bands": parse_band_list(config.bands),
         "encoding": config.encoding,
+        "resample": config.resample,
         "mask": config.mask or None,
         "mask_keep": tuple(config.mask_keep),
         "overwrite": config.overwrite,

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from biomass_jax.bundle import Bundle, software_versions
+from biomass_jax.bundle import PIXEL_SIZE, Bundle, software_versions
 from biomass_jax.data import bands, sources
+from biomass_jax.data.raster.chips import record_grid
 from biomass_jax.errors import ConfigError
 from biomass_jax.models.build import architecture_of, build_module
 from biomass_jax.models.swin import VARIANTS, SwinFields
@@ -60,6 +61,7 @@ def choose(
             "stds": statistics.stds.tolist(),
             "sensors": list(info.sensors),
             "no_data_rule": bands.NO_DATA_RULE,
+            "pixel_size": pixel_size(train),
         },
         "output": output,
         "training": {"dataset": str(info.path), "season": info.season},
@@ -114,6 +116,12 @@ def choose_statistics(
         raise ConfigError("config.data.statistics is 'bundle', but config.init_from names none")
     means, stds = (np.asarray(loaded.meta["input"][name], np.float64) for name in ("means", "stds"))
     return means, stds, kind
+
+
+def pixel_size(train: sources.Source) -> float:
+    """Side of the first chip's pixels in metres, that of HLS where nothing tells its place."""
+    size = record_grid(train[0]).pixel_size()
+    return PIXEL_SIZE if size is None else round(max(size), 1)
 
 
 def regression(

@@ -13,14 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from affine import Affine
-from rasterio.crs import CRS
 from rasterio.enums import MaskFlags
 
 from biomass_jax.data import bands, records
-from biomass_jax.data.raster.chips import LABEL_MAX, PUBLISHED_BANDS, Pair, describe_pairs, find_pairs, read_pair
+from biomass_jax.data.raster.chips import (
+    LABEL_MAX,
+    PUBLISHED_BANDS,
+    Pair,
+    describe_pairs,
+    find_pairs,
+    read_pair,
+    record_grid,
+)
 from biomass_jax.data.raster.encoding import AUTO, ENCODINGS, SCALES, declared
-from biomass_jax.data.raster.grid import Grid, grid_of, open_quietly, raster_errors
+from biomass_jax.data.raster.grid import grid_of, open_quietly, raster_errors
 from biomass_jax.data.records import Record
 from biomass_jax.data.shards import read_metadata, split_counts
 from biomass_jax.data.sources import ShardSource
@@ -171,10 +177,8 @@ def _compare(record: Record, pair: Pair) -> None:
     with raster_errors(str(pair.label)), open_quietly(str(pair.label)) as dataset:
         label = dataset.read(1, masked=True).astype(np.float32).filled(records.NO_LABEL)
         label[~(label >= 0)] = records.NO_LABEL
-    crs = CRS.from_epsg(record["epsg"]) if record["epsg"] else None
-    height, width = record["label"].shape
-    place = Grid(height, width, crs, Affine(*record["transform"]))
-    if grid.crs is None and crs is not None or grid.crs is not None and not place.same_as(grid, tolerance=0):
+    place = record_grid(record)
+    if grid.crs is None and place.crs is not None or grid.crs is not None and not place.same_as(grid, tolerance=0):
         raise PrepError(
             f"{pair.image}: chip {record['chip_id']}: found {place.describe()}, expected {grid.describe()}: write the "
             "shards anew"

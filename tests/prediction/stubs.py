@@ -23,6 +23,7 @@ def stub_bundle(means=0.0, stds=1.0, sha="f" * 64, nodata=-1.0):
         meta={"input": {"sensors": ["L30"]}, "output": {"bands": ["agbd"], "units": "Mg ha-1", "nodata": nodata}},
         bands=BAND_NAMES,
         fill=-9999,
+        pixel_size=30.0,
         nodata=nodata,
         weights_sha256=sha,
         variables={"scale": np.float32(1)},

@@ -54,7 +54,8 @@ def test_map_has_the_grid_and_the_tags_of_the_design(stub, scene, tmp_path):
     assert tags["SOURCE_MTIME_NS"] == str(status.st_mtime_ns)
     assert json.loads(tags["SETTINGS"]) == {
         "tile": 224, "stride": 160, "margin": 8, "blend": "cosine", "tiling": "default", "dtype": "float32",
-        "matmul_precision": "highest", "bands": None, "encoding": "auto", "mask": None, "mask_keep": None,
+        "matmul_precision": "highest", "bands": None, "encoding": "auto", "resample": None,
+            "mask": None, "mask_keep": None,
     }  # fmt: skip
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from affine import Affine
+from rasterio.crs import CRS
 
 from biomass_jax.data import bands, records
 from biomass_jax.data.raster.encoding import AUTO
@@ -222,6 +224,13 @@ def read_pair(
         sensors=sensors,
         schema_version=records.SCHEMA_VERSION,
     )
+
+
+def record_grid(record: Record) -> Grid:
+    """Size and place of a record's chip."""
+    height, width = record["image"].shape[:2]
+    crs = CRS.from_epsg(record["epsg"]) if record["epsg"] else None
+    return Grid(height, width, crs, Affine(*record["transform"]))
 
 
 def _as_int16(image: np.ndarray, path: Path) -> np.ndarray:

@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import rasterio
 from affine import Affine
+from rasterio import warp
 from rasterio._err import CPLE_BaseError  # GDAL's own errors reach the caller as these; there is no public name
 from rasterio.crs import CRS
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
@@ -19,6 +21,8 @@ CACHE_BYTES = 256 * 2**20  # GDAL's block cache; its default is a share of the m
 # What bears on results is set here, so that it is the same whatever the shell says: side-cars are looked for.
 _SETTINGS = {"GDAL_CACHEMAX": CACHE_BYTES, "GDAL_PAM_ENABLED": "YES", "GDAL_DISABLE_READDIR_ON_OPEN": "FALSE"}
 SOUTHERN_NORTHING = 1e7
+_WGS84 = CRS.from_epsg(4326)
+_EQUATOR_RADIUS, _ECCENTRICITY2 = 6_378_137.0, 0.00669437999014  # of WGS 84's ellipsoid, metres and squared
 _OPENING = threading.Lock()  # warning filters belong to the process, not to a thread
 
 
@@ -61,6 +65,42 @@ class Grid:
             if max(abs(x - other_x), abs(y - shift - other_y)) > tolerance * size:
                 return False
         return True
+
+    def pixel_size(self) -> tuple[float, float] | None:
+        """Width and height in metres on the ground of the pixel in the middle, None without a CRS.
+
+        Where the CRS's own units agree with the ground within 1 %, as UTM's do, they are taken: 30 m stay 30 m.
+
+        Raises:
+            RasterError: the middle is nowhere on Earth.
+        """
+        if self.crs is None:
+            return None
+        t = self.transform
+        column, row = self.width / 2, self.height / 2
+        ends = [_place(t, column + dx, row + dy) for dx, dy in ((-0.5, 0), (0.5, 0), (0, -0.5), (0, 0.5))]
+        try:
+            lon, lat = (np.radians(axis) for axis in warp.transform(self.crs, _WGS84, *zip(*ends, strict=True)))
+        except (RasterioError, CPLE_BaseError) as error:
+            raise RasterError(f"{self.describe()}: its place can't be told: {error}") from error
+        if not (np.isfinite(lon).all() and np.isfinite(lat).all()):
+            raise RasterError(f"{self.describe()}: its place is nowhere on Earth")
+        # Lengths of a radian along a meridian and a parallel of the ellipsoid at that latitude.
+        flat = 1 - _ECCENTRICITY2 * np.sin(lat.mean()) ** 2
+        along_meridian = _EQUATOR_RADIUS * (1 - _ECCENTRICITY2) / flat**1.5
+        along_parallel = _EQUATOR_RADIUS / flat**0.5 * np.cos(lat.mean())
+        east = ((np.diff(lon)[::2] + np.pi) % (2 * np.pi) - np.pi) * along_parallel  # across the date line, too
+        ground = np.hypot(east, np.diff(lat)[::2] * along_meridian)
+        if self.crs.is_projected:
+            own = np.hypot([t.a, t.b], [t.d, t.e]) * self.crs.linear_units_factor[1]
+            ground = np.where(np.abs(own / ground - 1) < 0.01, own, ground)
+        return float(ground[0]), float(ground[1])
+
+    def coarser(self, across: float, down: float) -> "Grid":
+        """The grid of pixels so many times as wide and high, from the same corner; what is left over is cut off."""
+        t = self.transform
+        transform = Affine(t.a * across, t.b * down, t.c, t.d * across, t.e * down, t.f)
+        return Grid(max(int(self.height / down), 1), max(int(self.width / across), 1), self.crs, transform)
 
     def describe(self) -> str:
         """Size, upper-left corner, pixel size and CRS in words."""

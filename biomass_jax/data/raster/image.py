@@ -1,19 +1,20 @@
 """Images in: the wanted bands of a file, URL or granule as row bands of digital numbers."""
 
+import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 import rasterio
-from rasterio.enums import ColorInterp, MaskFlags, Resampling
-from rasterio.vrt import WarpedVRT
+from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.windows import Window
 
 from biomass_jax.data import bands
 from biomass_jax.data.raster import encoding as encodings
+from biomass_jax.data.raster import resample as resampling
 from biomass_jax.data.raster.grid import Grid, grid_of, open_quietly, raster_errors
 from biomass_jax.data.raster.inputs import GranuleName, InputItem, find_inputs, granule_name
 from biomass_jax.data.raster.tiff import is_tiff, verify_blocks
@@ -29,7 +30,7 @@ class ImageSource(ExitStack[None]):
 
     Attributes:
         name: what messages call it.
-        grid: size and place.
+        grid: size and place; of what is read, where the file is resampled.
         bands: the bands read, in order.
         fill: the value that marks no-data besides those of `bands.no_data`, or None.
         dtype: int16 where every band is stored as int16 and not converted, else float32.
@@ -50,6 +51,8 @@ class ImageSource(ExitStack[None]):
         wanted: Sequence[str] = bands.BAND_NAMES,
         model_sensors: Sequence[str] = ("L30",),
         encoding: str = encodings.AUTO,
+        pixel_size: float | None = None,
+        resample: float | None = None,
     ) -> None:
         super().__init__()
         self.name = item.name
@@ -70,9 +73,17 @@ class ImageSource(ExitStack[None]):
             self.close()
             raise
         first = self._bands[0][0]
-        self.grid = grid_of(first)
-        exact = self._conversion is None and set(self._stored) == {"int16"}
+        self._native, self._factors = grid_of(first), None
+        if pixel_size is not None:
+            try:
+                self._factors = resampling.factors(self._native, pixel_size, resample, self.name)
+            except BaseException:
+                self.close()
+                raise
+        self.grid = self._native.coarser(*self._factors) if self._factors else self._native
+        exact = self._conversion is None and self._factors is None and set(self._stored) == {"int16"}
         self.dtype = np.dtype("int16" if exact else "float32")
+        self.fill = self._stored_fill if self._factors is None else float(bands.FILL)
         self.tags: dict[str, str] = dict(first.tags())
         self.sources = tuple(dict.fromkeys(_base_name(dataset.name) for dataset, _ in self._bands))
         granule = granule_name(_base_name(item.paths[0]))
@@ -156,7 +167,7 @@ class ImageSource(ExitStack[None]):
         own = own if fill is None else [float(fill)] * len(own)
         alike = len(set(own)) == 1 and self._conversion is None
         self._own_fills = [None] * len(own) if alike else own
-        self.fill = own[0] if alike else float(bands.FILL)
+        self._stored_fill = own[0] if alike else float(bands.FILL)
 
     def reading(self) -> dict[str, Any]:
         """What the pixels depend on beside the stored numbers, side-cars included: no-data values, masks, scales."""
@@ -183,6 +194,22 @@ class ImageSource(ExitStack[None]):
         return self._read(window, shape or (int(window.height), int(window.width)), count=False)
 
     def _read(self, window: Window, shape: tuple[int, int], *, count: bool) -> np.ndarray:
+        if self._factors is None:
+            return self._read_native(window, shape, count=count)
+        across, down = self._factors
+        if shape != (window.height, window.width):  # a preview needs no exact means
+            inside = Window(window.col_off * across, window.row_off * down, window.width * across, window.height * down)
+            return self._read_native(inside, shape, count=count)
+        rows = (window.row_off + np.arange(window.height + 1)) * down
+        columns = (window.col_off + np.arange(window.width + 1)) * across
+        top, left = int(rows[0]), int(columns[0])
+        bottom, right = min(math.ceil(rows[-1]), self._native.height), min(math.ceil(columns[-1]), self._native.width)
+        inside = Window(left, top, right - left, bottom - top)
+        image = self._read_native(inside, (bottom - top, right - left), count=count)
+        edges = np.minimum(rows - top, bottom - top), np.minimum(columns - left, right - left)
+        return resampling.area_mean(image, bands.no_data(image, self._stored_fill), *edges)
+
+    def _read_native(self, window: Window, shape: tuple[int, int], *, count: bool) -> np.ndarray:
         out = np.empty((*shape, len(self._bands)), self.dtype)
         where = f"{self.name}: reading rows {int(window.row_off)} to {int(window.row_off + window.height)}"
         datasets = list(dict.fromkeys(dataset for dataset, _ in self._bands))
@@ -205,7 +232,7 @@ class ImageSource(ExitStack[None]):
                 elif out.dtype != np.int16:
                     self._drop(out, k, np.isinf(out[..., k]), "infinite", window, count)
         if self._conversion is not None:
-            missing = bands.no_data(out, self.fill)
+            missing = bands.no_data(out, self._stored_fill)
             gain, shift = self._conversion
             out = (out * gain + shift).astype(np.float32)
             out[missing] = bands.FILL
@@ -303,6 +330,8 @@ def open_image(
     wanted: Sequence[str] = bands.BAND_NAMES,
     model_sensors: Sequence[str] = ("L30",),
     encoding: str = encodings.AUTO,
+    pixel_size: float | None = None,
+    resample: float | None = None,
 ) -> ImageSource:
     """Open an image.
 
@@ -313,13 +342,22 @@ def open_image(
         wanted: bands to read, in this order.
         model_sensors: sensors that the model was trained on.
         encoding: what the numbers are, one of `encoding.ENCODINGS`.
+        pixel_size: metres, of the images that the model was trained on; None to take any.
+        resample: metres, of the pixels that a finer image is brought to; see `resample.factors`.
 
     Raises:
-        RasterError: unreadable or truncated, wrong bands, a scale that isn't that of digital numbers, files of a
-            granule on different grids.
+        RasterError: unreadable or truncated, wrong bands, a scale that isn't that of digital numbers, pixels of another
+            size, files of a granule on different grids.
     """
     return ImageSource(
-        _one_item(item), band_list=band_list, fill=fill, wanted=wanted, model_sensors=model_sensors, encoding=encoding
+        _one_item(item),
+        band_list=band_list,
+        fill=fill,
+        wanted=wanted,
+        model_sensors=model_sensors,
+        encoding=encoding,
+        pixel_size=pixel_size,
+        resample=resample,
     )
 
 
@@ -420,73 +458,3 @@ def _spread(length: int, window: int, count: int) -> list[int]:
     if length <= window * count:
         return list(range(0, length, window))
     return [int(start) for start in np.linspace(0, length - window, count)]
-
-
-class MaskSource(ExitStack[None]):
-    """Which pixels of a map's grid belong to the kept classes of a land-cover raster; it closes as a stack does.
-
-    The raster is warped to the grid by nearest neighbour while it is read; outside its extent nothing is kept.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], grid: Grid, keep: Iterable[float]) -> None:
-        """Open it.
-
-        Args:
-            path: a single-band raster of classes.
-            grid: the map's grid.
-            keep: classes to keep.
-
-        Raises:
-            RasterError: unreadable, several bands, no class to keep, its no-data value among those to keep, or no CRS
-                (of the mask or the map) while the grids differ.
-        """
-        super().__init__()
-        self.name = os.fspath(path)
-        self.keep = tuple(sorted(set(keep)))
-        self.grid = grid
-        if not self.keep:
-            raise RasterError(f"{self.name}: no class to keep; give the mask's classes (config.mask_keep)")
-        try:
-            with raster_errors(self.name):
-                self._source = self._open()
-        except BaseException:
-            self.close()
-            raise
-
-    def _open(self) -> Any:
-        dataset = self.enter_context(open_quietly(self.name))
-        if dataset.count != 1:
-            raise RasterError(f"{self.name}: {dataset.count} bands; a mask has one band of classes")
-        if dataset.nodata is not None and dataset.nodata in self.keep:
-            raise RasterError(f"{self.name}: class {dataset.nodata:g} is to be kept, but marks no-data in this mask")
-        own = grid_of(dataset)
-        if own.crs is None or self.grid.crs is None:
-            if (own.height, own.width) != (self.grid.height, self.grid.width) or not own.transform.almost_equals(
-                self.grid.transform, 1e-6
-            ):
-                raise RasterError(
-                    f"{self.name}: {'the mask' if own.crs is None else 'the map'} has no CRS and the grids differ: the "
-                    f"mask is {own.describe()}, the map {self.grid.describe()}; give the mask on the map's grid"
-                )
-            return dataset
-        outside = next((value for value in range(256) if value not in self.keep and value != dataset.nodata), None)
-        if outside is None:
-            raise RasterError(f"{self.name}: {len(self.keep)} classes are to be kept, all there can be")
-        return self.enter_context(
-            WarpedVRT(
-                dataset,
-                crs=self.grid.crs,
-                transform=self.grid.transform,
-                width=self.grid.width,
-                height=self.grid.height,
-                resampling=Resampling.nearest,
-                init_dest_nodata=False,
-                INIT_DEST=str(outside),
-            )
-        )
-
-    def read_rows(self, start: int, stop: int) -> np.ndarray:
-        """bool (rows, width), True where rows `start` to `stop` of the map are to be kept."""
-        with raster_errors(f"{self.name}: reading rows {start} to {stop}"):
-            classes = self._source.read(1, window=Window(0, start, self.grid.width, stop - start))
-        return np.isin(classes, self.keep)

@@ -7,7 +7,7 @@ from rasterio.crs import CRS
 from rasterio.warp import Resampling, reproject
 
 from biomass_jax.data.raster.grid import Grid
-from biomass_jax.data.raster.image import MaskSource
+from biomass_jax.data.raster.resample import MaskSource
 from biomass_jax.errors import RasterError
 
 UTM = CRS.from_epsg(32610)

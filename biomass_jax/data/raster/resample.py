@@ -1,0 +1,149 @@
+"""Rasters on another grid: finer images as means over larger pixels, land-cover masks by nearest neighbour."""
+
+import os
+from collections.abc import Iterable
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+from rasterio.enums import Resampling
+from rasterio.vrt import WarpedVRT
+from rasterio.windows import Window
+
+from biomass_jax.data import bands
+from biomass_jax.data.raster.grid import Grid, grid_of, open_quietly, raster_errors
+from biomass_jax.errors import RasterError
+
+FINEST, COARSEST = 25 / 30, 36 / 30  # of the size that the model was trained on: taken as it is
+_SNAP = 0.01  # 2.999 times is 3 times
+
+
+def factors(grid: Grid, wanted: float, resample: float | None, name: str) -> tuple[float, float] | None:
+    """How many pixels of an image, across and down, make one of the wanted size; None where they are left as they are.
+
+    Args:
+        grid: of the image.
+        wanted: metres, of the pixels that the model was trained on.
+        resample: metres, of the pixels that the image is to be brought to; None to refuse other sizes.
+        name: of the image, for messages.
+
+    Raises:
+        RasterError: pixels of another size without `resample`, or coarser ones; a `resample` that the model isn't for.
+    """
+    if resample is not None and not FINEST <= resample / wanted <= COARSEST:
+        raise RasterError(f"{name}: resample is {resample:g} m, but the model was trained on pixels of {wanted:g} m")
+    size = grid.pixel_size()
+    if size is None or all(FINEST <= one / wanted <= COARSEST for one in size):
+        return None
+    found = f"{name}: its pixels are {size[0]:.4g} x {size[1]:.4g} m on the ground"
+    trained = f"the model was trained on {wanted:g} m"
+    if max(size) > COARSEST * wanted:
+        raise RasterError(f"{found}, but {trained}; coarser images can't be made finer, give one of {wanted:g} m")
+    if resample is None:
+        raise RasterError(
+            f"{found}, but {trained}; resample={wanted:g} (config.resample) maps the means over pixels of that size"
+        )
+    across, down = (max(resample / one, 1.0) for one in size)
+    near = [round(factor) if abs(factor / round(factor) - 1) < _SNAP else factor for factor in (across, down)]
+    return float(near[0]), float(near[1])
+
+
+def area_mean(image: np.ndarray, missing: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Means over the areas between edges, of the pixels with data.
+
+    Args:
+        image: (H, W, bands).
+        missing: bool (H, W), pixels without data.
+        rows: (h + 1,) increasing edges in pixels of `image`, 0 to H, fractions of pixels too.
+        columns: (w + 1,) likewise, 0 to W.
+
+    Returns:
+        float32 (h, w, bands); -9999 where less than half of the area has data.
+    """
+    data = np.where(missing[..., None], 0, image).astype(np.float64)
+    weighted = np.concatenate([data, ~missing[..., None]], axis=-1)
+    for axis, edges in ((0, rows), (1, columns)):
+        weighted = _between(weighted, axis, edges)
+    area = np.diff(rows)[:, None] * np.diff(columns)
+    share = weighted[..., -1]
+    means = weighted[..., :-1] / np.maximum(share, 1e-9)[..., None]
+    return np.where((share < 0.5 * area)[..., None], bands.FILL, means).astype(np.float32)
+
+
+def _between(values: np.ndarray, axis: int, edges: np.ndarray) -> np.ndarray:
+    """Integrals of a step function between edges along one axis."""
+    values = np.moveaxis(values, axis, 0)
+    integral = np.concatenate([np.zeros_like(values[:1]), np.cumsum(values, axis=0)])
+    whole = np.minimum(edges.astype(int), len(values) - 1)
+    part = (edges - whole).reshape(-1, *[1] * (values.ndim - 1))
+    return np.moveaxis(np.diff(integral[whole] + part * values[whole], axis=0), 0, axis)
+
+
+class MaskSource(ExitStack[None]):
+    """Which pixels of a map's grid belong to the kept classes of a land-cover raster; it closes as a stack does.
+
+    The raster is warped to the grid by nearest neighbour while it is read; outside its extent nothing is kept.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], grid: Grid, keep: Iterable[float]) -> None:
+        """Open it.
+
+        Args:
+            path: a single-band raster of classes.
+            grid: the map's grid.
+            keep: classes to keep.
+
+        Raises:
+            RasterError: unreadable, several bands, no class to keep, its no-data value among those to keep, or no CRS
+                (of the mask or the map) while the grids differ.
+        """
+        super().__init__()
+        self.name = os.fspath(path)
+        self.keep = tuple(sorted(set(keep)))
+        self.grid = grid
+        if not self.keep:
+            raise RasterError(f"{self.name}: no class to keep; give the mask's classes (config.mask_keep)")
+        try:
+            with raster_errors(self.name):
+                self._source = self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> Any:
+        dataset = self.enter_context(open_quietly(self.name))
+        if dataset.count != 1:
+            raise RasterError(f"{self.name}: {dataset.count} bands; a mask has one band of classes")
+        if dataset.nodata is not None and dataset.nodata in self.keep:
+            raise RasterError(f"{self.name}: class {dataset.nodata:g} is to be kept, but marks no-data in this mask")
+        own = grid_of(dataset)
+        if own.crs is None or self.grid.crs is None:
+            if (own.height, own.width) != (self.grid.height, self.grid.width) or not own.transform.almost_equals(
+                self.grid.transform, 1e-6
+            ):
+                raise RasterError(
+                    f"{self.name}: {'the mask' if own.crs is None else 'the map'} has no CRS and the grids differ: the "
+                    f"mask is {own.describe()}, the map {self.grid.describe()}; give the mask on the map's grid"
+                )
+            return dataset
+        outside = next((value for value in range(256) if value not in self.keep and value != dataset.nodata), None)
+        if outside is None:
+            raise RasterError(f"{self.name}: {len(self.keep)} classes are to be kept, all there can be")
+        return self.enter_context(
+            WarpedVRT(
+                dataset,
+                crs=self.grid.crs,
+                transform=self.grid.transform,
+                width=self.grid.width,
+                height=self.grid.height,
+                resampling=Resampling.nearest,
+                init_dest_nodata=False,
+                INIT_DEST=str(outside),
+            )
+        )
+
+    def read_rows(self, start: int, stop: int) -> np.ndarray:
+        """bool (rows, width), True where rows `start` to `stop` of the map are to be kept."""
+        with raster_errors(f"{self.name}: reading rows {start} to {stop}"):
+            classes = self._source.read(1, window=Window(0, start, self.grid.width, stop - start))
+        return np.isin(classes, self.keep)
