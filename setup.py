@@ -49,12 +49,21 @@ SWEEP = [
 ]
 DOCS = ["nbclient>=0.10", "ipykernel>=6.29"]  # runs the notebook as a test; the first that allow Python 3.12
 TOOLS = [
+    "setuptools>=70.1",  # builds the wheel without the network; the first that needs no `wheel` beside it
     "pytest>=8.2",  # older ones were not tried with the importlib import mode
     "pytest-timeout>=2.3",  # a hanging test must not hang the suite
     "pytest-xdist>=3.6",  # the quick tests on two cores; older ones were not tried
     "ruff>=0.12",  # older ones format differently
     "mypy>=1.15",  # older ones were not tried with the annotations of NumPy 2
 ]
+
+# Folders that are installed as parts of biomass_jax; in a checkout biomass_jax finds them where they are.
+INSTALLED_INSIDE = {
+    "biomass_jax.configs": "configs",
+    "biomass_jax.configs.sweeps": "configs/sweeps",
+    "biomass_jax.launch": "launch",
+    "biomass_jax.launch.checkpoint": "tests/golden/ckpt_micro_cli",  # what the demo converts
+}
 
 setup(
     name="biomass-jax",
@@ -63,8 +72,19 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    project_urls={
+        "Paper": "https://arxiv.org/abs/2406.19888",
+        "Released model": "https://huggingface.co/ibm-granite/granite-geospatial-biomass",
+    },
     python_requires=">=3.11",  # JAX 0.10's own floor
-    packages=find_packages(include=["biomass_jax*", "data_prep*"]),
+    packages=sorted({*find_packages(include=["biomass_jax*", "data_prep*"]), *INSTALLED_INSIDE}),
+    package_dir=INSTALLED_INSIDE,
+    package_data={
+        "biomass_jax": ["py.typed"],
+        "data_prep": ["py.typed"],
+        "biomass_jax.launch.checkpoint": ["state_dict.ckpt"],
+    },
+    entry_points={"console_scripts": ["biomass-jax = biomass_jax.cli:main"]},
     install_requires=CORE,
     extras_require={
         "prep": PREP,

@@ -1,4 +1,6 @@
-"""Run one config: `python -m biomass_jax.main --config configs/X.py --workdir DIR [--config.field=value]`.
+"""Run one config: `python -m biomass_jax.main --config X --workdir DIR [--config.field=value]`.
+
+X is a file, or the name of one of `configs/`, which come with the package: `--config predict`.
 
 Exit codes: 0 finished, 75 stopped by SIGTERM (give the same command again to resume), anything else failed.
 """
@@ -13,7 +15,7 @@ import runpy
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,11 +26,12 @@ from ml_collections import ConfigDict, config_flags
 from biomass_jax.errors import STOPPED, BiomassError, Stopped, UsageError
 from biomass_jax.runtime import processes
 from biomass_jax.runtime.files import check_local, write_json
+from biomass_jax.runtime.settings import find_config
 
 ROOT = Path(__file__).resolve().parent.parent
 
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A file of configs/; change a field with --config.field=value."
+    "config", None, "A file, or the name of one of configs/: predict; change a field with --config.field=value."
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that the run writes; made if it isn't there.")
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where no cluster says it.")
@@ -139,10 +142,8 @@ def write_config(config: ConfigDict, workdir: Path) -> None:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, with a readable message for a config that isn't there and for an unknown field."""
-    path = _config_path(argv)
-    if path is not None and not path.is_file():
-        raise UsageError(f"{path}: no such config file")
+    """absl's parser, which takes a config's name too, with a readable message for an unknown config or field."""
+    argv, path = _with_config_file(argv)
     try:
         return app.parse_flags_with_usage(argv)
     except AttributeError as error:
@@ -154,13 +155,15 @@ def parse_flags(argv: list[str]) -> list[str]:
         raise UsageError(f"{path}: no field {unknown!r} in this config; it has {', '.join(fields)}{near}") from error
 
 
-def _config_path(argv: list[str]) -> Path | None:
-    """The file given as `--config=X` or `--config X`."""
-    for flag, following in zip(argv, [*argv[1:], ""], strict=True):
-        name, equals, value = flag.lstrip("-").partition("=")
-        if name == "config" and flag.startswith("-"):
-            return Path(value if equals else following)
-    return None
+def _with_config_file(argv: list[str]) -> tuple[list[str], Path | None]:
+    """The arguments with the config's file where its name was given, `--config=X` or `--config X`; and that file."""
+    words, path = list(argv), None
+    for place, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        if flag in ("-config", "--config") and (equals or place + 1 < len(words)):
+            path = find_config(value if equals else words[place + 1])
+            words[place if equals else place + 1] = f"{flag}={path}" if equals else str(path)
+    return words, path
 
 
 def set_up_logging() -> None:
@@ -177,11 +180,13 @@ def _stop(*_: object) -> NoReturn:
     raise Stopped
 
 
-def cli() -> NoReturn:
-    """Parse, run, and turn what happens into an exit code."""
+def cli(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Parse the arguments, those of the process where none are given; run; turn what happens into an exit code."""
+    if arguments is not None:
+        sys.argv[1:] = arguments  # ml_collections looks there for --config.field
     set_up_logging()
     gc.set_threshold(100_000, 50, 100)  # imports and tracing make objects that stay, and that it would walk each time
-    sys.path.append(str(ROOT))  # configs import each other from a checkout, wherever the command is given
+    sys.path.append(str(ROOT))  # configs of a checkout import `configs` or `biomass_jax`, wherever the command is given
     signal.signal(signal.SIGTERM, _stop)
     began = time.monotonic()
     try:

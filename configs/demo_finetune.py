@@ -8,7 +8,7 @@ Expected: val/rmse below 60 % of the best constant predictor's. --config.referen
 
 from ml_collections import config_dict
 
-from configs import finetune_all_biomes
+from biomass_jax.configs import finetune_all_biomes
 
 
 def get_config() -> config_dict.ConfigDict:

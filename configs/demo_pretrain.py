@@ -10,7 +10,7 @@ which nothing around tells. On scenes with fields and clouds 300 steps come belo
 
 from ml_collections import config_dict
 
-from configs import demo_finetune, pretrain_simmim_swin_b_100ep
+from biomass_jax.configs import demo_finetune, pretrain_simmim_swin_b_100ep
 
 
 def get_config() -> config_dict.ConfigDict:

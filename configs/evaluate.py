@@ -16,8 +16,8 @@ Expected of the released model (RMSE in Mg/ha, bins 0-100, 100-200, 200-300, 0-3
 
 from ml_collections import config_dict
 
+from biomass_jax.configs import common
 from biomass_jax.evaluation.config import Evaluate
-from configs import common
 
 
 def get_config() -> config_dict.ConfigDict:

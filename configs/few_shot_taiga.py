@@ -13,7 +13,7 @@ Hardware: as finetune_all_biomes.py. Expected: the reference's validation RMSE f
 
 from ml_collections import config_dict
 
-from configs import finetune_all_biomes
+from biomass_jax.configs import finetune_all_biomes
 
 
 def get_config() -> config_dict.ConfigDict:

@@ -16,8 +16,8 @@ batches' RMSEs. docs/train.md lists every field.
 
 from ml_collections import config_dict
 
+from biomass_jax.configs import common
 from biomass_jax.training.config import Finetune
-from configs import common
 
 
 def get_config() -> config_dict.ConfigDict:

@@ -10,7 +10,7 @@ Expected: the paper reached RMSE 68.7 and 70.9 Mg/ha on Brazil, against a U-Net'
 
 from ml_collections import config_dict
 
-from configs import finetune_all_biomes
+from biomass_jax.configs import finetune_all_biomes
 
 
 def get_config() -> config_dict.ConfigDict:

@@ -8,8 +8,8 @@ it was when the same command is given again.
 
 from ml_collections import config_dict
 
+from biomass_jax.configs import common
 from biomass_jax.prediction.config import Predict
-from configs import common
 
 
 def get_config() -> config_dict.ConfigDict:

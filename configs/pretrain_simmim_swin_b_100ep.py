@@ -12,8 +12,8 @@ z-scores for a normal distribution); the figures say whether fields and clouds c
 
 from ml_collections import config_dict
 
+from biomass_jax.configs import common
 from biomass_jax.training.config import Pretrain
-from configs import common
 
 
 def get_config() -> config_dict.ConfigDict:

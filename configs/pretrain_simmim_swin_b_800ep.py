@@ -7,7 +7,7 @@ Data, hardware and what is expected: as pretrain_simmim_swin_b_100ep.py, eight t
 
 from ml_collections import config_dict
 
-from configs import pretrain_simmim_swin_b_100ep
+from biomass_jax.configs import pretrain_simmim_swin_b_100ep
 
 
 def get_config() -> config_dict.ConfigDict:

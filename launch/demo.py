@@ -17,8 +17,13 @@ import numpy as np
 
 from biomass_jax.runtime.progress import duration
 
-ROOT = Path(__file__).resolve().parent.parent
-CHECKPOINT = "tests/golden/ckpt_micro_cli/state_dict.ckpt"  # real, but tiny: 125,327 parameters, three epochs
+HERE = Path(__file__).resolve().parent
+# A real checkpoint, but tiny: 125,327 parameters, three epochs. Installed with the package; in a checkout in tests/.
+(CHECKPOINT,) = (
+    folder / "state_dict.ckpt"
+    for folder in (HERE / "checkpoint", HERE.parent / "tests" / "golden" / "ckpt_micro_cli")
+    if folder.is_dir()
+)
 TILE = "10SFF"  # what data_prep.synthetic writes
 GRANULE = "HLS.L30.T10SFF.2020198T184512.v2.0"  # one of its scenes, of which a corner lies off the swath
 MADE = (
@@ -59,7 +64,7 @@ def stages(out: Path) -> list[tuple[str, list[str]]]:
         ),
         (
             "Prepare training data: composite, labels, chips, splits, shards, check",
-            ["-m", "data_prep", "prepare", "--config", "configs/prepare.py", "--out", f"{out}"]
+            ["-m", "data_prep", "prepare", "--config", "prepare", "--out", f"{out}"]
             # Blocks as small as the tile asks for; real ones are larger than the neighbourhood that looks alike.
             + ["--config.season=2020", "--config.splits.block_km=7"],
         ),
@@ -69,32 +74,41 @@ def stages(out: Path) -> list[tuple[str, list[str]]]:
         ),
         (
             "Pretrain a tiny encoder: paint masked patches back, without labels",
-            [*main, "configs/demo_pretrain.py", "--workdir", f"{out}/pretrain", f"--config.data.path={out}/shards"],
+            [*main, "demo_pretrain", "--workdir", f"{out}/pretrain", f"--config.data.path={out}/shards"],
         ),
         (
             "Fine-tune it on the footprints",
-            [*main, "configs/demo_finetune.py", "--workdir", f"{out}/finetune", f"--config.data.path={out}/shards"]
+            [*main, "demo_finetune", "--workdir", f"{out}/finetune", f"--config.data.path={out}/shards"]
             # It begins with an encoder that has seen the forest: half as long as from random weights is enough.
             + [f"--config.init_from={out}/pretrain/best", "--config.load=encoder", "--config.epochs=10"],
         ),
         (
             "Score it on chips that it has not seen",
-            [*main, "configs/evaluate.py", "--workdir", f"{out}/scores", f"--config.bundle={out}/finetune/best"]
+            [*main, "evaluate", "--workdir", f"{out}/scores", f"--config.bundle={out}/finetune/best"]
             + [f"--config.data.path={out}/shards"],
         ),
         (
             "Map the whole tile",
-            [*main, "configs/predict.py", "--workdir", f"{out}/biomass", f"--config.bundle={out}/finetune/best"]
+            [*main, "predict", "--workdir", f"{out}/biomass", f"--config.bundle={out}/finetune/best"]
             + [f"--config.inputs={out}/composites/{TILE}", "--config.quicklook=true"],
         ),
         (
             "Convert a PyTorch checkpoint into a model bundle",
             # This checkpoint doesn't hold the statistics of its training images; the released model's stand in.
-            ["-m", "biomass_jax.convert", "--input", CHECKPOINT, "--statistics", "granite", "--output", f"{out}/model"],
+            [
+                "-m",
+                "biomass_jax.convert",
+                "--input",
+                f"{CHECKPOINT}",
+                "--statistics",
+                "granite",
+                "--output",
+                f"{out}/model",
+            ],
         ),
         (
             "Map one of the scenes with it",
-            [*main, "configs/predict.py", "--workdir", f"{out}/maps"]
+            [*main, "predict", "--workdir", f"{out}/maps"]
             + [f"--config.bundle={out}/model", f"--config.inputs={out}/granules/hls/{GRANULE}"]
             + ["--config.quicklook=true"],
         ),
@@ -107,16 +121,15 @@ def estimate(elapsed: Sequence[float]) -> float | None:
     return sum(elapsed) / done * sum(USUAL_SECONDS[len(elapsed) :]) if elapsed else None
 
 
-def run(title: str, command: list[str]) -> None:
-    """Print a stage's command and run it.
+def run(title: str, command: list[str], cache: Path) -> None:
+    """Print a stage's command and run it; `cache` keeps compiled programs for the second demo.
 
     Raises:
         DemoError: the command failed.
     """
     print(f"$ python {shlex.join(command)}", flush=True)
-    # The second demo takes its compiled programs from here.
-    environment = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax-demo"), "MPLBACKEND": "Agg", **os.environ}
-    code = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment).returncode
+    environment = {"JAX_COMPILATION_CACHE_DIR": str(cache.absolute()), "MPLBACKEND": "Agg", **os.environ}
+    code = subprocess.run([sys.executable, *command], env=environment).returncode
     if code:
         raise DemoError(f"'{title}' failed with exit code {code}; the command is printed above")
 
@@ -129,15 +142,15 @@ def beside_truth(out: Path) -> tuple[Path, float]:
     from biomass_jax.data.raster.image import read_preview
     from data_prep.synthetic.forest.land import Forest
 
-    (path,) = (ROOT / out / "biomass").glob("*_agbd.tif")
+    (path,) = (out / "biomass").glob("*_agbd.tif")
     found = read_preview(path, max_size=10_000)  # its full size; no-data is NaN
-    plan = json.loads((ROOT / out / "plan.json").read_text())
+    plan = json.loads((out / "plan.json").read_text())
     _, _, left, _, _, top = plan["tiles"][TILE]["transform"]
     truth = Forest(plan["seed"]).pixel_biomass(left, top, found.shape).astype(np.float32)
     known = np.isfinite(found)
     residual = np.var(found[known] - truth[known]) + np.mean(found[known] - truth[known]) ** 2
     r2 = float(1 - residual / np.var(truth[known]))
-    picture = ROOT / out / "biomass" / "beside_truth.png"
+    picture = out / "biomass" / "beside_truth.png"
     panels = {f"Map, R2 {r2:.2f}": found, "The synthetic forest": truth}
     figures.save(picture, figures.maps_side_by_side(panels, name="agbd", unit="Mg/ha", zoom=160))
     return picture, r2
@@ -149,10 +162,10 @@ def summary(out: Path) -> str:
 
     import tensorflow_datasets as tfds
 
-    builder = tfds.builder_from_directory(ROOT / out / "shards")
+    builder = tfds.builder_from_directory(out / "shards")
     sources = {split: builder.as_data_source(split) for split in builder.info.splits}
     chip = sources["train"][0]
-    lines = [json.loads(line) for line in (ROOT / out / "finetune" / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (out / "finetune" / "metrics.jsonl").read_text().splitlines()]
     best = min((line for line in lines if "val/loss" in line), key=lambda line: line["val/loss"])
     picture, r2 = beside_truth(out)
     return "\n".join(
@@ -165,7 +178,7 @@ def summary(out: Path) -> str:
             f"map        {out / 'biomass'}: R2 {r2:.2f} against the synthetic forest",
             f"picture    {picture}",
             f"another    {out / 'maps'}: by a PyTorch checkpoint that is a toy; its numbers mean nothing",
-            "README.md shows how to map with the released model.",
+            "How to map with the released model: the README, or `biomass-jax convert --help`.",
         ]
     )
 
@@ -177,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
     out = parser.parse_args(argv).out
     began = time.monotonic()
     for folder in MADE:
-        shutil.rmtree(ROOT / out / folder, ignore_errors=True)
+        shutil.rmtree(out / folder, ignore_errors=True)
     elapsed: list[float] = []
     try:
         for title, command in (found := stages(out)):
@@ -185,11 +198,11 @@ def main(argv: list[str] | None = None) -> int:
             about = "" if left is None else f", about {duration(left)} left"
             print(f"\n== {len(elapsed) + 1} of {len(found)}{about}: {title}", flush=True)
             began_stage = time.monotonic()
-            run(title, command)
+            run(title, command, out / ".jax_cache")
             elapsed.append(time.monotonic() - began_stage)
             print(f"   {elapsed[-1]:.1f} s")
     except DemoError as error:
-        print(f"\nmake demo: {error}", file=sys.stderr)
+        print(f"\ndemo: {error}", file=sys.stderr)
         return 1
     print(f"\n== Done in {time.monotonic() - began:.0f} s\n{summary(out)}")
     return 0

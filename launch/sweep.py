@@ -1,6 +1,6 @@
 """Search for good settings by Optuna: many trainings, several at a time, on one machine or many.
 
-    python -m launch.sweep --config configs/finetune_all_biomes.py --space configs/sweeps/finetune.py --workdir OUT \
+    biomass-jax sweep --config finetune_all_biomes --space finetune --workdir OUT \
         --trials 50 [--parallel 4] [--prune] [--config.field=value ...]
 
 The same command resumes with a sweep that was stopped or killed; given on several machines at once, for example as a
@@ -24,11 +24,13 @@ from pathlib import Path
 import optuna
 from optuna.trial import TrialState
 
-from biomass_jax.errors import STOPPED, SweepError
-from launch.sweep_report import as_text, ordered, page, rows, short
-from launch.sweep_space import ROOT, SAMPLERS, as_overrides, best_config, check_space, load_space, parse_config
-from launch.sweep_study import SharedStudy, SweepPlan, write
-from launch.sweep_trial import TrialJob
+from biomass_jax.errors import STOPPED, BiomassError, SweepError
+from biomass_jax.runtime.settings import find_config
+
+from .sweep_report import as_text, ordered, page, rows, short
+from .sweep_space import CONFIGS, SAMPLERS, as_overrides, best_config, check_space, load_space, parse_config
+from .sweep_study import SharedStudy, SweepPlan, write
+from .sweep_trial import TrialJob
 
 TRIES = 2  # of a trial that crashes
 POLL = 0.5  # seconds between two looks at the trials
@@ -220,8 +222,8 @@ def cuda_devices(parallel: int) -> list[str | None]:
 def parser() -> argparse.ArgumentParser:
     """The command line; `--config.field=value` comes beside it."""
     parser = argparse.ArgumentParser("python -m launch.sweep", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--config", type=Path, required=True, help="config of all trials, a file of configs/")
-    parser.add_argument("--space", type=Path, required=True, help="fields to vary, a file of configs/sweeps/")
+    parser.add_argument("--config", required=True, help="config of all trials: a file, or the name of one of configs/")
+    parser.add_argument("--space", required=True, help="fields to vary: a file, or the name of one of configs/sweeps/")
     parser.add_argument("--workdir", type=Path, required=True, help="folder for the study and its trials")
     parser.add_argument("--trials", type=int, help="of the study in all, over restarts and machines; grid: all")
     parser.add_argument("--parallel", type=int, default=1, help="trials at a time here, each on a GPU of its own")
@@ -253,7 +255,8 @@ def make_plan(arguments: argparse.Namespace, overrides: list[str]) -> SweepPlan:
     if trials < 1:
         raise SweepError(f"--trials is {trials}; expected a number from 1 on")
     resolved = arguments.config.resolve()
-    name = str(resolved.relative_to(ROOT) if resolved.is_relative_to(ROOT) else resolved)
+    root = CONFIGS.parent  # the checkout, or the installed package
+    name = str(resolved.relative_to(root) if resolved.is_relative_to(root) else resolved)
     return SweepPlan(
         space=space,
         sampler=arguments.sampler,
@@ -264,11 +267,11 @@ def make_plan(arguments: argparse.Namespace, overrides: list[str]) -> SweepPlan:
     )
 
 
-def main(argv: Sequence[str], *, program: Sequence[str] = PROGRAM) -> int:
+def main(argv: Sequence[str] | None = None, *, program: Sequence[str] = PROGRAM) -> int:
     """Run a sweep; the exit code.
 
     Args:
-        argv: the command line.
+        argv: the command line; that of the process where none is given.
         program: what trains, see `Sweep`.
     """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
@@ -276,10 +279,12 @@ def main(argv: Sequence[str], *, program: Sequence[str] = PROGRAM) -> int:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     arguments, overrides = parser().parse_known_args(argv)
     try:
+        arguments.config = find_config(arguments.config)
+        arguments.space = find_config(arguments.space, "sweeps")
         plan = make_plan(arguments, overrides)
         devices = cuda_devices(arguments.parallel)
         shared = SharedStudy(arguments.workdir, arguments.storage, plan)
-    except SweepError as error:
+    except BiomassError as error:
         log.error("%s", error)
         return 1
     with contextlib.closing(shared):
@@ -297,4 +302,4 @@ def main(argv: Sequence[str], *, program: Sequence[str] = PROGRAM) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

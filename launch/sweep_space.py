@@ -4,7 +4,6 @@ import difflib
 import itertools
 import random
 import runpy
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,10 @@ from absl import flags
 from ml_collections import config_flags
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
+from biomass_jax import configs
 from biomass_jax.errors import SweepError
 
-ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = Path(configs.__path__[0]).resolve()
 PREFIX = "--config."
 SAMPLERS = ("tpe", "random", "grid")
 
@@ -27,12 +27,8 @@ def parse_config(path: Path, overrides: Sequence[str]) -> Any:
     """The config that `biomass_jax.main --config PATH OVERRIDES` would run.
 
     Raises:
-        SweepError: no such file, a field that the config lacks, or a value that doesn't fit the field's type.
+        SweepError: a field that the config lacks, or a value that doesn't fit the field's type.
     """
-    if not path.is_file():
-        raise SweepError(f"{path}: no such config file")
-    if str(ROOT) not in sys.path:
-        sys.path.append(str(ROOT))  # configs import each other
     plain = _parse(path, [])
     for override in overrides:
         if not override.startswith(PREFIX) or "=" not in override:
@@ -80,10 +76,8 @@ def load_space(path: Path, sampler: str) -> Space:
         sampler: one of `SAMPLERS`; under `grid` each field becomes a choice of its values.
 
     Raises:
-        SweepError: no such file or function, or something else than the above in it.
+        SweepError: no such function, or something else than the above in it.
     """
-    if not path.is_file():
-        raise SweepError(f"{path}: no such file of a search space")
     name = "get_grid" if sampler == "grid" else "get_space"
     function = runpy.run_path(str(path)).get(name)
     if function is None:
@@ -161,8 +155,8 @@ def best_config(path: Path, overrides: Sequence[str], params: dict[str, Value], 
     arguments = [*overrides, *as_overrides(params)]
     config = parse_config(path, arguments)
     resolved = path.resolve()
-    if resolved.is_relative_to(ROOT / "configs"):
-        folder = ".".join(resolved.parent.relative_to(ROOT).parts)
+    if resolved.is_relative_to(CONFIGS):
+        folder = ".".join(("biomass_jax.configs", *resolved.parent.relative_to(CONFIGS).parts))
         imports = f"from ml_collections import config_dict\n\nfrom {folder} import {resolved.stem} as base"
         derived = "base.get_config()"
     else:

@@ -27,7 +27,8 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from biomass_jax.errors import SweepError
 from biomass_jax.runtime.files import replacing
-from launch.sweep_space import Space, grid
+
+from .sweep_space import Space, grid
 
 EMBEDDED = "study.db"  # SQLite in the workdir, where no other storage is named
 SETTINGS = "sweep.json"

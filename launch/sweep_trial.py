@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.sweep_study import Claim
+from .sweep_study import Claim
 
 LOG = "log.txt"
 METRICS = "metrics.jsonl"

@@ -117,7 +117,11 @@ def single_importers() -> dict[str, str]:
 
 def is_door(module: str) -> bool:
     """Whether a module is a table of commands or a config."""
-    return module == "biomass_jax.main" or module.endswith(".__main__") or module.startswith("configs.")
+    return (
+        module in ("biomass_jax.main", "biomass_jax.cli")
+        or module.endswith(".__main__")
+        or module.startswith("configs.")
+    )
 
 
 def modules_in_folders() -> dict[str, int]:

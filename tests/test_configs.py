@@ -41,7 +41,7 @@ def fields(config, prefix=""):
 
 
 def test_every_config_is_known_here(root):
-    others = {"common", "evaluate", "predict", "prepare"}  # prepare: tests/data_prep
+    others = {"__init__", "common", "evaluate", "predict", "prepare"}  # prepare: tests/data_prep
     assert {path.stem for path in (root / "configs").glob("*.py")} == {*TRAINING, *others}
 
 

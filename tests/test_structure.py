@@ -1,6 +1,7 @@
 """The import rules of CONTRIBUTING.md ("Layers"), and how large files, functions and folders may be."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ NOT_MIRRORED = {"parity", "reliability", "end_to_end", "mutation"}  # about the 
 
 # From the bottom up: a part may import the parts of the lines above its own, and itself.
 LAYERS: tuple[set[str], ...] = (
-    {"errors", "version"},
+    {"errors", "version", "configs"},  # of configs, where the files are; they themselves know the settings of all parts
     {"runtime"},
     {"data", "figures"},
     {"models"},
@@ -46,9 +47,9 @@ LAYERS: tuple[set[str], ...] = (
     {"pipeline", "tasks"},
     {"convert", "training", "prediction"},
     {"uncertainty", "evaluation", "regional"},
-    {"__init__", "main", "cli", "serving"},
+    {"__init__", "main", "cli", "serving", "launch"},
 )
-BESIDE = {("tasks", "pipeline"), ("data", "figures")}  # of one line, and one may know the other
+BESIDE = {("tasks", "pipeline"), ("data", "figures"), ("cli", "main")}  # of one line, and one may know the other
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 FREE_OF_JAX = ("biomass_jax/errors", "biomass_jax/data/", "biomass_jax/figures/")
 FREE_OF_JAX += tuple(f"biomass_jax/runtime/{name}" for name in ("files", "progress", "settings"))
@@ -132,6 +133,17 @@ def package_faults(path: str, line: int, name: str, tree: ast.AST) -> Iterator[s
         yield "only biomass_jax/data/raster and data_prep open rasters"
 
 
+def command_faults(path: str, tree: ast.AST) -> Iterator[tuple[int, str]]:
+    if path.startswith("biomass_jax/") and path != "biomass_jax/cli.py":
+        for node in ast.walk(tree):
+            text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+            if re.fullmatch(r"data_prep(\.\w+)+", text):
+                yield (
+                    node.lineno,
+                    f"{text}: only cli.py names a command of data_prep, and imports it when it is asked for",
+                )
+
+
 def mesh_faults(path: str, tree: ast.AST) -> Iterator[tuple[int, str]]:
     if not path.startswith("biomass_jax/") or path == MESH_OWNER:
         return
@@ -151,7 +163,7 @@ def faults(path: str, source: str) -> list[str]:
     found = [(line, f"{name}: {f}") for line, name in imported(path, tree) for f in layer_faults(path, name)]
     for line, name in imported(path, tree):
         found += [(line, f"{name}: {fault}") for fault in package_faults(path, line, name, tree)]
-    found += mesh_faults(path, tree)
+    found += [*command_faults(path, tree), *mesh_faults(path, tree)]
     return [f"{path}:{line}: {fault}" for line, fault in sorted(set(found))]
 
 
@@ -242,6 +254,8 @@ def test_every_folder_is_read():
         ("biomass_jax/figures.py", "import jax.numpy as jnp", "figures knows NumPy and matplotlib only"),
         ("biomass_jax/utils.py", "import os", "no part known"),
         ("biomass_jax/convert/a.py", "import data_prep.gedi", "must not import data_prep"),
+        ("biomass_jax/cli.py", "from data_prep import season", "must not import data_prep"),
+        ("biomass_jax/convert/a.py", "STEPS = 'data_prep.__main__'", "only cli.py names a command of data_prep"),
         ("biomass_jax/__init__.py", "from biomass_jax import main", "must not know main"),
         ("data_prep/gedi/orbits.py", "from biomass_jax.pipeline.augment import flip", "data_prep takes only"),
         ("data_prep/gedi/orbits.py", "from biomass_jax import load", "data_prep takes only"),
@@ -277,6 +291,7 @@ def test_the_checker_sees_each_kind_of_fault(path, source, rule):
         ("biomass_jax/data/records.py", "import tensorflow_datasets as tfds"),
         ("biomass_jax/figures.py", "import math\nfrom matplotlib.figure import Figure"),
         ("biomass_jax/main.py", "from biomass_jax.prediction.predictor import Predictor"),
+        ("biomass_jax/cli.py", "STEPS = 'data_prep.__main__'\nimport biomass_jax.main"),
         ("data_prep/synthetic/a.py", "from biomass_jax.data import bands\nfrom data_prep.synthetic.scene import Sun"),
         ("benchmarks/model.py", "import torch"),
         ("tests/test_a.py", 'import pytest\npytest.importorskip("torch")\nfrom torch import nn'),
@@ -306,6 +321,14 @@ def loaded_by(statement: str) -> set[str]:
 def test_importing_the_package_is_light():
     heavy = {*JAX_FAMILY, *NEVER, "torch", "numpy", "rasterio", "matplotlib", "ml_collections"}
     assert loaded_by("import biomass_jax") & {"biomass_jax", *heavy} == {"biomass_jax"}
+
+
+def test_the_command_is_light():
+    heavy = {*JAX_FAMILY, *NEVER, "torch", "numpy", "rasterio", "matplotlib"}
+    assert loaded_by("import biomass_jax.cli") & {"biomass_jax", *heavy, "ml_collections"} == {"biomass_jax"}
+    ask = "import contextlib, io\nfrom biomass_jax.cli import main\nwith contextlib.redirect_stdout(io.StringIO()):\n"
+    asked = loaded_by(f"{ask}    main(['--help'])\n    try: main(['finetune', '--help'])\n    except SystemExit: pass")
+    assert asked & {"biomass_jax", "ml_collections", *heavy} == {"biomass_jax", "ml_collections"}
 
 
 def test_data_prep_never_brings_jax_in():

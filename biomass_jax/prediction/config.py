@@ -9,8 +9,10 @@ from biomass_jax.runtime.settings import setting
 class Predict:
     """Fields of a prediction run."""
 
-    bundle: str | None = setting(None, "folder of the model, from `python -m biomass_jax.convert`")
-    inputs: str | None = setting(None, "what to map, see above")
+    bundle: str | None = setting(None, "folder of the model, from `biomass-jax convert` or a training's `best`")
+    inputs: str | None = setting(
+        None, "a GeoTIFF, an HLS granule's folder, a folder or pattern of such, a VRT, a URL; see above"
+    )
     # A text, because flags can't spell a None in a tuple.
     bands: str | None = setting(None, "names of the files' bands where their descriptions do not say, see above")
     encoding: str = setting(

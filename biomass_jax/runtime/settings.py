@@ -6,11 +6,16 @@ the declaration.
 
 import argparse
 import dataclasses
+import difflib
+import functools
 import importlib
 import math
+import operator
+import re
 import types
 import typing
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from ml_collections import config_dict
@@ -69,6 +74,29 @@ def to_config(kind: type) -> config_dict.ConfigDict:
     return config
 
 
+def find_config(given: str | Path, folder: str = "") -> Path:
+    """The file of a config.
+
+    Args:
+        given: its path, or the name of one that comes with the package: `predict`.
+        folder: of those that come with the package, the ones in this folder: `sweeps`.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    # Asked when it is needed: it says where the files are, in a checkout and in an installed package.
+    place = Path(importlib.import_module("biomass_jax.configs").__path__[0]) / folder
+    packaged = {path.stem: path for path in sorted(place.glob("*.py")) if path.stem not in ("__init__", "common")}
+    path = packaged.get(str(given), Path(given))
+    if path.is_file():
+        return path
+    near = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(path.stem, packaged, 1))
+    raise ConfigError(
+        f"{path}: no such config file; give a file, or one that comes with biomass_jax by its name, of "
+        f"{', '.join(packaged)}{near}"
+    )
+
+
 def check(config: config_dict.ConfigDict, kind: type) -> None:
     """Refuse values that a group's fields can't have; fields that are not given are left out.
 
@@ -76,9 +104,7 @@ def check(config: config_dict.ConfigDict, kind: type) -> None:
         ConfigError: the field, what it holds, what was expected.
     """
     for name, field, _ in _fields(kind):
-        value = config
-        for part in name.split("."):
-            value = value[part]
+        value = _value(config, name)
         if value is None:
             continue
         choices, within = choices_of(field), field.metadata["within"]
@@ -97,38 +123,78 @@ def choices_of(field: dataclasses.Field[Any]) -> tuple[str, ...]:
     return found
 
 
-def add_options(parser: argparse.ArgumentParser, kind: type, *, without: Container[str] = ()) -> None:
-    """Add a group's fields to a command line: `min_clear` is `--min-clear`.
+def add_options(
+    parser: argparse.ArgumentParser,
+    kind: type,
+    *,
+    without: Container[str] = (),
+    config: Mapping[str, Any] | None = None,
+) -> None:
+    """Add a group's fields to a command line: `min_clear` is `--min-clear`, `min_clear` of `chips` `--chips.min-clear`.
 
     Texts and numbers are given as such, a flag as `--flag` or `--no-flag`, a tuple of fixed length as so many words,
     one of any length with commas, or `all` for none.
+
+    Args:
+        parser: gets the options.
+        kind: the group.
+        without: names of fields that are left out.
+        config: one that the options change, whose fields alone get one: help tells their values, and what isn't given
+            leaves no trace.
     """
+    titles: dict[str, Any] = {"": parser}
     for name, field, annotation in _fields(kind):
-        if name in without:
+        if name in without or (config is not None and not _holds(config, name)):
             continue
-        flag, plain, parts = f"--{name.replace('_', '-')}", _plain(annotation), typing.get_args(annotation)
-        options: dict[str, Any] = {"default": field.default, "help": field.metadata["help"].replace("%", "%%") or None}
+        title, plain, parts = name.rpartition(".")[0], _plain(annotation), typing.get_args(_given(annotation))
+        options: dict[str, Any] = {"default": field.default, "help": field.metadata["help"]}
+        if config is not None:
+            options = {"default": argparse.SUPPRESS, "help": _with_value(options["help"], _value(config, name))}
+        options["help"] = options["help"].replace("%", "%%") or None
         if plain is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif plain is tuple and parts[-1] is ...:
-            shown = ",".join(str(value) for value in typing.cast(tuple[Any, ...], field.default))
+            shown = ",".join(str(value) for value in typing.cast(tuple[Any, ...], field.default or ()))
             options |= {"type": _with_commas(parts[0]), "metavar": shown or "VALUE,..."}
         elif plain is tuple:
-            options |= {"type": parts[0], "nargs": len(parts)}
-        else:
+            options |= {"type": parts[0], "nargs": len(parts), "metavar": "VALUE"}
+        elif config is None:
             options |= {"type": plain, "choices": choices_of(field) or None}
-        parser.add_argument(flag, **options)
+        else:  # choices that a module holds aren't asked for: importing it may take seconds, and `check` knows them
+            listed = isinstance(field.metadata["choices"], tuple) and field.metadata["choices"]
+            options |= {"type": plain, "choices": listed or None}
+            options["metavar"] = None if listed else {str: "TEXT", int: "N"}.get(plain, "X")
+        if title not in titles:
+            titles[title] = parser.add_argument_group(title)
+        titles[title].add_argument(f"--{name.replace('_', '-')}", **options)
+
+
+def _with_value(text: str, value: object) -> str:
+    """A field's line of help for a terminal, with its value."""
+    text = re.sub(r"[;,] see above$", "", re.sub(r"\[[^]]*]\(([^)]*)\)", r"docs/\1", text.replace("`", "")))
+    if value in (None, "", ()):
+        return text
+    parts = value if isinstance(value, tuple) else (value,)
+    return f"{text} ({','.join(str(part).lower() if isinstance(part, bool) else str(part) for part in parts)})".lstrip()
 
 
 def options_of(arguments: argparse.Namespace, kind: type, *, without: Container[str] = ()) -> dict[str, Any]:
     """What `add_options` has read, by field."""
-    return {name: getattr(arguments, name) for name, _, _ in _fields(kind) if name not in without}
+    given = vars(arguments)
+    return {name: given[name] for name, _, _ in _fields(kind) if name not in without and name in given}
+
+
+def overrides(arguments: argparse.Namespace, kind: type) -> list[str]:
+    """What `add_options` has read of a config's fields, as `--config.field=value`."""
+    return [f"--config.{name}={value}" for name, value in options_of(arguments, kind).items()]
 
 
 def _with_commas(kind: type) -> Callable[[str], tuple[Any, ...]]:
     def values(text: str) -> tuple[Any, ...]:
-        return () if text == "all" else tuple(kind(part) for part in text.split(","))
+        parts = [part.strip(" '\"") for part in text.strip(" ()").split(",")]  # ('a', 'b') as configs have it, too
+        return () if text == "all" else tuple(kind(part) for part in parts if part)
 
+    values.__name__ = f"{kind.__name__} (or several, with commas)"  # of which argparse says that it is invalid
     return values
 
 
@@ -144,9 +210,7 @@ def table(kind: type, defaults: config_dict.ConfigDict, *, without: type | None 
     rows = ["| field | default | |", "|---|---|---|"]
     for name, field, _ in _fields(kind):
         if name not in known:
-            value: Any = defaults
-            for part in name.split("."):
-                value = value[part]
+            value = _value(defaults, name)
             shown = "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
             rows.append(f"| `{name}` | {shown} | {field.metadata['help']} |")
     return "\n".join(rows)
@@ -162,10 +226,30 @@ def _fields(kind: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fie
             yield prefix + field.name, field, kinds[field.name]
 
 
-def _plain(annotation: Any) -> type:
-    """The type beside None: `tuple[int, ...] | None` -> tuple, `Literal["a", "b"]` -> str."""
+def _value(config: Mapping[str, Any], name: str) -> Any:
+    """Of a dotted field."""
+    return functools.reduce(operator.getitem, name.split("."), config)
+
+
+def _holds(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a config has a dotted field."""
+    try:
+        _value(config, name)
+    except KeyError:
+        return False
+    return True
+
+
+def _given(annotation: Any) -> Any:
+    """The annotation without None."""
     if isinstance(annotation, types.UnionType):
         (annotation,) = (part for part in typing.get_args(annotation) if part is not type(None))
+    return annotation
+
+
+def _plain(annotation: Any) -> type:
+    """The type beside None: `tuple[int, ...] | None` -> tuple, `Literal["a", "b"]` -> str."""
+    annotation = _given(annotation)
     if typing.get_origin(annotation) is typing.Literal:
         return type(typing.get_args(annotation)[0])
     return typing.get_origin(annotation) or annotation

@@ -229,7 +229,7 @@ class Finetune(Training):
         "rmse", "rmse (root once, over the whole batch), mse, mae, huber", choices="biomass_jax.tasks.losses:KINDS"
     )
     huber_delta: float = setting(50.0, "Mg/ha, where huber turns from square to linear", within=_ABOVE_0)
-    reference: bool = setting(False, "see above")
+    reference: bool = setting(False, "train as the reference did, see above")
     model: BiomassModelSettings = group(BiomassModelSettings)
     augment: AugmentSettings = group(AugmentSettings)
 

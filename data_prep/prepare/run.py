@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from biomass_jax.errors import STOPPED, PrepError, Stopped
-from biomass_jax.runtime.settings import check
+from biomass_jax.runtime.settings import add_options, check, find_config, overrides
 from data_prep.commands import command
 from data_prep.prepare.chain import prepare
 from data_prep.prepare.runner import open_executor
@@ -28,18 +28,17 @@ def read_config(path: str, changes: Sequence[str] = ()) -> dict[str, Any]:
     """A config's fields, groups as dicts.
 
     Args:
-        path: a file like configs/prepare.py.
+        path: a file like configs/prepare.py, or the name of one of those.
         changes: `--config.field=value` each.
 
     Raises:
-        PrepError: no such file or field, or a value of another type.
-        ConfigError: a value that the field can't have.
+        PrepError: no such field, or a value of another type.
+        ConfigError: no such file, or a value that the field can't have.
     """
     from absl import flags
     from ml_collections import config_flags
 
-    if not Path(path).is_file():
-        raise PrepError(f"{path}: no such file, expected a config such as configs/prepare.py")
+    path = str(find_config(path))
     values = flags.FlagValues()
     line = ["prepare", *changes]
     made = runpy.run_path(path)
@@ -81,14 +80,15 @@ def table(report: Mapping[str, Any]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(config: Mapping[str, Any], first: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m data_prep prepare",
-        description="HLS granules and GEDI orbits to training shards, for a list of tiles.",
+        usage="%(prog)s --out OUT [options]",
+        description="HLS granules and GEDI orbits to training shards, for a list of tiles. In brackets: as configured.",
         epilog="Exit codes: 0 finished, 75 stopped by SIGTERM (the same command resumes), 1 something failed.",
         allow_abbrev=False,
+        parents=[first],
     )
-    parser.add_argument("--config", required=True, help="configs/prepare.py; change a field by --config.field=value")
     parser.add_argument("--out", type=Path, required=True, help="folder for everything")
     parser.add_argument("--workers", type=int, default=1, help="processes (1); the result is the same for any number")
     parser.add_argument(
@@ -97,14 +97,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--discard-granules", action="store_true", help="delete scenes and orbits below OUT once they are used"
     )
+    add_options(parser, Prepare, without=("season_table",), config=config)
     return parser
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    args, changes = _parser().parse_known_args(argv)
-    config = read_config(args.config, changes)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument(
+        "--config",
+        default="prepare",
+        help="a file, or the name of a packaged one (prepare); its fields are changed by the options below, or by "
+        "--config.field=value",
+    )
+    chosen = first.parse_known_args(argv)[0].config
+    args, changes = _parser(read_config(chosen), first).parse_known_args(argv)
+    config = read_config(chosen, [*overrides(args, Prepare), *changes])
     if args.workers < 1:
         raise PrepError(f"--workers {args.workers}: expected 1 or more")
     cores = len(os.sched_getaffinity(0))

@@ -24,19 +24,19 @@ def test_stages_pass_on_what_the_one_before_wrote(tmp_path):
         assert f"--config.bundle={finetune[finetune.index('--workdir') + 1]}/best" in command
     assert f"--config.inputs={out}/granules/hls/{demo.GRANULE}" in predict
     assert f"--config.bundle={convert[convert.index('--output') + 1]}" in predict
-    assert (demo.ROOT / convert[convert.index("--input") + 1]).is_file()
+    assert demo.Path(convert[convert.index("--input") + 1]).is_file()
 
 
 def test_a_stage_that_fails_stops_the_demo(tmp_path, monkeypatch, capfd):
     with pytest.raises(demo.DemoError, match="'Fail' failed with exit code 3"):
-        demo.run("Fail", ["-c", "raise SystemExit(3)"])
+        demo.run("Fail", ["-c", "raise SystemExit(3)"], tmp_path)
 
     marker = tmp_path / "ran"
     monkeypatch.setattr(
         demo, "stages", lambda out: [("A", ["-c", "raise SystemExit(3)"]), ("B", ["-c", f"open({str(marker)!r}, 'w')"])]
     )
     assert demo.main(["--out", str(tmp_path)]) == 1
-    assert "make demo: 'A' failed with exit code 3" in capfd.readouterr().err
+    assert "demo: 'A' failed with exit code 3" in capfd.readouterr().err
     assert not marker.exists()
 
 
@@ -50,7 +50,7 @@ def test_the_estimate_follows_from_what_this_machine_has_done():
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # it takes 3 minutes; a machine may be slow or busy
-def test_demo_makes_shards_a_map_and_pictures(tmp_path, capsys):
+def test_demo_makes_shards_a_map_and_pictures(root, tmp_path, capsys):
     kept = tmp_path / "notes.txt"
     kept.touch()
     old = [tmp_path / "maps" / "old.tif", tmp_path / "shards" / "old"]
@@ -58,7 +58,7 @@ def test_demo_makes_shards_a_map_and_pictures(tmp_path, capsys):
         path.parent.mkdir()
         path.touch()
     command = [sys.executable, "-m", "launch.demo", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=demo.ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     with capsys.disabled():  # so that what CI prints tells the demo's time
         print("", *re.findall(r"^== .*Done in .*|^   [\d.]+ s$", done.stdout, re.M), sep="\n")

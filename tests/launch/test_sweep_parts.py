@@ -91,7 +91,7 @@ def test_the_best_config_derives_from_the_base_and_holds_every_set_field(tmp_pat
         (tmp_path / "mine.py").write_text(BASE.read_text())
         text = sweep_space.best_config(base, overrides, params, "Trial 4 of 9.")
         assert text.startswith('"""Trial 4 of 9.\n')
-        assert ("from configs import finetune_all_biomes as base" in text) == (base == BASE)
+        assert ("from biomass_jax.configs import finetune_all_biomes as base" in text) == (base == BASE)
         (tmp_path / "best.py").write_text(text)
         config = runpy.run_path(str(tmp_path / "best.py"))["get_config"]()
         assert config.is_locked

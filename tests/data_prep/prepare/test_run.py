@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from biomass_jax.errors import PrepError
+from biomass_jax.errors import ConfigError, PrepError
 from data_prep.prepare import run as prepare
 from data_prep.prepare.runner import Runner, SerialExecutor, attempt, open_executor
 from data_prep.prepare.state import StepJob, StepRecords, locked
@@ -283,7 +283,7 @@ def test_bad_settings_are_told_in_a_line(tmp_path, capsys, more, message):
 
 
 def test_an_unknown_config_and_an_absent_scheduler_are_named(tmp_path, monkeypatch):
-    with pytest.raises(PrepError, match="absent.py: no such file"):
+    with pytest.raises(ConfigError, match="absent.py: no such config file"):
         prepare.read_config(str(tmp_path / "absent.py"))
     pytest.importorskip("distributed")
     monkeypatch.setattr("data_prep.prepare.runner.CONNECT_SECONDS", 0.2)

@@ -1,0 +1,1 @@
+"""What sweeps vary, one file a search space."""

@@ -1,0 +1,1 @@
+"""Starts runs: the demo, sweeps, several processes, clusters."""
