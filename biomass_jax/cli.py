@@ -10,7 +10,6 @@ import difflib
 import importlib
 import importlib.metadata
 import io
-import os
 import re
 import runpy
 import sys
@@ -86,8 +85,8 @@ TOOLS = {
 STEPS = "data_prep.__main__"  # its table of steps; each of them is a command, too
 STEP_EXAMPLES = {
     "prepare": "--out data --season 2020 --tiles 10SFF,10SGF --workers 8",
-    "download": "hls --tile 10SFF --season 2020 --out data",
-    "composite": "data/granules/hls --season 2020 --out data",
+    "download": "hls --tile 10SFF --season 2020 --out data/granules",
+    "composite": "data/granules/hls --season 2020 --out data/composites",
     "gedi": "--out data --tile 10SFF --season 2020",
     "labels": "--out data",
     "chips": "--out data --min-labels 20",
@@ -274,7 +273,6 @@ def _options(name: str) -> dict[str, list[str]]:
     if name == COMPLETION:
         return {"": list(SHELLS)}
     said = io.StringIO()
-    os.environ["COLUMNS"] = "1000"  # no line is broken
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
         main([name, "--help"])
     found = {}

@@ -169,7 +169,7 @@ def complete(script, *words):
 
 
 def test_shells_complete_commands_options_and_what_they_may_be(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("COLUMNS", "40")  # of a narrow window, in which every text is broken
     options = {name: cli._options(name) for name in (*COMMANDS, "completion")}
     monkeypatch.setattr(cli, "_options", options.__getitem__)
     script = cli.completion("bash")

@@ -1,12 +1,14 @@
 """Metadata, tested versions, citation, and the script that makes the environment."""
 
 import ast
+import email
 import importlib.metadata as metadata
 import os
 import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -245,10 +247,93 @@ def test_documents_link_to_files_that_are_there():
 
 
 def test_documents_name_no_flag_that_is_not_there():
-    from biomass_jax.convert.__main__ import parser
+    from biomass_jax import cli
 
-    flags = {flag for action in parser()._actions for flag in action.option_strings}
-    for name in ("README.md", "docs/convert.md"):
+    flags = {flag for name in ("convert", *cli.RUNS) for flag in cli._options(name)} | {"--help", "--version"}
+    for name in ("README.md", "docs/convert.md", "docs/install.md"):
         text = (ROOT / name).read_text(encoding="utf-8")
-        used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - {"--workdir"}
+        used = set(re.findall(r"(?<![\w-])--[a-z][a-z.-]*[a-z]", re.sub(r"--config\.\S+", "", text)))
         assert used - {"--config"} and used <= flags, used - flags
+
+
+def programs() -> list[str]:
+    """Every module of the packages, and of the folders that the wheel puts inside of biomass_jax."""
+    found = []
+    for folder in ("biomass_jax", "data_prep", "configs", "launch"):
+        inside = "biomass_jax/" if folder in ("configs", "launch") else ""
+        found += [inside + path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*.py")]
+    return found
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel, built from a copy of what git knows, without the network."""
+    setuptools = pytest.importorskip("setuptools")
+    if tuple(int(part) for part in setuptools.__version__.split(".")[:2]) < (70, 1):
+        pytest.skip(f"setuptools {setuptools.__version__} can't build a wheel by itself, 70.1 can: make setup")
+    copy = tmp_path_factory.mktemp("source")
+    for name in (*("biomass_jax", "data_prep", "configs", "launch"), "tests/golden/ckpt_micro_cli"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
+    subprocess.run([*build, "--wheel-dir", str(copy / "dist"), str(copy)], check=True, timeout=300)
+    (made,) = (copy / "dist").glob("*.whl")
+    return made
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_all_that_is_used_and_nothing_else(wheel):
+    with zipfile.ZipFile(wheel) as file:
+        names = file.namelist()
+        about = f"biomass_jax-{biomass_jax.__version__}.dist-info"
+        told = email.message_from_bytes(file.read(f"{about}/METADATA"))
+        scripts = file.read(f"{about}/entry_points.txt").decode()
+    assert {name.split("/")[0] for name in names} == {"biomass_jax", "data_prep", about}
+    others = {"biomass_jax/launch/checkpoint/state_dict.ckpt", "biomass_jax/py.typed", "data_prep/py.typed"}
+    assert {name for name in names if not name.startswith(about)} == {*programs(), *others}
+    assert (told["Name"], told["Version"]) == ("biomass-jax", biomass_jax.__version__)
+    assert "Apache-2.0" in (told["License"], told["License-Expression"])
+    assert (told["Requires-Python"], told["Description-Content-Type"]) == (">=3.11", "text/markdown")
+    assert told.get_payload().startswith("# biomass_jax")
+    assert set(told.get_all("Provides-Extra")) == EXTRAS
+    assert len(told.get_all("Project-URL")) == 2
+    assert scripts.split() == ["[console_scripts]", "biomass-jax", "=", "biomass_jax.cli:main"]
+
+
+@pytest.mark.slow
+def test_what_the_wheel_installs_works_in_an_empty_folder(wheel, tmp_path):
+    site, here = tmp_path / "site", tmp_path / "empty"
+    here.mkdir()
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site)]
+    subprocess.run([*install, str(wheel)], check=True, timeout=300)
+    environment = {**os.environ, "PYTHONPATH": str(site), "PYTHONNOUSERSITE": "1"}
+
+    def run(*words: str) -> tuple[int, str]:
+        done = subprocess.run([sys.executable, *words], cwd=here, env=environment, capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+
+    command = str(site / "bin" / "biomass-jax")
+    ask = "import biomass_jax, data_prep; from biomass_jax.launch import demo; print(demo.CHECKPOINT.stat().st_size)"
+    code, said = run("-c", f"{ask}; print(biomass_jax.__file__, data_prep.__file__, sep='\\n')")
+    assert (code, said.splitlines()[1:]) == (0, [f"{site / p / '__init__.py'}" for p in ("biomass_jax", "data_prep")])
+    assert said.startswith("744773\n")
+    assert run(command, "--version") == (0, f"biomass-jax {biomass_jax.__version__}\n")
+    code, said = run(command, "--help")
+    assert (code, "  composite " in said) == (0, True)
+    code, said = run(command, "predict", "--help")
+    assert (code, said.startswith("usage: biomass-jax predict --workdir DIR [options]\n")) == (0, True)
+    assert "biomass-jax predict --bundle granite --inputs scene.tif" in said
+    code, said = run("-m", "biomass_jax.main", "--config", "predict", "--workdir", "w")
+    assert (code, "config.bundle is not given; add --config.bundle=PATH" in said) == (1, True), said
+    (here / "mine.py").write_text(
+        "from biomass_jax.configs import demo_finetune\n\ndef get_config():\n"
+        "    config = demo_finetune.get_config().unlock()\n    config.epochs = 3\n    return config.lock()\n"
+    )
+    code, said = run(command, "finetune", "--config", "mine.py", "--workdir", "run", "--data.path", "nowhere")
+    assert (code, "nowhere" in said, "Traceback" in said) == (1, True, False), said
+    assert yaml.safe_load((here / "run" / "config.json").read_text())["epochs"] == 3
+    code, said = run("-m", "data_prep", "prepare", "--out", "data")
+    assert (code, "season is not set" in said) == (1, True), said
+    code, said = run(command, "sweep", "--config", "demo_finetune", "--space", "finetune", "--workdir", "sweep")
+    assert (code, "--trials is needed" in said) == (1, True), said
