@@ -1,7 +1,7 @@
 """A tiny model on the demo's synthetic forest: about a minute on two cores.
 
     make demo
-    python -m biomass_jax.main --config configs/demo_finetune.py --workdir demo_out/finetune
+    python -m biomass_jax.main --config demo_finetune --workdir demo_out/finetune
 
 Expected: val/rmse below 60 % of the best constant predictor's. --config.reference=True: as finetune_all_biomes.py.
 """

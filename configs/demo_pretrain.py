@@ -1,7 +1,7 @@
 """Pretrain the demo's tiny model on its synthetic forest: well under a minute on two cores.
 
     make demo
-    python -m biomass_jax.main --config configs/demo_pretrain.py --workdir demo_out/pretrain
+    python -m biomass_jax.main --config demo_pretrain --workdir demo_out/pretrain
 
 Expected: val/loss 0.74, where predicting each band's mean gives 0.81: most of the forest differs from pixel to pixel,
 which nothing around tells. On scenes with fields and clouds 300 steps come below half of that mean's loss

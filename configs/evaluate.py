@@ -1,6 +1,6 @@
 """Score a model on the test chips: the reference's zero-shot experiments.
 
-    python -m biomass_jax.main --config configs/evaluate.py --workdir OUT --config.bundle=BUNDLE --config.data.path=PATH
+    python -m biomass_jax.main --config evaluate --workdir OUT --config.bundle=BUNDLE --config.data.path=PATH
 
 On one biome, where PATH is the published folder of that biome, or shards that know their biomes:
 

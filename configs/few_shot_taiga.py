@@ -1,7 +1,7 @@
 """Fine-tune the released model on the chips of one biome, the reference's few-shot experiment.
 
     python -m biomass_jax.convert --input biomass_model_lightning.ckpt --with-optimizer --output MODEL
-    python -m biomass_jax.main --config configs/few_shot_taiga.py --workdir OUT \
+    python -m biomass_jax.main --config few_shot_taiga --workdir OUT \
         --config.data.path=granite-geospatial-biomass-datasets/taiga_datasplit --config.init_from=MODEL
 
 The reference *resumes* its all-biome run: Adam's moments, the learning rate and the plateau continue, the means and

@@ -1,6 +1,6 @@
 """Fine-tune the regression model on all biomes, as the released model was.
 
-    python -m biomass_jax.main --config configs/finetune_all_biomes.py --workdir OUT \
+    python -m biomass_jax.main --config finetune_all_biomes --workdir OUT \
         --config.data.path=SHARDS --config.init_from=PRETRAINED --config.load=encoder
 
 PRETRAINED is a bundle of a pretrained encoder (configs/pretrain_simmim_swin_b_100ep.py, or a converted SimMIM file);

@@ -1,6 +1,6 @@
 """Train decoder and head alone on a frozen pretrained encoder, the set-up of the paper (arXiv 2406.19888).
 
-    python -m biomass_jax.main --config configs/finetune_frozen_encoder.py --workdir OUT \
+    python -m biomass_jax.main --config finetune_frozen_encoder --workdir OUT \
         --config.data.path=SHARDS --config.init_from=PRETRAINED
 
 The encoder's drop path stays on, as there. Hardware: a third of the work and memory of finetune_all_biomes.py.

@@ -1,6 +1,6 @@
 """Map above-ground biomass from satellite images.
 
-    python -m biomass_jax.main --config configs/predict.py --workdir OUT --config.bundle=BUNDLE --config.inputs=PATH
+    python -m biomass_jax.main --config predict --workdir OUT --config.bundle=BUNDLE --config.inputs=PATH
 
 Writes OUT/<input's stem>_agbd.tif for each image. A map that is finished is kept, so that a stopped run resumes where
 it was when the same command is given again.

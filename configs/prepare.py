@@ -1,6 +1,6 @@
 """Training data from HLS granules and GEDI orbits.
 
-    python -m data_prep prepare --config configs/prepare.py --out OUT --config.season=2020
+    python -m data_prep prepare --config prepare --out OUT --config.season=2020
 
 Reads OUT/granules/hls and OUT/granules/gedi unless other folders are named, and leaves training shards in OUT/shards.
 What is finished is kept, so that a stopped run resumes where it was when the same command is given again.

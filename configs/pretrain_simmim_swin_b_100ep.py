@@ -1,6 +1,6 @@
 """Pretrain Swin-B by SimMIM, the official recipe of 100 epochs at 224 px and window 7.
 
-    python -m biomass_jax.main --config configs/pretrain_simmim_swin_b_100ep.py --workdir OUT --config.data.path=SHARDS
+    python -m biomass_jax.main --config pretrain_simmim_swin_b_100ep --workdir OUT --config.data.path=SHARDS
 
 SHARDS hold images, with labels (which are ignored) or without; several folders are given with weights:
 --config.data.path=A,B --config.data.weights="(3.0,1.0)".

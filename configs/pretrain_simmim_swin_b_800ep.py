@@ -1,6 +1,6 @@
 """Pretrain Swin-B by SimMIM, the official recipe of 800 epochs at 224 px and window 7.
 
-    python -m biomass_jax.main --config configs/pretrain_simmim_swin_b_800ep.py --workdir OUT --config.data.path=SHARDS
+    python -m biomass_jax.main --config pretrain_simmim_swin_b_800ep --workdir OUT --config.data.path=SHARDS
 
 Data, hardware and what is expected: as pretrain_simmim_swin_b_100ep.py, eight times as long.
 """

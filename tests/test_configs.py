@@ -210,7 +210,7 @@ def test_other_configs_of_pretraining_have_the_same_fields(name):
 @pytest.mark.parametrize("name", [*TRAINING, "evaluate"])
 def test_each_docstring_says_how_it_is_run_on_what_and_what_is_expected(name):
     config, text = config_of(name), importlib.import_module(f"configs.{name}").__doc__
-    assert f"python -m biomass_jax.main --config configs/{name}.py --workdir " in text
+    assert f"python -m biomass_jax.main --config {name} --workdir " in text
     assert re.search(r"(?i)hardware|cores", text)
     assert re.search(r"(?i)expected", text)
     assert ("--config.reference=True" in text) == ("reference" in config)

@@ -1,6 +1,6 @@
 """What a sweep over fine-tuning varies, around the released model's own choices.
 
-    python -m launch.sweep --config configs/finetune_all_biomes.py --space configs/sweeps/finetune.py \
+    biomass-jax sweep --config finetune_all_biomes --space finetune \
         --workdir OUT --trials 50 --prune --config.data.path=SHARDS --config.init_from=PRETRAINED --config.load=encoder
 
 With `--config.load=all` the decoder comes from the bundle: then leave `model.decoder_channels` out.
