@@ -186,18 +186,11 @@ def _call(name: str, module: str, arguments: list[str], example: str) -> int:
 
 def _arguments_of_run(name: str, rest: list[str]) -> list[str]:
     """What `biomass_jax.main` gets: config, workdir, and the fields that are changed."""
-    from biomass_jax.runtime.settings import add_options, find_config, overrides
+    from biomass_jax.runtime.settings import add_options, config_option, overrides
 
     about, settings, default, example = RUNS[name]
     kind = getattr(importlib.import_module(settings.partition(":")[0]), settings.partition(":")[2])
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument(
-        "--config",
-        default=default,
-        metavar="FILE",
-        help=f"a config of your own, or the name of a packaged one ({default})",
-    )
-    path = find_config(first.parse_known_args(rest)[0].config)
+    first, path = config_option(rest, default)
     made = runpy.run_path(str(path))
     if "get_config" not in made:
         raise UsageError(f"{path}: no function get_config; expected a config such as the packaged {default}")

@@ -14,7 +14,7 @@ import operator
 import re
 import types
 import typing
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,22 @@ def find_config(given: str | Path, folder: str = "") -> Path:
         f"{path}: no such config file; give a file, or one that comes with biomass_jax by its name, of "
         f"{', '.join(packaged)}{near}"
     )
+
+
+def config_option(argv: Sequence[str] | None, default: str) -> tuple[argparse.ArgumentParser, Path]:
+    """A parser of `--config` alone, to be the parent of a command's parser, and the file of the config that is given.
+
+    Args:
+        argv: the command line; that of the process where none is given.
+        default: name of the packaged config that is taken where none is given.
+
+    Raises:
+        ConfigError: there is no such config.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    text = f"a config of your own, or the name of a packaged one ({default})"
+    parser.add_argument("--config", default=default, metavar="FILE", help=text)
+    return parser, find_config(parser.parse_known_args(argv)[0].config)
 
 
 def check(config: config_dict.ConfigDict, kind: type) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from biomass_jax.errors import STOPPED, PrepError, Stopped
-from biomass_jax.runtime.settings import add_options, check, find_config, overrides
+from biomass_jax.runtime.settings import add_options, check, config_option, overrides
 from data_prep.commands import command
 from data_prep.prepare.chain import prepare
 from data_prep.prepare.runner import open_executor
@@ -24,24 +24,23 @@ from data_prep.prepare.state import locked
 from data_prep.settings import Prepare
 
 
-def read_config(path: str, changes: Sequence[str] = ()) -> dict[str, Any]:
+def read_config(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
     """A config's fields, groups as dicts.
 
     Args:
-        path: a file like configs/prepare.py, or the name of one of those.
+        path: a file like configs/prepare.py.
         changes: `--config.field=value` each.
 
     Raises:
         PrepError: no such field, or a value of another type.
-        ConfigError: no such file, or a value that the field can't have.
+        ConfigError: a value that the field can't have.
     """
     from absl import flags
     from ml_collections import config_flags
 
-    path = str(find_config(path))
     values = flags.FlagValues()
     line = ["prepare", *changes]
-    made = runpy.run_path(path)
+    made = runpy.run_path(str(path))
     if "get_config" not in made:
         raise PrepError(f"{path}: no function get_config, expected a config such as configs/prepare.py")
     try:
@@ -104,14 +103,7 @@ def _parser(config: Mapping[str, Any], first: argparse.ArgumentParser) -> argpar
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument(
-        "--config",
-        default="prepare",
-        help="a file, or the name of a packaged one (prepare); its fields are changed by the options below, or by "
-        "--config.field=value",
-    )
-    chosen = first.parse_known_args(argv)[0].config
+    first, chosen = config_option(argv, "prepare")
     args, changes = _parser(read_config(chosen), first).parse_known_args(argv)
     config = read_config(chosen, [*overrides(args, Prepare), *changes])
     if args.workers < 1:

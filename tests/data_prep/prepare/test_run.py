@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from biomass_jax.errors import ConfigError, PrepError
+from biomass_jax.errors import PrepError
 from data_prep.prepare import run as prepare
 from data_prep.prepare.runner import Runner, SerialExecutor, attempt, open_executor
 from data_prep.prepare.state import StepJob, StepRecords, locked
@@ -282,9 +282,22 @@ def test_bad_settings_are_told_in_a_line(tmp_path, capsys, more, message):
     assert said.count("\n") == 1
 
 
-def test_an_unknown_config_and_an_absent_scheduler_are_named(tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match="absent.py: no such config file"):
-        prepare.read_config(str(tmp_path / "absent.py"))
+def test_options_change_the_packaged_config_as_fields_do(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(prepare, "prepare", lambda config, *_, **__: seen.append(config) or {"tiles": {}, "errors": {}})
+    out = ["--out", str(tmp_path / "out")]
+    options = ["--season", "2020", "--tiles", "10SFF,10SGF", "--splits.block-km", "7", "--composite.drop-water"]
+    fields = ["season=2020", "tiles=('10SFF', '10SGF')", "splits.block_km=7", "composite.drop_water=True"]
+    assert prepare.main([*out, *options]) == 0
+    assert prepare.main([*out, *(f"--config.{field}" for field in fields)]) == 0
+    assert seen[0] == seen[1]
+    assert (seen[0]["season"], seen[0]["tiles"], seen[0]["splits"]["block_km"]) == ("2020", ("10SFF", "10SGF"), 7.0)
+    assert seen[0]["composite"]["drop_water"] and seen[0]["gedi"]["degrade_ones"] == (0, 3, 8)
+
+
+def test_an_unknown_config_and_an_absent_scheduler_are_named(tmp_path, capsys, monkeypatch):
+    assert prepare.main(["--config", str(tmp_path / "absent.py"), "--out", str(tmp_path / "out")]) == 1
+    assert "absent.py: no such config file" in capsys.readouterr().err
     pytest.importorskip("distributed")
     monkeypatch.setattr("data_prep.prepare.runner.CONNECT_SECONDS", 0.2)
     with pytest.raises(PrepError, match="no Dask scheduler answers"), open_executor(1, "tcp://127.0.0.1:9"):
