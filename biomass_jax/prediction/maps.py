@@ -1,6 +1,7 @@
 """What belongs to a map beside its pixels: its name, its tags, whether it is finished, what failed."""
 
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,16 +11,21 @@ from typing import Any
 import numpy as np
 
 from biomass_jax import figures
+from biomass_jax.bundle import Bundle
 from biomass_jax.data.bands import no_data, parse_band_list
 from biomass_jax.data.raster.encoding import AUTO
 from biomass_jax.data.raster.image import ImageSource, read_preview, read_tags
-from biomass_jax.data.raster.resample import MaskSource
+from biomass_jax.data.raster.resample import MaskSource, mask_identity
 from biomass_jax.data.raster.tiff import verify_blocks
 from biomass_jax.errors import BiomassError, PredictionError, RasterError
+from biomass_jax.runtime.settings import changed_fields
 from biomass_jax.version import __version__
 
+log = logging.getLogger(__name__)
+
 # A finished map is kept only where all of these are what a new one would carry.
-IDENTITY = ("MODEL_SHA256", "SETTINGS", "SOURCE_SIZE", "SOURCE_MTIME_NS", "SOURCE_READING")
+IDENTITY = ("MODEL_SHA256", "MODEL", "SETTINGS", "SOURCE_READING", "SOURCE_SIZE", "SOURCE_MTIME_NS", "SOURCE_FILES")
+_MODEL_FIELDS = ("task", "architecture", "input", "output")  # of bundle.json, on which values depend
 QUICKLOOK_SIZE = 1000  # px of the longer side
 LAYER_TITLES = {"agbd": "Above-ground biomass"}
 UNIT_TITLES = {"Mg ha-1": "Mg/ha"}
@@ -40,6 +46,10 @@ class MapOptions:
         overwrite: make maps again that are finished.
         quicklook: write a PNG beside each map.
         progress: show a bar on a terminal, lines in a log.
+
+    Raises:
+        PredictionError: half a mask.
+        RasterError: a mask that can't be opened, which no map could be made with.
     """
 
     bands: Any = None
@@ -60,14 +70,15 @@ class MapOptions:
                 f"mask is {self.mask!r} and mask_keep is {self.mask_keep!r}: give both or neither, the raster and "
                 "the classes in it to keep"
             )
+        self._mask_identity = None if self.mask is None else mask_identity(self.mask)
 
     def settings(self) -> dict[str, Any]:
-        """What a map's values depend on; a local mask counts by its size and time as well."""
+        """What a map's values depend on; a mask counts by what it is read from as well."""
         found: dict[str, Any] = {"bands": self.bands, "encoding": self.encoding, "resample": self.resample}
         found |= {"mask": self.mask, "mask_keep": self.mask_keep}
-        if self.mask is not None and os.path.exists(self.mask):
-            status = os.stat(self.mask)
-            found |= {"mask": os.path.abspath(self.mask), "mask_identity": [status.st_size, status.st_mtime_ns]}
+        if self.mask is not None:
+            mask = os.path.abspath(self.mask) if os.path.exists(self.mask) else self.mask
+            found |= {"mask": mask, "mask_identity": self._mask_identity}
         return found
 
 
@@ -109,7 +120,7 @@ def quicklook_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}_quicklook.png")
 
 
-def map_tags(source: ImageSource, model_sha256: str, settings: Mapping[str, Any]) -> dict[str, str]:
+def map_tags(source: ImageSource, bundle: Bundle, settings: Mapping[str, Any]) -> dict[str, str]:
     """Tags of a map: where it comes from and all that its values depend on."""
     identity = source.identity()
     return {
@@ -117,25 +128,45 @@ def map_tags(source: ImageSource, model_sha256: str, settings: Mapping[str, Any]
         "DATA_SOURCES": source.tags.get("DATA_SOURCES") or "; ".join(source.sources),
         "SEASON": source.season or "unknown",
         "SENSORS": source.sensor or "unknown",
-        "MODEL_SHA256": model_sha256,
+        "MODEL_SHA256": bundle.weights_sha256,
+        "MODEL": json.dumps({name: bundle.meta.get(name) for name in _MODEL_FIELDS}, sort_keys=True),
         "SOFTWARE": f"biomass_jax {__version__}",
         "SETTINGS": json.dumps(settings, sort_keys=True),
         "SOURCE_SIZE": str(identity["size"]),
         "SOURCE_MTIME_NS": str(identity["mtime_ns"]),
+        "SOURCE_FILES": identity["files"],
         "SOURCE_READING": json.dumps(source.reading(), sort_keys=True),
     }
 
 
 def is_finished(path: Path, tags: Mapping[str, str]) -> bool:
-    """Whether a whole map with these tags lies there."""
+    """Whether a whole map with these tags lies there; what has changed is logged where another one does."""
     if not path.is_file():
         return False
     try:
         found = read_tags(path)
         verify_blocks(path)
-    except RasterError:
+    except RasterError as error:
+        log.info("%s: is made again: %s", path, error)
         return False
-    return all(found.get(key) == tags[key] for key in IDENTITY)
+    changes = [change for key in IDENTITY if found.get(key) != tags[key] for change in _changes(key, found, tags)]
+    if changes:
+        more = f", and {len(changes) - 1} more" if len(changes) > 1 else ""
+        log.info("%s: is made again: %s%s", path, changes[0], more)
+    return not changes
+
+
+def _changes(key: str, found: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """A sentence for each difference within one tag."""
+    if key not in found:
+        return [f"it has no tag {key}, being an older version's, so nothing tells whether that is the same"]
+    try:
+        before, after = json.loads(found[key]), json.loads(now[key])
+    except ValueError:
+        before = after = None
+    if isinstance(before, dict) and isinstance(after, dict):
+        return changed_fields(before, after, f"{key}.")
+    return [f"{key}: was {found[key]}, now {now[key]}"]
 
 
 class MapReader:

@@ -49,7 +49,8 @@ class Predictor:
         matmul_precision: `default`, `high` or `highest`, for float32.
         batch_sharding: where batches go; None is the default device.
         replicated: where the variables go; None is the default device.
-        model_fn: another model: (variables, z-scored (B, H, W, bands)) -> (B, H, W).
+        model_fn: another model: (variables, z-scored (B, H, W, bands)) -> (B, H, W). Maps made with one aren't told
+            from those made with another: `overwrite` them.
 
     Raises:
         TilingError: contradicting tile settings.
@@ -244,7 +245,7 @@ class _OneMap:
                 )
             )
             settings = {**predictor.settings, **options.settings()}
-            tags = maps.map_tags(self._source, bundle.weights_sha256, settings)
+            tags = maps.map_tags(self._source, bundle, settings)
             self._kept = not options.overwrite and maps.is_finished(self._path, tags)
             if self._kept:
                 log.info("%s: finished before, %s is kept", item.name, self._path)

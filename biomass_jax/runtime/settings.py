@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import functools
 import importlib
+import json
 import math
 import operator
 import re
@@ -269,3 +270,24 @@ def _plain(annotation: Any) -> type:
     if typing.get_origin(annotation) is typing.Literal:
         return type(typing.get_args(annotation)[0])
     return typing.get_origin(annotation) or annotation
+
+
+def changed_fields(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """`field: was X, now Y` for each field in which two configs differ, nested ones as `group.field`."""
+    changes = []
+    for name in sorted(set(before) | set(now)):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            changes += changed_fields(old, new, f"{prefix}{name}.")
+        elif json.dumps(old) != json.dumps(new):
+            changes.append(f"{prefix}{name}: was {old!r}, now {new!r}")
+    return changes
+
+
+def known_fields(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Those fields of a config that there were when an earlier one was saved, perhaps by an older version."""
+    return {
+        name: known_fields(before[name], value) if isinstance(value, dict) and isinstance(before[name], dict) else value
+        for name, value in now.items()
+        if name in before
+    }

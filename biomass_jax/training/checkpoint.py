@@ -1,7 +1,6 @@
 """What a run keeps: checkpoints of its state and of what the host knows beside it, and its best model as a bundle."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ class HostState:
     early_stop: dict[str, Any] | None = None  # of `early_stop_step`
     best: dict[str, Any] | None = None  # {"step", "loss", "scores"} of the best validation so far
     line: dict[str, Any] | None = None  # of an epoch that ended but isn't written yet
+    inputs: dict[str, Any] | None = None  # what it learns from, of `run.inputs_of`; older checkpoints don't tell
 
 
 class Checkpoints:
@@ -113,18 +113,6 @@ def _shapes(tree: object) -> dict[str, tuple[int, ...]]:
     """Shape of each array by its dotted name."""
     leaves = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in leaves}
-
-
-def changed_fields(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """`field: was X, now Y` for each field in which two configs differ, nested ones as `group.field`."""
-    changes = []
-    for name in sorted(set(before) | set(now)):
-        old, new = before.get(name), now.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            changes += changed_fields(old, new, f"{prefix}{name}.")
-        elif json.dumps(old) != json.dumps(new):
-            changes.append(f"{prefix}{name}: was {old!r}, now {new!r}")
-    return changes
 
 
 def export_best(workdir: Path, about: dict[str, Any], state: TrainState, best: dict[str, Any]) -> None:

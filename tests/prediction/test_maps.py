@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
+import rasterio.shutil
 from PIL import Image
 
 import biomass_jax
 from biomass_jax.data.raster.image import read_tags
-from biomass_jax.errors import BundleError, PredictionError
+from biomass_jax.errors import BundleError, PredictionError, RasterError
 from biomass_jax.prediction import maps
 from biomass_jax.runtime.progress import Progress, duration
 from tests.prediction.stubs import NIR, coded_image, nir, read_map, stub_bundle, write_raster
@@ -100,6 +101,96 @@ def test_a_finished_map_is_kept_only_where_a_new_one_would_be_the_same(stub, sce
     assert (os.stat(again).st_ino == before) == kept
     assert maps.quicklook_path(again.path).is_file() == (change == "quicklook")
     np.testing.assert_allclose(read_map(again), coded_image(240, 260)[..., NIR], rtol=1e-6)
+
+
+PAM = "<PAMDataset>{}</PAMDataset>"
+NO_DATA = PAM.format(
+    "".join(f'<PAMRasterBand band="{band}"><NoDataValue>500</NoDataValue></PAMRasterBand>' for band in (1, 2))
+)
+PLACE = "30, 0, 4100000, 0, -30"
+SEEN = PAM.format('<PAMRasterBand band="1"><Metadata><MDI key="STATISTICS_MEAN">3</MDI></Metadata></PAMRasterBand>')
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("statistics", "MODEL.input.means: was None, now [1, 2]"),
+        ("output", "MODEL.output.units: was 'Mg ha-1', now 'kg'"),
+        ("architecture", "MODEL.architecture: was None, now {'final_relu': False}"),
+        ("no-data set in QGIS", "SOURCE_READING.nodata: was ["),
+        ("place set in QGIS", "SOURCE_READING.transform: was ["),
+        ("mask", "SOURCE_READING.masked: was [False"),
+        ("one file of the same size, older", "SOURCE_FILES: was "),
+        ("an older version's map", "it has no tag MODEL"),
+        ("looked at", None),
+    ],
+)
+def test_what_bears_on_a_map_makes_it_again_and_is_named(stub, tmp_path, caplog, change, words):
+    scene = write_raster(tmp_path / "in" / "scene.tif", coded_image(40, 60), nodata=None)
+    other = write_raster(tmp_path / "in" / "zother.tif", coded_image(40, 60), nodata=None)
+    os.utime(other, ns=(10**18, 10**18))
+    source = scene
+    if change.startswith("one file"):
+        source = tmp_path / "in" / "both.vrt"
+        rasterio.shutil.copy(scene, source, driver="VRT")
+        source.write_text(source.read_text().replace("scene.tif", "zother.tif", 1))
+    result = stub().predict_file(source, tmp_path / "out")
+    bundle = stub_bundle()
+    if change == "statistics":
+        bundle.meta["input"]["means"] = [1, 2]
+    elif change == "output":
+        bundle.meta["output"] = bundle.meta["output"] | {"units": "kg"}
+    elif change == "architecture":
+        bundle.meta["architecture"] = {"final_relu": False}
+    elif change == "no-data set in QGIS":
+        scene.with_name("scene.tif.aux.xml").write_text(NO_DATA)
+    elif change == "place set in QGIS":
+        scene.with_name("scene.tif.aux.xml").write_text(PAM.format(f"<GeoTransform>600015, {PLACE}</GeoTransform>"))
+    elif change == "mask":
+        with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=False), rasterio.open(scene, "r+") as file:
+            file.write_mask(np.zeros((40, 60), bool))
+    elif change.startswith("one file"):
+        os.utime(other, ns=(10**17, 10**17))
+    elif change.startswith("an older"):
+        with rasterio.open(result.path, "r+", IGNORE_COG_LAYOUT_BREAK="YES") as file:
+            file.update_tags(MODEL="")
+    else:
+        scene.with_name("scene.tif.aux.xml").write_text(SEEN)
+    with caplog.at_level(logging.INFO):
+        again = stub(bundle=bundle).predict_file(source, tmp_path / "out")
+    assert again.status == ("skipped" if words is None else "written")
+    assert words is None or f"{result.path}: is made again: {words}" in caplog.text, caplog.text
+    assert stub(bundle=bundle).predict_file(source, tmp_path / "out").status == "skipped"
+
+
+def test_a_new_map_begins_without_the_side_cars_of_the_old_one(stub, scene, tmp_path):
+    result = stub().predict_file(scene, tmp_path)
+    for ending in (".aux.xml", ".msk"):
+        result.path.with_name(result.path.name + ending).write_text("of the old one")
+    assert stub().predict_file(scene, tmp_path, overwrite=True).status == "written"
+    assert files(tmp_path) == ["in/scene.tif", "scene_agbd.tif"]
+
+
+def test_a_mask_counts_with_what_lies_beside_it_and_behind_it(stub, scene, tmp_path):
+    classes = np.full((240, 260, 1), 10, np.uint8)
+    write_raster(tmp_path / "cover.tif", classes, nodata=None, named=False)
+    rasterio.shutil.copy(tmp_path / "cover.tif", tmp_path / "cover.vrt", driver="VRT")
+    chosen = {"mask": tmp_path / "cover.vrt", "mask_keep": (10,)}
+
+    def status():
+        return stub().predict_file(scene, tmp_path / "out", **chosen).status
+
+    assert [status(), status()] == ["written", "skipped"]
+    os.utime(tmp_path / "cover.tif", ns=(1, 1))
+    assert [status(), status()] == ["written", "skipped"]
+    (tmp_path / "cover.vrt.aux.xml").write_text(NO_DATA)
+    assert [status(), status()] == ["written", "skipped"]
+
+
+def test_a_mask_that_is_not_there_fails_before_the_first_image(stub, tmp_path):
+    write_raster(tmp_path / "in" / "a.tif", coded_image(10, 10))
+    with pytest.raises(RasterError, match="absent.tif"):
+        stub().predict_dir(tmp_path / "in", tmp_path / "out", mask=tmp_path / "absent.tif", mask_keep=(10,))
 
 
 def test_a_kept_map_needs_no_weights(stub, scene, tmp_path):

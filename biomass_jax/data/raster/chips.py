@@ -226,6 +226,15 @@ def read_pair(
     )
 
 
+def check_files(pair: Pair) -> None:
+    """Look whether both files are whole and lie on one grid, without reading pixels. RasterError where not."""
+    verify_blocks(pair.image, sparse_ok=True)
+    if pair.label is not None:
+        verify_blocks(pair.label, sparse_ok=True)
+        with raster_errors(str(pair.label)), open_quietly(str(pair.label)) as dataset:
+            _check_label(dataset.count, grid_of(dataset), pair)
+
+
 def record_grid(record: Record) -> Grid:
     """Size and place of a record's chip."""
     height, width = record["image"].shape[:2]
@@ -255,11 +264,7 @@ def _read_label(pair: Pair) -> np.ndarray:
         verify_blocks(pair.label, sparse_ok=True)
         grid, count = grid_of(dataset), dataset.count
         label = dataset.read(1, masked=True, fill_value=records.NO_LABEL).astype(np.float32).filled(records.NO_LABEL)
-    if count != 1 or not grid.same_as(pair.grid):
-        raise RasterError(
-            f"{pair.label}: found {count} band(s) of {grid.describe()}, expected one on the grid of {pair.image.name}: "
-            f"{pair.grid.describe()}"
-        )
+    _check_label(count, grid, pair)
     odd = label[(label < 0) & (label != records.NO_LABEL) & (label != bands.FILL)]
     if odd.size:
         warnings.warn(f"{pair.label}: {odd.size} labels below 0 like {odd[0]:g}, taken as none", stacklevel=2)
@@ -271,3 +276,11 @@ def _read_label(pair: Pair) -> np.ndarray:
             "allow them with label_max (config.data.label_max)"
         )
     return label
+
+
+def _check_label(count: int, grid: Grid, pair: Pair) -> None:
+    if count != 1 or not grid.same_as(pair.grid):
+        raise RasterError(
+            f"{pair.label}: found {count} band(s) of {grid.describe()}, expected one on the grid of {pair.image.name}: "
+            f"{pair.grid.describe()}"
+        )

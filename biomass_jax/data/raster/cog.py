@@ -26,6 +26,7 @@ from biomass_jax.data.raster.grid import Grid, open_quietly, raster_errors
 from biomass_jax.data.raster.tiff import verify_blocks
 from biomass_jax.errors import RasterError
 
+SIDE_CARS = (".aux.xml", ".msk", ".ovr")  # what GDAL would read beside a raster
 _FULL = "is the disk full, or a limit on file sizes set (ulimit -f)?"
 
 
@@ -308,6 +309,8 @@ class CogWriter:
         try:
             with open(self._cog, "rb") as file:
                 os.fsync(file.fileno())
+            for ending in SIDE_CARS:  # they were about the raster that this one replaces
+                self.path.with_name(self.path.name + ending).unlink(missing_ok=True)
             os.replace(self._cog, self.path)
             folder = os.open(self.path.parent, os.O_RDONLY)
             try:

@@ -13,9 +13,11 @@ from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.windows import Window
 
 from biomass_jax.data import bands
+from biomass_jax.data.fingerprints import digest_of
 from biomass_jax.data.raster import encoding as encodings
 from biomass_jax.data.raster import resample as resampling
 from biomass_jax.data.raster.grid import Grid, grid_of, open_quietly, raster_errors
+from biomass_jax.data.raster.identity import identity_of
 from biomass_jax.data.raster.inputs import GranuleName, InputItem, find_inputs, granule_name
 from biomass_jax.data.raster.tiff import is_tiff, verify_blocks
 from biomass_jax.errors import BandError, RasterError
@@ -170,10 +172,13 @@ class ImageSource(ExitStack[None]):
         self._stored_fill = own[0] if alike else float(bands.FILL)
 
     def reading(self) -> dict[str, Any]:
-        """What the pixels depend on beside the stored numbers, side-cars included: no-data values, masks, scales."""
+        """What a map depends on beside the stored numbers, side-cars included: no-data, masks, scales, bands, place."""
         tagged = [None if value is None else str(value) for value in self._tagged]
         alpha = [ColorInterp.alpha in dataset.colorinterp for dataset, _ in self._bands]
-        return {"nodata": tagged, "masked": self._masked, "alpha": alpha, "scale_offset": self._declared}
+        found = {"nodata": tagged, "masked": self._masked, "alpha": alpha, "scale_offset": self._declared}
+        found |= {"bands": [index for _, index in self._bands], "sensor": self.sensor, "season": self.season}
+        crs = None if self._native.crs is None else self._native.crs.to_string()
+        return found | {"crs": crs, "transform": list(self._native.transform)[:6]}
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
         """Rows `start` to `stop` (not included).
@@ -261,20 +266,16 @@ class ImageSource(ExitStack[None]):
         preview[missing] = np.nan
         return preview
 
-    def identity(self) -> dict[str, int]:
-        """`{'size', 'mtime_ns'}` of the files (sum, latest); what a VRT refers to counts too.
+    def identity(self) -> dict[str, Any]:
+        """`{'size', 'mtime_ns', 'files'}` of the files: sum, latest, digest of each one's; a VRT's sources count too.
 
-        For a URL the size is that of the blocks its header tells of, and the time 0.
+        What lies beside the files and changes how they are read counts into `files`. For a URL the size is that of the
+        blocks its header tells of, the time 0, and `files` a digest of where each block lies and of one block's pixels.
         """
-        size, latest = 0, 0
-        for dataset in dict.fromkeys(dataset for dataset, _ in self._bands):
-            local = [f for f in dataset.files if os.path.isfile(f) and not f.endswith((".aux.xml", ".ovr"))]
-            for file in local:
-                status = os.stat(file)
-                size, latest = size + status.st_size, max(latest, status.st_mtime_ns)
-            if not local:
-                size += _remote_size(dataset)
-        return {"size": size, "mtime_ns": latest}
+        with raster_errors(self.name):
+            parts = [identity_of(dataset) for dataset in dict.fromkeys(dataset for dataset, _ in self._bands)]
+        size, latest = sum(part.size for part in parts), max(part.mtime_ns for part in parts)
+        return {"size": size, "mtime_ns": latest, "files": digest_of([part.files for part in parts])}
 
     def check_units(self, *, one_of_many: bool = False) -> str | None:
         """Look by a sample spread over the image whether its values can be digital numbers; see `check_plausible`.
@@ -432,20 +433,6 @@ def _tag(tags: dict[str, str], key: str) -> str:
 
 def _base_name(path: str) -> str:
     return PurePath(path.split("?", 1)[0] if path.startswith("/vsicurl") else path).name
-
-
-def _remote_size(dataset: rasterio.DatasetReader) -> int:
-    """Bytes up to the end of the last block that the header of a remote TIFF tells of, else the size unpacked."""
-    ends = [0]
-    for index, (height, width) in zip(dataset.indexes, dataset.block_shapes, strict=True):
-        x, y = (dataset.width - 1) // width, (dataset.height - 1) // height
-        offset, size = (
-            dataset.get_tag_item(f"BLOCK_{what}_{x}_{y}", "TIFF", bidx=index) for what in ("OFFSET", "SIZE")
-        )
-        ends.append(int(offset or 0) + int(size or 0))
-    if max(ends):
-        return max(ends)
-    return sum(np.dtype(kind).itemsize for kind in dataset.dtypes) * dataset.width * dataset.height
 
 
 def _preview_shape(grid: Grid, max_size: int) -> tuple[int, int]:

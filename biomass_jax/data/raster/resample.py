@@ -12,6 +12,7 @@ from rasterio.windows import Window
 
 from biomass_jax.data import bands
 from biomass_jax.data.raster.grid import Grid, grid_of, open_quietly, raster_errors
+from biomass_jax.data.raster.identity import identity_of
 from biomass_jax.errors import RasterError
 
 FINEST, COARSEST = 25 / 30, 36 / 30  # of the size that the model was trained on: taken as it is
@@ -147,3 +148,10 @@ class MaskSource(ExitStack[None]):
         with raster_errors(f"{self.name}: reading rows {start} to {stop}"):
             classes = self._source.read(1, window=Window(0, start, self.grid.width, stop - start))
         return np.isin(classes, self.keep)
+
+
+def mask_identity(path: str | os.PathLike[str]) -> str:
+    """A digest of what a mask is read from; RasterError where it can't be opened."""
+    name = os.fspath(path)
+    with raster_errors(name), open_quietly(name) as dataset:
+        return identity_of(dataset).files

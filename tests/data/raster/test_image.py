@@ -204,7 +204,8 @@ def test_identity_follows_the_files(tmp_path, numbers, write, write_granule):
 
     def identity(path):
         with open_image(path) as image:
-            return image.identity()
+            found = image.identity()
+            return {name: found[name] for name in ("size", "mtime_ns")}
 
     status = made.stat()
     assert identity(made) == {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
