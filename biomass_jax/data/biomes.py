@@ -6,6 +6,7 @@ Polygons need the libraries of the extra `prep` (geopandas, shapely, pyproj), wh
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,21 +29,9 @@ class Biomes:
         Raises:
             BiomeError: unreadable, without a CRS or without that column; or the libraries aren't installed.
         """
-        try:
-            import geopandas
-            from shapely import STRtree
-        except ImportError as error:
-            raise BiomeError(f"{path}: polygons need {error.name}; pip install 'biomass-jax[prep]'") from error
-        try:
-            is_parquet = str(path).endswith((".parquet", ".geoparquet"))
-            frame = geopandas.read_parquet(path) if is_parquet else geopandas.read_file(path)
-        except Exception as error:  # pyogrio, pyarrow and shapely each have their own
-            raise BiomeError(f"{path}: can't be read as polygons: {error}") from error
-        if field not in frame.columns or frame.crs is None:
-            raise BiomeError(
-                f"{path}: found columns {', '.join(frame.columns)} and CRS {frame.crs}, expected {field} and a CRS"
-            )
-        frame = frame.to_crs(4326)
+        from shapely import STRtree
+
+        frame = read_polygons(path, field).to_crs(4326)
         self._slugs = [slug(value) for value in frame[field]]
         self._tree = STRtree(np.asarray(frame.geometry, object))
 
@@ -55,6 +44,28 @@ class Biomes:
         for point, polygon in zip(points.tolist(), polygons.tolist(), strict=True):
             found[point] = min(polygon, found.get(point, polygon))
         return [self._slugs[found[i]] if i in found else records.UNKNOWN_BIOME for i in range(len(places))]
+
+
+def read_polygons(path: str | os.PathLike[str], field: str, rows: int | None = None) -> Any:
+    """A GeoDataFrame of polygons, or of the first `rows` of them where only the file is looked at.
+
+    Raises:
+        BiomeError: see `Biomes`.
+    """
+    try:
+        import geopandas
+    except ImportError as error:
+        raise BiomeError(f"{path}: polygons need {error.name}; pip install 'biomass-jax[prep]'") from error
+    try:
+        is_parquet = str(path).endswith((".parquet", ".geoparquet"))
+        frame = geopandas.read_parquet(path) if is_parquet else geopandas.read_file(path, rows=rows)
+    except Exception as error:  # pyogrio, pyarrow and shapely each have their own
+        raise BiomeError(f"{path}: can't be read as polygons: {error}") from error
+    if field not in frame.columns or frame.crs is None:
+        raise BiomeError(
+            f"{path}: found columns {', '.join(frame.columns)} and CRS {frame.crs}, expected {field} and a CRS"
+        )
+    return frame
 
 
 def slug(value: object) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from biomass_jax.data.biomes import read_polygons
 from biomass_jax.errors import PrepError
 from data_prep.archive.download import log_in, plan_gedi, plan_hls
 from data_prep.archive.fetch import fetch_all
@@ -57,6 +58,7 @@ def prepare(
     Raises:
         PrepError: settings that no tile could be made with.
     """
+    check_given(config)
     runner = Runner(StepRecords(out), executor, log)
     if config["granules"]["download"]:
         download_tiles(config, runner)
@@ -72,6 +74,24 @@ def prepare(
     report = chain.report()
     write_json(out / "report.json", report)
     return report
+
+
+def check_given(config: Mapping[str, Any]) -> None:
+    """Look at the files that are named, hours before they are needed.
+
+    Raises:
+        PrepError: a folder that isn't there, or one of two settings that go together.
+        BiomeError: polygons that can't be used.
+    """
+    for name in ("hls", "gedi"):
+        folder = config["granules"][name]
+        if folder and not Path(folder).is_dir():
+            raise PrepError(f"granules.{name}: {folder}: no such folder; leave it empty for OUT/granules/{name}")
+    chips = config["chips"]
+    if bool(chips["biomes"]) != bool(chips["biome_field"]):
+        raise PrepError("chips.biomes and chips.biome_field go together: a polygon file, and its column of names")
+    if chips["biomes"]:
+        read_polygons(chips["biomes"], chips["biome_field"], rows=1)
 
 
 class Chain:
@@ -185,8 +205,6 @@ class Chain:
     def chips(self) -> None:
         """`chips` for each label raster."""
         settings = self.config["chips"]
-        if bool(settings["biomes"]) != bool(settings["biome_field"]):
-            raise PrepError("chips.biomes and chips.biome_field go together: a polygon file, and its column of names")
         jobs = []
         for tile, part in self.done["labels"].items():
             image, (label, shots) = self.images[tile].path, part.job.outputs

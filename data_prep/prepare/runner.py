@@ -185,7 +185,9 @@ class Runner:
 
         for job in jobs:
             with self.failing(step, job.name):
-                record = self.state.finished(job)
+                record, why = self.state.finished(job)
+                if why:
+                    self.log(f"{step:9} {job.name}: is made again: {why}")
                 if record is not None:
                     self.done[step][job.name] = FinishedStep(job, record)
                     kept.append(job.name)

@@ -1,7 +1,7 @@
 """What has been done already: `state/{step}/{name}.json`, written after a step's outputs.
 
-A step is up to date when its settings, the version of the software and its inputs (size and time of change) are those
-of its record, and its outputs lie where they were written, unchanged.
+A step is up to date when its settings, the version of the software and its inputs (size and time of change, and what
+lies beside them) are those of its record, and its outputs lie where they were written, unchanged.
 """
 
 import fcntl
@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from biomass_jax.data.fingerprints import fingerprint
 from biomass_jax.data.records import SOFTWARE_VERSION
 from biomass_jax.errors import PrepError
 from biomass_jax.runtime import files
+from biomass_jax.runtime.settings import changed_fields
 
 SCHEMA = 1
 
@@ -55,6 +57,8 @@ class StepRecord:
         result: what the job returned.
         warnings: sentences for the user.
         discarded: inputs that were deleted once used.
+        settings: those of the job.
+        software: version that did it, "" in older records.
     """
 
     digest: str
@@ -63,6 +67,8 @@ class StepRecord:
     result: dict[str, Any]
     warnings: list[str]
     discarded: list[str] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    software: str = ""
 
 
 class StepRecords:
@@ -79,31 +85,33 @@ class StepRecords:
         """A record; None where there is none, or one that can't be read (then the step is done again)."""
         try:
             stored = json.loads(self.path(step, name).read_text(encoding="utf-8"))
-            known = StepRecord(**{key: stored[key] for key in StepRecord.__dataclass_fields__})
+            known = StepRecord(**{key: stored[key] for key in StepRecord.__dataclass_fields__ if key in stored})
             return known if stored["schema"] == SCHEMA else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def finished(self, job: StepJob) -> StepRecord | None:
-        """The job's record if nothing needs to be done.
+    def finished(self, job: StepJob) -> tuple[StepRecord | None, str]:
+        """The job's record if nothing needs to be done; else what has changed, "" where the job was never done.
 
         Raises:
             PrepError: it would have to be done again, but inputs have been discarded.
         """
         record = self.read(job.step, job.name)
         if record is None:
-            return None
+            return None, ""
         inputs = self.fingerprints(job.inputs)
         lost = {path: record.inputs[path] for path in record.discarded if path not in inputs}
-        same = record.digest == digest(job, {**lost, **inputs})
-        if same and record.outputs == self.fingerprints(job.outputs):
-            return record
+        outputs = self.fingerprints(job.outputs)
+        if record.digest == digest(job, {**lost, **inputs}) and record.outputs == outputs:
+            return record, ""
+        changes = _changes(record, job, {**lost, **inputs}, outputs)
+        why = changes[0] + (f", and {len(changes) - 1} more" if len(changes) > 1 else "")
         if lost:
             raise PrepError(
-                f"it has to be made again, because settings, inputs or outputs have changed, but "
-                f"{len(lost)} of its inputs were discarded, first {min(lost)}: put them back, or give back the settings"
+                f"it has to be made again ({why}), but {len(lost)} of its inputs were discarded, first {min(lost)}: "
+                "put them back, or give back what was changed"
             )
-        return None
+        return None, why
 
     def begin(self, job: StepJob) -> dict[str, str]:
         """Forget what was known of a job, and take the fingerprints of its inputs."""
@@ -123,8 +131,11 @@ class StepRecords:
         for path, mark in outputs.items():
             if not mark:
                 raise PrepError(f"it ended without its output {path}")
-        record = StepRecord(digest(job, inputs), inputs, outputs, result, warnings)
-        self._write(job.step, job.name, record, job.settings)
+        settings, software = _plain(job.settings), SOFTWARE_VERSION
+        record = StepRecord(
+            digest(job, inputs), inputs, outputs, result, warnings, settings=settings, software=software
+        )
+        self._write(job.step, job.name, record)
         return record
 
     def discard(self, step: str, name: str, folder: Path) -> int:
@@ -136,8 +147,7 @@ class StepRecords:
         inside = [path for path in record.inputs if (self.out / path).resolve().is_relative_to(folder)]
         if sorted(inside) != sorted(record.discarded):
             record.discarded = sorted(inside)
-            stored = json.loads(self.path(step, name).read_text(encoding="utf-8"))
-            self._write(step, name, record, stored["settings"])
+            self._write(step, name, record)
         return sum(_delete(self.out / path) for path in record.discarded)
 
     def discarded(self, step: str, name: str) -> bool:
@@ -158,9 +168,8 @@ class StepRecords:
         path, root = path.absolute(), self.out.absolute()
         return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
 
-    def _write(self, step: str, name: str, record: StepRecord, settings: Mapping[str, Any]) -> None:
-        stored = {"schema": SCHEMA, "step": step, "name": name, "settings": settings, **vars(record)}
-        write_json(self.path(step, name), stored)
+    def _write(self, step: str, name: str, record: StepRecord) -> None:
+        write_json(self.path(step, name), {"schema": SCHEMA, "step": step, "name": name, **vars(record)})
 
 
 def digest(job: StepJob, inputs: Mapping[str, str]) -> str:
@@ -169,17 +178,22 @@ def digest(job: StepJob, inputs: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def fingerprint(path: Path) -> str:
-    """Size and time of change of a file, or of all files of a folder; "" where there is nothing."""
-    if not path.is_dir():
-        try:
-            stat = path.stat()
-        except OSError:
-            return ""
-        return f"{stat.st_size}-{stat.st_mtime_ns}"
-    # GDAL puts .aux.xml files beside rasters that a viewer opens
-    files = [p for p in sorted(path.iterdir()) if not p.name.startswith(".") and p.suffix != ".xml" and p.is_file()]
-    return hashlib.sha256("\n".join(f"{p.name} {fingerprint(p)}" for p in files).encode()).hexdigest()
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as JSON gives them back."""
+    return json.loads(json.dumps(settings))
+
+
+def _changes(record: StepRecord, job: StepJob, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> list[str]:
+    """What makes a job another one than its record tells of, a sentence each."""
+    changes = changed_fields(record.settings, _plain(job.settings))
+    if record.software not in ("", SOFTWARE_VERSION):
+        changes.append(f"biomass_jax: was {record.software}, now {SOFTWARE_VERSION}")
+    for what, before, now in (("input", record.inputs, inputs), ("output", record.outputs, outputs)):
+        for path in sorted({*before, *now}):
+            if before.get(path) != now.get(path):
+                fate = "is new" if path not in before else "has changed" if now.get(path) else "is gone"
+                changes.append(f"{what} {path} {fate}")
+    return changes or [f"its record is of another version than {SOFTWARE_VERSION}"]
 
 
 def write_json(path: Path, value: object) -> None:
