@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
     processes.start(COORDINATOR.value, PROCESS_COUNT.value, PROCESS_ID.value)
     if processes.place()[0] == 0:
-        write_config(config, workdir)
+        write_config(config, workdir, now=MODES[config.mode] is not train)
     else:
         log.setLevel(logging.WARNING)  # one voice is enough
     MODES[config.mode](config, workdir)
@@ -132,11 +132,15 @@ def forget_none(config: ConfigDict) -> None:
             config[name] = None
 
 
-def write_config(config: ConfigDict, workdir: Path) -> None:
-    """`config.json`: what the run was started with."""
+def write_config(config: ConfigDict, workdir: Path, *, now: bool) -> None:
+    """`config.json`: what the run was started with; a training run writes its own `now` that it may resume."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        write_json(workdir / "config.json", json.loads(config.to_json()))
+        if now:
+            write_json(workdir / "config.json", json.loads(config.to_json()))
+        else:
+            (workdir / ".config.json.partial").touch()
+            (workdir / ".config.json.partial").unlink()
     except OSError as error:
         raise UsageError(f"{workdir}: can't write to the workdir: {error.strerror or error}") from error
 

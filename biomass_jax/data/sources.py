@@ -6,6 +6,7 @@ A source gives any record of one split by its number. Nothing here needs JAX.
 import os
 import warnings
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -16,10 +17,13 @@ import numpy as np
 
 from biomass_jax.data import bands as band_table
 from biomass_jax.data import records
-from biomass_jax.data.raster.chips import IMAGE_SUFFIX, LABEL_MAX, describe_pairs, pair_files, read_pair
+from biomass_jax.data.fingerprints import content, digest_of, fingerprint
+from biomass_jax.data.raster.chips import IMAGE_SUFFIX, LABEL_MAX, Pair, describe_pairs, pair_files, read_pair
+from biomass_jax.data.raster.chips import check_files as check_pair
 from biomass_jax.data.raster.encoding import AUTO
 from biomass_jax.data.records import Record
-from biomass_jax.data.shards import read_metadata
+from biomass_jax.data.shards import check_files, read_metadata, shards_of
+from biomass_jax.data.shards import verify as verify_shards
 from biomass_jax.data.statistics import chip_sums, combine, means_stds
 from biomass_jax.errors import BandError, DataError, RasterError
 
@@ -77,6 +81,10 @@ class Source(ABC):
     def _read(self, index: int) -> Record:
         """The record of a number that is in range."""
 
+    @abstractmethod
+    def digest(self) -> str:
+        """SHA-256 over all that the chips of this split are made of, whatever folder they lie in."""
+
     def __len__(self) -> int:
         return self.info.chips
 
@@ -121,6 +129,7 @@ def open_source(
     bands: object = None,
     encoding: str = AUTO,
     label_max: float = LABEL_MAX,
+    verify: bool = False,
 ) -> Source:
     """Open one split of a data set.
 
@@ -131,9 +140,11 @@ def open_source(
         bands: names of the GeoTIFFs' bands where their descriptions don't tell; see `bands.parse_band_list`.
         encoding: what the GeoTIFFs' numbers are, one of `raster.encoding.ENCODINGS`.
         label_max: Mg/ha, the highest label that a GeoTIFF may hold.
+        verify: compare every shard with its SHA-256, or read every GeoTIFF once.
 
     Raises:
-        DataError: no data set, or no such split, or other bands, or another schema version; or `bands`, `encoding`
+        DataError: no data set, or no such split, or other bands, or another schema version; files that are missing or
+            not of their size; or `bands`, `encoding`
             or `label_max` for shards.
     """
     root = Path(path)
@@ -143,9 +154,15 @@ def open_source(
         for name, given, default in (("encoding", encoding, AUTO), ("label_max", label_max, LABEL_MAX)):
             if given != default:
                 raise DataError(f"{root}: {name} is {given!r}, but it is for GeoTIFFs; leave it out for shards")
+        if verify:
+            verify_shards(root, split)
         return ShardSource(root, split)
     if any(root.glob("*_images")):
-        return FolderSource(root, split, bands=bands, encoding=encoding, label_max=label_max)
+        source = FolderSource(root, split, bands=bands, encoding=encoding, label_max=label_max)
+        if verify:
+            with ThreadPoolExecutor(_READERS) as pool:
+                deque(pool.map(source.__getitem__, range(len(source))), maxlen=0)
+        return source
     hint = f"; did you mean {root / 'shards'}?" if (root / "shards" / "dataset_info.json").is_file() else ""
     found = "no such folder"
     if root.is_dir():
@@ -168,6 +185,13 @@ class ShardSource(Source):
         splits = {name: info.num_examples for name, info in builder.info.splits.items()}
         if split not in splits:
             raise DataError(f"{path}: split {split!r} is not there; found {', '.join(sorted(splits))}")
+        check_files(path, metadata, split)
+        told = sum(shard["records"] for shard in shards_of(metadata, split))
+        if told != splits[split]:
+            raise DataError(
+                f"{path}: split {split}: dataset_info.json tells of {splits[split]} chips, metadata.json of {told}; "
+                "the files are of two data sets: copy it again, or write it anew"
+            )
         self._data = builder.as_data_source(split)
         self.info = DatasetInfo(
             path=os.fspath(path),
@@ -184,13 +208,19 @@ class ShardSource(Source):
     def _read(self, index: int) -> Record:
         return records.from_example(self._data[index])
 
+    def digest(self) -> str:
+        """See Source; from the digests in the metadata."""
+        metadata = self.info.metadata
+        shards = [(shard["records"], shard["sha256"]) for shard in shards_of(metadata, self.info.split)]
+        return digest_of((shards, metadata["fill"], metadata.get("label")))
+
 
 class FolderSource(Source):
     """Images and labels of `{split}_images` and `{split}_labels`; images alone where there are no labels' folders.
 
     Decoding GeoTIFFs takes 5 to 10 times as long as reading shards: for more than a few epochs, convert them by
-    `python -m data_prep geotiff`. Headers are read at once, so that a file with other bands or of another size is found
-    before training begins.
+    `python -m data_prep geotiff`. Headers are read at once, so that a file that is cut, has other bands or is
+    of another size is found before training begins.
     """
 
     def __init__(
@@ -226,6 +256,8 @@ class FolderSource(Source):
             self._pairs = describe_pairs(
                 paths, band_list=band_table.parse_band_list(bands), encoding=encoding, label_max=label_max
             )
+            with ThreadPoolExecutor(_READERS) as pool:
+                deque(pool.map(check_pair, self._pairs), maxlen=0)
         except (BandError, RasterError) as error:
             raise DataError(f"{path}: split {split}: {error}") from error
         first = self._pairs[0]
@@ -253,6 +285,15 @@ class FolderSource(Source):
         record = read_pair(self._pairs[index], dtype=dtype, sensors=_SENSORS, check_units=new)
         self._checked.add(index)
         return record
+
+    def digest(self) -> str:
+        """See Source; every file is read."""
+
+        def of_pair(pair: Pair) -> list[tuple[str, str]]:
+            return [(path.name, fingerprint(path, content)) for path in (pair.image, pair.label) if path is not None]
+
+        with ThreadPoolExecutor(_READERS) as pool:
+            return digest_of(list(pool.map(of_pair, self._pairs)))
 
 
 class Mixture(Source):
@@ -299,6 +340,10 @@ class Mixture(Source):
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
         record = self._parts[part][index - int(self._starts[part])]
         return {**record, "image": record["image"].astype(self.info.image_dtype, copy=False)}
+
+    def digest(self) -> str:
+        """See Source."""
+        return digest_of([(part.digest(), seen) for part, seen in zip(self._parts, self._seen, strict=True)])
 
 
 def open_mixture(parts: Sequence[tuple[str | os.PathLike[str], float]], split: str, **settings: Any) -> Mixture:

@@ -21,6 +21,7 @@ class EvaluationData:
     statistics: str = setting("bundle", "means and stds: bundle, or dataset, those of the data's train split")
     means: tuple[float, ...] | None = setting(None, "or explicitly, a number for each band of the model")
     stds: tuple[float, ...] | None = setting(None, "likewise")
+    verify: bool = setting(False, "compare each shard with its SHA-256, or read each GeoTIFF, before anything else")
     threads: int = setting(8, "that read chips", within=Range(1))
     biome: str | None = setting(None, "slug of the only biome to score")
     biomes: str | None = setting(None, "polygons that tell biomes: any file that GDAL reads, GeoParquet")

@@ -59,7 +59,7 @@ def run(config: ConfigDict, workdir: Path, *, shardings: Callable[[], dict[str, 
     """
     group = config.data
     check_given(config)
-    chosen = {name: group[name] for name in ("encoding", "label_max")}
+    chosen = {name: group[name] for name in ("encoding", "label_max", "verify")}
     chosen["bands"] = bands.parse_band_list(group.bands)
     source = sources.open_source(group.path, group.split, **chosen)
     source = with_biomes(source, group.path, biome=group.biome, polygons=group.biomes, field=group.biome_field)
@@ -217,6 +217,10 @@ class NamedSource(Source):
         record = self._source[number]
         biome = record["biome"] if self._biomes is None else self._biomes[number]
         return {**record, "biome": self._default if biome == UNKNOWN_BIOME else biome}
+
+    def digest(self) -> str:
+        """See Source: that of the chips that these are chosen from."""
+        return self._source.digest()
 
 
 def with_biomes(

@@ -72,6 +72,7 @@ class DataSettings:
     )
     means: tuple[float, ...] | None = setting(None, "or explicitly, six numbers")
     stds: tuple[float, ...] | None = setting(None, "six numbers")
+    verify: bool = setting(False, "compare each shard with its SHA-256, or read each GeoTIFF, before anything else")
     threads: int = setting(8, "that read chips", within=_FROM_1)
     cache: str = setting(
         "host", "device: all chips lie on the device (one process)", choices="biomass_jax.pipeline.batches:CACHES"

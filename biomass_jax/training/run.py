@@ -1,6 +1,7 @@
 """A training run: set up from its config top to bottom, trained and validated by the loop, its best model exported."""
 
 import dataclasses
+import json
 import logging
 import shlex
 import shutil
@@ -19,15 +20,18 @@ from biomass_jax.errors import CheckpointError, ConfigError
 from biomass_jax.pipeline import batches as pipeline
 from biomass_jax.pipeline.batches import Feed
 from biomass_jax.runtime import mesh as sharding
+from biomass_jax.runtime import processes
+from biomass_jax.runtime.files import write_json
+from biomass_jax.runtime.settings import changed_fields, known_fields
 from biomass_jax.tasks.base import Task
 from biomass_jax.tasks.create import choose
 from biomass_jax.training import plateau
-from biomass_jax.training.checkpoint import BEST, FIGURES, FOLDER, Checkpoints, HostState, changed_fields
+from biomass_jax.training.checkpoint import BEST, FIGURES, FOLDER, Checkpoints, HostState
 from biomass_jax.training.config import PLATEAU, check_fields
 from biomass_jax.training.loop import Run
 from biomass_jax.training.monitor import METRICS, Profiler, Writer
 from biomass_jax.training.optimizer import create_optimizer, create_schedule, import_adam, trainable_mask
-from biomass_jax.training.state import TrainState, create_train_state, load_weights, plan_train_state
+from biomass_jax.training.state import TrainState, check_weights, create_train_state, load_weights, plan_train_state
 from biomass_jax.training.steps import Schedule, Steps, StepSettings, compile_steps
 
 log = logging.getLogger(__name__)
@@ -41,9 +45,15 @@ MAY_CHANGE = (
     "overwrite",
     "data.threads",
     "data.cache",
+    "data.verify",
     "mesh.",
     "checkpoint.",
 )
+# It can't with others of these: they decide which chips are learnt from when, or what `val/loss` is.
+MUST_STAY = {"mode", "batch_size", "seed", "loss", "huber_delta", "reference"}
+MUST_STAY |= {"mask_patch_size", "mask_ratio", "skip_nodata", "normalize_targets"}
+MUST_STAY |= {"data.weights", "data.bands", "data.encoding", "data.label_max"}
+TRAINING_ONLY = ("drop_path_rate", "head_dropout")  # fields of a module that change nothing of what it is
 
 
 def train_and_evaluate(config: ConfigDict, workdir: Path, *, stop: Callable[[], bool]) -> bool:
@@ -64,6 +74,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, *, stop: Callable[[], 
     check_fields(config)
     with jax.default_matmul_precision(config.matmul_precision):
         run = set_up(config, workdir, command=shlex.join(["python", "-m", "biomass_jax.main", *sys.argv[1:]]))
+        if jax.process_index() == 0:  # as late as this: a config that is refused must not take an earlier run's place
+            write_json(workdir / "config.json", json.loads(config.to_json()))
         try:
             finished = run.fit(stop)
         finally:
@@ -94,6 +106,7 @@ def set_up(config: ConfigDict, workdir: Path, *, command: str) -> Run:
     steps_per_epoch = pipeline.steps_per_epoch(train, config.batch_size)
     total_steps = config.steps or config.epochs * steps_per_epoch
     plan = plan_steps(config, task, mesh, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
+    plan.host.inputs = inputs_of(train, valid, about, loaded)
     if config.overwrite:  # as late as this: a config that can't run must not cost an earlier run
         clear(workdir)
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
@@ -101,11 +114,14 @@ def set_up(config: ConfigDict, workdir: Path, *, command: str) -> Run:
     if mesh.size > 1:
         log.info("what lies where on %d devices (%s):\n%s", mesh.size, mesh.shape, sharding.state_table(plan.state))
     if resumed is None:
+        if loaded is not None:
+            check_start(plan.state, loaded, config)
         state, host = create_train_state(plan.init, plan.state), plan.host
         if loaded is not None:
             state, host = start_from(state, host, loaded, config)
     else:
         state, saved = checkpoints.restore(plan.state, step=resumed)
+        check_same(saved, plan.host, workdir)
         tell_changes(saved.config, plan.host.config, workdir)
         host = resume_host(saved, plan.host)
         log.info("%s: resuming from step %d of %d", workdir, resumed, total_steps)
@@ -176,7 +192,7 @@ def open_splits(config: ConfigDict) -> tuple[sources.Source, sources.Source]:
     """
     if not config.data.path:
         raise ConfigError("config.data.path is not given; add --config.data.path=FOLDER, shards or GeoTIFF folders")
-    train, valid = (_open(config, split) for split in ("train", "val"))
+    train, valid = (open_split(config, split) for split in ("train", "val"))
     for split, source in (("train", train), ("val", valid)):
         least = config.batch_size if split == "train" else 1
         if len(source) < least:
@@ -187,10 +203,10 @@ def open_splits(config: ConfigDict) -> tuple[sources.Source, sources.Source]:
     return train, valid
 
 
-def _open(config: ConfigDict, split: str) -> sources.Source:
-    """A data set, or several with weights, their folders separated by commas."""
+def open_split(config: ConfigDict, split: str) -> sources.Source:
+    """A data set, or several with weights, their folders separated by commas; errors as for `open_splits`."""
     paths, weights = config.data.path.split(","), tuple(config.data.get("weights", ()))
-    chosen = {name: config.data[name] for name in ("encoding", "label_max")}
+    chosen = {name: config.data[name] for name in ("encoding", "label_max", "verify")}
     chosen["bands"] = bands.parse_band_list(config.data.bands)
     if weights or len(paths) > 1:
         if len(weights) != len(paths):
@@ -266,7 +282,43 @@ def resume_host(saved: HostState, fresh: HostState) -> HostState:
     before, early = saved.early_stop, fresh.early_stop
     if before is not None and early is not None:
         early = before | {"patience": early["patience"], "stop": before["wait_count"] >= early["patience"]}
-    return dataclasses.replace(saved, config=fresh.config, early_stop=early)
+    return dataclasses.replace(saved, config=fresh.config, early_stop=early, inputs=fresh.inputs)
+
+
+def inputs_of(
+    train: sources.Source, valid: sources.Source, about: dict[str, Any], loaded: bundle.Bundle | None
+) -> dict[str, Any]:
+    """What a run learns from, beside its config; a run resumes with the same alone.
+
+    Args:
+        train: chips, which the first process looks at for all.
+        valid: likewise.
+        about: what `tasks.create.choose` gives: statistics and architecture.
+        loaded: the bundle of `config.init_from`.
+    """
+    found: dict[str, Any] = {"statistics": {name: about["input"][name] for name in ("means", "stds")}}
+    found["model"] = {name: value for name, value in about["architecture"].items() if name not in TRAINING_ONLY}
+    found["init_from"] = loaded and {"weights_sha256": loaded.weights_sha256}
+    data = {}
+    if jax.process_index() == 0:
+        data = {source.info.split: {"chips": len(source), "sha256": source.digest()} for source in (train, valid)}
+    found["data"] = json.loads(processes.gather(json.dumps(data).encode())[0])
+    return json.loads(json.dumps(found))
+
+
+def check_start(state: TrainState, loaded: bundle.Bundle, config: ConfigDict) -> None:
+    """Refuse a bundle that the run can't begin with, before anything is compiled.
+
+    Raises:
+        ConfigError: the bundle has no optimiser state, which `resume_optimizer` asks for.
+        BundleError: weights that don't fit.
+    """
+    if config.resume_optimizer and not (loaded.path / "optimizer").is_dir():
+        raise ConfigError(
+            f"config.resume_optimizer: {loaded.path} holds no optimizer/; convert the full Lightning file "
+            "(biomass_jax.convert --with-optimizer), or leave resume_optimizer off"
+        )
+    check_weights(state, loaded, load=config.load)
 
 
 def start_from(
@@ -275,15 +327,9 @@ def start_from(
     """Weights of a bundle, and its optimiser's state where `resume_optimizer` asks for it.
 
     Raises:
-        ConfigError: the bundle has no optimiser state.
         BundleError: weights or moments that don't fit (see `bundle.load_optimizer`).
     """
     found = bundle.load_optimizer(loaded) if config.resume_optimizer else None
-    if config.resume_optimizer and found is None:
-        raise ConfigError(
-            f"config.resume_optimizer: {loaded.path} holds no optimizer/; convert the full Lightning file "
-            "(biomass_jax.convert --with-optimizer), or leave resume_optimizer off"
-        )
     state = load_weights(state, loaded, load=config.load)
     if found is None:
         return state, host
@@ -306,8 +352,34 @@ def clear(workdir: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def check_same(saved: HostState, now: HostState, workdir: Path) -> None:
+    """Refuse to resume where chips, statistics, the bundle begun from or what `val/loss` means have changed.
+
+    Raises:
+        CheckpointError: what was, and what is now.
+    """
+    changes = [
+        f"config.{change}"
+        for change in changed_fields(saved.config, known_fields(saved.config, now.config))
+        if change.partition(":")[0] in MUST_STAY
+    ]
+    if saved.inputs is None:
+        log.warning(
+            "%s: its checkpoint, an older version's, doesn't tell which data it is of; resumed as it is", workdir
+        )
+    else:
+        changes += changed_fields(saved.inputs, now.inputs or {})
+    if changes:
+        more = f", and {len(changes) - 1} more changes" if changes[1:] else ""
+        raise CheckpointError(
+            f"{workdir}: can't resume at step {saved.step}, since losses before and after it could not be compared: "
+            f"{changes[0]}{more}; put back what was changed, start in another workdir, or begin anew here with "
+            "--config.overwrite=True"
+        )
+
+
 def tell_changes(before: dict[str, Any], now: dict[str, Any], workdir: Path) -> None:
     """Warn of fields that make this another run than the one that the checkpoint is of."""
-    for change in changed_fields(before, now):
+    for change in changed_fields(before, known_fields(before, now)):
         if not change.startswith(MAY_CHANGE):
             log.warning("%s: the run resumes with another config.%s", workdir, change)

@@ -80,13 +80,10 @@ def create_train_state(init: Callable[[], TrainState], planned: TrainState) -> T
     return jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, planned))()
 
 
-def load_weights(state: TrainState, loaded: Bundle, *, load: str) -> TrainState:
-    """Put a bundle's weights into a fresh state, and say what was not loaded.
-
-    Args:
-        state: fresh, its shardings decided.
-        loaded: the bundle; its task may be another one where only the encoder is taken.
-        load: `all` (every weight and batch statistic, each of which must be there) or `encoder`.
+def check_weights(
+    state: TrainState, loaded: Bundle, *, load: str
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array | jax.ShapeDtypeStruct]]:
+    """What a bundle holds and what of it a state, which may be a planned one, takes; arguments as for `load_weights`.
 
     Raises:
         BundleError: a weight that was asked for is missing or has another shape.
@@ -103,6 +100,22 @@ def load_weights(state: TrainState, loaded: Bundle, *, load: str) -> TrainState:
             raise BundleError(
                 f"{loaded.path}: {path} has shape {found[path].shape}, the model of this config {wanted[path].shape}"
             )
+    return found, wanted
+
+
+def load_weights(state: TrainState, loaded: Bundle, *, load: str) -> TrainState:
+    """Put a bundle's weights into a fresh state, and say what was not loaded.
+
+    Args:
+        state: fresh, its shardings decided.
+        loaded: the bundle; its task may be another one where only the encoder is taken.
+        load: `all` (every weight and batch statistic, each of which must be there) or `encoder`.
+
+    Raises:
+        BundleError: a weight that was asked for is missing or has another shape.
+    """
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    found, wanted = check_weights(state, loaded, load=load)
 
     def take(path: Any, leaf: jax.Array) -> jax.Array:
         name = "/".join(part.key for part in path)

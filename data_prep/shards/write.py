@@ -19,7 +19,7 @@ from typing import Any
 
 from biomass_jax.data import bands, records
 from biomass_jax.data.records import Record
-from biomass_jax.data.shards import METADATA_KEY, verify
+from biomass_jax.data.shards import METADATA_KEY, split_of, verify
 from biomass_jax.data.statistics import SPLIT as STATISTICS_SPLIT
 from biomass_jax.data.statistics import BandSums, chip_sums, combine, describe
 from biomass_jax.errors import PrepError
@@ -49,6 +49,7 @@ class Shard:
     Attributes:
         file: its name.
         sha256: of the file.
+        size: of the file, bytes.
         num_bytes: of its records before compression.
         chips: for each record, in order: chip_id, tile, season, sensors.
         sums: of its chips, where they were asked for.
@@ -56,6 +57,7 @@ class Shard:
 
     file: str
     sha256: str
+    size: int
     num_bytes: int
     chips: tuple[tuple[str, str, str, str], ...]
     sums: BandSums | None
@@ -103,7 +105,7 @@ def write_shard(
     if _digest_of_records(path, len(chips)) != written.digest():
         raise PrepError(f"{path}: holds other records than were written; {_FULL}")
     total = combine(sums) if reference is not None else None
-    return Shard(path.name, sha256_of(path), num_bytes, tuple(chips), total)
+    return Shard(path.name, sha256_of(path), path.stat().st_size, num_bytes, tuple(chips), total)
 
 
 def _digest_of_records(path: Path, count: int) -> bytes | None:
@@ -247,15 +249,11 @@ def _parts(order: Sequence[int], count: int) -> list[Sequence[int]]:
 def _check_unique(shards: Iterable[Shard]) -> None:
     seen: dict[str, str] = {}
     for shard in shards:
-        split = _split_of(shard)
+        split = split_of(shard.file)
         for chip_id, *_ in shard.chips:
             if chip_id in seen:
                 raise PrepError(f"chip_id {chip_id!r}: found in split {seen[chip_id]} and again in {split}")
             seen[chip_id] = split
-
-
-def _split_of(shard: Shard) -> str:
-    return shard.file.removeprefix(f"{NAME}-").split(".")[0]
 
 
 def _metadata(
@@ -265,7 +263,7 @@ def _metadata(
     chips = [chip for shard in shards for chip in shard.chips]
     counts: dict[str, int] = {}
     for shard in shards:
-        counts[_split_of(shard)] = counts.get(_split_of(shard), 0) + len(shard.chips)
+        counts[split_of(shard.file)] = counts.get(split_of(shard.file), 0) + len(shard.chips)
     sums = [shard.sums for shard in shards if shard.sums is not None]
     statistics = describe(combine(sums), reference=reference) if sums else {}
     if not sums:
@@ -284,7 +282,7 @@ def _metadata(
         "season": "; ".join(sorted({season for *_, season, _ in chips if season})),
         "sensors": sorted({sensor for *_, sensors in chips for sensor in sensors.split("+")}),
         "chips": given.get("chips", {}) | about_chips | {"counts": counts},
-        "shards": [{"file": s.file, "records": len(s.chips), "sha256": s.sha256} for s in shards],
+        "shards": [{"file": s.file, "records": len(s.chips), "bytes": s.size, "sha256": s.sha256} for s in shards],
         "software": {
             "biomass_jax": records.SOFTWARE_VERSION,
             "array_record": importlib.metadata.version("array_record"),
@@ -299,8 +297,8 @@ def _write_tfds_metadata(
 
     template = tfds.core.ShardedFileTemplate(data_dir=folder, dataset_name=NAME, filetype_suffix="array_record")
     splits = []
-    for split in dict.fromkeys(_split_of(shard) for shard in shards):
-        mine = [shard for shard in shards if _split_of(shard) == split]
+    for split in dict.fromkeys(split_of(shard.file) for shard in shards):
+        mine = [shard for shard in shards if split_of(shard.file) == split]
         splits.append(
             tfds.core.SplitInfo(
                 name=split,

@@ -37,3 +37,6 @@ class Memory(Source):
         if index in self.wrong:
             raise RuntimeError("bad block")
         return make_record(self.first + index, self.size, self.dtype)
+
+    def digest(self):
+        return str(self.info)

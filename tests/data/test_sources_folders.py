@@ -4,6 +4,7 @@ import pickle
 
 import numpy as np
 import pytest
+import rasterio
 from affine import Affine
 
 from biomass_jax.data import bands, sources
@@ -122,6 +123,9 @@ def test_a_broken_file_is_named_when_it_is_read(put):
 def test_reflectance_is_refused(put, write, tmp_path):
     root = put("train", 1, size=64)
     image = np.random.default_rng(0).random((10, 64, 64)).astype(np.float32)
-    write(root / "train_images" / "T10SFF_1_tile_img.tif", image, nodata=-9999)
+    path = root / "train_images" / "T10SFF_1_tile_img.tif"
+    with rasterio.open(path) as file:
+        place = file.transform
+    write(path, image, nodata=-9999, transform=place)
     with pytest.raises(DataError, match="reflectance, not digital numbers"):
         sources.open_source(root, "train")[0]

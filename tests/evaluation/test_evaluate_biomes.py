@@ -23,6 +23,9 @@ class Listed(Source):
     def _read(self, index):
         return self._records[index]
 
+    def digest(self):
+        return str(self.info)
+
 
 def biomes_of(source):
     return [source[index]["biome"] for index in range(len(source))]

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from biomass_jax.errors import CheckpointError
-from biomass_jax.training.checkpoint import Checkpoints, HostState, changed_fields
+from biomass_jax.runtime.settings import changed_fields
+from biomass_jax.training.checkpoint import Checkpoints, HostState
 from biomass_jax.training.plateau import early_stop_init
-from biomass_jax.training.run import resume_host, tell_changes
+from biomass_jax.training.run import check_same, resume_host, tell_changes
 from biomass_jax.training.state import TrainState
 from tests.training.test_steps import begin
 
@@ -143,3 +144,45 @@ def test_a_real_optimisers_state_fits_itself(checkpoints):
     found, _ = checkpoints.restore(state, step=4)
     assert jax.tree.structure(found) == jax.tree.structure(state)
     jax.tree.map(np.testing.assert_array_equal, found, state)
+
+
+INPUTS = {
+    "statistics": {"means": [1.0, 2.0]},
+    "data": {"train": {"chips": 8, "sha256": "aa"}, "val": {"chips": 3, "sha256": "bb"}},
+    "init_from": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "inputs", "words"),
+    [
+        ({"batch_size": 8}, {}, "config.batch_size: was 4, now 8; put back"),
+        ({"data": {"label_max": 9.0}}, {}, "config.data.label_max: was 2000.0, now 9.0; put back"),
+        ({}, {"statistics": {"means": [1.0, 2.5]}}, "statistics.means: was [1.0, 2.0], now [1.0, 2.5]; put back"),
+        (
+            {},
+            {"data": INPUTS["data"] | {"val": {"chips": 4, "sha256": "cc"}}},
+            "data.val.chips: was 3, now 4, and 1 more",
+        ),
+        ({}, {"init_from": {"weights_sha256": "dd"}}, "init_from: was None, now {'weights_sha256': 'dd'}; put back"),
+        ({"loss": "mae"}, {"init_from": {"weights_sha256": "dd"}}, "config.loss: was 'rmse', now 'mae', and 1 more"),
+    ],
+)
+def test_a_run_of_other_chips_or_another_measure_is_refused_and_both_named(tmp_path, config, inputs, words):
+    before = {"batch_size": 4, "loss": "rmse", "data": {"label_max": 2000.0, "path": "a"}}
+    saved = HostState(before, step=7, inputs=INPUTS)
+    with pytest.raises(CheckpointError) as caught:
+        check_same(saved, HostState(before | config, inputs=INPUTS | inputs), tmp_path)
+    said = str(caught.value)
+    assert said.startswith(f"{tmp_path}: can't resume at step 7") and words in said and "overwrite=True" in said
+
+
+def test_a_run_with_fields_that_an_older_one_lacks_or_another_rate_resumes(tmp_path, caplog):
+    before = {"batch_size": 4, "optimizer": {"learning_rate": 0.1}, "data": {"path": "a"}}
+    now = {"batch_size": 4, "optimizer": {"learning_rate": 0.2}, "data": {"path": "b", "label_max": 1.0}, "seed": 3}
+    check_same(HostState(before, inputs=INPUTS), HostState(now, inputs=INPUTS), tmp_path)
+    assert not caplog.records
+    check_same(HostState(before), HostState(now, inputs=INPUTS), tmp_path)
+    assert "doesn't tell which data it is of; resumed as it is" in caplog.text
+    tell_changes(before, now, tmp_path)
+    assert "data.path: was 'a', now 'b'" in caplog.text and "label_max" not in caplog.text
