@@ -20,15 +20,17 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import optuna
+from ml_collections import ConfigDict
 from optuna.trial import TrialState
 
 from biomass_jax.errors import STOPPED, BiomassError, SweepError
 from biomass_jax.runtime.settings import find_config
 
 from .sweep_report import as_text, ordered, page, rows, short
-from .sweep_space import CONFIGS, SAMPLERS, as_overrides, best_config, check_space, load_space, parse_config
+from .sweep_space import CONFIGS, SAMPLERS, Space, as_overrides, best_config, check_space, load_space, parse_config
 from .sweep_study import SharedStudy, SweepPlan, write
 from .sweep_trial import TrialJob
 
@@ -263,8 +265,53 @@ def make_plan(arguments: argparse.Namespace, overrides: list[str]) -> SweepPlan:
         seed=arguments.seed,
         trials=trials,
         prune_after=(config.get("epochs") or 0) // 10 if arguments.prune else None,
-        described={"config": name, "overrides": sorted(overrides)},
+        described={"config": name, "overrides": sorted(overrides)} | described(config, space),
     )
+
+
+def described(config: ConfigDict, space: Space) -> dict[str, Any]:
+    """What trials depend on beside their own fields: the base config, the data and bundles that it or the space names.
+
+    All are looked at now, so that none is missed by the first trial.
+
+    Raises:
+        SweepError: data or a bundle that can't be used.
+    """
+    data, start = (_named(config, space, field) for field in ("data.path", "init_from"))
+    if "data" in config and not data:
+        raise SweepError("config.data.path is not given; add --config.data.path=FOLDER, shards or GeoTIFF folders")
+    try:
+        return {
+            "fields": config.to_dict(),
+            "data": {path: _data_digests(config, path) for path in data},
+            "init_from": {path: _weights(path) for path in start},
+        }
+    except BiomassError as error:
+        raise SweepError(str(error)) from error
+
+
+def _named(config: ConfigDict, space: Space, field: str) -> list[str]:
+    """The values of a field that trials may have."""
+    if field in space:
+        return [str(value) for value in getattr(space[field], "choices", ()) if value]
+    group, _, name = field.rpartition(".")
+    value = (config.get(group, {}) if group else config).get(name)
+    return [value] if value else []
+
+
+# JAX takes seconds to import, and the sweep itself needs none.
+def _data_digests(config: ConfigDict, path: str) -> dict[str, str]:
+    from biomass_jax.training.run import open_split
+
+    one = config.copy_and_resolve_references().unlock()
+    one.data.path = path
+    return {split: open_split(one, split).digest() for split in ("train", "val")}
+
+
+def _weights(path: str) -> str:
+    from biomass_jax.bundle import read_meta
+
+    return read_meta(path)["weights_sha256"]
 
 
 def main(argv: Sequence[str] | None = None, *, program: Sequence[str] = PROGRAM) -> int:

@@ -8,6 +8,7 @@ needs minutes to notice, and gives the trial that it revives another number.
 
 import fcntl
 import json
+import logging
 import os
 import socket
 import warnings
@@ -27,12 +28,15 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from biomass_jax.errors import SweepError
 from biomass_jax.runtime.files import replacing
+from biomass_jax.runtime.settings import changed_fields, known_fields
 
 from .sweep_space import Space, grid
 
 EMBEDDED = "study.db"  # SQLite in the workdir, where no other storage is named
 SETTINGS = "sweep.json"
 HOST = socket.gethostname().encode()
+
+log = logging.getLogger("sweep")
 
 
 @dataclass(frozen=True)
@@ -174,12 +178,17 @@ class SharedStudy:
         if path.exists():
             before = json.loads(path.read_text(encoding="utf-8"))
             settings["study"] = before["study"]
-            for name in settings:
-                if settings[name] != before.get(name):
-                    raise SweepError(
-                        f"{path}: this sweep was begun with {name} {before.get(name)!r}, now it is {settings[name]!r}; "
-                        "give the same again, or another --workdir"
-                    )
+            unknown = sorted(settings.keys() - before)
+            changes = changed_fields(before, known_fields(before, settings))
+            if changes:
+                more = f", and {len(changes) - 1} more changes" if changes[1:] else ""
+                raise SweepError(
+                    f"{path}: this sweep was begun with other settings or data: {changes[0]}{more}; "
+                    "give the same again, or another --workdir"
+                )
+            if unknown:
+                log.warning("%s, an older version's, doesn't tell %s; taken as they are now", path, ", ".join(unknown))
+                write(path, json.dumps(before | settings, indent=2) + "\n")
             try:
                 return optuna.load_study(study_name=settings["study"], storage=self._storage)
             except KeyError as error:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -279,12 +280,61 @@ def test_what_does_not_fit_is_said_before_the_first_trial(world, caplog, argumen
 def test_a_sweep_does_not_go_on_with_other_settings(world, undrawn, caplog):
     assert world.run("--trials", "1") == 0
     for changed, message in [
-        (["--config.epochs=4"], r"overrides \[\], now it is \['--config.epochs=4'\]"),
-        (["--seed", "1"], "begun with seed 0, now it is 1"),
-        (["--sampler", "random"], "begun with sampler 'tpe', now it is 'random'"),
-        (["--storage", f"sqlite:///{world.folder}/other.db"], "begun with storage 'study.db'"),
+        (["--config.epochs=4"], "fields.epochs: was 3, now 4, and 1 more changes; give the same"),
+        (["--seed", "1"], "seed: was 0, now 1; give the same"),
+        (["--sampler", "random"], "sampler: was 'tpe', now 'random'"),
+        (["--storage", f"sqlite:///{world.folder}/other.db"], "storage: was 'study.db'"),
     ]:
         caplog.clear()
         assert world.run("--trials", "2", *changed) == 1
         assert re.search(message, caplog.text), caplog.text
     assert len(world.trials()) == 1
+
+
+def test_a_sweep_does_not_go_on_with_an_edited_config_or_space(world, undrawn, caplog):
+    assert world.run("--trials", "1") == 0
+    base, space = world.folder / "base.py", world.folder / "space.py"
+    base.write_text(CONFIG.replace('"weight_decay": 0.1', '"weight_decay": 0.2'))
+    assert world.run("--trials", "2") == 1
+    assert "fields.optimizer.weight_decay: was 0.1, now 0.2; give the same" in caplog.text
+    base.write_text(CONFIG)
+    space.write_text(space.read_text().replace("1e-6", "1e-5"))
+    assert world.run("--trials", "2") == 1
+    assert "space.optimizer.learning_rate.attributes.low: was 1e-06, now 1e-05" in caplog.text
+
+
+def test_a_sweep_of_an_older_version_goes_on_and_says_so(world, undrawn, caplog):
+    assert world.run("--trials", "1") == 0
+    path = world.out / "sweep.json"
+    told = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in told.items() if name not in ("fields", "data")}))
+    assert world.run("--trials", "1") == 0
+    assert f"{path}, an older version's, doesn't tell data, fields; taken as they are now" in caplog.text
+    assert json.loads(path.read_text()) == told
+
+
+@pytest.mark.parametrize("fault", ["absent", "no path", "bundle", "anew"])
+def test_data_and_bundles_are_looked_at_before_the_first_trial(tmp_path, caplog, fault, undrawn):
+    from tests.training import world as chips
+
+    (tmp_path / "space.py").write_text(SPACE.format(grid={}))
+    data = chips.write(tmp_path / "shards", train=8, val=4, test=0)
+    arguments = ["--config", str(ROOT / "configs" / "demo_finetune.py"), "--space", str(tmp_path / "space.py")]
+    arguments += ["--workdir", str(tmp_path / "out"), "--trials", "1"]
+    path = [f"--config.data.path={data}"]
+    if fault == "absent":
+        next(data.glob("*-val.*")).unlink()
+        words = "biomass-val.array_record-00000-of-00001: no such file"
+    elif fault == "no path":
+        path, words = ["--config.data.path="], "config.data.path is not given"
+    elif fault == "bundle":
+        path, words = [*path, f"--config.init_from={tmp_path / 'none'}"], "none: not a model bundle"
+    else:
+        failing = [sys.executable, "-c", "raise SystemExit(1)"]
+        assert sweep.main([*arguments, *path], program=failing) == 1
+        shutil.rmtree(data)
+        chips.write(data, train=8, val=4, test=0, seed=1)
+        words = f"data.{data}.train: was "
+    assert sweep.main([*arguments, *path], program=FAKE) == 1
+    assert words in caplog.text
+    assert (tmp_path / "out").exists() == (fault == "anew")
