@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -202,3 +203,68 @@ def test_a_band_without_data_has_no_statistics():
 
     with pytest.raises(DataError, match="band BLUE has no pixel with data"):
         sources.statistics_of(Empty(2))
+
+
+def old_metadata(folder):
+    """As an older version wrote them: without the shards' sizes."""
+    path = folder / "metadata.json"
+    info = json.loads(json.loads(path.read_text())["biomass_jax"])
+    for shard in info["shards"]:
+        del shard["bytes"]
+    path.write_text(json.dumps({"biomass_jax": json.dumps(info)}))
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (None, "no such file"),
+        (lambda data: data[: len(data) // 2], "found .*, expected"),
+        (lambda data: data[:-1], "found .*, expected"),
+        (lambda data: b"", "found .*, expected"),
+        (lambda data: data + b"more", "found .*, expected"),
+    ],
+)
+def test_shards_lost_or_cut_are_found_when_the_split_is_opened(written, tmp_path, old, change, words):
+    folder = shutil.copytree(written, tmp_path / "shards")
+    if old:
+        old_metadata(folder)
+        assert len(sources.open_source(folder, "train")) == len(CHIPS["train"])
+    path = sorted(folder.glob("*-train.*"))[-1]
+    data = path.read_bytes()
+    path.unlink()
+    if change is not None:
+        path.write_bytes(change(data))
+    with pytest.raises(DataError, match=f"{path}: {words}.*copy the data set again"):
+        sources.open_source(folder, "train")
+    assert len(sources.open_source(folder, "val")) == 2  # whose files are all there
+    for other in folder.glob("*-train.*"):
+        other.unlink()
+    with pytest.raises(DataError, match="; 2 more of 3 shards are not as they were written; copy"):
+        sources.open_source(folder, "train")
+
+
+def test_equal_sizes_with_other_bytes_are_found_where_it_is_asked_for(written, tmp_path):
+    folder = shutil.copytree(written, tmp_path / "shards")
+    path = sorted(folder.glob("*-val.*"))[0]
+    data = bytearray(path.read_bytes())
+    data[1500] ^= 1
+    path.write_bytes(data)
+    sources.open_source(folder, "val")
+    sources.open_source(folder, "train", verify=True)
+    with pytest.raises(DataError, match=f"{path}: found [0-9a-f]+, expected a file of sha256"):
+        sources.open_source(folder, "val", verify=True)
+
+
+def test_the_digest_is_of_the_chips_and_not_of_the_place(written, tmp_path):
+    copied = shutil.copytree(written, tmp_path / "elsewhere")
+    found = {split: sources.open_source(copied, split).digest() for split in CHIPS}
+    assert found == {split: sources.open_source(written, split).digest() for split in CHIPS}
+    other = tmp_path / "other"
+    changed = [make_record(n) for n in CHIPS["train"]]
+    changed[0]["label"] = changed[0]["label"] + 1
+    shards.write_shards({"train": changed, "val": [make_record(n) for n in CHIPS["val"]]}, other, records_per_shard=3)
+    assert sources.open_source(other, "train").digest() != found["train"]
+    assert sources.open_source(other, "val").digest() == found["val"]
+    mixed = [sources.open_mixture([(copied, 1), (other, share)], "train").digest() for share in (1, 1, 2)]
+    assert mixed[0] == mixed[1] != mixed[2]

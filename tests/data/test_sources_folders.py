@@ -1,6 +1,7 @@
 """GeoTIFF folders as a source: the same records that conversion into shards gives, and each fault of the folders."""
 
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -118,6 +119,45 @@ def test_a_broken_file_is_named_when_it_is_read(put):
     file.write_bytes(file.read_bytes()[:700])
     with pytest.raises(DataError, match="split train, chip number 0: can't be read: .*T10SFF_1_tile_img.tif"):
         source[0]
+
+
+@pytest.mark.parametrize("kind", ["image", "label"])
+def test_a_cut_file_is_found_when_the_split_is_opened(put, kind):
+    root = put("train", 1)
+    file = root / f"train_{kind}s" / f"T10SFF_1_tile_{'img' if kind == 'image' else 'label'}.tif"
+    file.write_bytes(file.read_bytes()[:700])
+    with pytest.raises(DataError, match=f"split train: {file}"):
+        sources.open_source(root, "train")
+
+
+def test_every_file_is_read_where_it_is_asked_for(put, write):
+    root = put("train", 1)
+    assert len(sources.open_source(root, "train", verify=True)) == 1
+    label = root / "train_labels" / "T10SFF_1_tile_label.tif"
+    with rasterio.open(label, "r+") as file:
+        file.write(np.full((1, SIZE, SIZE), 3e5, np.float32))
+    assert len(sources.open_source(root, "train")) == 1
+    with pytest.raises(DataError, match="chip number 0: can't be read: .*labels up to 300000"):
+        sources.open_source(root, "train", verify=True)
+
+
+def test_the_digest_is_of_the_files_bytes_and_of_what_lies_beside_them(put, tmp_path):
+    root = put("train", 1)
+    put("train", 3)
+
+    def digest(folder=root):
+        return sources.open_source(folder, "train").digest()
+
+    before = digest()
+    assert digest(shutil.copytree(root, tmp_path / "again" / "there", copy_function=shutil.copyfile)) == before
+    pam = root / "train_images" / "T10SFF_3_tile_img.tif.aux.xml"
+    pam.write_text('<PAMDataset><PAMRasterBand band="2"><NoDataValue>7</NoDataValue></PAMRasterBand></PAMDataset>')
+    one = digest()
+    pam.unlink()
+    assert digest() == before != one
+    with rasterio.open(root / "train_labels" / "T10SFF_1_tile_label.tif", "r+") as file:
+        file.write(file.read() + 1)
+    assert digest() != before
 
 
 def test_reflectance_is_refused(put, write, tmp_path):

@@ -116,6 +116,21 @@ def test_a_url_is_read_through_gdal(tmp_path, server, numbers, write):
         open_image(f"{server}/absent.tif")
 
 
+@pytest.mark.parametrize("compress", ["deflate", "none"])
+def test_another_far_image_of_the_same_address_is_noticed(tmp_path, server, numbers, write, compress):
+    def identity(seed, *, token="a"):
+        shape, options = (6, 130, 90), {"names": bands.BAND_NAMES, "compress": compress, **TILED}
+        write(tmp_path / f"{token}{seed}.tif", numbers(shape, seed=seed // 10), **options)
+        (item,) = find_inputs(f"{server}/{token}{seed}.tif?token={token}{seed}")  # other names: GDAL remembers pages
+        with open_image(item) as image:
+            return image.identity()
+
+    first, same, other = identity(10), identity(11, token="b"), identity(20)
+    assert first == same
+    assert first["files"] != other["files"]
+    assert compress == "deflate" or first["size"] == other["size"]
+
+
 def spectrum(shape, scale, dtype):
     """(6, rows, columns) plausible values: bright infrared, dark visible bands."""
     level = np.array([500, 800, 900, 2600, 2000, 1200]).reshape(6, 1, 1)

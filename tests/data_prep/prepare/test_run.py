@@ -103,7 +103,7 @@ def test_what_is_done_is_kept_until_settings_or_inputs_change(world, tmp_path, c
     assert prepare.main(command(out, "--config.splits.seed=5")) == 0  # nothing before the splits is done again
     said = capsys.readouterr().out
     assert "chips     2 of 2 done before, unchanged" in said
-    assert "splits    all: " in said
+    assert "splits    all: is made again: splits.seed: was 0, now 5\n" in said
     assert files(out)["chips/chips.parquet"] != first["chips/chips.parquet"]
 
     band = next((out / "granules" / "hls").glob("HLS.L30.T10SGF.*/*.B04.tif"))
@@ -111,10 +111,62 @@ def test_what_is_done_is_kept_until_settings_or_inputs_change(world, tmp_path, c
     (out / "labels" / "10SFF" / "10SFF_2020-05-01_2020-10-01_agbd.tif").write_bytes(b"")
     assert prepare.main(command(out)) == 0
     said = capsys.readouterr().out
-    assert "composite 10SGF: " in said
+    assert f"composite 10SGF: is made again: input granules/hls/{band.parent.name} has changed\n" in said
     assert "composite 1 of 2 done before, unchanged" in said
-    assert "labels    10SFF: " in said
+    label = "labels/10SFF/10SFF_2020-05-01_2020-10-01_agbd.tif"
+    assert f"labels    10SFF: is made again: output {label} has changed\n" in said
     assert files(out) == first
+
+
+PAM = '<PAMDataset><PAMRasterBand band="1">{}</PAMRasterBand></PAMDataset>'
+
+
+@pytest.fixture
+def steps(tmp_path):
+    """`done(**settings)`: what has changed since the step was done last, which it then is again."""
+    folder, made, polygons = tmp_path / "granule", tmp_path / "made.tif", tmp_path / "biomes.shp"
+    folder.mkdir()
+    for path in (folder / "B04.tif", made, polygons, polygons.with_suffix(".dbf")):
+        path.write_text("x")
+    records = StepRecords(tmp_path)
+
+    def done(**settings):
+        job = StepJob("composite", "10SFF", dict, {}, settings, (folder, polygons), (made,))
+        record, why = records.finished(job)
+        if record is None:
+            records.finish(job, records.begin(job), {}, [])
+        return why
+
+    return done
+
+
+def test_what_lies_beside_inputs_and_outputs_counts_and_is_named(steps, tmp_path):
+    assert [steps(a=1, b=(2,)), steps(a=1, b=[2])] == ["", ""]
+    beside = tmp_path / "granule" / "B04.tif.aux.xml"
+    beside.write_text(PAM.format("<Histograms/>"))  # by a viewer
+    assert steps(a=1, b=[2]) == ""
+    beside.write_text(PAM.format("<NoDataValue>0</NoDataValue>"))
+    assert [steps(a=1, b=[2]), steps(a=1, b=[2])] == ["input granule has changed", ""]
+    (tmp_path / "made.tif.aux.xml").write_text(PAM.format("<NoDataValue>0</NoDataValue>"))
+    assert steps(a=1, b=[2]) == "output made.tif has changed"
+    (tmp_path / "biomes.dbf").write_text("other names")
+    assert steps(a=3, b=[2]) == "a: was 1, now 3, and 1 more"
+    assert [steps(a=3, b=[2], c=5), steps(a=3, b=[2], c=5)] == ["c: was None, now 5", ""]
+
+
+def test_a_record_of_an_older_version_is_not_lost_for_its_missing_fields(steps, tmp_path):
+    steps(a=1)
+    path = tmp_path / "state" / "composite" / "10SFF.json"
+    stored = json.loads(path.read_text())
+    del stored["software"]
+    path.write_text(json.dumps(stored))
+    assert steps(a=1) == "" and "software" not in json.loads(path.read_text())
+
+
+def test_another_version_of_the_software_is_named(steps, monkeypatch):
+    steps(a=1)
+    monkeypatch.setattr("data_prep.prepare.state.SOFTWARE_VERSION", "99.0")
+    assert steps(a=1).startswith("biomass_jax: was ") and steps(a=1) == ""
 
 
 def test_one_bad_granule_fails_its_tile_alone_and_is_named(world, tmp_path, capsys):
@@ -272,6 +324,9 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path, capsys):
         (["--config.season="], "season is not set"),
         (["--workers", "0"], "--workers 0: expected 1 or more"),
         (["stray"], "unexpected arguments ['stray']"),
+        (["--config.granules.gedi=absent"], "granules.gedi: absent: no such folder"),
+        (["--config.chips.biomes=absent.shp"], "chips.biomes and chips.biome_field go together"),
+        (["--config.chips.biomes=absent.shp", "--config.chips.biome_field=name"], "absent.shp: can't be read"),
         ([], "no granules there"),
     ],
 )
