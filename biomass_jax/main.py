@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
     processes.start(COORDINATOR.value, PROCESS_COUNT.value, PROCESS_ID.value)
     if processes.place()[0] == 0:
-        write_config(config, workdir, now=MODES[config.mode] is not train)
+        write_config(config, workdir, now=MODES[config.mode] is predict)
     else:
         log.setLevel(logging.WARNING)  # one voice is enough
     MODES[config.mode](config, workdir)
@@ -133,7 +133,11 @@ def forget_none(config: ConfigDict) -> None:
 
 
 def write_config(config: ConfigDict, workdir: Path, *, now: bool) -> None:
-    """`config.json`: what the run was started with; a training run writes its own `now` that it may resume."""
+    """`config.json`: what the run was started with.
+
+    Trainings and evaluations write it later than `now`: one that is refused must leave that of an earlier run, to which
+    checkpoints or scores belong.
+    """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if now:

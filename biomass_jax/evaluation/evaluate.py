@@ -1,6 +1,7 @@
 """`config.mode = 'evaluate'`: scores of a bundle on a data set, as tables and pictures in the workdir."""
 
 import dataclasses
+import json
 import logging
 import os
 import pickle
@@ -87,8 +88,11 @@ def run(config: ConfigDict, workdir: Path, *, shardings: Callable[[], dict[str, 
     if not len(scored.label):
         raise EvaluationError(f"{group.path}: split {group.split!r} has no labelled pixel in {len(source)} chips")
     result = summarize(scored, config, bundle, source.info, statistics)
+    result["data"] |= {"means": means.tolist(), "stds": stds.tolist()}
     if jax.process_index() == 0:
+        result["data"]["sha256"] = source.digest()
         write(workdir, result, scored, pictures)
+        write_json(workdir / "config.json", json.loads(config.to_json()))  # now that it is that of the scores
     if lost := [name for name in config.figures.chips if not any(_matches(i, name) for i in scored.chip_ids)]:
         raise EvaluationError(
             f"config.figures.chips: no chip {', '.join(lost)} in {group.path}, split {group.split!r}; the tables are "
@@ -337,6 +341,8 @@ def write(workdir: Path, result: dict[str, Any], scored: tables.Scored, pictures
     write_json(workdir / "metrics.json", result)
     for line in lines(result):
         log.info("%s", line)
+    if not pictures:
+        (workdir / "chips.png").unlink(missing_ok=True)  # of an earlier run
     draw(workdir, result, scored, pictures)
     log.info("tables and figures are in %s", workdir)
 

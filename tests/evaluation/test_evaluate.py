@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 from types import SimpleNamespace
 
 import jax
@@ -99,6 +100,7 @@ def test_files_hold_what_was_found(result):
         "metrics.json",
         "scores.csv",
         "binwise_rmse.csv",
+        "config.json",
     }
     said = "\n".join(evaluate.lines(found))
     assert f"{found['rmse']:.2f}" in said
@@ -208,6 +210,24 @@ def test_data_without_labels_and_in_other_units(model, tmp_path):
     other = dataclasses.replace(info, metadata={**info.metadata, "label": {"units": "m"}})
     with pytest.raises(EvaluationError, match="labels are in m, the model .* gives Mg ha-1"):
         evaluate.check_units(opened, other)
+
+
+def test_scores_tell_which_data_and_statistics_they_are_of(result, model, world):
+    found = result[0]["data"]
+    assert found["sha256"] == sources.open_source(world, "test").digest()
+    assert found["sha256"] != sources.open_source(world, "train").digest()
+    np.testing.assert_allclose(found["means"], bundles.read_meta(model)["input"]["means"])
+    np.testing.assert_allclose(found["stds"], bundles.read_meta(model)["input"]["stds"])
+
+
+def test_a_folder_of_scores_holds_those_of_one_evaluation(result, model, world, tmp_path):
+    folder = shutil.copytree(result[1], tmp_path / "out")
+    with pytest.raises(DataError, match="split 'val' is not there"):  # refused: nothing of the earlier one is lost
+        run(model, world, folder, **{"data.split": "val"})
+    assert json.loads((folder / "config.json").read_text())["data"]["split"] == "test"
+    assert (folder / "chips.png").exists()
+    run(model, world, folder, batch_size=3)  # no chips are to be drawn
+    assert not (folder / "chips.png").exists()
 
 
 def test_the_noise_floor_comes_from_the_metadata():
