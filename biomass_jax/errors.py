@@ -26,6 +26,10 @@ class ConfigError(BiomassError):
     """A config whose fields don't fit each other, the data or the devices; the message names the field."""
 
 
+class FolderError(BiomassError):
+    """A folder in which another run is at work, or that went away or can't be written any more under a run."""
+
+
 class BandError(BiomassError):
     """A band list or a file's bands are not what they have to be."""
 

@@ -5,6 +5,7 @@ X is a file, or the name of one of `configs/`, which come with the package: `--c
 Exit codes: 0 finished, 75 stopped by SIGTERM (give the same command again to resume), anything else failed.
 """
 
+import contextlib
 import difflib
 import gc
 import json
@@ -15,7 +16,7 @@ import runpy
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,9 +24,10 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from biomass_jax.errors import STOPPED, BiomassError, Stopped, UsageError
+from biomass_jax.errors import STOPPED, BiomassError, FolderError, Stopped, UsageError
 from biomass_jax.runtime import processes
 from biomass_jax.runtime.files import check_local, write_json
+from biomass_jax.runtime.lock import one_writer
 from biomass_jax.runtime.settings import find_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,11 +60,36 @@ def main(argv: list[str]) -> None:
     if config.get("deterministic"):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
     processes.start(COORDINATOR.value, PROCESS_COUNT.value, PROCESS_ID.value)
-    if processes.place()[0] == 0:
-        write_config(config, workdir, now=MODES[config.mode] is predict)
-    else:
+    if processes.place()[0] > 0:
         log.setLevel(logging.WARNING)  # one voice is enough
-    MODES[config.mode](config, workdir)
+    with alone(workdir):
+        if processes.place()[0] == 0:
+            write_config(config, workdir, now=MODES[config.mode] is predict)
+        MODES[config.mode](config, workdir)
+
+
+@contextlib.contextmanager
+def alone(workdir: Path) -> Iterator[None]:
+    """Keep other runs out of the workdir. The first process holds its lock for all; none begins before it does.
+
+    Raises:
+        FolderError: another run is at work there, or it can't be made or written; in every process.
+    """
+    with contextlib.ExitStack() as held:
+        refused = ""
+        if processes.place()[0] == 0:
+            try:
+                workdir.mkdir(parents=True, exist_ok=True)
+                held.enter_context(one_writer(workdir))
+            except FolderError as error:
+                refused = str(error)
+            except OSError as error:
+                refused = f"{workdir}: can't write to the workdir: {error.strerror or error}"
+        if processes.place()[1] > 1:
+            refused = processes.gather(refused.encode())[0].decode()
+        if refused:
+            raise FolderError(refused)
+        yield
 
 
 def predict(config: object, workdir: Path) -> None:
@@ -181,6 +208,9 @@ def set_up_logging() -> None:
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
+    # What Orbax's threads run into is raised as well; each of them would print it too, with a traceback.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    absl_logging.get_absl_logger().addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
 
 
 def _stop(*_: object) -> NoReturn:
@@ -207,11 +237,14 @@ def cli(arguments: Sequence[str] | None = None) -> NoReturn:
         os._exit(STOPPED)
     except Exception as error:
         log.error("%s", error, exc_info=not isinstance(error, BiomassError))
-        if getattr(error, "failures", None):  # of a prediction, which all processes raise together
+        # All processes raise together what came of a prediction, and that the workdir can't be had.
+        if getattr(error, "failures", None) or isinstance(error, FolderError):
             processes.finish()
         else:
             processes.abandon(1)  # the other processes of a run would wait for this one
-        sys.exit(1)
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(1)  # as above; what can't be written any more would be waited for
     sys.exit(0)
 
 

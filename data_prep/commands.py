@@ -1,11 +1,14 @@
-"""What the commands share: known errors as one line and exit code 1, warnings as one line each."""
+"""What the commands share: known errors and warnings as one line each, exit codes, who may write beside whom."""
 
 import functools
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 from biomass_jax.errors import BiomassError
+from biomass_jax.runtime.lock import one_writer, refuse_if_held
 
 Main = Callable[[Sequence[str] | None], int]
 
@@ -28,3 +31,21 @@ def command(main: Main) -> Callable[..., int]:
                 return 1
 
     return run
+
+
+def alone_in(out: Path) -> AbstractContextManager[None]:
+    """Have prepared data for oneself, as `prepare` does; a folder that isn't there is not made."""
+    return one_writer(out) if out.is_dir() else nullcontext()
+
+
+def refuse_beside_prepare(out: str | Path) -> None:
+    """Refuse to change prepared data, or a folder in it, while `prepare` or another step has them for itself.
+
+    Steps that write files of single tiles or orbits may go on beside each other, but not beside those.
+
+    Raises:
+        FolderError: a live run holds the folder or the one that it lies in.
+    """
+    folder = Path(out).absolute()
+    refuse_if_held(folder)
+    refuse_if_held(folder.parent)

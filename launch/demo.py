@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from biomass_jax.errors import FolderError
+from biomass_jax.runtime.lock import one_writer
 from biomass_jax.runtime.progress import duration
 
 HERE = Path(__file__).resolve().parent
@@ -24,6 +26,7 @@ HERE = Path(__file__).resolve().parent
     for folder in (HERE / "checkpoint", HERE.parent / "tests" / "golden" / "ckpt_micro_cli")
     if folder.is_dir()
 )
+LOCK = ".demo.lock"  # its own: the stages take theirs in the same folders
 TILE = "10SFF"  # what data_prep.synthetic writes
 GRANULE = "HLS.L30.T10SFF.2020198T184512.v2.0"  # one of its scenes, of which a corner lies off the swath
 MADE = (
@@ -188,6 +191,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m launch.demo", description="The main job on synthetic data.")
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for everything (demo_out)")
     out = parser.parse_args(argv).out
+    try:
+        with one_writer(out, LOCK):
+            return run_all(out)
+    except FolderError as error:
+        print(f"make demo: {error}", file=sys.stderr)
+        return 1
+
+
+def run_all(out: Path) -> int:
+    """Make the folder anew, stage by stage; return the exit code."""
     began = time.monotonic()
     for folder in MADE:
         shutil.rmtree(out / folder, ignore_errors=True)

@@ -23,10 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import sqlalchemy
 from ml_collections import ConfigDict
 from optuna.trial import TrialState
 
 from biomass_jax.errors import STOPPED, BiomassError, SweepError
+from biomass_jax.runtime.lock import refuse_if_held
 from biomass_jax.runtime.settings import find_config
 
 from .sweep_report import as_text, ordered, page, rows, short
@@ -98,6 +100,11 @@ class Sweep:
             self._watch()
             time.sleep(POLL)
         return False
+
+    def kill(self) -> None:
+        """End the trials at once; what they have saved stays."""
+        for job in self.jobs:
+            job.kill()
 
     def _begin(self) -> bool:
         """Start the next trial in a free slot; whether there was one."""
@@ -330,6 +337,7 @@ def main(argv: Sequence[str] | None = None, *, program: Sequence[str] = PROGRAM)
         arguments.space = find_config(arguments.space, "sweeps")
         plan = make_plan(arguments, overrides)
         devices = cuda_devices(arguments.parallel)
+        refuse_if_held(arguments.workdir)  # by a run; sweeps of one folder share its trials
         shared = SharedStudy(arguments.workdir, arguments.storage, plan)
     except BiomassError as error:
         log.error("%s", error)
@@ -339,6 +347,11 @@ def main(argv: Sequence[str] | None = None, *, program: Sequence[str] = PROGRAM)
         before = {number: signal.signal(number, sweep.stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             finished = sweep.run()
+        except (OSError, sqlalchemy.exc.SQLAlchemyError) as error:
+            sweep.kill()
+            first = str(error).splitlines()[0]
+            log.error("%s: can't be read or written any more: %s; the sweep ends here", arguments.workdir, first)
+            return 1
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

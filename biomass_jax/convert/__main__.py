@@ -5,10 +5,12 @@ import dataclasses
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from biomass_jax.convert.declared import Options
 from biomass_jax.errors import BiomassError, ConvertError
+from biomass_jax.runtime.lock import lock_beside, one_writer
 
 _OPTIONS = tuple(field.name for field in dataclasses.fields(Options) if field.name != "command")
 _DESCRIPTION = """\
@@ -131,11 +133,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse.parse_args(arguments)
     _check_usage(options, parse)
     try:
-        _run(options, f"python -m biomass_jax.convert {shlex.join(arguments)}")
+        with _alone(options.output):
+            _run(options, f"python -m biomass_jax.convert {shlex.join(arguments)}")
     except (BiomassError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
+
+
+def _alone(output: str | None) -> AbstractContextManager[None]:
+    """Have what is to be written for oneself; no folder is made for a conversion that may fail."""
+    folder, name = lock_beside(Path(output or "."))
+    return one_writer(folder, name) if output and folder.is_dir() else nullcontext()
 
 
 def _run(options: argparse.Namespace, command: str) -> None:

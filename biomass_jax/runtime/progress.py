@@ -10,7 +10,10 @@ log = logging.getLogger(__name__)
 
 
 class Progress:
-    """Counts the chips (tiles) of one map; use as a context manager around its prediction."""
+    """Counts the chips (tiles) of one map; use as a context manager around its prediction.
+
+    Speed is measured from the first chips on: before them programs are compiled, which says nothing of the rest.
+    """
 
     def __init__(
         self,
@@ -27,7 +30,9 @@ class Progress:
         self._done = 0
         self._every = every
         self._clock = clock
-        self._began = self._reported = clock()
+        self._reported = clock()
+        self._began: float | None = None  # when the first chips were done
+        self._first = 0  # how many those were
         self._bar: Any = None
         if sys.stderr.isatty() if terminal is None else terminal:
             from tqdm import tqdm
@@ -40,13 +45,18 @@ class Progress:
     def advance(self, chips: int) -> None:
         """Note that `chips` more are done."""
         self._done += chips
-        if self._bar is not None:
-            self._bar.update(chips)
-            return
         now = self._clock()
-        if now - self._reported >= self._every and self._done < self._total:
+        if self._began is None:
+            self._began, self._first = now, self._done
+            if self._bar is not None:  # its speed begins anew here
+                self._bar.initial = self._bar.n = self._bar.last_print_n = self._done
+                self._bar.start_t = self._bar.last_print_t = time.time()
+                self._bar.refresh()
+        elif self._bar is not None:
+            self._bar.update(chips)
+        elif now - self._reported >= self._every and self._done < self._total:
             self._reported = now
-            rate = self._done / (now - self._began)
+            rate = (self._done - self._first) / (now - self._began)
             left = (self._total - self._done) / rate if rate else float("inf")
             log.info(
                 "%s: %d of %d chips, %.1f chips/s, %s left", self._name, self._done, self._total, rate, duration(left)

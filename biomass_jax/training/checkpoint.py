@@ -50,6 +50,7 @@ class Checkpoints:
                 get_metric_fn=lambda metrics: metrics[LOSS], n=1, reverse=True, keep_checkpoints_without_metrics=False
             ),
         ]
+        self._begun = False  # a save that nobody has waited for
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
@@ -74,6 +75,7 @@ class Checkpoints:
         """
         # A copy: Orbax turns the host's part into JSON in its own time, by when the run has gone on.
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(dataclasses.asdict(host)))
+        self._begun = True
         self._manager.save(host.step, args=args, metrics=None if loss is None else {LOSS: loss}, force=True)
 
     def restore(self, state: TrainState, *, step: int) -> tuple[TrainState, HostState]:
@@ -100,8 +102,14 @@ class Checkpoints:
             ) from error
         return restored.state, HostState(**restored.host)
 
+    def check(self) -> None:
+        """Raise what a save met in the background, without waiting for one that is under way."""
+        if self._begun and not self._manager.is_saving_in_progress():
+            self.wait()
+
     def wait(self) -> None:
         """Return when everything begun is on disk."""
+        self._begun = False
         self._manager.wait_until_finished()
 
     def close(self) -> None:

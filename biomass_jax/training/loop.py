@@ -101,12 +101,14 @@ class Run:
         """One step and whatever is due after it, in this order."""
         if self._compiled is None:
             self._compiled = compiled(self.steps.train, self.state, batch.arrays)
+            self.clock.restart()  # compiling says nothing of how long the rest takes
         with jax.transfer_guard("disallow"):  # everything is where the step wants it, or was put there on purpose
             self.state, metrics = self._compiled(self.state, batch.arrays)
         self.host.step += 1
         self.metrics.add(self.step, metrics, batch.chips)
         self.clock.step(self.batch_size)
         self.profiler.after_step(self.step)
+        self.checkpoints.check()  # a disk that is full ends the run now, not at the next save hours later
         last = self.step == self.total_steps
         if self.step % self.log_every == 0 or last:
             self._flush()

@@ -107,15 +107,52 @@ class Clock:
         return values
 
 
-def summary_writer() -> Any:
-    """tensorboardX's `SummaryWriter`, without torch, which it would import where it finds it: 1.6 s, 200 MB, no use."""
+def tensorboard() -> tuple[Any, Any, Any]:
+    """tensorboardX's modules, without torch, which it would import where it finds it: 1.6 s, 200 MB, no use."""
     barred = sys.modules.setdefault("torch", None) is None  # type: ignore[arg-type]
     try:
-        from tensorboardX import SummaryWriter
+        from tensorboardX import event_file_writer, summary
+        from tensorboardX.proto import event_pb2
     finally:
         if barred:
             del sys.modules["torch"]
-    return SummaryWriter
+    return event_file_writer, summary, event_pb2
+
+
+class Events:
+    """TensorBoard's file of one run.
+
+    Written by whoever calls: the thread of tensorboardX's own writer dies of a full disk without a word, and the next
+    ten events are waited for until the end of time.
+    """
+
+    def __init__(self, workdir: Path, *, purge_step: int | None) -> None:
+        """Begin a file; TensorBoard hides what earlier ones hold from `purge_step` on."""
+        event_file_writer, self._summary, self._proto = tensorboard()
+        self._file = event_file_writer.EventsWriter(str(workdir / "events"))
+        if purge_step is not None:
+            start = self._proto.SessionLog(status=self._proto.SessionLog.START)
+            self._write(step=purge_step, file_version="brain.Event:2")
+            self._write(step=purge_step, session_log=start)
+
+    def scalar(self, name: str, value: float, step: int) -> None:
+        """Add a number."""
+        self._write(step=step, summary=self._summary.scalar(name, value))
+
+    def image(self, name: str, image: np.ndarray, step: int) -> None:
+        """Add a picture: uint8 (H, W, 3)."""
+        self._write(step=step, summary=self._summary.image(name, image, dataformats="HWC"))
+
+    def _write(self, **fields: Any) -> None:
+        self._file.write_event(self._proto.Event(wall_time=time.time(), **fields))
+
+    def flush(self) -> None:
+        """Have everything on disk."""
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
 
 class Writer:
@@ -135,8 +172,7 @@ class Writer:
         path = workdir / METRICS
         cut_back(path, -1 if resumed is None else resumed)
         self._file = path.open("a", encoding="utf-8")
-        # Events after the checkpoint's step are hidden by TensorBoard.
-        self._board = summary_writer()(str(workdir), purge_step=None if resumed is None else resumed + 1)
+        self._board = Events(workdir, purge_step=None if resumed is None else resumed + 1)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """One line of `metrics.jsonl`, and each number as a scalar in TensorBoard.
@@ -150,13 +186,13 @@ class Writer:
         self._file.flush()
         for name, value in line.items():
             if isinstance(value, int | float) and name != "step":
-                self._board.add_scalar(name, value, step)
+                self._board.scalar(name, value, step)
         self._board.flush()
 
     def figure(self, step: int, name: str, image: np.ndarray) -> None:
         """A picture in TensorBoard: uint8 (H, W, 3)."""
         if self._active:
-            self._board.add_image(name, image, step, dataformats="HWC")
+            self._board.image(name, image, step)
             self._board.flush()
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from biomass_jax.errors import PrepError
 from data_prep.archive.fetch import WORKERS, AccessError, OpenUrl, Response, Wanted, fetch_all
 from data_prep.archive.search import Area, read_area, search_archive, search_gedi, search_hls
-from data_prep.commands import command
+from data_prep.commands import command, refuse_beside_prepare
 from data_prep.hls.granules import needed_layers, parse_granule_name
 from data_prep.places import check_box
 from data_prep.season import Season, resolve_season
@@ -228,6 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     if args.dry_run:
         return 0
+    refuse_beside_prepare(args.out)
     result = fetch_all(plan.files, log_in, workers=args.workers, log=print)
     print(
         f"{len(result.received)} files downloaded ({result.bytes / 1e6:,.1f} MB), {len(result.present)} were there, "

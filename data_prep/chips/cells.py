@@ -27,7 +27,7 @@ from biomass_jax.runtime.settings import add_options, options_of
 from data_prep import ground
 from data_prep.chips import index as chip_index
 from data_prep.chips.windows import TilePair, moved
-from data_prep.commands import command
+from data_prep.commands import alone_in, command
 from data_prep.settings import ChipSettings
 
 _NO_SHOTS: dict[str, Any] = {"shot_numbers": [], "agbd_se_sum": 0.0, "agbd_se_shots": 0}
@@ -243,7 +243,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if (args.biomes == "") != (args.biome_field == ""):
         parser.error("--biomes and --biome-field go together")
-    counts = index_folder(args.out, ChipSettings(**options_of(args, ChipSettings)), tiles=args.tile)
+    with alone_in(args.out):
+        counts = index_folder(args.out, ChipSettings(**options_of(args, ChipSettings)), tiles=args.tile)
     for name, found in counts.items():
         print(f"{name}: " + ", ".join(f"{number} {what.replace('_', ' ')}" for what, number in found.items()))
     print(f"{sum(found['kept'] for found in counts.values())} chips in {chip_index.path_in(args.out)}")

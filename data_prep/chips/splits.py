@@ -18,7 +18,7 @@ from biomass_jax.errors import PrepError
 from biomass_jax.runtime.settings import add_options, options_of
 from data_prep import ground
 from data_prep.chips import index as chip_index
-from data_prep.commands import command
+from data_prep.commands import alone_in, command
 from data_prep.settings import SPLIT_KINDS, SPLITS, SplitSettings
 
 DROPPED = "dropped"
@@ -202,5 +202,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add_options(parser, SplitSettings)
     args = parser.parse_args(argv)
-    run(chip_index.path_in(args.out), SplitSettings(**options_of(args, SplitSettings)))
+    with alone_in(args.out):
+        run(chip_index.path_in(args.out), SplitSettings(**options_of(args, SplitSettings)))
     return 0

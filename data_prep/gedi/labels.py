@@ -16,7 +16,7 @@ from biomass_jax.data.raster.grid import Grid
 from biomass_jax.data.raster.image import open_image
 from biomass_jax.errors import PrepError
 from biomass_jax.runtime.settings import add_options
-from data_prep.commands import command
+from data_prep.commands import command, refuse_beside_prepare
 from data_prep.gedi.filters import inside
 from data_prep.gedi.footprints import read_footprints, read_settings
 from data_prep.geoparquet import with_settings, write_table
@@ -319,6 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_options(parser, LabelSettings)
     parser.add_argument("--label-years", type=int, default=0, help="shots of N years before and after too (0)")
     args = parser.parse_args(argv)
+    refuse_beside_prepare(args.out)
     composites = [open_composite(path) for path in sorted(args.out.glob("composites/*/*.tif"))]
     grids: dict[str, Grid] = {}
     for image in composites:

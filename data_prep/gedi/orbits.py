@@ -13,7 +13,7 @@ import numpy as np
 
 from biomass_jax.errors import PrepError
 from biomass_jax.runtime.settings import add_options, options_of
-from data_prep.commands import command
+from data_prep.commands import command, refuse_beside_prepare
 from data_prep.gedi.filters import DEFAULT, EPOCH, Step, Table, as_dict, steps
 from data_prep.gedi.footprints import write_footprints
 from data_prep.gedi.names import BEAMS, COLUMNS, FIELDS, Product, naming, product_of
@@ -286,6 +286,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert every granule; one that can't be read is named and doesn't stop the rest. Exit code."""
     args = _parser().parse_args(argv)
+    refuse_beside_prepare(args.out)
     bbox, latitude, season = None, None, None
     if args.bbox is not None:
         bbox = check_box(tuple(args.bbox))

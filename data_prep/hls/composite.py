@@ -22,7 +22,7 @@ from biomass_jax.data.bands import BAND_NAMES, FILL
 from biomass_jax.data.raster.cog import write_cog
 from biomass_jax.errors import PrepError
 from biomass_jax.runtime.settings import add_options, options_of
-from data_prep.commands import command
+from data_prep.commands import command, refuse_beside_prepare
 from data_prep.hls import composite_sums as sums
 from data_prep.hls.granules import Scene, find_scenes, open_scene, parse_granule_name
 from data_prep.places import grid_centre
@@ -275,6 +275,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     args = _parser().parse_args(argv)
+    refuse_beside_prepare(args.out)
     table = _read_table(args.season_table) if args.season_table else DEFAULT_TABLE
     tiles: dict[str, list[Path]] = {}
     for folder in dict.fromkeys(folder for path in args.granules for folder in find_scenes(path)):

@@ -45,7 +45,7 @@ def prepare(
 
     Args:
         config: the fields of configs/prepare.py.
-        out: the folder; one run at a time (see `state.locked`).
+        out: the folder; one run at a time (see `lock.one_writer`).
         executor: runs the jobs.
         discard: delete scenes and orbits below `out` once their composites and footprints are written and checked.
         threads: of each composite; one for each core where None. No setting of the result.

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from biomass_jax.errors import STOPPED, PrepError, Stopped
+from biomass_jax.runtime.lock import one_writer
 from biomass_jax.runtime.settings import add_options, check, config_option, overrides
 from data_prep.commands import command
 from data_prep.prepare.chain import prepare
 from data_prep.prepare.runner import open_executor
-from data_prep.prepare.state import locked
 from data_prep.settings import Prepare
 
 
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     with _sigterm_stops():
         try:
-            with locked(args.out), open_executor(args.workers, args.scheduler) as executor:
+            with one_writer(args.out), open_executor(args.workers, args.scheduler) as executor:
                 report = prepare(config, args.out, executor, discard=args.discard_granules, threads=threads)
         except Stopped:
             print("stopped by SIGTERM; give the same command again to resume", file=sys.stderr)

@@ -4,12 +4,10 @@ A step is up to date when its settings, the version of the software and its inpu
 lies beside them) are those of its record, and its outputs lie where they were written, unchanged.
 """
 
-import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -220,21 +218,3 @@ def _delete(path: Path) -> bool:
     else:
         aside.unlink(missing_ok=True)
     return found
-
-
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Keep a second run out of a folder; the lock goes when the process does, however it ends.
-
-    Raises:
-        PrepError: another run is at work there.
-    """
-    (out / "state").mkdir(parents=True, exist_ok=True)
-    with open(out / "state" / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise PrepError(
-                f"{out}: another run of `data_prep prepare` is at work there; wait for it, or stop it"
-            ) from error
-        yield

@@ -11,8 +11,9 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from biomass_jax.data.statistics import SPLIT as STATISTICS_SPLIT
 from biomass_jax.data.statistics import BandSums, chip_sums, combine, describe
 from biomass_jax.errors import PrepError
 from biomass_jax.runtime.files import replace_folder, sha256_of
+from biomass_jax.runtime.lock import lock_beside, one_writer
 from biomass_jax.runtime.settings import add_options, options_of
-from data_prep.commands import command
+from data_prep.commands import command, refuse_beside_prepare
 from data_prep.parallel import run_all
 from data_prep.settings import ShardSettings
 from data_prep.shards.items import index_metadata, items_of
@@ -165,6 +167,7 @@ def write_shards(
     Raises:
         PrepError: something is there already; no record at all; two chips of one chip_id; a shard can't be written.
         RecordError: a record is not valid, or of another shape or dtype than the first.
+        FolderError: another process writes this data set; see `lock.one_writer`.
     """
     out = Path(out)
     check_free(out, overwrite)
@@ -174,10 +177,7 @@ def write_shards(
     if not splits:
         raise PrepError(f"{out}: no records in any split of {', '.join(split_records) or 'none'}; nothing to write")
     temporary = out.parent / f".{out.name}.partial"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
-    temporary.mkdir()
-    try:
+    with one_writer(*lock_beside(out)), _emptied(temporary):
         shape, dtype = first_shape(next(iter(splits.values())))
         tasks = _tasks(temporary, splits, records_per_shard, seed, reference_statistics, shape, dtype)
         done = list(run_all(write_shard, tasks, workers=workers, executor=executor))
@@ -186,9 +186,18 @@ def write_shards(
         info["shard_settings"] = {"seed": seed, "records_per_shard": records_per_shard, "coding": CODING}
         _write_tfds_metadata(temporary, done, shape, dtype, info)
         replace_folder(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return info
+
+
+@contextmanager
+def _emptied(folder: Path) -> Iterator[None]:
+    """A folder for the time of the block; what a killed run left there goes first."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _tasks(
@@ -331,6 +340,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.verify:
         print(f"{folder}: {verify(folder)} shards are as they were written")
         return 0
+    refuse_beside_prepare(args.out)
     index = args.out / "chips" / "chips.parquet"
     info = write_shards(items_of(index), folder, metadata=index_metadata(index), **settings_of(args))
     print(summary(folder, info))

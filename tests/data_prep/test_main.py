@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from biomass_jax.runtime.lock import one_writer
 from data_prep.__main__ import STEPS, main
 
 
@@ -31,3 +32,24 @@ def test_both_spellings_show_the_same_help(step, capsys, monkeypatch):
         shown.append(capsys.readouterr().out)
     assert shown[0] == shown[1]
     assert shown[0].startswith(f"usage: python -m data_prep {step} ")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "composite granules --season 2020 --out {out}/composites",
+        "gedi orbit.h5 --out {out}",
+        "labels --out {out}",
+        "chips --out {out}",
+        "splits --out {out}",
+        "shards --out {out}",
+    ],
+    ids=lambda words: words.split()[0],
+)
+def test_a_step_is_refused_beside_prepare(tmp_path, capsys, words):
+    out = tmp_path / "out"
+    with one_writer(out):
+        assert main(words.format(out=out).split()) == 1
+        assert [path.name for path in out.iterdir()] == [".lock"]
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {out}: another run is at work there: ") and said.count("\n") == 1

@@ -15,6 +15,7 @@ import pytest
 
 optuna = pytest.importorskip("optuna", reason="sweeps need the extra 'sweep'")
 
+from biomass_jax.runtime.lock import one_writer  # noqa: E402
 from launch import sweep  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -140,6 +141,22 @@ def test_a_trial_worse_than_the_median_is_stopped_early(world, undrawn):
     assert states(trials) == ["COMPLETE"] * 5 + ["PRUNED"]
     assert 2 <= len(world.losses(5)) < 15  # not before a tenth of the epochs
     assert world.notes(5).splitlines()[-1] == "sigterm"
+
+
+def test_a_sweep_is_refused_where_a_run_is_at_work(world, caplog):
+    with one_writer(world.out):
+        assert world.run("--trials", "1") == 1
+        assert [path.name for path in world.out.iterdir()] == [".lock"]
+    assert f"{world.out}: another run is at work there: process {os.getpid()} on " in caplog.text
+
+
+def test_a_sweep_whose_folder_goes_away_ends_with_its_path(world):
+    process = world.start("--trials", "1000", "--config.model.pause=0.2")
+    until(lambda: (world.out / "trials" / "0001").exists())
+    shutil.rmtree(world.out)
+    said, _ = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert f"{world.out}: can't be read or written any more" in said and "Traceback" not in said
 
 
 def sweep_grid(world: World, seed: int) -> list[dict]:

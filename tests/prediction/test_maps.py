@@ -334,6 +334,25 @@ def test_lines_in_a_log_tell_rate_and_time_left(caplog):
     ]
 
 
+def test_the_time_before_the_first_chips_is_no_speed(caplog, capsys, monkeypatch):
+    now = [0.0]
+    steps = [(300.0, 10), (6.0, 10), (6.0, 10)]  # five minutes of compiling
+    with caplog.at_level(logging.INFO), Progress("a.tif", 100, terminal=False, clock=lambda: now[0]) as progress:
+        for seconds, chips in steps:
+            now[0] += seconds
+            progress.advance(chips)
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == ["a.tif: 20 of 100 chips, 1.7 chips/s, 48 s left"]  # 80 chips of 0.6 s
+
+    for clock in ("time.time", "tqdm.std.time"):  # the bar's own
+        monkeypatch.setattr(clock, lambda: now[0])
+    with Progress("a.tif", 100, terminal=True, clock=lambda: now[0]) as progress:
+        for seconds, chips in steps:
+            now[0] += seconds
+            progress.advance(chips)
+        assert "30/100" in str(progress._bar) and "1.67chip/s" in str(progress._bar)
+
+
 def test_a_bar_on_a_terminal(capsys):
     with Progress("map.tif", 8, terminal=True) as progress:
         progress.advance(3)

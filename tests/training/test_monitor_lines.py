@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from biomass_jax.training.monitor import METRICS, Writer, cut_back
+from biomass_jax.training import loop, monitor
+from biomass_jax.training.monitor import METRICS, Clock, Writer, cut_back
 
 
 def write(path, *lines, tail=""):
@@ -97,10 +99,51 @@ def test_tensorboard_does_not_bring_torch(tmp_path):
     """tensorboardX imports what it finds: seconds and hundreds of megabytes for nothing."""
     (tmp_path / "torch.py").write_text("Tensor = None\n")
     code = (
-        "import sys; from biomass_jax.training.monitor import summary_writer; summary_writer();"
+        "import sys; from biomass_jax.training.monitor import tensorboard; tensorboard();"
         "print('torch' in sys.modules);"
-        "import torch; summary_writer(); print(sys.modules['torch'] is torch)"
+        "import torch; tensorboard(); print(sys.modules['torch'] is torch)"
     )
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "True"]
+
+
+def full():
+    return open("/dev/full", "wb")  # noqa: SIM115, closed with what it stands in for
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a device that is full")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # files that can't be flushed
+def test_a_full_disk_is_told_by_the_line_that_finds_it_full(tmp_path):
+    """tensorboardX's own thread dies of it in silence, and the eleventh event waits for ever."""
+    writer = Writer(tmp_path, resumed=None)
+    events = writer._board._file._py_recordio_writer
+    whole, events._writer = events._writer, full()
+    whole.close()
+    with pytest.raises(OSError, match="No space left on device"):
+        writer.write(1, {f"score {number}": 1.0 for number in range(30)})
+
+
+def test_compiling_is_no_part_of_the_speed(monkeypatch):
+    """Five minutes of it, then steps of a second: 8 steps of 10 are left after two."""
+    now = [0.0]
+    monkeypatch.setattr(monitor.time, "perf_counter", lambda: now[0])
+
+    def compile_slowly(*_):
+        now[0] += 300
+        return take_a_second
+
+    def take_a_second(state, _):
+        now[0] += 1
+        return state, {}
+
+    nothing = SimpleNamespace(add=lambda *_: None, after_step=lambda *_: None, check=lambda: None)
+    run = SimpleNamespace(_compiled=None, state=None, steps=SimpleNamespace(train=None), host=SimpleNamespace(step=0))
+    run.metrics = run.profiler = run.checkpoints = nothing
+    run.step, run.total_steps, run.log_every, run.steps_per_epoch, run.save_every = 1, 10, 50, 50, 0
+    run.clock, run.batch_size = Clock(), 4
+    monkeypatch.setattr(loop, "compiled", compile_slowly)
+    for _ in range(2):
+        loop.Run._train(run, SimpleNamespace(arrays=None, chips=[]))
+    perf = run.clock.read(steps_left=8)
+    assert (perf["perf/eta_s"], perf["perf/step_s"], perf["perf/chips_per_s"]) == (8.0, 1.0, 4.0)

@@ -15,9 +15,10 @@ from types import SimpleNamespace
 import pytest
 
 from biomass_jax.errors import PrepError
+from biomass_jax.runtime.lock import one_writer
 from data_prep.prepare import run as prepare
 from data_prep.prepare.runner import Runner, SerialExecutor, attempt, open_executor
-from data_prep.prepare.state import StepJob, StepRecords, locked
+from data_prep.prepare.state import StepJob, StepRecords
 from data_prep.synthetic.forest.world import write_forest_world
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -309,9 +310,19 @@ def test_sigterm_stops_with_75(world, tmp_path, monkeypatch, capsys):
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path, capsys):
-    with locked(tmp_path):
+    with one_writer(tmp_path):
+        before = [path.name for path in tmp_path.rglob("*")]
         assert prepare.main(command(tmp_path)) == 1
-    assert "another run of `data_prep prepare` is at work there" in capsys.readouterr().err
+        assert [path.name for path in tmp_path.rglob("*")] == before
+    said = capsys.readouterr().err
+    assert f"error: {tmp_path}: another run is at work there: process {os.getpid()} on " in said
+    assert said.count("\n") == 1
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, capsys):
+    (tmp_path / "out").touch()
+    assert prepare.main(command(tmp_path / "out")) == 1
+    assert capsys.readouterr().err == f"error: {tmp_path / 'out'}: can't write to this folder: File exists\n"
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ import pytest
 
 from biomass_jax.data.shards import read_metadata, verify
 from biomass_jax.data.sources import ShardSource
-from biomass_jax.errors import DataError, PrepError, RecordError
+from biomass_jax.errors import DataError, FolderError, PrepError, RecordError
+from biomass_jax.runtime.lock import lock_beside, one_writer
 from data_prep.shards import write as shard_writer
 from data_prep.shards import write as shards
 from tests.data.test_records import make_record
@@ -53,6 +54,17 @@ def written(tmp_path_factory):
     splits = make_splits()
     given = {"split": {"kind": "block", "seed": 4}, "chips": {"min_labels": 20}, "gedi": {"version": "002"}}
     return folder, splits, shards.write_shards(splits, folder, metadata=given, records_per_shard=3, seed=5)
+
+
+def test_two_processes_do_not_write_one_data_set(tmp_path):
+    with (
+        one_writer(*lock_beside(tmp_path / "shards")),
+        pytest.raises(FolderError, match="another run is at work there"),
+    ):
+        shards.write_shards(make_splits(), tmp_path / "shards")
+    assert list(tmp_path.iterdir()) == []
+    shards.write_shards(make_splits(), tmp_path / "shards")
+    assert [path.name for path in tmp_path.iterdir()] == ["shards"]
 
 
 def test_tfds_opens_it_and_every_chip_is_equal(written):
