@@ -66,7 +66,7 @@ def half_way(process: subprocess.Popen, workdir: Path) -> None:
 
 
 def left(workdir: Path) -> set[str]:
-    return {path.name for path in workdir.iterdir()} - {"config.json"}
+    return {path.name for path in workdir.iterdir()} - {"config.json", ".lock"}  # of a killed run, or one at work
 
 
 def same(ours: Path, whole: Path) -> None:
@@ -88,6 +88,7 @@ def test_a_run_ended_half_way_and_started_again_makes_the_same_map(setting, tmp_
         assert "stopped by SIGTERM" in said
         assert "Traceback" not in said
         assert left(tmp_path) == set()
+    assert (tmp_path / ".lock").exists() == (sign == signal.SIGKILL)
     status, said = finish(start(tmp_path))
     assert status == 0, said
     assert left(tmp_path) == {MAP}
@@ -106,3 +107,21 @@ def test_a_full_disk_fails_loudly_and_leaves_no_map(setting, tmp_path, share):
     assert "scene.tif" in said
     assert "1 of 1 inputs failed" in said
     assert left(tmp_path) == set()
+
+
+def test_one_run_at_a_time_and_none_without_its_folder(setting, tmp_path):
+    start, _ = setting
+    process = start(tmp_path / "maps")
+    half_way(process, tmp_path / "maps")
+    process.send_signal(signal.SIGSTOP)  # it waits here for the second one, and lives
+    before = left(tmp_path / "maps")
+    status, said = finish(start(tmp_path / "maps"))
+    assert status == 1
+    assert f"{tmp_path / 'maps'}: another run is at work there: process {process.pid} on " in said
+    assert len(said.splitlines()) == 1
+    assert left(tmp_path / "maps") == before
+    (tmp_path / "maps").rename(tmp_path / "gone")
+    process.send_signal(signal.SIGCONT)
+    status, said = finish(process)
+    assert status == 1
+    assert f"{tmp_path / 'maps'}: the folder, or .lock in it, was deleted under this run" in said
