@@ -1,6 +1,7 @@
 """`make demo`: its chain of commands, what it leaves, and what it does when a stage fails."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import rasterio
 import tensorflow_datasets as tfds
 
+from biomass_jax.runtime.lock import one_writer
 from launch import demo
 
 
@@ -41,11 +43,26 @@ def test_a_stage_that_fails_stops_the_demo(tmp_path, monkeypatch, capfd):
 
 
 def test_the_estimate_follows_from_what_this_machine_has_done():
-    assert demo.estimate([]) is None  # nothing is known of the machine yet
+    assert demo.estimate([], compiling=True) is None  # nothing is known of the machine yet
     assert len(demo.USUAL_SECONDS) == len(demo.stages(demo.Path("out")))
     half_as_fast = [2.0 * seconds for seconds in demo.USUAL_SECONDS[:4]]
-    assert demo.estimate(half_as_fast) == 2 * sum(demo.USUAL_SECONDS[4:])
-    assert demo.estimate(demo.USUAL_SECONDS) == 0
+    assert demo.estimate(half_as_fast, compiling=False) == 2 * sum(demo.USUAL_SECONDS[4:])
+    assert demo.estimate(demo.USUAL_SECONDS, compiling=False) == 0
+
+
+def test_compiling_does_not_count_as_the_speed_of_stages_that_compile_nothing():
+    """A first demo as fast as usual, before the fine-tuning: what is left is what that usually takes."""
+    first = [run + more for run, more in zip(demo.USUAL_SECONDS, demo.COMPILING_SECONDS, strict=True)]
+    assert demo.estimate(first[:4], compiling=True) == sum(first[4:])
+    assert demo.estimate(demo.USUAL_SECONDS[:4], compiling=False) == sum(demo.USUAL_SECONDS[4:]) < sum(first[4:])
+
+
+def test_a_second_demo_in_the_folder_is_refused_and_deletes_nothing(tmp_path, capsys):
+    (tmp_path / "maps").mkdir()
+    with one_writer(tmp_path, demo.LOCK):
+        assert demo.main(["--out", str(tmp_path)]) == 1
+    assert f"make demo: {tmp_path}: another run is at work there: process {os.getpid()} on " in capsys.readouterr().err
+    assert (tmp_path / "maps").is_dir()
 
 
 @pytest.mark.slow
