@@ -88,7 +88,9 @@ def alone(workdir: Path) -> Iterator[None]:
         if processes.place()[1] > 1:
             refused = processes.gather(refused.encode())[0].decode()
         if refused:
-            raise FolderError(refused)
+            raise FolderError(
+                refused if processes.place()[0] == 0 else f"{workdir}: process 0 says what is wrong with it"
+            )
         yield
 
 

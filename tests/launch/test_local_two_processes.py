@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from biomass_jax import bundle
+from biomass_jax.runtime.lock import one_writer
 from tests.prediction.stubs import coded_image, write_raster
 from tests.training import world
 
@@ -168,6 +169,14 @@ def test_two_processes_map_as_one_does_and_one_failure_fails_both(jobs):
     )
     assert sorted(one) == ["a_agbd.tif", "sub/c_agbd.tif", "sub/d_agbd.tif"]
     assert two == one
+
+
+def test_two_processes_are_refused_together_where_another_run_is_at_work(jobs):
+    with one_writer(jobs.folder / "held"):
+        status, said = jobs.run(2, "held", "configs/predict.py", *fields(bundle="none", inputs=jobs.folder))
+        assert [path.name for path in (jobs.folder / "held").iterdir()] == [".lock"]
+    assert status == 1
+    assert said.count("another run is at work there") == 1 and "process 0 says what is wrong with it" in said
 
 
 def processes(launcher):
