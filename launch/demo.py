@@ -52,8 +52,6 @@ MADE = (
 # What each stage takes on two cores, and what compiling adds in the first demo; later ones find their programs.
 USUAL_SECONDS = (12, 6, 2, 20, 61, 4, 5, 3, 3)
 COMPILING_SECONDS = (0, 0, 0, 18, 20, 2, 3, 2, 3)
-# The second demo takes its compiled programs from here.
-CACHE = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", ROOT / ".cache" / "jax-demo"))
 
 
 class DemoError(Exception):
@@ -212,7 +210,7 @@ def run_all(out: Path) -> int:
     for folder in MADE:
         shutil.rmtree(out / folder, ignore_errors=True)
     elapsed: list[float] = []
-    cache = out / ".jax_cache"
+    cache = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", out / ".jax_cache"))
     compiling = not cache.is_dir() or not any(cache.iterdir())
     try:
         for title, command in (found := stages(out)):
