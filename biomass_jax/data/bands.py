@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from biomass_jax.data import band_names
+from biomass_jax.data.band_names import ANY_NIR, TM, Called
 from biomass_jax.errors import BandError
 
 
@@ -34,12 +36,20 @@ BAND_NAMES: tuple[str, ...] = tuple(band.name for band in BANDS)
 UNITS = "digital numbers (reflectance x 10000)"
 FILL = -9999
 
-# B11 is no sign of a sensor: Landsat has a thermal B11. These exist on Sentinel-2 alone.
-_S30_ONLY_NUMBERS = frozenset({"B08", "B8A", "B12"})
-_S30_ONLY_LONG_NAMES = frozenset({"rededge1", "rededge2", "rededge3", "nirbroad", "watervapor"})
-_BY_SENSOR = {"L30": {band.name: band.l30 for band in BANDS}, "S30": {band.name: band.s30 for band in BANDS}}
-_SENSOR_WORDS = {"L30": ("L30", "OLI", "LANDSAT"), "S30": ("S30", "MSI", "SENTINEL-2", "SENTINEL2")}
-_NUMBER = re.compile(r"B0?(\d{1,2}|8A)", re.IGNORECASE)  # not "Band 2": there programs number positions
+_BY_SENSOR = {
+    "L30": {band.name: band.l30 for band in BANDS},
+    "S30": {band.name: band.s30 for band in BANDS},
+    TM: dict(zip(BAND_NAMES, ("B01", "B02", "B03", "B04", "B05", "B07"), strict=True)),  # SR_B6 is no band of theirs
+}
+_SENSOR_WORDS = {
+    "L30": re.compile(r"L30|OLI|LANDSAT(?![-_ ]?[4-7](?!\d))"),
+    "S30": re.compile(r"S30|MSI|SENTINEL[-_ ]?2"),
+    TM: re.compile(r"LANDSAT[-_ ]?[4-7](?!\d)|(?<![A-Z0-9])E?TM(?![A-Z0-9])"),
+}
+_WHICH_NIR = (
+    "may be the broad near infrared (B08 of Sentinel-2) or the narrow one that is wanted, NIR_NARROW (B8A of "
+    "Sentinel-2 and S30, B05 of Landsat 8 and 9 and L30)"
+)
 
 
 # `no_data` in words, for the bundles that rely on it
@@ -55,7 +65,7 @@ class BandSelection(NamedTuple):
     Attributes:
         indexes: band indexes counted from 1, in the order of the wanted names.
         warnings: sentences for the user, each naming the file.
-        sensor: `L30`, `S30`, `L30+S30` or None where nothing tells.
+        sensor: `L30`, `S30`, `L30+S30`, `TM` (Landsat 4 to 7) or None where nothing tells.
         unverified: `numbers` or `positions` where the choice rests on those alone and no sensor is known, else None.
     """
 
@@ -131,10 +141,10 @@ def resolve(
     """Find the wanted bands in a file.
 
     Args:
-        descriptions: the file's band descriptions in order: names, HLS band numbers (`B05`), or None.
+        descriptions: the file's band descriptions in order: names or numbers as `band_names.called` knows, or None.
         requested: an explicit list as from `parse_band_list`, one entry for each band of the file.
-        sensor: `L30`, `S30` or `L30+S30` where the granule's name or a tag tells.
-        long_names: HLS's `long_name` of each band, as far as known.
+        sensor: `L30`, `S30`, `L30+S30` or `TM` where the granule's name or a tag tells.
+        long_names: what tags call each band (HLS's `long_name`), as far as known.
         path: the file, for messages.
         wanted: names to find, in this order.
 
@@ -142,28 +152,38 @@ def resolve(
         BandSelection.
 
     Raises:
-        BandError: wrong count, a band missing or found twice, or S30 bands picked by L30 numbers (or the reverse);
-            it names the file, what was found and what was expected.
+        BandError: wrong count, a band missing or found twice, names or numbers that may mean several bands, or S30
+            bands picked by L30 numbers (or the reverse); it names the file, what was found and what was expected.
     """
     unknown = [name for name in wanted if name not in BAND_NAMES]
     if unknown:
         raise BandError(f"unknown band name {', '.join(unknown)}; known names: {', '.join(BAND_NAMES)}")
     where = f"{path}: " if path else ""
-    found = f"it has {len(descriptions)} bands: {_show(descriptions)}"
-    numbers = [_number(text) for text in descriptions]
-    sensor = _known_sensor(numbers, long_names, sensor, where, found)
-    names = [_canonical(text) for text in descriptions] if requested is None else requested
+    found = f"it has {len(descriptions)} band{'s' * (len(descriptions) != 1)}: {_show(descriptions)}"
+    bands, sensor = _read(descriptions, long_names, sensor, where, found)
+    names = [one.name for one in bands]
+    if requested is not None:
+        names = list(requested)
+    elif "NIR_NARROW" in wanted:
+        names = _with_nir(bands, wanted, sensor, where, found)
     if len(names) != len(descriptions):
         raise BandError(
             f"{where}the band list has {len(names)} entries ({_show(names)}), but {found}; "
             "give one entry for each band, None for an unused one"
         )
-    if requested is not None or any(name in wanted for name in names):
+    numbers = [one.number for one in bands]
+    if len(descriptions) == 1 and len(wanted) > 1:
+        raise BandError(
+            f"{where}a single band, {len(wanted)} are wanted ({', '.join(wanted)}). Files of one band each make one "
+            "image where they lie in one folder and are named alike but for the band (x_B02.tif ..., x_blue.tif ...): "
+            "give that folder, or stack them into one file"
+        )
+    if requested is not None or set(names) >= set(wanted) or (any(names) and not any(numbers)):
         indexes = _find(names, wanted, wanted, where, found)
     else:
-        indexes = _find(numbers, _numbers_of(wanted, numbers, sensor, where, found), wanted, where, found)
-    _check_choice(indexes, wanted, descriptions, numbers, long_names, sensor, where)
-    named = all(_canonical(descriptions[i]) is not None for i in indexes)
+        indexes = _find(numbers, _numbers_of(wanted, descriptions, numbers, sensor, where, found), wanted, where, found)
+    _check_choice(indexes, wanted, bands, long_names, sensor, where)
+    named = all(bands[i].name is not None for i in indexes)
     unverified = None
     warnings: tuple[str, ...] = ()
     if sensor is None and not named:
@@ -176,24 +196,82 @@ def resolve(
     return BandSelection(tuple(i + 1 for i in indexes), warnings, sensor, unverified)
 
 
+def tells_all(texts: Sequence[str]) -> bool:
+    """Whether texts, such as words in the names of files, name all six bands or number them as a sensor does."""
+    read = [band_names.called(text) for text in texts]
+    names = {"NIR_NARROW" if one.name == ANY_NIR else one.name for one in read}
+    numbers = {one.number for one in read}
+    return names >= set(BAND_NAMES) or any(numbers >= set(numbering.values()) for numbering in _BY_SENSOR.values())
+
+
 def sensor_of(text: str) -> str | None:
-    """`L30`, `S30` or `L30+S30` named in a tag's text (`OLI_TIRS; OLI_TIRS`, `Sentinel-2A`, `L30+S30`), else None."""
-    found = [sensor for sensor, words in _SENSOR_WORDS.items() if any(word in text.upper() for word in words)]
-    return "+".join(found) or None
+    """`L30`, `S30`, `TM` or some (`L30+S30`) named in a tag's text (`OLI_TIRS; OLI_TIRS`, `Sentinel-2A`); else None."""
+    return "+".join(sensor for sensor, words in _SENSOR_WORDS.items() if words.search(text.upper())) or None
 
 
-def _known_sensor(
-    numbers: Sequence[str | None], long_names: Sequence[str | None], sensor: str | None, where: str, found: str
-) -> str | None:
-    """The sensor as claimed, else as the bands tell; BandError where they contradict the claim."""
-    signs = sorted(_S30_ONLY_NUMBERS & {number for number in numbers if number})
-    signs += [str(name) for name in long_names if _plain(name) in _S30_ONLY_LONG_NAMES]
-    if signs and sensor == "L30":
+def _read(
+    descriptions: Sequence[str | None], long_names: Sequence[str | None], sensor: str | None, where: str, found: str
+) -> tuple[list[Called], str | None]:
+    """What descriptions and tags together call the bands, and the sensor; BandError where two of them disagree."""
+    described, around = band_names.read(descriptions)
+    tagged, _ = band_names.read([*long_names, *[None] * (len(descriptions) - len(long_names))])
+    bands = []
+    for index, (first, second) in enumerate(zip(described, tagged, strict=True), 1):
+        names = first.name, second.name
+        if None not in names and names[0] != names[1] and ANY_NIR not in names:
+            raise BandError(
+                f"{where}band {index} is named {first.text!r}, but its tags call it {second.text!r}; "
+                "correct the one that is wrong"
+            )
+        exact = second.name if first.name == ANY_NIR else first.name
+        numbered = first if first.number else second
+        bands.append(Called(first.text, exact or first.name or second.name, numbered.number, numbered.landsat))
+    signs: dict[str, list[str]] = {}
+    for one in [*described, *tagged]:
+        if one.sign:
+            signs.setdefault(one.sign, []).append(one.number or str(one.text))
+    landsat = {one.number for one in bands if one.landsat}
+    if "B06" in landsat:
+        signs.setdefault("L30", []).append("SR_B6")
+    elif landsat >= set(_BY_SENSOR[TM].values()):
+        signs.setdefault(TM, []).append("SR_B1 to SR_B5 and SR_B7 without SR_B6")
+    if around and sensor is not None and around not in sensor.split("+"):
         raise BandError(
-            f"{where}said to be L30, but {', '.join(signs)} is found on S30 alone; {found}. "
-            "Correct the file's name or its SENSOR tag, or its bands"
+            f"{where}said to be {sensor}, but its bands' descriptions name {around}; {found}. Correct the file's "
+            "name, its SENSOR tag or its descriptions"
         )
-    return "S30" if signs and sensor is None else sensor
+    sensor = sensor or around
+    if len(signs) > 1 or (signs and sensor is not None and not set(signs) & set(sensor.split("+"))):
+        said = f"said to be {sensor}, but " if sensor else ""
+        telling = "; ".join(f"{', '.join(sorted(set(what)))} is found on {one} alone" for one, what in signs.items())
+        raise BandError(f"{where}{said}{telling}; {found}. Correct the file's name or its SENSOR tag, or its bands")
+    if landsat and not signs and sensor not in ("L30", TM):
+        raise BandError(
+            f"{where}SR_B2 is blue on Landsat 8 and 9 and green on Landsat 4 to 7, and nothing tells which; {found}. "
+            "Name the bands with an explicit list (config.bands), or set a SENSOR tag (OLI, TM)"
+        )
+    return bands, sensor or next(iter(signs), None)
+
+
+def _with_nir(
+    bands: Sequence[Called], wanted: Sequence[str], sensor: str | None, where: str, found: str
+) -> list[str | None]:
+    """The bands' names, a plain `nir` being NIR_NARROW where it can be no other; BandError where it can."""
+    names = [None if one.name == ANY_NIR else one.name for one in bands]
+    if "NIR_NARROW" in names:
+        return names
+    for index, one in enumerate(bands):
+        if one.name != ANY_NIR or one.number == "B08":
+            continue
+        others = set(wanted) - {"NIR_NARROW"} <= set(names)  # else what is missing is said first
+        if others and sensor not in ("L30", TM) and one.number not in ("B05", "B8A"):
+            answer = [*names[:index], "NIR_NARROW", *names[index + 1 :]]
+            raise BandError(
+                f"{where}band {index + 1}, {one.text!r}, {_WHICH_NIR}; {found}. If it is the narrow one, say so: "
+                f"config.bands='{','.join(map(str, answer))}' (in Python the keyword bands)"
+            )
+        names[index] = "NIR_NARROW"
+    return names
 
 
 def _find(
@@ -211,18 +289,26 @@ def _find(
 
 
 def _numbers_of(
-    wanted: Sequence[str], numbers: Sequence[str | None], sensor: str | None, where: str, found: str
+    wanted: Sequence[str],
+    descriptions: Sequence[str | None],
+    numbers: Sequence[str | None],
+    sensor: str | None,
+    where: str,
+    found: str,
 ) -> list[str]:
-    """HLS's numbers of the wanted bands; BandError where those of the file can't tell its bands."""
+    """The sensor's numbers of the wanted bands; BandError where those of the file can't tell its bands."""
     if not any(numbers):
+        told = {text for text in descriptions if text}
+        alike = len(told) == 1 and sum(map(bool, descriptions)) > 1
+        what = "its bands are all called alike" if alike else "no band description"
+        what += "" if alike else f" is a band name ({', '.join(wanted)}) or an HLS band number"
         raise BandError(
-            f"{where}no band description is a band name ({', '.join(wanted)}) or an HLS band number; {found}. "
-            "Name its bands with an explicit list (config.bands), None for each unused band"
+            f"{where}{what}; {found}. Name its bands with an explicit list (config.bands), None for each unused band"
         )
-    if sensor == "L30+S30":
+    if sensor is not None and "+" in sensor:
         raise BandError(
-            f"{where}holds both sensors, so band numbers say nothing; {found}. Describe its bands by name, "
-            "or give an explicit list (config.bands)"
+            f"{where}holds both sensors ({sensor}), so band numbers say nothing; {found}. Describe its bands by "
+            "name, or give an explicit list (config.bands)"
         )
     by_name = _BY_SENSOR[sensor or "L30"]
     missing = [f"{by_name[want]} ({want})" for want in wanted if by_name[want] not in numbers]
@@ -237,29 +323,30 @@ def _numbers_of(
 def _check_choice(
     indexes: Sequence[int],
     wanted: Sequence[str],
-    descriptions: Sequence[str | None],
-    numbers: Sequence[str | None],
+    bands: Sequence[Called],
     long_names: Sequence[str | None],
     sensor: str | None,
     where: str,
 ) -> None:
     """BandError where a picked band's own description, number or long name says that it is another band."""
-    fitting = {"L30", "S30"} if sensor is None else set(sensor.split("+"))
+    landsat = any(one.landsat for one in bands)
+    fitting = set(sensor.split("+")) if sensor else {"L30", TM if landsat else "S30"}
     for name, index in zip(wanted, indexes, strict=True):
+        one = bands[index]
         long_name = long_names[index] if index < len(long_names) else None
-        for text in (descriptions[index], long_name):
-            other = _canonical(text)
-            if other not in (None, name) or _plain(text) in _S30_ONLY_LONG_NAMES:
-                raise BandError(f"{where}band {index + 1} is taken as {name}, but the file calls it {text!r}")
-        number = numbers[index]
-        if number is None:
+        known = {name, None, *([ANY_NIR] if name == "NIR_NARROW" else [])}
+        strange = [text for text in (one.text, long_name) if band_names.is_unwanted(text)]
+        if one.name not in known or strange:
+            text = strange[0] if strange else one.text if band_names.called(one.text).telling else long_name
+            raise BandError(f"{where}band {index + 1} is taken as {name}, but the file calls it {text!r}")
+        if one.number is None:
             continue
-        fitting &= {one for one in ("L30", "S30") if _BY_SENSOR[one][name] == number}
+        fitting &= {each for each, numbers in _BY_SENSOR.items() if numbers[name] == one.number}
         if not fitting:
-            numbering = _BY_SENSOR["S30" if sensor == "S30" else "L30"]
+            numbering = _BY_SENSOR[sensor if sensor in _BY_SENSOR else "L30"]
             expected = ", ".join(f"{want}={numbering[want]}" for want in wanted)
             raise BandError(
-                f"{where}band {index + 1} is taken as {name}, but the file calls it {descriptions[index]!r}; "
+                f"{where}band {index + 1} is taken as {name}, but the file calls it {one.text or long_name!r}; "
                 f"expected for {sensor or 'L30'}: {expected}. Check the sensor and the band list"
             )
 
@@ -268,30 +355,14 @@ def _listed_name(entry: object, value: Iterable[Any]) -> str | None:
     text = "" if entry is None else str(entry).strip().strip("'\"").strip()
     if text.casefold() in ("", "none"):
         return None
-    name = text.upper()
+    name = band_names.called(text).name
     if name not in BAND_NAMES:
+        hint = f"; {text} {_WHICH_NIR}: write NIR_NARROW where it is that one" if name == ANY_NIR else ""
         raise BandError(
             f"unknown band name {text!r} in the band list {_show(list(value))}; known names: {', '.join(BAND_NAMES)}, "
-            "and None for an unused band"
+            f"and None for an unused band{hint}"
         )
     return name
-
-
-def _plain(text: str | None) -> str:
-    return re.sub(r"[^a-z0-9]", "", (text or "").casefold())
-
-
-_PLAIN_NAMES = {_plain(band.name): band.name for band in BANDS}
-
-
-def _canonical(text: str | None) -> str | None:
-    return _PLAIN_NAMES.get(_plain(text))
-
-
-def _number(text: str | None) -> str | None:
-    """`B05` for B05 or b5; None for anything else."""
-    match = _NUMBER.fullmatch((text or "").strip())
-    return None if match is None else f"B{match[1].upper():0>2}"
 
 
 def _show(values: Iterable[Any]) -> str:

@@ -161,7 +161,12 @@ def test_wanted_gives_the_order():
         (["B02", "B03", "B04", "B05", "B11", "B07"], bands.BAND_NAMES, {"sensor": "L30"}, r"SWIR_1=B06"),
         # a list or a name that the file itself contradicts
         (["GREEN", *[None] * 5], bands.BAND_NAMES, {}, "band 1 is taken as BLUE, but the file calls it 'GREEN'"),
-        (bands.BAND_NAMES, None, {"long_names": ["Blue", "Red"]}, "band 2 is taken as GREEN.*'Red'"),
+        (
+            bands.BAND_NAMES,
+            None,
+            {"long_names": ["Blue", "Red"]},
+            "band 2 is named 'GREEN', but its tags call it 'Red'",
+        ),
         (["B07", "B06", "B05", "B04", "B03", "B02"], bands.BAND_NAMES, {}, r"band 1 is taken as BLUE.*'B07'"),
         (L30, None, {"sensor": "L30+S30"}, "holds both sensors"),
     ],
@@ -188,4 +193,103 @@ def test_both_sensors_by_name_are_fine():
     ],
 )
 def test_sensor_tags(text, sensor):
+    assert bands.sensor_of(text) == sensor
+
+
+COMMON = ["blue", "green", "red", "nir08", "swir16", "swir22"]
+ESA = ["Blue", "Green", "Red", "NIR", "SWIR1", "SWIR2"]
+SR = [f"SR_B{number}" for number in range(1, 8)]
+
+
+@pytest.mark.parametrize(
+    "texts", [COMMON, [text.upper() for text in COMMON], ["NIR 08", "SWIR_16", "swir22", *COMMON[:3]]]
+)
+def test_common_names_need_no_guess(texts):
+    selection = bands.resolve(texts, path="x.tif")
+    order = sorted(range(6), key=lambda place: COMMON.index(texts[place].lower().replace(" ", "").replace("_", "")))
+    assert selection == (tuple(place + 1 for place in order), (), None, None)
+
+
+def test_a_plain_nir_asks_only_where_it_may_be_the_broad_one():
+    with pytest.raises(
+        BandError, match=r"x\.tif: band 4, 'NIR', may be the broad .* \(B08 of.*config\.bands='(BLUE.*)'"
+    ) as error:
+        bands.resolve(ESA, path="x.tif")
+    answer = str(error.value).split("config.bands='")[1].split("'")[0]
+    assert bands.resolve(ESA, bands.parse_band_list(answer)).indexes == (1, 2, 3, 4, 5, 6)
+    assert bands.resolve(ESA, sensor="L30").indexes == (1, 2, 3, 4, 5, 6)
+    assert bands.resolve([*ESA, "lwir11"]).indexes == (1, 2, 3, 4, 5, 6)  # Landsat has but one
+    for extra in ("nir08", "NIR_Narrow"):  # the narrow one is there: the other is the broad one
+        assert bands.resolve([*ESA, extra]).indexes == (1, 2, 3, 7, 5, 6)
+    for more, sensor in (([], "S30"), (["rededge1"], None)):
+        with pytest.raises(BandError, match="may be the broad near infrared"):
+            bands.resolve([*ESA, *more], sensor=sensor)
+    with pytest.raises(BandError, match="band SWIR_1 not found"):  # the first cause
+        bands.resolve(ESA[:4])
+    with pytest.raises(BandError, match="band 3 is taken as RED, but the file calls it 'nir'"):
+        bands.resolve(["blue", "green", "nir"], ("BLUE", "GREEN", "RED"), wanted=("RED",))
+    with pytest.raises(BandError, match="unknown band name 'NIR'.*write NIR_NARROW"):
+        bands.parse_band_list("blue,green,red,NIR,swir1,swir2")
+
+
+def test_a_nir_with_its_number_is_told():
+    texts = ["B02 (Blue)", "B03 (Green)", "B04 (Red)", "{} (NIR)", "B11 (SWIR1)", "B12 (SWIR2)"]
+    assert bands.resolve([text.format("B8A") for text in texts]).indexes == (1, 2, 3, 4, 5, 6)
+    with pytest.raises(BandError, match=r"B8A \(NIR_NARROW\) not found"):
+        bands.resolve([text.format("B08") for text in texts])
+
+
+def test_landsat_numbers_are_those_of_one_sensor():
+    assert bands.resolve(SR) == ((2, 3, 4, 5, 6, 7), (), "L30", None)
+    assert bands.resolve([*SR[:5], SR[6]]) == ((1, 2, 3, 4, 5, 6), (), "TM", None)  # Landsat 4 to 7 have no SR_B6
+    assert bands.resolve([*SR[:5], SR[6]], sensor="TM").sensor == "TM"
+
+
+@pytest.mark.parametrize(
+    ("descriptions", "options", "message"),
+    [
+        (SR[1:5], {}, "SR_B2 is blue on Landsat 8 and 9 and green on Landsat 4 to 7, and nothing tells which"),
+        (SR[1:5], {"sensor": "L30"}, r"B06 \(SWIR_1\), B07 \(SWIR_2\) not found"),
+        ([*SR[:5], SR[6]], {"sensor": "L30"}, "said to be L30, but SR_B1 to .* is found on TM alone"),
+        (SR, {"sensor": "TM"}, "said to be TM, but SR_B6 is found on L30 alone"),
+        (SR, {"sensor": "S30"}, "said to be S30, but SR_B6 is found on L30 alone"),
+        ([f"HLS.S30.T10SFF.2020183T184512.v2.0.{n}" for n in L30], {}, "S30 file with the band numbers of L30"),
+        ([f"HLS.S30.T10SFF.2020183T184512.v2.0.{n}" for n in S30], {"sensor": "L30"}, "said to be L30, but"),
+        (["Blue"] * 6, {}, "its bands are all called alike; it has 6 bands"),
+        (
+            ["Band 1", "Band 2", "Band 3", "Band 4", "Band 5", "Band 6", "Band 7"],
+            {"sensor": "L30"},
+            "no band description",
+        ),
+        # Digital Earth Australia's Sentinel-2: its swir_2 is B11
+        ([f"nbart_{n}" for n in ("blue", "green", "red", "nir_2", "swir_2", "swir_3")], {}, "no band description"),
+        (["blue", "green", "red", "nir_2", "swir_2", "swir_3"], {}, "NIR_NARROW not found"),
+        (["Red"], {}, "a single band, 6 are wanted .*give that folder"),
+        (["green", *COMMON[1:]], {}, "band BLUE not found"),
+        ([None] * 6, {"long_names": ["Blue", "Red", "Red", None, None, None]}, "GREEN not found"),
+    ],
+)
+def test_what_may_mean_two_things_is_refused(descriptions, options, message):
+    with pytest.raises(BandError, match=message):
+        bands.resolve(descriptions, path="dir/a.tif", **options)
+
+
+def test_names_in_tags_count_where_descriptions_say_nothing():
+    for descriptions in (
+        [None] * 6,
+        ["Blue"] * 6,
+        ["Band 1", "Band 2", "Band 3", "Band 4", "Band 5", "Band 6"],
+        list("abcdef"),
+    ):
+        assert bands.resolve(descriptions, long_names=COMMON) == ((1, 2, 3, 4, 5, 6), (), None, None)
+
+
+def test_a_band_list_takes_other_spellings():
+    assert bands.parse_band_list("blue,Green,RED,nir08,swir16,SWIR 2") == bands.BAND_NAMES
+
+
+@pytest.mark.parametrize(
+    ("text", "sensor"), [("LANDSAT_5", "TM"), ("Landsat 7 ETM+", "TM"), ("LANDSAT_8", "L30"), ("Atmosphere", None)]
+)
+def test_sensor_tags_of_older_landsats(text, sensor):
     assert bands.sensor_of(text) == sensor

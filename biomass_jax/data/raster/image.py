@@ -12,13 +12,13 @@ import rasterio
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.windows import Window
 
-from biomass_jax.data import bands
+from biomass_jax.data import band_names, bands
 from biomass_jax.data.fingerprints import digest_of
 from biomass_jax.data.raster import encoding as encodings
 from biomass_jax.data.raster import resample as resampling
 from biomass_jax.data.raster.grid import Grid, grid_of, open_quietly, raster_errors
 from biomass_jax.data.raster.identity import identity_of
-from biomass_jax.data.raster.inputs import GranuleName, InputItem, find_inputs, granule_name
+from biomass_jax.data.raster.inputs import BandFile, InputItem, band_file, find_inputs, granule_name, season_of
 from biomass_jax.data.raster.tiff import is_tiff, verify_blocks
 from biomass_jax.errors import BandError, RasterError
 
@@ -88,8 +88,7 @@ class ImageSource(ExitStack[None]):
         self.fill = self._stored_fill if self._factors is None else float(bands.FILL)
         self.tags: dict[str, str] = dict(first.tags())
         self.sources = tuple(dict.fromkeys(_base_name(dataset.name) for dataset, _ in self._bands))
-        granule = granule_name(_base_name(item.paths[0]))
-        self.season = _tag(self.tags, "SEASON") or (granule.season if granule else "")
+        self.season = _tag(self.tags, "SEASON") or _season_in_name(_base_name(item.paths[0]))
         if self.grid.crs is None:
             self.warnings.append(f"{self.name}: no CRS; its map has none either")
         trained = set(model_sensors)
@@ -100,26 +99,23 @@ class ImageSource(ExitStack[None]):
 
     def _open(self, item: InputItem, requested: tuple[str | None, ...] | None) -> None:
         """Open the files and find the wanted bands in them."""
-        granule = granule_name(_base_name(item.paths[0]))
-        if granule is None or granule.layer is None:
+        file = band_file(_base_name(item.paths[0]))
+        if file is not None and (file.known or len(item.paths) > 1):
+            paths, requested = self._choose_files(item, file, requested)
+            found = [(self._open_file(path), 1) for path in paths]
+            self._check_same_grid([dataset for dataset, _ in found])
+            descriptions: list[str | None] = [_layer(path) for path in paths]
+            tagged = [band_names.tagged([d.tags(1)], d.tags())[0] or d.descriptions[0] for d, _ in found]
+            named = file.sensor
+        else:
             dataset = self._open_file(item.paths[0])
             found = [(dataset, index) for index in dataset.indexes]
             descriptions = list(dataset.descriptions)
-        else:
-            if requested is not None:
-                raise BandError(
-                    f"{self.name}: a granule's single-band files tell their bands by name; leave the band list out"
-                )
-            paths = _granule_paths(item, self.bands, granule)
-            found = [(self._open_file(path), 1) for path in paths]
-            descriptions = [getattr(granule_name(_base_name(path)), "layer", None) for path in paths]
-            self._check_same_grid([dataset for dataset, _ in found])
-        sensor = _claimed_sensor(found[0][0], granule, self.name)
-        long_names = [
-            _tag(d.tags(i), "long_name") or (_tag(d.tags(), "long_name") if d.count == 1 else "") for d, i in found
-        ]
+            tagged = band_names.tagged([dataset.tags(index) for index in dataset.indexes], dataset.tags(), self.name)
+            named = band_names.sensor_in(_base_name(item.paths[0]))
+        sensor = _claimed_sensor(found[0][0], named, self.name)
         selection = bands.resolve(
-            descriptions, requested, sensor=sensor, long_names=long_names, path=self.name, wanted=self.bands
+            descriptions, requested, sensor=sensor, long_names=tagged, path=self.name, wanted=self.bands
         )
         self._bands = [found[index - 1] for index in selection.indexes]
         self.sensor = selection.sensor
@@ -127,6 +123,18 @@ class ImageSource(ExitStack[None]):
             self.warnings.extend(selection.warnings)
         if selection.unverified is not None:
             _said_unverified.add(selection.unverified)
+
+    def _choose_files(
+        self, item: InputItem, file: BandFile, requested: tuple[str | None, ...] | None
+    ) -> tuple[list[str], tuple[str | None, ...] | None]:
+        """The files of the wanted bands, so that the others stay closed, and the list that names their bands."""
+        if requested is not None and file.known:
+            raise BandError(
+                f"{self.name}: a granule's single-band files tell their bands by name; leave the band list out"
+            )
+        layers = [_layer(path) for path in item.paths]
+        selection = bands.resolve(layers, requested, sensor=file.sensor, path=self.name, wanted=self.bands)
+        return [item.paths[index - 1] for index in selection.indexes], None if requested is None else self.bands
 
     def _open_file(self, path: str) -> Any:
         far = path.startswith("/vsi")
@@ -408,23 +416,24 @@ def _one_item(item: InputItem | str | os.PathLike[str]) -> InputItem:
     return items[0]
 
 
-def _granule_paths(item: InputItem, wanted: Sequence[str], granule: GranuleName) -> list[str]:
-    """The files of the wanted bands, so that the others stay closed."""
-    layers = [getattr(granule_name(_base_name(path)), "layer", None) for path in item.paths]
-    selection = bands.resolve(layers, sensor=granule.sensor, path=item.name, wanted=wanted)
-    return [item.paths[index - 1] for index in selection.indexes]
+def _layer(path: str) -> str | None:
+    """What the name of a single-band file calls its band."""
+    return getattr(band_file(_base_name(path)), "layer", None)
 
 
-def _claimed_sensor(dataset: rasterio.DatasetReader, granule: GranuleName | None, name: str) -> str | None:
-    """The sensor that the granule's name or a tag tells; RasterError where they disagree."""
+def _season_in_name(name: str) -> str:
+    granule, file = granule_name(name), band_file(name)
+    return season_of(granule.date) if granule else file.season if file else ""
+
+
+def _claimed_sensor(dataset: rasterio.DatasetReader, named: str | None, name: str) -> str | None:
+    """The sensor that the file's name or a tag tells; RasterError where they disagree."""
     tags = dataset.tags()
-    named = [bands.sensor_of(_tag(tags, key)) for key in ("SENSORS", "SENSOR", "SPACECRAFT_NAME")]
-    by_tag = next(filter(None, named), None)
-    if granule is not None and by_tag not in (None, granule.sensor):
-        raise RasterError(
-            f"{name}: its name says {granule.sensor}, its sensor tag {by_tag}; correct the one that is wrong"
-        )
-    return granule.sensor if granule is not None else by_tag
+    tagged = [bands.sensor_of(_tag(tags, key)) for key in ("SENSORS", "SENSOR", "SPACECRAFT_NAME", "SPACECRAFT_ID")]
+    by_tag = next(filter(None, tagged), None)
+    if named is not None and by_tag not in (None, named):
+        raise RasterError(f"{name}: its name says {named}, its sensor tag {by_tag}; correct the one that is wrong")
+    return named or by_tag
 
 
 def _tag(tags: dict[str, str], key: str) -> str:

@@ -1,4 +1,4 @@
-"""Which images a path, folder, pattern or URL stands for; nothing is opened here."""
+"""Which images a path, folder, pattern or URL stands for: by names, hardly anything is opened."""
 
 import glob
 import itertools
@@ -10,25 +10,47 @@ from datetime import datetime, timedelta
 from pathlib import Path, PurePath
 from urllib.parse import urlsplit
 
+from rasterio.errors import RasterioIOError
+
+from biomass_jax.data import band_names, bands
+from biomass_jax.data.raster.grid import open_quietly
 from biomass_jax.errors import RasterError
 
 _GRANULE = re.compile(
     r"(?P<granule>HLS\.(?P<sensor>[LS]30)\.T(?P<tile>\d{2}[A-Z]{3})\.(?P<date>\d{7})T(?P<time>\d{6})\.v(?P<version>\d+\.\d+))"
     r"(?:\.(?P<layer>[A-Za-z0-9]+))?(?:$|[._-])"
 )
+# NASA's AppEEARS: `HLSL30.020_B02_doy2020183_aid0001_10N.tif`
+_APPEEARS = re.compile(r"HLS[LS]30\.\d{3}_(?P<layer>[A-Za-z0-9]+)_doy(?P<date>\d{7})(?:\d{6})?_aid\d+", re.IGNORECASE)
 _SCHEMES = {"http": "/vsicurl/http://", "https": "/vsicurl/https://", "s3": "/vsis3/", "gs": "/vsigs/"}
 _SUFFIXES = (".tif", ".tiff", ".vrt")
 _OTHER_LAYERS = ("fmask", "saa", "sza", "vaa", "vza")  # quality and angles, beside a granule's bands
+# What begins the names of layers beside the bands in archives' folders: `SR_QA_AEROSOL`, `ST_B10`, `SCL`
+_OTHER_WORDS = (
+    *_OTHER_LAYERS,
+    "qa",
+    "sr",
+    "st",
+    "scl",
+    "aot",
+    "wvp",
+    "tci",
+    "cld",
+    "snw",
+    "mask",
+    "cloud",
+    "cloudmask",
+)
 MAP_ENDING = "_agbd"  # what a map's stem ends with: never an input of a folder or a pattern
 
 
 @dataclass(frozen=True)
 class InputItem:
-    """One image: a file, or the single-band files of one HLS granule.
+    """One image: a file, or the single-band files of one HLS granule or of another scene.
 
     Attributes:
         name: what messages call it.
-        paths: files as GDAL opens them; several only for a granule.
+        paths: files as GDAL opens them; several where each holds one band.
         relative: sub-folder and stem that the output takes below its own folder.
     """
 
@@ -49,14 +71,24 @@ class GranuleName:
     version: str
     layer: str | None
 
-    @property
-    def season(self) -> str:
-        """The day as a half-open interval `2020-07-01/2020-07-02`, or "" where the name holds no day of the year."""
-        try:
-            day = datetime.strptime(self.date, "%Y%j")
-        except ValueError:
-            return ""
-        return f"{day:%Y-%m-%d}/{day + timedelta(days=1):%Y-%m-%d}"
+
+@dataclass(frozen=True)
+class BandFile:
+    """What the name of a file that holds one band of an image tells.
+
+    Attributes:
+        scene: the name without the band, the same for all files of an image.
+        layer: what the name calls the band, as `bands.resolve` takes it (`B04`, `swir_1`; `Fmask`).
+        sensor: `L30`, `S30`, `TM` or None where the name doesn't tell.
+        season: the day as a half-open interval `2020-07-01/2020-07-02`, or "" where the name doesn't tell.
+        known: whether it is a name of HLS's archives, where no file holds another file's bands.
+    """
+
+    scene: str
+    layer: str
+    sensor: str | None
+    season: str
+    known: bool
 
 
 def granule_name(path: str) -> GranuleName | None:
@@ -68,13 +100,43 @@ def granule_name(path: str) -> GranuleName | None:
     return GranuleName(**match.groupdict() | {"layer": layer})
 
 
+def band_file(path: str) -> BandFile | None:
+    """What a file's name tells where it names a band: HLS's own, AppEEARS's, or any with one band in it; else None."""
+    granule = granule_name(path)
+    if granule is not None:
+        layer = granule.layer or ""
+        known = band_names.called(layer).number or layer.casefold() in _OTHER_LAYERS
+        return BandFile(granule.granule, layer, granule.sensor, season_of(granule.date), True) if known else None
+    stem = PurePath(path).stem
+    match = _APPEEARS.match(stem)
+    if match is not None:
+        scene = stem[: match.start("layer")] + stem[match.end("layer") + 1 :]
+        return BandFile(scene, match["layer"], band_names.sensor_in(stem), season_of(match["date"]), True)
+    scene, found = band_names.split(stem)
+    told = [one for one in found if one.number] or found
+    if len(told) != 1 or told[0].text is None:
+        return None
+    return BandFile(scene, told[0].text, band_names.sensor_in(scene), "", False)
+
+
+def season_of(date: str) -> str:
+    """A year and day of the year (`2020183`) as a half-open interval `2020-07-01/2020-07-02`; "" where it is none."""
+    try:
+        day = datetime.strptime(date, "%Y%j")
+    except ValueError:
+        return ""
+    return f"{day:%Y-%m-%d}/{day + timedelta(days=1):%Y-%m-%d}"
+
+
 def find_inputs(spec: str | os.PathLike[str]) -> list[InputItem]:
     """The images that a path stands for.
 
     Args:
         spec: a raster file (VRTs too), a folder (with all below it), a pattern (`*`, `**`), an `http(s)://`, `s3://` or
-            `gs://` URL, or a path of GDAL's own (`/vsi...`). The single-band files of one HLS granule are one image.
-            Hidden files, maps (`*_agbd.tif`) and, in folders, anything but .tif, .tiff and .vrt are passed over.
+            `gs://` URL, or a path of GDAL's own (`/vsi...`). The single-band files of one HLS granule are one image,
+            and so are other files of one folder whose names differ by the band alone and name all six; layers beside
+            them (Fmask, QA ...) are passed over, and so are hidden files, maps (`*_agbd.tif`) and, in folders, anything
+            but .tif, .tiff and .vrt.
 
     Returns:
         InputItems sorted by output name.
@@ -152,18 +214,52 @@ def _matching(pattern: str) -> list[InputItem]:
 
 
 def _grouped(paths: Iterable[Path], base: Path) -> list[InputItem]:
-    """One item for each file, one for each granule's single-band files."""
-    items = []
-    granules: dict[Path, list[str]] = {}
+    """One item for each file, one for the single-band files of an image."""
+    single: list[Path] = []
+    scenes: dict[tuple[Path, str], dict[Path, BandFile]] = {}
     for path in paths:
-        name = granule_name(path.name)
-        if name is not None and name.layer is not None and re.fullmatch(r"B\d[\dA]", name.layer):
-            granules.setdefault(path.parent / name.granule, []).append(str(path))
-        elif name is None or (name.layer or "").casefold() not in _OTHER_LAYERS:
+        file = band_file(path.name)
+        if file is None:
+            single.append(path)
+        elif not (file.known and file.layer.casefold() in _OTHER_LAYERS):
+            # AppEEARS's users sort its files into a folder a band
+            of_band = file.known and path.parent.name.casefold() == file.layer.casefold()
+            folder = path.parent.parent if of_band else path.parent
+            scenes.setdefault((folder, file.scene), {})[path] = file
+    items = []
+    whole = {}
+    for key, files in scenes.items():
+        if _one_image(files):
+            whole[key] = files
+        else:
+            single += files
+    for (folder, scene), files in whole.items():
+        relative = Path(folder, scene).relative_to(base) if scene or folder != base else PurePath(folder.name)
+        items.append(InputItem(str(Path(folder, scene)), tuple(sorted(map(str, files))), PurePath(relative)))
+    for path in single:
+        if not any(path.parent == folder and _is_beside(path.stem, scene) for folder, scene in whole):
             items.append(InputItem(str(path), (str(path),), path.relative_to(base).with_suffix("")))
-    for granule, files in granules.items():
-        items.append(InputItem(str(granule), tuple(sorted(files)), PurePath(granule.relative_to(base))))
     return items
+
+
+def _one_image(files: dict[Path, BandFile]) -> bool:
+    """Whether files whose names differ by the band are the bands of one image."""
+    if any(file.known for file in files.values()):
+        return True
+    if not bands.tells_all([file.layer for file in files.values()]):
+        return False
+    try:
+        with open_quietly(str(next(iter(files)))) as dataset:  # `site_B2.tif` may be an image of six bands
+            return bool(dataset.count == 1)
+    except RasterioIOError:
+        return True  # whoever opens the image says what is wrong with it
+
+
+def _is_beside(stem: str, scene: str) -> bool:
+    """Whether a name is that of a layer beside the bands of a scene, as `SCENE_QA_PIXEL` is."""
+    words, of_scene = re.findall(r"[A-Za-z0-9]+", stem), re.findall(r"[A-Za-z0-9]+", scene)
+    others = [word for word in words if word not in of_scene]
+    return set(of_scene) <= set(words) and bool(others) and others[0].casefold() in _OTHER_WORDS
 
 
 def _without_clashes(items: list[InputItem]) -> list[InputItem]:
