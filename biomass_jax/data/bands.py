@@ -160,6 +160,7 @@ def resolve(
         raise BandError(f"unknown band name {', '.join(unknown)}; known names: {', '.join(BAND_NAMES)}")
     where = f"{path}: " if path else ""
     found = f"it has {len(descriptions)} band{'s' * (len(descriptions) != 1)}: {_show(descriptions)}"
+    _check_single(descriptions, wanted, where)
     bands, sensor = _read(descriptions, long_names, sensor, where, found)
     names = [one.name for one in bands]
     if requested is not None:
@@ -172,12 +173,6 @@ def resolve(
             "give one entry for each band, None for an unused one"
         )
     numbers = [one.number for one in bands]
-    if len(descriptions) == 1 and len(wanted) > 1:
-        raise BandError(
-            f"{where}a single band, {len(wanted)} are wanted ({', '.join(wanted)}). Files of one band each make one "
-            "image where they lie in one folder and are named alike but for the band (x_B02.tif ..., x_blue.tif ...): "
-            "give that folder, or stack them into one file"
-        )
     if requested is not None or set(names) >= set(wanted) or (any(names) and not any(numbers)):
         indexes = _find(names, wanted, wanted, where, found)
     else:
@@ -207,6 +202,16 @@ def tells_all(texts: Sequence[str]) -> bool:
 def sensor_of(text: str) -> str | None:
     """`L30`, `S30`, `TM` or some (`L30+S30`) named in a tag's text (`OLI_TIRS; OLI_TIRS`, `Sentinel-2A`); else None."""
     return "+".join(sensor for sensor, words in _SENSOR_WORDS.items() if words.search(text.upper())) or None
+
+
+def _check_single(descriptions: Sequence[str | None], wanted: Sequence[str], where: str) -> None:
+    """BandError for a file of one band where several are wanted."""
+    if len(descriptions) == 1 and len(wanted) > 1:
+        raise BandError(
+            f"{where}a single band, {len(wanted)} are wanted ({', '.join(wanted)}). Files of one band each make one "
+            "image where they lie in one folder and are named alike but for the band (x_B02.tif ..., x_blue.tif ...): "
+            "give that folder, or stack them into one file"
+        )
 
 
 def _read(
@@ -264,7 +269,7 @@ def _with_nir(
         if one.name != ANY_NIR or one.number == "B08":
             continue
         others = set(wanted) - {"NIR_NARROW"} <= set(names)  # else what is missing is said first
-        if others and sensor not in ("L30", TM) and one.number not in ("B05", "B8A"):
+        if others and sensor not in ("L30", TM) and one.number not in ("B8A", "B05"):
             answer = [*names[:index], "NIR_NARROW", *names[index + 1 :]]
             raise BandError(
                 f"{where}band {index + 1}, {one.text!r}, {_WHICH_NIR}; {found}. If it is the narrow one, say so: "
