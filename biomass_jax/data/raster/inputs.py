@@ -10,6 +10,7 @@ from datetime import datetime, timedelta
 from pathlib import Path, PurePath
 from urllib.parse import urlsplit
 
+from rasterio.enums import ColorInterp
 from rasterio.errors import RasterioIOError
 
 from biomass_jax.data import band_names, bands
@@ -250,7 +251,7 @@ def _one_image(files: dict[Path, BandFile]) -> bool:
         return False
     try:
         with open_quietly(str(next(iter(files)))) as dataset:  # `site_B2.tif` may be an image of six bands
-            return bool(dataset.count == 1)
+            return dataset.count - (ColorInterp.alpha in dataset.colorinterp) == 1
     except RasterioIOError:
         return True  # whoever opens the image says what is wrong with it
 
