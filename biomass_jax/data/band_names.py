@@ -41,6 +41,12 @@ _STATISTICS = re.compile(
     r"qa|qc|mask|cloud\w*|min|max|range|index|z?score",
     re.IGNORECASE,
 )
+# Sensors whose bands have other numbers (of MODIS, b01 is red), and words that their products have around them.
+_OTHER_SENSORS = re.compile(
+    r"sur|refl\w*|nadir\w*|modis|m[oy]d\d+\w*|mcd\d+\w*|viirs|vnp\d+\w*|vj\d+\w*|aster|ast|vnir|prisma|enmap|planet\w*|"
+    r"rapideye|spot\d?|worldview\d?|wv\d+|olci|s3[ab]|sentinel3\w*",
+    re.IGNORECASE,
+)
 # Tags that name a band, and tags of a file that list its bands
 _BAND_TAGS = ("longname", "bandname", "description", "name", "commonname")
 _LIST_TAGS = ("longname", "bandnames", "bandname", "bands", "names", "banddescriptions", "descriptions", "description")
@@ -137,6 +143,8 @@ def split(text: str) -> tuple[str, list[Called]]:
         else:
             rest.append(tokens[at])
             at += 1
+    if any(one.number for one in spans) and any(_OTHER_SENSORS.fullmatch(token[0]) for token in rest):
+        return text, []
     joined = ""
     for before, token in zip([None, *rest], rest, strict=False):
         joined += f"{text[before.end()]}{token[0]}" if before else token[0]

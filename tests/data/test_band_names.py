@@ -91,6 +91,8 @@ def test_words_around_the_names_are_left_out(around, sensor):
 def test_words_that_differ_or_tell_of_no_reflectance_leave_nothing():
     assert names([f"{i}_{name}" for i, name in enumerate(COMMON)]) == [None] * 6
     assert names([f"{name}_stdDev" for name in COMMON]) == [None] * 6
+    for product in ("sur_refl_b0{}", "Nadir_Reflectance_Band{}", "MOD09GA.b0{}"):  # of MODIS, b01 is red
+        assert numbers([product.format(number) for number in range(1, 8)]) == [None] * 7
     assert numbers([f"blue_ridge_B0{i}" for i in range(2, 8)]) == [f"B0{i}" for i in range(2, 8)]
     assert names([f"blue_ridge_B0{i}" for i in range(2, 8)]) == [None] * 6
 

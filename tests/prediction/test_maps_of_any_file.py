@@ -89,7 +89,7 @@ def draw(rng: np.random.Generator, folder: Path) -> Drawn:
     finer = one([1, 1, 1, 3]) if place == "north" else 1
     if finer > 1:
         stored, hidden = (np.repeat(np.repeat(a, finer, 0), finer, 1) for a in (stored, hidden))
-        transform = transform * Affine.scale(1 / finer)
+        transform = Affine(30 / finer, 0, transform.c, 0, -30 / finer, transform.f)
         drawn.options["resample"] = 30
         drawn.refusals.append(("resample", "pixels are 10 x 10 m .* resample=30"))
 
@@ -227,7 +227,7 @@ def check(predictor: Predictor, seed: int, folder: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
-@pytest.mark.parametrize("seed", range(36))
+@pytest.mark.parametrize("seed", range(30))
 def test_a_map_is_that_of_the_image_however_the_file_holds_it(predictor, tmp_path, seed):
     check(predictor, seed, tmp_path)
 

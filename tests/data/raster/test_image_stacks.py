@@ -127,6 +127,9 @@ def test_single_band_files_that_are_no_image(tmp_path, numbers, write):
         write(tmp_path / "known" / f"HLSL30.020_{name}_doy2020183_aid0001.tif", numbers((1, 7, 5)))
     with pytest.raises(RasterError, match=r"aid0001: bands of L30: B07 \(SWIR_2\) not found; it has 5 bands"):
         open_image(tmp_path / "known")
+    for number in range(1, 8):  # of MODIS, whose b01 is red
+        write(tmp_path / "modis" / f"MOD09A1.061_sur_refl_b0{number}_doy2020177_aid0001.tif", numbers((1, 7, 5)))
+    assert len(find_inputs(tmp_path / "modis")) == 7
     for number in range(2, 8):  # plots called B2 to B7, each an image
         write(tmp_path / "plots" / f"site_B{number}.tif", numbers((6, 7, 5)), names=COMMON)
     assert [str(item.relative) for item in find_inputs(tmp_path / "plots")] == [f"site_B{i}" for i in range(2, 8)]
