@@ -103,6 +103,20 @@ def draw(rng: np.random.Generator, folder: Path) -> Drawn:
         drawn.options["encoding"] = "from_file"
         drawn.refusals.append(("encoding", "has scale .* encoding='from_file'"))
 
+    told_pair = SCALES[encoding] if told != "no" else None
+    where = {"crs": crs, "transform": transform, "dtype": dtype.name}
+    return _lay_out(
+        rng, drawn, stored, tags, hidden, where, {"told": told_pair, "in_tags": told == "tags"}, layout, names
+    )
+
+
+def _lay_out(rng, drawn, stored, tags, hidden, where, how, layout, names) -> Drawn:
+    """Write the file in an order and layout, its bands called as `names` says."""
+    folder = drawn.path.parent
+
+    def one(choices):
+        return choices[int(rng.integers(len(choices)))]
+
     order = [int(i) for i in rng.permutation(6)]
     labels: list[str | None] = [NAMES[names][i] for i in order]
     listed: list[str | None] = [BAND_NAMES[i] for i in order]
@@ -116,16 +130,12 @@ def draw(rng: np.random.Generator, folder: Path) -> Drawn:
         "driver": "GTiff",
         "height": stored.shape[0],
         "width": stored.shape[1],
-        "dtype": dtype.name,
-        "crs": crs,
-        "transform": transform,
         "interleave": one(["pixel", "band"]),
         "compress": one([None, "deflate", "lzw"]),
         **one([{}, {"tiled": True, "blockxsize": 32, "blockysize": 16}]),
+        **where,
     }
-    how = {
-        "told": SCALES[encoding] if told != "no" else None,
-        "in_tags": told == "tags",
+    how |= {
         "name_in": one(["description", "description", "band", "file", "around"]),
         "mask": one(["internal", "side-car", "alpha"]) if hidden.any() else None,
         "sensor": {"S30": "S30", "L30": "OLI_TIRS"}.get(names) if rng.random() < 0.5 else None,
