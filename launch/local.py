@@ -21,6 +21,7 @@ import threading
 import time
 
 from biomass_jax.errors import STOPPED, UsageError
+from biomass_jax.runtime.system import end_group
 
 GRACE = 10.0  # seconds that the others have from SIGTERM to SIGKILL once a process has failed
 GRACE_STOPPED = 60.0  # and once one has stopped as it was told: they may still be saving
@@ -111,7 +112,7 @@ class Group:
             )
             self._processes.append(process)
         if self._signals:  # came while they were being started
-            self.send(signal.SIGTERM)
+            self.send()
         for number in range(count):  # no threads before: they and preexec_fn don't go together
             self._printers.append(threading.Thread(target=self._print, args=(number,), daemon=True))
             self._printers[-1].start()
@@ -133,13 +134,13 @@ class Group:
     def hand_on(self, *_: object) -> None:
         """SIGTERM to all; SIGKILL the second time."""
         self._signals += 1
-        self.send(signal.SIGTERM if self._signals == 1 else signal.SIGKILL)
+        self.send(at_once=self._signals > 1)
 
-    def send(self, number: signal.Signals) -> None:
-        """A signal to every process that still runs, and to what it has started."""
+    def send(self, *, at_once: bool = False) -> None:
+        """SIGTERM, or SIGKILL, to every process that still runs, and to what it has started."""
         for process in self._processes:
             if process.poll() is None:
-                os.killpg(process.pid, number)
+                end_group(process, at_once=at_once)
 
     def wait(self) -> int:
         """Exit code of the whole: of the first process that didn't end with 0; the rest is ended then."""
@@ -148,7 +149,7 @@ class Group:
             try:
                 number = self._ended.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
             except queue.Empty:
-                self.send(signal.SIGKILL)
+                self.send(at_once=True)
                 deadline = None
                 continue
             left -= 1
@@ -158,7 +159,7 @@ class Group:
             code = ended if ended > 0 else 128 - ended
             rest = f"; ending the other {left}" if left else ""
             say(f"process {number} of {len(self._processes)} {how_it_ended(ended)}{rest}")
-            self.send(signal.SIGTERM)
+            self.send()
             deadline = time.monotonic() + (GRACE_STOPPED if ended == STOPPED else GRACE)
         for printer in self._printers:
             printer.join(2.0)  # a grandchild may hold the pipe open

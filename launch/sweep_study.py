@@ -6,7 +6,6 @@ has somebody: the kernel lets go of them when a process dies, however it dies. O
 needs minutes to notice, and gives the trial that it revives another number.
 """
 
-import fcntl
 import json
 import logging
 import os
@@ -29,6 +28,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from biomass_jax.errors import SweepError
 from biomass_jax.runtime.files import replacing
 from biomass_jax.runtime.settings import changed_fields, known_fields
+from biomass_jax.runtime.system import lock
 
 from .sweep_space import Space, grid
 
@@ -102,7 +102,7 @@ class Locks:
         """No other process of the sweep is inside this at the same time."""
         handle = os.open(self._folder / "study", os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            lock(handle, wait=True)
             yield
         finally:
             os.close(handle)
@@ -128,18 +128,16 @@ class Locks:
         handle = self._try(number, "run")
         if handle is not None:
             os.close(handle)
-        here = os.pread(owner, len(HOST) + 1, 0) == HOST
+        here = os.read(owner, len(HOST) + 1) == HOST  # just opened, so from its beginning
         os.close(owner)
         return handle is None and here
 
     def _try(self, number: int, kind: str) -> int | None:
         handle = os.open(self._folder / f"{number:04d}.{kind}", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            return None
-        return handle
+        if lock(handle):
+            return handle
+        os.close(handle)
+        return None
 
 
 class SharedStudy:

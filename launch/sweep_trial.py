@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from biomass_jax.runtime.system import end_group
+
 from .sweep_study import Claim
 
 LOG = "log.txt"
@@ -56,14 +58,16 @@ class TrialJob:
             log.write(f"== {time.strftime('%Y-%m-%d %H:%M:%S')} $ {shlex.join(command)}\n".encode())
             log.flush()
             self._began = log.tell()
+            posix = os.name == "posix"  # elsewhere no program becomes another, nor is given open files
+            before = [sys.executable, "-I", "-S", str(CHILD), str(os.getpid())] if posix else []
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(CHILD), str(os.getpid()), *command],
+                [*before, *command],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,  # Ctrl-C is for the sweep, which then asks its trials to save
-                pass_fds=(self._lock.handle,),
+                pass_fds=(self._lock.handle,) if posix else (),
             )
         self._told = None
 
@@ -82,7 +86,7 @@ class TrialJob:
     def kill(self) -> None:
         """End it and whatever it started, now."""
         if self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            end_group(self._process, at_once=True)
 
     def losses(self) -> dict[int, float]:
         """Validation losses by epoch that weren't there the last time; NaN for one that isn't finite."""

@@ -15,6 +15,8 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 
+from biomass_jax.runtime.system import cores
+
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
@@ -29,8 +31,7 @@ IMAGES_A_CORE = 2
 
 def images_at_once() -> int:
     """Images that a CPU predicts at a time, by the cores that this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return IMAGES_A_CORE * cores
+    return IMAGES_A_CORE * cores()
 
 
 def give_back_memory() -> None:

@@ -11,6 +11,7 @@ from os import PathLike
 from pathlib import Path
 
 from biomass_jax.errors import UsageError
+from biomass_jax.runtime import system
 
 # One slash, too: that is what a Path makes of gs://.
 BUCKET = re.compile(r"^(?P<scheme>[a-z][a-z0-9+.-]+):/+(?P<bucket>[^/]*)/?(?P<rest>.*)$", re.IGNORECASE | re.DOTALL)
@@ -66,8 +67,7 @@ def replacing(path: str | PathLike[str], suffix: str = "") -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.partial{suffix}")
     try:
         yield partial
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
+        system.flush(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -22,6 +22,7 @@ from biomass_jax.data.bands import BAND_NAMES, FILL
 from biomass_jax.data.raster.cog import write_cog
 from biomass_jax.errors import PrepError
 from biomass_jax.runtime.settings import add_options, options_of
+from biomass_jax.runtime.system import cores
 from data_prep.commands import command, refuse_beside_prepare
 from data_prep.hls import composite_sums as sums
 from data_prep.hls.granules import Scene, find_scenes, open_scene, parse_granule_name
@@ -114,7 +115,7 @@ def composite(
     settings = CompositeSettings(tuple(sensors), statistic, min_clear, drop_water, drop_high_aerosol)
     _check_settings(settings)
     selection = select(scene_folders, season=season, sensors=sensors, tile=tile)
-    threads = threads or min(len(os.sched_getaffinity(0)), MOST_THREADS)
+    threads = threads or min(cores(), MOST_THREADS)
     scenes, duplicates = _opened(selection.folders, threads)
     plan = sums.CompositePlan(scenes, settings, threads)
     counts = sums.Counts(scenes)

@@ -5,7 +5,6 @@ finished and unchanged is kept; a run may be ended at any moment and started aga
 """
 
 import argparse
-import os
 import runpy
 import signal
 import sys
@@ -18,6 +17,7 @@ from typing import Any, NoReturn
 from biomass_jax.errors import STOPPED, PrepError, Stopped
 from biomass_jax.runtime.lock import one_writer
 from biomass_jax.runtime.settings import add_options, check, config_option, overrides
+from biomass_jax.runtime.system import cores
 from data_prep.commands import command
 from data_prep.prepare.chain import prepare
 from data_prep.prepare.runner import open_executor
@@ -108,8 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = read_config(chosen, [*overrides(args, Prepare), *changes])
     if args.workers < 1:
         raise PrepError(f"--workers {args.workers}: expected 1 or more")
-    cores = len(os.sched_getaffinity(0))
-    threads = None if args.scheduler else max(1, cores // args.workers)
+    threads = None if args.scheduler else max(1, cores() // args.workers)
     began = time.monotonic()
     with _sigterm_stops():
         try:

@@ -25,6 +25,7 @@ from rasterio.windows import Window
 from biomass_jax.data.raster.grid import Grid, open_quietly, raster_errors
 from biomass_jax.data.raster.tiff import verify_blocks
 from biomass_jax.errors import RasterError
+from biomass_jax.runtime import system
 
 SIDE_CARS = (".aux.xml", ".msk", ".ovr")  # what GDAL would read beside a raster
 _FULL = "is the disk full, or a limit on file sizes set (ulimit -f)?"
@@ -307,16 +308,11 @@ class CogWriter:
 
     def _publish(self) -> None:
         try:
-            with open(self._cog, "rb") as file:
-                os.fsync(file.fileno())
+            system.flush(self._cog)
             for ending in SIDE_CARS:  # they were about the raster that this one replaces
                 self.path.with_name(self.path.name + ending).unlink(missing_ok=True)
             os.replace(self._cog, self.path)
-            folder = os.open(self.path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            system.flush_folder(self.path.parent)
         except OSError as error:
             raise RasterError(f"{self.path}: can't put the raster in its place: {error.strerror or error}") from error
 
