@@ -52,10 +52,12 @@ LAYERS: tuple[set[str], ...] = (
 BESIDE = {("tasks", "pipeline"), ("data", "figures"), ("cli", "main")}  # of one line, and one may know the other
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 FREE_OF_JAX = ("biomass_jax/errors", "biomass_jax/data/", "biomass_jax/figures/")
-FREE_OF_JAX += tuple(f"biomass_jax/runtime/{name}" for name in ("files", "lock", "progress", "settings", "system"))
+FREE_OF_JAX += tuple(
+    f"biomass_jax/runtime/{name}" for name in ("content", "files", "lock", "progress", "settings", "system")
+)
 FREE_OF_JAX += ("data_prep/",)
 FOR_DATA_PREP = ("errors", "data", "figures") + tuple(
-    f"runtime.{name}" for name in ("files", "lock", "progress", "settings", "system")
+    f"runtime.{name}" for name in ("content", "files", "lock", "progress", "settings", "system")
 )
 JAX_FAMILY = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
 NEVER = {"tensorflow", "clu"}

@@ -15,7 +15,15 @@ from urllib.parse import urlsplit
 
 from biomass_jax.errors import PrepError
 from data_prep.archive.fetch import WORKERS, AccessError, OpenUrl, Response, Wanted, fetch_all
-from data_prep.archive.search import Area, read_area, search_archive, search_gedi, search_hls
+from data_prep.archive.search import (
+    GEDI_COVERAGE,
+    Area,
+    earthaccess_library,
+    read_area,
+    search_archive,
+    search_gedi,
+    search_hls,
+)
 from data_prep.commands import command, refuse_beside_prepare
 from data_prep.hls.granules import needed_layers, parse_granule_name
 from data_prep.places import check_box
@@ -105,7 +113,7 @@ def log_in() -> OpenUrl:
     Raises:
         AccessError: nothing there, or it is refused; the message gives the steps.
     """
-    import earthaccess  # slow to import, and only needed here
+    earthaccess = earthaccess_library()
     from earthaccess.exceptions import LoginAttemptFailure, LoginStrategyUnavailable
 
     reasons = []
@@ -223,9 +231,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         plan = plan_gedi(search_gedi(area, season.widened(args.label_years), search=search_archive), args.out)
     print("\n".join(plan.lines()))
     if not plan.granules and not plan.incomplete:
-        raise PrepError(
-            f"no {args.product} granules found for {season.text}; check the place, the dates and the limits"
-        )
+        advice = GEDI_COVERAGE if args.product == "gedi" else "check the place and the dates"
+        if plan.left_out:
+            name, why = min(plan.left_out.items())
+            advice = f"{len(plan.left_out)} were left out, first {name}: {why}"
+        raise PrepError(f"no {args.product} granules found for {season.text}; {advice}")
     if args.dry_run:
         return 0
     refuse_beside_prepare(args.out)

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from biomass_jax.data.raster.cog import check_space
 from biomass_jax.data.raster.tiff import verify_blocks
 from biomass_jax.errors import PrepError, RasterError
+from biomass_jax.runtime import content
 
 ATTEMPTS = 5
 PAUSE = 2.0  # seconds before the second attempt; doubles with each
@@ -184,6 +185,9 @@ def fault(path: Path, *, like: Path | None = None) -> str | None:
     elif suffix == ".h5":
         import h5py  # only needed for orbits
 
+        meaning = content.mistaken(path, *content.HDF5)
+        if meaning is not None:
+            return f"{path}: not an HDF5 file, it is {meaning}"
         try:
             with h5py.File(path, "r") as file:
                 list(file)
@@ -224,6 +228,11 @@ def _finish(part: Path, known: Path, wanted: Wanted, expected: int | None) -> No
     got = part.stat().st_size
     if expected is not None and got < expected:
         raise _Again(f"the connection ended after {got:,} of {expected:,} bytes")
+    with part.open("rb") as file:
+        begins = file.read(content.HEAD)
+    if content.is_page(begins):
+        _drop(part, known)
+        raise AccessError(f"{wanted.url}: {content.what_is(begins)}")
     problem = f"wrong size: {got:,} bytes, expected {expected:,}" if expected not in (None, got) else None
     problem = problem or fault(part, like=wanted.path)
     if problem:
@@ -251,7 +260,7 @@ def _begin(
         raise _Again("the part that was there is no part of the file")
     if status not in (200, 206):
         raise PrepError(f"{wanted.path}: the server answers {status} for {wanted.url}")
-    if str(headers.get("Content-Type", "")).startswith("text/html"):
+    if "html" in str(headers.get("Content-Type", "")).lower():
         raise AccessError(f"{wanted.url}: a web page came instead of the file")
     length = str(headers.get("Content-Length", ""))
     total = int(length) if length.isdigit() else None
@@ -266,11 +275,23 @@ def _begin(
         _drop(part, known)
         raise _Again("the file has changed on the server since its first part came")
     if wanted.size is not None and total not in (None, wanted.size):
-        raise _Again(f"wrong size: {total:,} bytes on the server, expected {wanted.size:,}")
+        raise _other_answer(response, wanted, f"wrong size: {total:,} bytes on the server, expected {wanted.size:,}")
     if status == 200:
         _drop(part, known)
         known.write_text(json.dumps(now), encoding="utf-8")
     return total
+
+
+def _other_answer(response: Response, wanted: Wanted, found: str) -> Exception:
+    """What to raise for an answer that isn't the file: its text tells more than its size."""
+    try:
+        begins = next(iter(response.iter_content(content.HEAD)), b"")
+    except OSError:  # the connection broke
+        begins = b""
+    meaning = content.what_is(begins)
+    if content.is_page(begins):
+        return AccessError(f"{wanted.url}: {meaning}")
+    return _Again(f"{found}; it is {meaning}" if meaning and content.is_text(begins) else found)
 
 
 def _receive(response: Response, part: Path, count: Callable[[int], None]) -> None:

@@ -15,6 +15,7 @@ from data_prep.season import Season
 
 HLS_PRODUCTS = {"L30": "HLSL30", "S30": "HLSS30"}
 GEDI_PRODUCT = "GEDI_L4A_AGB_Density_V2_1_2056"
+GEDI_COVERAGE = "GEDI measures from 51.6 S to 51.6 N, from 2019-04-18 to 2023-03-16 and again since April 2024"
 
 Search = Callable[..., Sequence[Mapping[str, Any]]]  # earthaccess.search_data, or recorded answers
 Ring = list[tuple[float, float]]
@@ -82,9 +83,20 @@ def search_gedi(area: Area, seasons: Sequence[Season], *, search: Search) -> lis
 
 def search_archive(**query: object) -> Sequence[Mapping[str, Any]]:
     """`earthaccess.search_data` for all answers there are."""
-    import earthaccess
+    return earthaccess_library().search_data(count=-1, **query)
 
-    return earthaccess.search_data(count=-1, **query)
+
+def earthaccess_library() -> Any:
+    """The library, which is slow to import and only needed where the archive is asked.
+
+    Raises:
+        PrepError: it isn't installed.
+    """
+    try:
+        import earthaccess
+    except ImportError as error:
+        raise PrepError(f"downloads need earthaccess: {error}; pip install 'biomass-jax[prep]'") from error
+    return earthaccess
 
 
 def read_area(path: str | os.PathLike[str]) -> Area:
@@ -94,7 +106,7 @@ def read_area(path: str | os.PathLike[str]) -> Area:
         PrepError: unreadable, or no polygon in it.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         rings = tuple(_counter_clockwise(ring) for ring in _rings(content))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise PrepError(f"{path}: can't be read as GeoJSON: {error}") from error
@@ -109,7 +121,9 @@ def read_area(path: str | os.PathLike[str]) -> Area:
     return Area(rings=rings)
 
 
-def _rings(geometry: Mapping[str, Any]) -> list[list]:
+def _rings(geometry: Mapping[str, Any] | None) -> list[list]:
+    if geometry is None:  # a feature that lies nowhere
+        return []
     kind = geometry["type"]
     if kind == "FeatureCollection":
         return [ring for feature in geometry["features"] for ring in _rings(feature)]

@@ -14,6 +14,7 @@ from data_prep.settings import Filters
 Table = dict[str, np.ndarray]
 EPOCH = date(2018, 1, 1)  # of delta_time; no leap second has been since, so UTC counts its seconds
 WRONG_RELEASE, WRONG_ALGORITHM = "002_01", 10  # agbd of this algorithm setting is wrong in this release
+BEYOND = 1e5  # Mg/ha that nothing reaches: the fill values of other libraries are greater
 DEFAULT = Filters()
 
 
@@ -51,7 +52,7 @@ def _all_steps(f: Filters, naming: int, release: str, seasons: Sequence[Season] 
     else:
         yield _equals("l4_quality_flag", "l4_quality_flag", 1) if f.l4_quality_flag else None
     # NaN compares false without a warning
-    yield Step("agbd_valid", ("agbd",), lambda t: np.isfinite(t["agbd"]) & (t["agbd"] >= 0)) if f.agbd_valid else None
+    yield Step("agbd_valid", ("agbd",), lambda t: (t["agbd"] >= 0) & (t["agbd"] < BEYOND)) if f.agbd_valid else None
     if f.degrade_tens or f.degrade_ones:
         yield _equals("degrade_flag", "degrade_include_flag", 1) if naming == 3 else _degrade(f)
     if f.algorithm_10 == "drop" or (f.algorithm_10 == "auto" and release == WRONG_RELEASE):
@@ -62,17 +63,23 @@ def _all_steps(f: Filters, naming: int, release: str, seasons: Sequence[Season] 
         yield Step("season", ("delta_time",), lambda t: inside(t["delta_time"], spans))
     if f.sensitivity_min is not None:
         least = np.float32(f.sensitivity_min)
-        yield Step("sensitivity_min", ("sensitivity",), lambda t: t["sensitivity"] >= least)
+        yield Step("sensitivity_min", ("sensitivity",), lambda t: (t["sensitivity"] >= least) & (t["sensitivity"] <= 1))
     if f.full_power_only:
         yield Step("full_power_only", (), lambda t: np.isin(t["beam"], FULL_POWER_BEAMS))
     if f.night_only:
-        yield Step("night_only", ("solar_elevation",), lambda t: t["solar_elevation"] < 0)
+        yield Step(
+            "night_only", ("solar_elevation",), lambda t: (t["solar_elevation"] < 0) & (t["solar_elevation"] >= -90)
+        )
     if f.max_relative_se is not None:
         most = float(f.max_relative_se)
-        yield Step("max_relative_se", ("agbd_se",), lambda t: (t["agbd"] > 0) & (t["agbd_se"] <= most * t["agbd"]))
+        yield Step("max_relative_se", ("agbd_se",), lambda t: _se_within(t["agbd"], t["agbd_se"], most))
     if f.max_agbd is not None:
         top = np.float32(f.max_agbd)
         yield Step("max_agbd", (), lambda t: t["agbd"] <= top)
+
+
+def _se_within(agbd: np.ndarray, se: np.ndarray, most: float) -> np.ndarray:
+    return (agbd > 0) & (se >= 0) & (se <= most * agbd)  # -9999 is no small error
 
 
 def _equals(name: str, field: str, value: int) -> Step:

@@ -11,7 +11,22 @@ COVERAGE_BEAMS = ("BEAM0000", "BEAM0001", "BEAM0010", "BEAM0011")
 FULL_POWER_BEAMS = ("BEAM0101", "BEAM0110", "BEAM1000", "BEAM1011")
 BEAMS = COVERAGE_BEAMS + FULL_POWER_BEAMS
 
+NO_VALUE = -9999  # stands in the product where a quantity has no value
+EXAMPLE = "GEDI04_A_2021150031254_O13948_03_T06447_02_002_01_V002.h5"
+
 _NAME = re.compile(r"GEDI04_A_\d{13}_O\d+_\d+_T\d+_\d+_(?P<pge>\d{3})_(?P<production>\d{2})_V(?P<version>\d{3})")
+_LEVEL = re.compile(r"GEDI(?:0|_?L)(\d)(?:_?([A-D])(?![A-Z]))?", re.IGNORECASE)
+# What they hold, and a dataset that beams of no other product have.
+OTHER_PRODUCTS = {
+    "L1A": ("waveforms", ""),
+    "L1B": ("waveforms", "rxwaveform"),
+    "L2A": ("elevations and heights", "rh"),
+    "L2B": ("canopy cover and its profile", "pai_z"),
+    "L3": ("gridded heights", ""),
+    "L4B": ("gridded biomass", ""),
+    "L4C": ("structural complexity", "wsci"),
+    "L4D": ("biomass imputed to a grid", ""),
+}
 
 
 class Field(NamedTuple):
@@ -63,10 +78,29 @@ class Product(NamedTuple):
 
 def product_of(name: str) -> Product | None:
     """Read a file's name (`GEDI04_A_2021150031254_O13948_03_T06447_02_002_01_V002_subsetted.h5`), None for others."""
-    match = _NAME.match(PurePath(name).name)
+    match = _NAME.search(PurePath(name).name)  # the archive's listings put the collection's name before it
     if match is None:
         return None
     return Product(match[0], f"{match['pge']}_{match['production']}", f"V{match['version']}")
+
+
+def other_product(*said: str, datasets: Container[str] = ()) -> str | None:
+    """Which product of GEDI a file is, and what to get instead; None for L4A, and where nothing tells.
+
+    Args:
+        said: names that it gives itself, or has, the most trustworthy first (`GEDI_L2A`, `GEDI02_A_2019108002011_...`).
+        datasets: those of a beam, which tell more than names.
+    """
+    levels = [level for level, (_, mark) in OTHER_PRODUCTS.items() if mark in datasets]
+    for match in filter(None, map(_LEVEL.search, said)):
+        levels.append(f"L{match[1]}{(match[2] or '').upper()}")
+    if not levels or levels[0] == "L4A":
+        return None
+    about = OTHER_PRODUCTS.get(levels[0], ("another product", ""))[0]
+    return (
+        f"a GEDI {levels[0]} file ({about}); expected L4A (above-ground biomass, GEDI04_A_...h5), which "
+        "`python -m data_prep download gedi` gets"
+    )
 
 
 def naming(datasets: Container[str]) -> int:

@@ -2,26 +2,49 @@
 
 import argparse
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import h5py
 import numpy as np
 
 from biomass_jax.errors import PrepError
+from biomass_jax.runtime import content
 from biomass_jax.runtime.settings import add_options, options_of
 from data_prep.commands import command, refuse_beside_prepare
 from data_prep.gedi.filters import DEFAULT, EPOCH, Step, Table, as_dict, steps
 from data_prep.gedi.footprints import write_footprints
-from data_prep.gedi.names import BEAMS, COLUMNS, FIELDS, Product, naming, product_of
+from data_prep.gedi.names import BEAMS, COLUMNS, EXAMPLE, FIELDS, NO_VALUE, Product, naming, other_product, product_of
 from data_prep.places import Box, check_box, grid_box, grid_centre, in_box, tile_grid
 from data_prep.season import Season, resolve_season
 from data_prep.settings import Filters
 
 _BLOCK = 2**14  # rows read at once of a dataset without chunks
+_LATEST = 100 * 365.25 * 86400.0  # seconds of delta_time: what is later is no time
+
+
+class Orbit(NamedTuple):
+    """What was read of one orbit.
+
+    Attributes:
+        footprints: columns (N,) sorted by shot_number: shot_number uint64, lon, lat float64 degrees, time
+            datetime64[us] UTC, beam, agbd, agbd_se float32 Mg/ha, sensitivity, l4_quality_flag, degrade_flag,
+            selected_algorithm, pft_class, leaf_off_flag, granule.
+        counts: shots left after each step, in order: `shots` (all), `placed` where any lacks a value that is
+            needed, as a place or a time, `box` where there is one, then each enabled filter.
+        product: what the granule's name tells.
+        skipped: beam -> why it can't be used.
+    """
+
+    footprints: dict[str, np.ndarray]
+    counts: dict[str, int]
+    product: Product
+    skipped: dict[str, str]
 
 
 def read_granule(
@@ -30,10 +53,12 @@ def read_granule(
     bbox: Box | None = None,
     season: Sequence[Season] | None = None,
     filters: Filters = DEFAULT,
-) -> tuple[dict[str, np.ndarray], dict[str, int], Product]:
+) -> Orbit:
     """Read the shots of one orbit that the filters leave.
 
-    With a box, coordinates are read first, and of everything else only the chunks that hold a shot inside it.
+    With a box, coordinates are read first, and of everything else only the chunks that hold a shot inside it. What is
+    left out is told by warnings (UserWarning): beams that lack something, shots without a number, place or time, a
+    filter that leaves nothing.
 
     Args:
         path: GEDI L4A file, version 2, 2.1 or 3.
@@ -41,27 +66,26 @@ def read_granule(
         season: shots inside any of them are kept; None for all times.
         filters: what is kept.
 
-    Returns:
-        Columns (N,) sorted by shot_number: shot_number uint64, lon, lat float64 degrees, time datetime64[us] UTC, beam,
-        agbd, agbd_se float32 Mg/ha, sensitivity, l4_quality_flag, degrade_flag, selected_algorithm, pft_class,
-        leaf_off_flag, granule. And how many shots were left after each step, in order: `shots` (all), `box` where there
-        is one, then each enabled filter. A filter that leaves nothing is a warning (UserWarning). And what the
-        granule's name tells.
-
     Raises:
-        PrepError: not such a file, truncated, or without a dataset that is needed.
+        PrepError: not such a file, truncated or damaged, or without a beam that can be used.
     """
     path, box = Path(path), None if bbox is None else check_box(bbox)
     with _opened(path) as file:
+        groups, skipped = _beams(file, path)
         product = _product(file, path, filters)
-        found = _beams(file, path)
-        version = max(naming(beam) for beam in found.values())
+        version = max(map(naming, groups.values()), default=2)
         chain = steps(filters, naming=version, release=product.release, seasons=season)
-        fields = list(dict.fromkeys([*COLUMNS, *(field for step in chain for field in step.needs)]))
-        counts = {"shots": sum(len(beam["shot_number"]) for beam in found.values())}
-        table = _read_beams(found, fields, version, chain, box, path)
-    if box is not None:
-        counts["box"] = len(table["shot_number"])
+        beams: dict[str, _Beam] = {}
+        for name, group in groups.items():
+            try:
+                beams[name] = _read_beam(group, version, chain, box)
+            except _Unusable as why:
+                skipped[name] = str(why)
+    skipped = {name: skipped[name] for name in sorted(skipped)}
+    _tell_skipped(beams, skipped, path)
+    counts, table = _joined(beams, version, path)
+    if box is None:
+        del counts["box"]
     for step in chain:
         before = len(table["shot_number"])
         kept = step.keep(table)
@@ -74,7 +98,7 @@ def read_granule(
             f"{path.name}: max_relative_se removes low biomass, not bad shots, because agbd_se is nearly constant; "
             f"{counts['max_relative_se']} shots are left"
         )
-    return _footprints(table, product.granule, path), counts, product
+    return Orbit(_footprints(table, product.granule), counts, product, skipped)
 
 
 def convert_granule(
@@ -88,12 +112,12 @@ def convert_granule(
     """Write one orbit's footprints to `out/{granule}.parquet`, settings and counts in its schema's metadata.
 
     Returns:
-        The file, and `read_granule`'s counts.
+        The file, and the counts of `Orbit`.
 
     Raises:
         PrepError: as `read_granule` and `write_footprints`.
     """
-    footprints, counts, product = read_granule(path, bbox=bbox, season=season, filters=filters)
+    footprints, counts, product, skipped = read_granule(path, bbox=bbox, season=season, filters=filters)
     metadata = {
         "step": "gedi",
         "product": "GEDI_L4A",
@@ -102,6 +126,7 @@ def convert_granule(
         "version": product.version,
         "filters": as_dict(filters),
         "counts": [[name, count] for name, count in counts.items()],  # their order tells
+        "skipped_beams": skipped,
         "season": [one.text for one in season or ()],
         "box": None if bbox is None else list(check_box(bbox)),
     }
@@ -118,14 +143,30 @@ def find_granules(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
     for path in map(Path, paths):
         if not path.exists():
             raise PrepError(f"{path}: no such file or folder")
-        for file in sorted(path.rglob("*.h5")) if path.is_dir() else [path]:
+        for file in granules_below(path) if path.is_dir() else [path]:
             product = product_of(file.name)
             name = product.granule if product else file.stem
             if found.setdefault(name, file) != file:
                 raise PrepError(f"{file}: the same granule as {found[name]}; give one of them")
     if not found:
-        raise PrepError(f"no .h5 files in {', '.join(map(str, paths))}; expected GEDI L4A granules")
+        raise PrepError(no_granules(*map(Path, paths)))
     return [found[name] for name in sorted(found)]
+
+
+def granules_below(folder: Path) -> list[Path]:
+    """The .h5 files below a folder; hidden ones, such as macOS puts beside others (`._NAME`), aren't any."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".h5" and not path.name.startswith("."))
+
+
+def no_granules(*folders: Path) -> str:
+    """What to say of folders without granules."""
+    others = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
+    others.sort(key=lambda path: not content.unfinished(path))
+    found = ""
+    if others:
+        end = ", a download that has not ended" if content.unfinished(others[0]) else ""
+        found = f"; found {len(others)} other files, first {others[0].name}{end}"
+    return f"no .h5 files in {', '.join(map(str, folders))}{found}; expected GEDI L4A granules"
 
 
 @contextmanager
@@ -134,102 +175,155 @@ def _opened(path: Path) -> Iterator[h5py.File]:
     if not path.is_file():
         raise PrepError(f"{path}: no such file")
     try:
-        with h5py.File(path, "r") as file:
+        with open(path, "rb"):  # HDF5 would blame the content
+            pass
+        # A lock is of no use to a reader, and many file systems have none.
+        with h5py.File(path, "r", locking=False) as file:
             yield file
+    except PermissionError as error:
+        raise PrepError(f"{path}: can't be read: {error.strerror}") from error
     except (OSError, RuntimeError, KeyError) as error:
+        meaning = content.mistaken(path, *content.HDF5)
+        if meaning is not None:
+            raise PrepError(f"{path}: can't be read as HDF5, it is {other_product(path.name) or meaning}") from error
+        if re.search("filter .* registered|plugin", str(error)):
+            raise PrepError(
+                f"{path}: compressed in a way that this HDF5 library doesn't know: {error}; get NASA's own file, or "
+                "`pip install hdf5plugin` and set HDF5_PLUGIN_PATH to its folder of plugins"
+            ) from error
+        end = "; its name is that of a download that has not ended" if content.unfinished(path) else ""
         raise PrepError(
-            f"{path}: can't be read as HDF5, truncated or damaged ({path.stat().st_size:,} bytes); download it again: "
-            f"{error}"
+            f"{path}: can't be read as HDF5, truncated or damaged ({path.stat().st_size:,} bytes{end}); download it "
+            f"again: {error}"
         ) from error
 
 
 def _product(file: h5py.File, path: Path, filters: Filters) -> Product:
     """From the file's name, else from the name that its metadata hold."""
-    attributes = file["METADATA/DatasetIdentification"].attrs if "METADATA/DatasetIdentification" in file else {}
-    inside = attributes.get("fileName", "")
-    inside = inside.decode() if isinstance(inside, bytes) else str(inside)
+    inside = _attribute(file, "METADATA/DatasetIdentification", "fileName")
     product = product_of(path.name) or product_of(inside)
     if product is None and filters.algorithm_10 == "auto":
         raise PrepError(
             f"{path}: release unknown, neither its name nor METADATA/DatasetIdentification fileName ({inside!r}) is "
-            "like GEDI04_A_2021150031254_O13948_03_T06447_02_002_01_V002.h5; algorithm 10 is wrong in release 002_01: "
+            f"like {EXAMPLE}; algorithm 10 is wrong in release 002_01: "
             "give the file NASA's name, or set algorithm_10 to 'drop' or 'keep'"
         )
     return product or Product(path.stem, "", "")
 
 
-def _beams(file: h5py.File, path: Path) -> dict[str, h5py.Group]:
+def _attribute(file: h5py.File, group: str, name: str) -> str:
+    """An attribute as text, empty where there is none."""
+    found = file[group].attrs.get(name, "") if group in file else ""
+    found = found.reshape(-1)[0] if isinstance(found, np.ndarray) and found.size else found
+    return found.decode(errors="replace") if isinstance(found, bytes) else str(found)
+
+
+def _beams(file: h5py.File, path: Path) -> tuple[dict[str, h5py.Group], dict[str, str]]:
+    """The groups of beams, and {name: why it is none} of what only looks like one.
+
+    Raises:
+        PrepError: another product than L4A, or no beams.
+    """
+    names = [name for name in file if name.startswith("BEAM")]
     found = {name: file[name] for name in BEAMS if isinstance(file.get(name), h5py.Group)}
-    absent = [name for name in BEAMS if name not in found]
+    others = {name: f"{name} is no group of one of GEDI's eight beams" for name in names if name not in found}
+    datasets = {name for group in found.values() for name in group}
+    if "agbd" not in datasets:
+        said = [_attribute(file, "METADATA/DatasetIdentification", "shortName"), _attribute(file, "/", "short_name")]
+        other = other_product(*said, path.name, datasets=datasets)
+        if other is not None:
+            raise PrepError(f"{path}: {other}")
     if not found:
         raise PrepError(f"{path}: no beams; found {sorted(file)}, expected groups such as {BEAMS[-1]}")
+    absent = [name for name in BEAMS if name not in found and name not in others]
     if absent:
         _warn(f"{path.name}: beams absent: {', '.join(absent)}")
-    for name, beam in found.items():
-        if not isinstance(beam.get("shot_number"), h5py.Dataset):
-            raise PrepError(f"{path}: {name} has no dataset shot_number, which is needed")
+    return found, others
+
+
+class _Unusable(Exception):
+    """Why a beam can't be used; the orbit's other beams can."""
+
+
+class _Beam(NamedTuple):
+    """What was read of one beam."""
+
+    table: Table  # of the shots that lack nothing, in the box where there is one
+    shots: int  # all of them
+    placed: int  # less those that were dropped because they lack a value that is needed
+    absent: tuple[str, ...]  # fields without a dataset, which nothing needs
+
+
+def _read_beam(beam: h5py.Group, version: int, chain: list[Step], box: Box | None) -> _Beam:
+    """A beam's columns. _Unusable where something that is needed is absent, or isn't what it has to be."""
+    needed = {
+        field: f"filter {step.name} needs; get the whole granule, or turn that filter off"
+        for step in reversed(chain)
+        for field in step.needs
+    }
+    needed |= dict.fromkeys((field for field in COLUMNS if FIELDS[field].missing is None), "is needed")
+    found = {field: _dataset(beam, field, version) for field in dict.fromkeys([*COLUMNS, *needed])}
+    absent = tuple(field for field, dataset in found.items() if dataset is None)
+    for field in absent:
+        if field in needed:
+            raise _Unusable(f"{_name(beam)} has no dataset {FIELDS[field].datasets[version]}, which {needed[field]}")
+    datasets = {field: dataset for field, dataset in found.items() if dataset is not None}
+    shape = datasets["shot_number"].shape
+    for dataset in datasets.values():
+        if dataset.ndim != 1 or dataset.shape != shape:
+            raise _Unusable(f"{_name(dataset)} has shape {dataset.shape}, shot_number {shape}")
+    lon, lat = (_values(datasets[field], field, None)[0] for field in ("lon", "lat"))
+    placed = (np.abs(lon) <= 180) & (np.abs(lat) <= 90) & ((lon != 0) | (lat != 0))  # 0, 0 is HDF5's fill
+    rows = np.flatnonzero(placed if box is None else placed & in_box(lon, lat, box))
+    wanted = None if len(rows) == len(lon) else rows
+    table, whole = {"lon": lon[rows], "lat": lat[rows]}, np.ones(len(rows), bool)
+    for field in found:
+        if field in absent:
+            table[field] = np.full(len(rows), FIELDS[field].missing, FIELDS[field].dtype)
+        elif field not in table:
+            table[field], known = _values(datasets[field], field, wanted)
+            whole &= known | (field not in needed)
+    whole &= (table["shot_number"] > 0) & (table["delta_time"] > 0) & (table["delta_time"] < _LATEST)
+    table["beam"] = np.full(len(rows), _name(beam))
+    dropped = int((~placed).sum() + (~whole).sum())
+    return _Beam({name: values[whole] for name, values in table.items()}, len(lon), len(lon) - dropped, absent)
+
+
+def _dataset(beam: h5py.Group, field: str, version: int) -> h5py.Dataset | None:
+    inside = FIELDS[field].datasets[version]
+    found = beam.get(inside) if inside else None
+    if not isinstance(found, h5py.Dataset):
+        return None
+    try:
+        kind = found.dtype
+    except TypeError as error:  # HDF5 has types that NumPy hasn't
+        raise _Unusable(f"{_name(found)}: {error}, expected {FIELDS[field].dtype}") from error
+    wanted = "iu" if FIELDS[field].dtype.kind == "u" else "iuf"
+    if kind.kind not in wanted or (field == "shot_number" and kind.itemsize != 8):
+        raise _Unusable(f"{_name(found)} is {kind}, expected {FIELDS[field].dtype}")
     return found
 
 
-def _read_beams(
-    beams: dict[str, h5py.Group], fields: Sequence[str], version: int, chain: list[Step], box: Box | None, path: Path
-) -> Table:
-    """Columns over all beams, in the box where there is one."""
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in [*fields, "beam"]}
-    absent: dict[str, list[str]] = {}
-    for name, beam in beams.items():
-        rows = None if box is None else _rows_inside(beam, version, box, path)
-        count = len(beam["shot_number"]) if rows is None else len(rows)
-        for field in fields:
-            values = _read(beam, field, version, rows, path)
-            if values is None:
-                _check_dispensable(field, name, version, chain, path)
-                absent.setdefault(field, []).append(name)
-                values = np.full(count, FIELDS[field].missing, FIELDS[field].dtype)
-            parts[field].append(values)
-        parts["beam"].append(np.full(count, name))
-    for field, names in absent.items():
-        _warn(
-            f"{path.name}: no dataset {FIELDS[field].datasets[version]} in {', '.join(names)}: column {field} holds "
-            f"{FIELDS[field].missing} there"
-        )
-    return {name: np.concatenate(values) for name, values in parts.items()}
+def _name(node: h5py.Group | h5py.Dataset) -> str:
+    return str(node.name).strip("/")
 
 
-def _check_dispensable(field: str, beam: str, version: int, chain: list[Step], path: Path) -> None:
-    lacks = f"{path}: {beam} has no dataset {FIELDS[field].datasets[version]}, which"
-    if FIELDS[field].missing is None:
-        raise PrepError(f"{lacks} is needed")
-    for step in chain:
-        if field in step.needs:
-            raise PrepError(f"{lacks} filter {step.name} needs; get the whole granule, or turn that filter off")
-
-
-def _rows_inside(beam: h5py.Group, version: int, box: Box, path: Path) -> np.ndarray:
-    lon, lat = _read(beam, "lon", version, None, path), _read(beam, "lat", version, None, path)
-    if lon is None or lat is None:
-        raise PrepError(f"{path}: {beam.name.strip('/')} has no lon_lowestmode or lat_lowestmode, which are needed")
-    return np.flatnonzero(in_box(lon, lat, box))
-
-
-def _read(beam: h5py.Group, field: str, version: int, rows: np.ndarray | None, path: Path) -> np.ndarray | None:
-    """A field's values at the wanted rows (None: all), or None where the beam lacks it."""
+def _values(dataset: h5py.Dataset, field: str, rows: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """A field's values at the wanted rows (None: all), and which of them aren't -9999 where the type has no room."""
     spec = FIELDS[field]
-    path_inside = spec.datasets[version]
-    dataset = beam.get(path_inside) if path_inside else None
-    if not isinstance(dataset, h5py.Dataset):
-        return None
-    name = dataset.name.strip("/")
-    if dataset.shape != beam["shot_number"].shape or dataset.ndim != 1:
-        raise PrepError(f"{path}: {name} has shape {dataset.shape}, shot_number {beam['shot_number'].shape}")
-    wanted = "iu" if spec.dtype.kind == "u" else "iuf"
-    if dataset.dtype.kind not in wanted or (field == "shot_number" and dataset.dtype.itemsize != 8):
-        raise PrepError(f"{path}: {name} is {dataset.dtype}, expected {spec.dtype}")
-    stored = dataset[:] if rows is None else _read_rows(dataset, rows)
+    try:
+        stored = dataset[:] if rows is None else _read_rows(dataset, rows)
+    except OSError as error:
+        raise OSError(f"{_name(dataset)}: {error}") from error
     values = stored.astype(spec.dtype)
-    if spec.dtype.kind == "u" and (values != stored).any():
-        raise PrepError(f"{path}: {name} holds {stored[values != stored][0]}, which is no {spec.dtype}")
-    return values
+    known = np.ones(len(values), bool)
+    if spec.dtype.kind == "u" and dataset.dtype != spec.dtype:
+        known = stored != NO_VALUE
+        values[~known] = spec.missing or 0
+        odd = known & (values != stored)
+        if odd.any():
+            raise _Unusable(f"{_name(dataset)} holds {stored[odd][0]}, which is no {spec.dtype}")
+    return values, known
 
 
 def _read_rows(dataset: h5py.Dataset, rows: np.ndarray) -> np.ndarray:
@@ -243,22 +337,47 @@ def _read_rows(dataset: h5py.Dataset, rows: np.ndarray) -> np.ndarray:
     return values
 
 
-def _footprints(table: Table, granule: str, path: Path) -> dict[str, np.ndarray]:
+def _tell_skipped(beams: dict[str, _Beam], skipped: dict[str, str], path: Path) -> None:
+    """Warn of beams that can't be used. PrepError where no other has shots."""
+    if not skipped:
+        return
+    first, *others = skipped.values()
+    if not any(beam.shots for beam in beams.values()):
+        more = f"; {len(others)} more beams can't be used, and the others have no shots" if others else ""
+        raise PrepError(f"{path}: {first}{more}")
+    _warn(f"{path.name}: {len(skipped)} of {len(skipped) + len(beams)} beams skipped: {'; '.join(skipped.values())}")
+
+
+def _joined(beams: dict[str, _Beam], version: int, path: Path) -> tuple[dict[str, int], Table]:
+    """Counts and columns over all beams."""
+    counts = {"shots": sum(beam.shots for beam in beams.values())}
+    lost = {name: beam.shots - beam.placed for name, beam in beams.items() if beam.placed < beam.shots}
+    if lost:
+        counts["placed"] = counts["shots"] - sum(lost.values())
+        where = ", ".join(f"{count} of {beams[name].shots} in {name}" for name, count in lost.items())
+        said = f"shots without a value that is needed (number, place, time, what filters ask for): {where}"
+        if not counts["placed"]:
+            raise PrepError(f"{path}: no shot can be used; {said}")
+        _warn(f"{path.name}: dropped {said}")
+    tables = [beam.table for beam in beams.values()]
+    table = {name: np.concatenate([part[name] for part in tables]) for name in tables[0]}
+    counts["box"] = len(table["shot_number"])
+    for field in dict.fromkeys(field for beam in beams.values() for field in beam.absent):
+        lacking = ", ".join(name for name, beam in beams.items() if field in beam.absent)
+        _warn(
+            f"{path.name}: no dataset {FIELDS[field].datasets[version]} in {lacking}: column {field} holds "
+            f"{FIELDS[field].missing} there"
+        )
+    return counts, table
+
+
+def _footprints(table: Table, granule: str) -> dict[str, np.ndarray]:
     """The table's columns in their order, sorted by shot number."""
     order = np.argsort(table["shot_number"], kind="stable")
     table = {name: values[order] for name, values in table.items()}
-    lon, lat, seconds = table["lon"], table["lat"], table["delta_time"]
-    bad = ~((np.abs(lon) <= 180) & (np.abs(lat) <= 90) & np.isfinite(seconds))
-    if bad.any():
-        at = int(np.flatnonzero(bad)[0])
-        raise PrepError(
-            f"{path}: {int(bad.sum())} shots that the filters keep have no place or time, first shot_number "
-            f"{table['shot_number'][at]} with lon {lon[at]}, lat {lat[at]}, delta_time {seconds[at]}; keep the "
-            "algorithm_run_flag filter on"
-        )
     # rounded down, so that a time before a season's end stays before it
-    table["time"] = np.datetime64(EPOCH, "us") + np.floor(seconds * 1e6).astype("timedelta64[us]")
-    table["granule"] = np.full(len(lon), granule, object)
+    table["time"] = np.datetime64(EPOCH, "us") + np.floor(table["delta_time"] * 1e6).astype("timedelta64[us]")
+    table["granule"] = np.full(len(order), granule, object)
     names = ("shot_number", "lon", "lat", "time", "beam", *COLUMNS[4:], "granule")
     return {name: table[name] for name in names}
 

@@ -22,6 +22,7 @@ from biomass_jax.data.raster.grid import Grid, grid_of, open_quietly, raster_err
 from biomass_jax.data.raster.inputs import granule_name
 from biomass_jax.data.raster.tiff import verify_blocks
 from biomass_jax.errors import BandError, PrepError
+from biomass_jax.runtime.content import unfinished
 
 VERSION = "2.0"
 FMASK_FILL = 255
@@ -249,6 +250,11 @@ def _layer_paths(folder: Path, granule: Granule) -> tuple[Path, ...]:
         if not file.name.startswith(f"{granule.name}."):
             raise PrepError(f"{file}: doesn't belong into this folder; expected names that begin with {granule.name}")
         layers[file.name[len(granule.name) + 1 : -len(".tif")]] = file
+    begun = sorted(entry.name for entry in folder.iterdir() if unfinished(entry))
+    if begun and not set(needed_layers(granule.sensor)) <= set(layers):
+        raise PrepError(
+            f"{folder}: {begun[0]} is a download that has not ended; let it end, or download the granule again"
+        )
     _resolve([layer for layer in layers if layer.startswith("B")], granule, folder)
     if "Fmask" not in layers:
         raise PrepError(f"{folder}: no {granule.name}.Fmask.tif; found layers {', '.join(layers)}")

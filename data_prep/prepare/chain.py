@@ -12,13 +12,13 @@ from biomass_jax.data.biomes import read_polygons
 from biomass_jax.errors import PrepError
 from data_prep.archive.download import log_in, plan_gedi, plan_hls
 from data_prep.archive.fetch import fetch_all
-from data_prep.archive.search import Area, search_archive, search_gedi, search_hls
+from data_prep.archive.search import GEDI_COVERAGE, Area, search_archive, search_gedi, search_hls
 from data_prep.chips import index as chip_index
 from data_prep.chips.splits import as_metadata
 from data_prep.gedi.filters import as_dict
 from data_prep.gedi.labels import Composite, open_composite
-from data_prep.gedi.names import product_of
-from data_prep.gedi.orbits import find_granules
+from data_prep.gedi.names import EXAMPLE, other_product, product_of
+from data_prep.gedi.orbits import find_granules, granules_below, no_granules
 from data_prep.hls.composite import composite_path, select
 from data_prep.hls.granules import tile_grid_key
 from data_prep.places import Box, boxes_meet, check_box, grid_box
@@ -117,7 +117,8 @@ class Chain:
         filters = as_dict(Filters(**settings))
         seasons = self._shot_seasons()
         folder = Path(self.config["granules"]["gedi"] or self.out / "granules" / "gedi")
-        present = {} if not folder.is_dir() or not any(folder.rglob("*.h5")) else _by_name(find_granules([folder]))
+        files = find_granules([folder]) if folder.is_dir() and granules_below(folder) else []
+        present = self._orbits(files)
         gone = [name for name in self.state.names("gedi") if name not in present and self.state.discarded("gedi", name)]
         jobs = []
         for name in sorted([*present, *gone]):
@@ -126,9 +127,21 @@ class Chain:
             chosen = {"box": box and list(box), "seasons": seasons, "filters": filters}
             inputs = () if path is None else (path,)
             jobs.append(StepJob("gedi", name, steps.footprints_of_orbit, arguments, chosen, inputs, (dst,)))
-        if not jobs:
-            self.runner.fail("gedi", WHOLE, f"{folder}: no .h5 files; expected GEDI L4A granules")
+        if not jobs and not files:
+            self.runner.fail("gedi", WHOLE, no_granules(folder))
         self.runner.run("gedi", jobs, lambda result: _arrows(result["counts"]))
+
+    def _orbits(self, paths: Sequence[Path]) -> dict[str, Path]:
+        """Orbits by the name that their footprint tables will have; a file of another name fails alone."""
+        found = {}
+        for path in paths:
+            product = product_of(path.name)
+            if product is not None:
+                found[product.granule] = path
+                continue
+            meaning = other_product(path.name) or f"not a GEDI L4A granule's name; expected one like {EXAMPLE}"
+            self.runner.fail("gedi", path.stem, f"{path}: {meaning}")
+        return found
 
     def composites(self) -> None:
         """`composite` for each tile."""
@@ -292,20 +305,6 @@ def _season(config: Mapping[str, Any]) -> tuple[Season | None, int, Sequence[Seq
     return Season.parse(text), 0, table
 
 
-def _by_name(paths: Sequence[Path]) -> dict[str, Path]:
-    """Orbits by the name that their footprint tables will have."""
-    found = {}
-    for path in paths:
-        product = product_of(path.name)
-        if product is None:
-            raise PrepError(
-                f"{path}: not a GEDI L4A granule's name; expected one like "
-                "GEDI04_A_2021150031254_O13948_03_T06447_02_002_01_V002.h5"
-            )
-        found[product.granule] = path
-    return found
-
-
 def _table_box(path: Path) -> Box | None:
     """The box around a footprint table; None where it is empty."""
     metadata = pq.read_schema(path).metadata or {}
@@ -372,7 +371,10 @@ def download_tile(tile: str, settings: Mapping[str, Any], runner: Runner) -> dic
             name, why = min(plan.incomplete.items())
             raise PrepError(f"{len(plan.incomplete)} {what} can't be had, first {name}: {why}")
         if not plan.granules:
-            raise PrepError(f"the archive has no {what} of tile {tile} in {season.text} within these settings")
+            coverage = f"; {GEDI_COVERAGE}" if what == "orbits" else ""
+            raise PrepError(
+                f"the archive has no {what} of tile {tile} in {season.text} within these settings{coverage}"
+            )
     wanted = [*scenes.files, *(file for file in orbits.files if not _discarded(runner, file.path))]
     found = fetch_all(wanted, log_in, log=runner.log)
     if found.failed:

@@ -17,6 +17,7 @@ from biomass_jax.errors import PrepError, RasterError
 from data_prep.chips import cells
 from data_prep.chips import index as chip_index
 from data_prep.chips.splits import run
+from data_prep.gedi.footprints import read_settings
 from data_prep.gedi.labels import open_composite, write_labels
 from data_prep.gedi.orbits import Filters, convert_granule
 from data_prep.hls.composite import composite
@@ -36,8 +37,9 @@ def footprints_of_orbit(
 ) -> dict[str, Any]:
     """`gedi`: an orbit to `folder/{granule}.parquet`."""
     chosen = [Season.parse(text) for text in seasons] or None
-    _, counts = convert_granule(path, folder, bbox=box, season=chosen, filters=Filters(**filters))
-    return {"counts": [list(pair) for pair in counts.items()]}
+    table, counts = convert_granule(path, folder, bbox=box, season=chosen, filters=Filters(**filters))
+    skipped = read_settings(table)["skipped_beams"]
+    return {"counts": [list(pair) for pair in counts.items()], "skipped_beams": skipped}
 
 
 def composite_of_tile(

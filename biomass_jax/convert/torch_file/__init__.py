@@ -20,6 +20,7 @@ from typing import Any
 from biomass_jax.convert.torch_file import formats as torch_formats
 from biomass_jax.convert.torch_file.tensor import Inert, Malformed, MappedFile, Placeholder, TorchTensor
 from biomass_jax.errors import TorchFileError
+from biomass_jax.runtime.content import HEAD, what_is
 
 __all__ = ["Placeholder", "TorchFile", "TorchFileError", "TorchTensor", "flatten", "read"]
 
@@ -27,19 +28,6 @@ MAX_DEPTH = 200
 MAX_LEAVES = 1_000_000
 MAX_NAME_CHARS = 256 << 20  # all dotted keys together
 _EXPECTED = "expected a PyTorch file (.pt, .pth, .ckpt) or a .safetensors file"
-
-# What users save under a checkpoint's name by mistake: first bytes -> what it is and what to do.
-_MISTAKES: tuple[tuple[bytes, str], ...] = (
-    (b"version https://git-lfs", "a git-lfs pointer, not the file itself; run `git lfs pull`, or download the file"),
-    (b"<", "an HTML or XML page, not a checkpoint; download the raw file (a login may be needed)"),
-    (b"\x1f\x8b", "a gzip archive; unpack it first"),
-    (b"BZh", "a bzip2 archive; unpack it first"),
-    (b"\xfd7zXZ", "an xz archive; unpack it first"),
-    (b"7z\xbc\xaf", "a 7z archive; unpack it first"),
-    (b"\x89HDF", "an HDF5 file (Keras?)"),
-    (b"\x93NUMPY", "a NumPy array file"),
-    (b"GGUF", "a GGUF file"),
-)
 
 
 @dataclass(eq=False)
@@ -195,12 +183,10 @@ def _detect(mapped: MappedFile) -> tuple[str, torch_formats.Parser]:
         return "legacy", torch_formats.read_legacy
     if torch_formats.looks_safetensors(head):
         return "safetensors", torch_formats.read_safetensors
-    text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
-    for magic, meaning in _MISTAKES:
-        if text.startswith(magic):
-            raise Malformed(f"is {meaning}; {_EXPECTED}")
     if head[257:262] == b"ustar":
         raise Malformed(f"is a tar archive (torch before 0.1.10 wrote such); unpack or re-save it; {_EXPECTED}")
     if head[:1] == b"\x80":
         raise Malformed(f"is a plain pickle without torch's magic number; {_EXPECTED}")
+    if meaning := what_is(mapped.data[:HEAD]):
+        raise Malformed(f"is {meaning}; {_EXPECTED}")
     raise Malformed(f"begins with {head[:16]!r}, which is no known checkpoint format; {_EXPECTED}")

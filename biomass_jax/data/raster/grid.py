@@ -13,9 +13,10 @@ from affine import Affine
 from rasterio import warp
 from rasterio._err import CPLE_BaseError  # GDAL's own errors reach the caller as these; there is no public name
 from rasterio.crs import CRS
-from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.errors import NotGeoreferencedWarning, RasterioError, RasterioIOError
 
 from biomass_jax.errors import RasterError
+from biomass_jax.runtime.content import TIFF, mistaken
 
 CACHE_BYTES = 256 * 2**20  # GDAL's block cache; its default is a share of the machine's memory
 # What bears on results is set here, so that it is the same whatever the shell says: side-cars are looked for.
@@ -166,10 +167,21 @@ def raster_errors(name: str) -> Iterator[None]:
 
 
 def open_quietly(path: str, mode: str = "r", **options: object) -> Any:
-    """`rasterio.open` without its warning about a raster without a georeference, which the callers report."""
+    """`rasterio.open` without its warning about a raster without a georeference, which the callers report.
+
+    Raises:
+        RasterioIOError: GDAL can't open it.
+        RasterError: nor could anybody: a local file of another kind.
+    """
     with _OPENING, warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        return rasterio.open(path, mode, **options)
+        try:
+            return rasterio.open(path, mode, **options)
+        except RasterioIOError as error:
+            meaning = mistaken(path, *TIFF) if mode == "r" and "not recognized" in str(error) else None
+            if meaning is None:
+                raise
+            raise RasterError(f"{path}: not recognized as a raster, it is {meaning}") from error
 
 
 def grid_of(dataset: rasterio.DatasetReader) -> Grid:

@@ -6,6 +6,7 @@ from typing import BinaryIO
 import numpy as np
 
 from biomass_jax.errors import RasterError
+from biomass_jax.runtime.content import TIFF, mistaken
 
 _TYPES = {1: "u1", 3: "u2", 4: "u4", 13: "u4", 16: "u8", 18: "u8"}  # TIFF field types that can hold places and sizes
 _OFFSETS, _COUNTS = (324, 273), (325, 279)  # TileOffsets, StripOffsets; TileByteCounts, StripByteCounts
@@ -41,7 +42,7 @@ def is_tiff(path: str) -> bool:
     """Whether a local file begins as a TIFF does."""
     try:
         with open(path, "rb") as file:
-            return file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+            return file.read(4) in TIFF
     except OSError:
         return False
 
@@ -54,7 +55,7 @@ class _Tiff:
         head = file.read(16)
         self.order = {b"II": "<", b"MM": ">"}.get(head[:2], "")
         if not self.order or len(head) < 8:
-            raise RasterError(f"{path}: not a TIFF, it begins with {head[:4]!r}")
+            raise RasterError(f"{path}: not a TIFF, it is {mistaken(path, *TIFF) or 'cut off after its first bytes'}")
         version = int(np.frombuffer(head[2:4], self.order + "u2")[0])
         if version not in (42, 43) or (version == 43 and len(head) < 16):
             raise RasterError(f"{path}: not a TIFF, version {version}")

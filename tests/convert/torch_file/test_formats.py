@@ -268,7 +268,7 @@ def test_unknown_byteorder_is_refused(tmp_path):
     [
         (b"", "is empty"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git-lfs pointer.*git lfs pull"),
-        (b"\n<!DOCTYPE html><html>sign in</html>", "HTML or XML page"),
+        (b"\n<!DOCTYPE html><html>sign in</html>", "HTML page"),
         (b"\x1f\x8b\x08" + bytes(40), "gzip"),
         (b"\x89HDF\r\n\x1a\n", "HDF5"),
         (b"\x80\x04}.", "plain pickle"),
