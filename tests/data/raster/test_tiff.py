@@ -82,6 +82,26 @@ def test_what_is_no_raster(tmp_path, content):
         verify_blocks(path)
 
 
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"<!DOCTYPE html><html><title>Earthdata Login</title>", "an HTML page .*Earthdata Login.*log in"),
+        (b"<Error><Code>AccessDenied</Code></Error>", "XML text that says 'AccessDenied'"),
+        (b'{"message": "Unauthorized"}', "JSON text that says 'Unauthorized'"),
+        (b"", "an empty file"),
+        (b"PK\x03\x04" + bytes(50), "a zip archive"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(50), "an HDF5 file"),
+    ],
+)
+def test_what_was_saved_as_a_tiff_is_named(tmp_path, content, says):
+    path = tmp_path / "a.tif"
+    path.write_bytes(content)
+    with pytest.raises(RasterError, match=rf"a\.tif: not recognized as a raster, it is {says}"):
+        open_image(path)
+    with pytest.raises(RasterError, match=rf"a\.tif: not a TIFF, it is {says}"):
+        verify_blocks(path)
+
+
 def test_a_vrt_whose_file_is_gone(tmp_path, numbers, write):
     made = write(tmp_path / "a.tif", numbers((6, 5, 7)), names=bands.BAND_NAMES)
     rasterio.shutil.copy(made, tmp_path / "b.vrt", driver="VRT")

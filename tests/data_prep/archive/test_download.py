@@ -1,4 +1,5 @@
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -70,6 +71,7 @@ def test_polygons_of_geojson(tmp_path, content):
         ("{", "can't be read as GeoJSON"),
         ('{"type": "Polygon"}', "can't be read as GeoJSON"),
         ('{"type": "Point", "coordinates": [1, 2]}', "no polygon in it"),
+        ('{"type": "Feature", "geometry": null}', "no polygon in it"),
         ('{"type": "Polygon", "coordinates": [[[1, 2], [3, 4], [5, 7], [8, 9]]]}', "isn't closed"),
         ('{"type": "Polygon", "coordinates": [[[500000, 2], [3, 4], [5, 7], [500000, 2]]]}', "in degrees"),
     ],
@@ -166,7 +168,9 @@ def archive(server, granule, orbit, open_url, monkeypatch):
             answer(GEDI, [f"{GEDI}.h5"], url=server.url, sizes={f"{GEDI}.h5": len(orbit)})
         ],
     }
-    monkeypatch.setattr(module, "search_archive", lambda **query: answers[query["short_name"]])
+    monkeypatch.setattr(
+        module, "search_archive", lambda **query: answers[query["short_name"]] if query["temporal"][0] >= "2019" else []
+    )
     monkeypatch.setattr(module, "log_in", lambda: open_url)
     return server
 
@@ -200,7 +204,11 @@ def test_gedi_by_the_command(archive, tmp_path, capsys, orbit):
     ("arguments", "says"),
     [
         (["hls", "--tile", "10SFF", "--season", "2021"], "no hls granules found for 2021-05-01/2021-10-01"),
-        (["hls", "--tile", "10SFF", "--season", "2020", "--max-cloud", "11"], "no hls granules found"),
+        (
+            ["hls", "--tile", "10SFF", "--season", "2020", "--max-cloud", "11"],
+            f"; 1 were left out, first {HLS}: 12 % cloud",
+        ),
+        (["gedi", "--tile", "10TFF", "--season", "2018"], "2018; GEDI measures from 51.6 S to 51.6 N, from 2019-04-18"),
         (["hls", "--tile", "99ABC", "--season", "2020"], "expected an MGRS tile"),
         (["hls", "--bbox", "0", "10", "1", "9", "--season", "2020"], "south < north"),
         (["gedi", "--area", "nowhere.geojson", "--season", "2020"], "nowhere.geojson"),
@@ -224,6 +232,12 @@ def test_missing_credentials_give_the_steps(tmp_path, monkeypatch, capsys):
     (tmp_path / "netrc").write_text("machine elsewhere.example login me password it\n")
     with pytest.raises(AccessError, match="not found in .netrc"):
         log_in()
+
+
+def test_a_missing_library_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "earthaccess", None)  # importing it fails
+    assert main(["hls", "--tile", "10SFF", "--season", "2020", "--out", str(tmp_path)]) == 1
+    assert "pip install 'biomass-jax[prep]'" in capsys.readouterr().err
 
 
 def logging_in(monkeypatch, *outcomes):

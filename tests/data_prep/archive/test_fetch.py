@@ -165,6 +165,24 @@ def test_refused_credentials_end_everything_and_name_the_steps(server, open_url,
     assert [name for name in names_in(tmp_path) if not name.startswith(".")] == []
 
 
+@pytest.mark.parametrize("size", [None, 5000])
+@pytest.mark.parametrize("name", ["a.tif", "a.h5", "a.bin"])
+def test_a_login_page_is_known_whatever_the_server_calls_it(server, open_url, tmp_path, name, size):
+    server.files[f"/{name}"] = b"<!DOCTYPE html><html><title>Earthdata Login</title></html>"
+    with pytest.raises(AccessError, match=r"(?s)an HTML page titled 'Earthdata Login', a login page.*EARTHDATA_TOKEN"):
+        get(server, open_url, tmp_path / name, size=size)
+    assert len(server.asked) == 1
+    assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize(("name", "size"), [("a.tif", None), ("a.h5", None), ("a.h5", 5000)])
+def test_what_a_server_says_in_place_of_a_file_is_told(server, open_url, tmp_path, name, size):
+    server.files[f"/{name}"] = b"<Error><Code>SlowDown</Code><Message>Reduce your rate</Message></Error>"
+    with pytest.raises(PrepError, match=r"it is XML text that says 'SlowDown: Reduce your rate'.*\(2 attempts\)"):
+        get(server, open_url, tmp_path / name, attempts=2, size=size)
+    assert names_in(tmp_path) == []
+
+
 @pytest.mark.parametrize("name", ["a.tif", "a.h5"])
 def test_content_is_checked_even_where_the_size_is_right(server, open_url, tmp_path, granule, orbit, name):
     whole = next(iter(granule.values())) if name == "a.tif" else orbit

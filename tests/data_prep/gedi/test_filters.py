@@ -18,6 +18,8 @@ TRAPS = [
     ({"agbd": -9999.0}, "agbd_valid"),
     ({"agbd": np.nan}, "agbd_valid"),
     ({"agbd": np.inf}, "agbd_valid"),
+    ({"agbd": 9.96921e36}, "agbd_valid"),  # NetCDF's fill
+    ({"agbd": -9998.5}, "agbd_valid"),
     ({"agbd": 0.0}, None),
     ({"agbd": 1296.0}, None),
     *(({"degrade_flag": flag}, None) for flag in (3, 8, 10, 13, 28, 30, 38, 40, 60, 68)),
@@ -124,3 +126,20 @@ def test_version_3_names(tmp_path):
     assert (table["l4_quality_flag"][0], table["degrade_flag"][0]) == (1, 4)
     steps = ["algorithm_run_flag", "l4_quality_flag", "outlier_flag", "agbd_valid", "degrade_flag", "leaf_off_flag"]
     assert list(counts.items()) == list(zip(["shots", *steps], [8, 7, 5, 4, 3, 2, 1], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "good", "fill"),
+    [
+        ("night_only", True, {"solar_elevation": -5.0}, {"solar_elevation": -9999.0}),
+        ("max_relative_se", 0.5, {}, {"agbd_se": -9999.0}),
+        ("sensitivity_min", 0.9, {}, {"sensitivity": 9.96921e36}),
+    ],
+)
+def test_no_filter_takes_a_fill_value_for_a_measurement(tmp_path, setting, value, good, fill):
+    path = write(tmp_path / NEW, whole([good, fill]))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*max_relative_se removes low biomass")
+        table, counts = read_granule(path, filters=Filters(**{setting: value}))
+    assert table["shot_number"].tolist() == [FIRST]
+    assert counts[setting] == 1

@@ -272,6 +272,14 @@ def foreign_file(folder):
     shutil.copy(folder / f"{L30}.B02.tif", folder / f"{other}.B02.tif")
 
 
+def saved_as(layer, content):
+    return lambda folder: Path(folder, f"{folder.name}.{layer}.tif").write_bytes(content)
+
+
+def not_ended(layer):
+    return lambda folder: Path(folder, f"{folder.name}.{layer}.tif").rename(folder / f"{folder.name}.{layer}.tif.part")
+
+
 def empty_file(folder):
     Path(folder, f"{folder.name}.B02.tif").write_bytes(b"")
 
@@ -304,7 +312,14 @@ def empty_file(folder):
         (changed("B07", crs=CRS.from_epsg(32710)), r"B07\.tif: its grid is"),
         (cut("B06", 0.5), r"B06\.tif.*truncated TIFF"),
         (cut("Fmask", 0.9), r"Fmask\.tif.*truncated TIFF"),
-        (empty_file, r"B02\.tif: not a TIFF"),
+        (empty_file, r"B02\.tif: not a TIFF, it is an empty file"),
+        (
+            saved_as("B03", b"<html><title>Earthdata Login</title>"),
+            r"B03\.tif: not a TIFF, it is an HTML page .*log in",
+        ),
+        (saved_as("Fmask", b'{"message": "Unauthorized"}'), r"Fmask\.tif: not a TIFF, it is JSON .*'Unauthorized'"),
+        (not_ended("B05"), r"B05\.tif\.part is a download that has not ended"),
+        (not_ended("Fmask"), r"Fmask\.tif\.part is a download that has not ended"),
     ],
 )
 def test_granules_that_cannot_be_used(copies, break_it, says):

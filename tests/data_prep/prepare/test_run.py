@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import h5py
 import pytest
 
 from biomass_jax.errors import PrepError
@@ -175,11 +176,24 @@ def test_one_bad_granule_fails_its_tile_alone_and_is_named(world, tmp_path, caps
     band = next((out / "granules" / "hls").glob("HLS.L30.T10SGF.*/*.B05.tif"))
     whole = band.read_bytes()
     band.write_bytes(whole[: len(whole) // 2])
-    (out / "granules" / "gedi" / "GEDI04_A_2020001000000_O00001_01_T00001_02_002_02_V002.h5").write_bytes(b"nothing")
+    gedi = out / "granules" / "gedi"
+    orbit = min(gedi.glob("*.h5"))
+    with h5py.File(orbit, "r+") as file:
+        del file["BEAM1011/agbd"]
+    (gedi / "GEDI04_A_2020001000000_O00001_01_T00001_02_002_02_V002.h5").write_bytes(b"nothing")
+    (gedi / "GEDI02_A_2020001000000_O00001_01_T00001_02_003_01_V002.h5").write_bytes(b"nothing")
     assert prepare.main(command(out)) == 1
     told = report(out)
     assert {tile: about["status"] for tile, about in told["tiles"].items()} == {"10SFF": "finished", "10SGF": "failed"}
-    assert set(told["errors"]) == {"composite 10SGF", "gedi GEDI04_A_2020001000000_O00001_01_T00001_02_002_02_V002"}
+    assert set(told["errors"]) == {
+        "composite 10SGF",
+        "gedi GEDI02_A_2020001000000_O00001_01_T00001_02_003_01_V002",
+        "gedi GEDI04_A_2020001000000_O00001_01_T00001_02_002_02_V002",
+    }
+    assert "a GEDI L2A file" in told["errors"]["gedi GEDI02_A_2020001000000_O00001_01_T00001_02_003_01_V002"]
+    lacks = "BEAM1011 has no dataset agbd, which is needed"
+    assert told["orbits"][orbit.stem]["skipped_beams"] == {"BEAM1011": lacks}
+    assert f"{orbit.name}: 1 of 8 beams skipped: {lacks}" in told["warnings"]
     assert band.name in told["errors"]["composite 10SGF"]
     assert told["tiles"]["10SFF"]["chips"]["kept"] > 0
     assert (out / "shards" / "dataset_info.json").is_file()
@@ -187,7 +201,8 @@ def test_one_bad_granule_fails_its_tile_alone_and_is_named(world, tmp_path, caps
     assert f"error: composite 10SGF: {band}" in said.err
     assert "failed: composite 10SGF" in said.out
 
-    next((out / "granules" / "gedi").glob("*O00001*")).unlink()
+    for path in gedi.glob("*O00001*"):
+        path.unlink()
     band.write_bytes(whole)
     assert prepare.main(command(out)) == 0
     assert report(out)["tiles"]["10SGF"]["status"] == "finished"
