@@ -28,9 +28,9 @@ LINUX_ALONE = {
 POSIX_ALONE = {
     "os": (
         "fork forkpty register_at_fork killpg getpgid getpgrp setsid getsid setpgid getuid geteuid getgid getegid "
-        "pread pwrite preadv pwritev readv writev sendfile statvfs fstatvfs sysconf confstr getloadavg mkfifo mknod nice "
-        "chown lchown fchown fchmod fchdir chroot wait wait3 wait4 WNOHANG sync lockf uname O_NOFOLLOW O_DIRECTORY O_CLOEXEC "
-        "O_NONBLOCK O_SYNC posix_spawn sched_yield getpriority setpriority"
+        "pread pwrite preadv pwritev readv writev sendfile statvfs fstatvfs sysconf confstr getloadavg mkfifo mknod "
+        "nice chown lchown fchown fchmod fchdir chroot wait wait3 wait4 WNOHANG sync lockf uname O_NOFOLLOW "
+        "O_DIRECTORY O_CLOEXEC O_NONBLOCK O_SYNC posix_spawn sched_yield getpriority setpriority"
     ),
     "signal": (
         "SIGKILL SIGUSR1 SIGUSR2 SIGHUP SIGALRM SIGCHLD SIGCONT SIGSTOP SIGTSTP SIGPIPE SIGQUIT alarm setitimer pause "

@@ -208,7 +208,10 @@ def test_gedi_by_the_command(archive, tmp_path, capsys, orbit):
             ["hls", "--tile", "10SFF", "--season", "2020", "--max-cloud", "11"],
             f"; 1 were left out, first {HLS}: 12 % cloud",
         ),
-        (["gedi", "--tile", "10TFF", "--season", "2018"], "2018; GEDI measures from 51.6 S to 51.6 N, from 2019-04-18"),
+        (
+            ["gedi", "--tile", "10SFF", "--season", "2018"],
+            "2018-10-01; GEDI measures from 51.6 S to 51.6 N, from 2019-04-18",
+        ),
         (["hls", "--tile", "99ABC", "--season", "2020"], "expected an MGRS tile"),
         (["hls", "--bbox", "0", "10", "1", "9", "--season", "2020"], "south < north"),
         (["gedi", "--area", "nowhere.geojson", "--season", "2020"], "nowhere.geojson"),
