@@ -14,6 +14,26 @@ class BiomassError(ValueError):
 STOPPED = 75
 
 
+NEARLY_EMPTY = 0.001  # a share of what there could be; less is taken for a fault and not for a result
+
+
+def refuse_empty(kind: type[BiomassError], found: int, of: int, what: str, *, allowed: bool) -> None:
+    """Refuse a result with nothing or next to nothing in it, less than 0.1 % of what there could be.
+
+    Args:
+        kind: of the error.
+        found: how many there are.
+        of: how many there could be.
+        what: the file, what was counted and what may be the reason, to stand before `N of M`.
+        allowed: `allow_empty`.
+
+    Raises:
+        BiomassError: of that kind, nothing or too little was found and it isn't allowed.
+    """
+    if not allowed and (found == 0 or found < NEARLY_EMPTY * of):
+        raise kind(f"{what}: {found:,} of {of:,}; allow_empty (--allow-empty, config.allow_empty=true) takes it")
+
+
 class Stopped(BaseException):
     """SIGTERM came; a BaseException so that nothing takes it for a failure."""
 

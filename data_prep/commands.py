@@ -1,5 +1,6 @@
 """What the commands share: known errors and warnings as one line each, exit codes, who may write beside whom."""
 
+import argparse
 import functools
 import sys
 import warnings
@@ -49,3 +50,8 @@ def refuse_beside_prepare(out: str | Path) -> None:
     folder = Path(out).absolute()
     refuse_if_held(folder)
     refuse_if_held(folder.parent)
+
+
+def add_allow_empty(parser: argparse.ArgumentParser) -> None:
+    """The flag of every step whose result may come out empty."""
+    parser.add_argument("--allow-empty", action="store_true", help="take a result with (nearly) nothing in it, too")

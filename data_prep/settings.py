@@ -4,14 +4,14 @@ import dataclasses
 from typing import Literal
 
 from biomass_jax.data import records
-from biomass_jax.runtime.settings import group, setting
+from biomass_jax.runtime.settings import Typed, group, setting
 
 SPLITS = ("train", "val", "test")
 SPLIT_KINDS = ("block", "tile", "random")
 
 
 @dataclasses.dataclass(frozen=True)
-class Granules:
+class Granules(Typed):
     """Where granules come from."""
 
     hls: str = setting("", "folder of HLS granules' folders; OUT/granules/hls where empty")
@@ -21,7 +21,7 @@ class Granules:
 
 
 @dataclasses.dataclass(frozen=True)
-class CompositeSettings:
+class CompositeSettings(Typed):
     """Which observations make a composite."""
 
     sensors: tuple[str, ...] = setting(("L30",), "and, or instead, S30")
@@ -29,10 +29,15 @@ class CompositeSettings:
     min_clear: int = setting(1, "fewest clear scenes of a pixel")
     drop_water: bool = setting(False, "leave out water (Fmask bit 5)")
     drop_high_aerosol: bool = setting(False, "leave out high aerosol (Fmask bits 7-6)")
+    encoding: str = setting(
+        "auto",
+        "what the granules' numbers are where they aren't as HLS writes them, one of those of predictions",
+        choices="biomass_jax.data.raster.encoding:ENCODINGS",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
-class Filters:
+class Filters(Typed):
     """Which GEDI shots are kept; the defaults are the recommended ones."""
 
     algorithm_run_flag: bool = setting(True, "want 1")
@@ -63,7 +68,7 @@ class GediSettings(Filters):
 
 
 @dataclasses.dataclass(frozen=True)
-class LabelSettings:
+class LabelSettings(Typed):
     """To which tile a shot belongs."""
 
     shot_owner: str = setting(
@@ -74,7 +79,7 @@ class LabelSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class ChipSettings:
+class ChipSettings(Typed):
     """Which cells of a tile's grid become chips."""
 
     size: int = setting(records.CHIP_SIZE, "pixels along a chip's side")
@@ -85,7 +90,7 @@ class ChipSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class SplitSettings:
+class SplitSettings(Typed):
     """How chips go to splits."""
 
     kind: str = setting("block", "what goes to one split as a whole: block, tile, random", choices=SPLIT_KINDS)
@@ -97,7 +102,7 @@ class SplitSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class ShardSettings:
+class ShardSettings(Typed):
     """How chips are written."""
 
     # About 100 MB: TFDS's advice, and a few shards for each reading process of a large data set.
@@ -116,6 +121,7 @@ class Prepare:
         (), "(southernmost latitude, 'MM-DD', 'MM-DD', years added to the first, to the second) a line"
     )
     label_years: int = setting(0, "shots of the same days of so many years before and after count too")
+    allow_empty: bool = setting(False, "take composites, labels and sets of chips with (nearly) nothing in them, too")
     granules: Granules = group(Granules)
     composite: CompositeSettings = group(CompositeSettings)
     gedi: GediSettings = group(GediSettings)

@@ -12,6 +12,7 @@ import importlib
 import json
 import math
 import operator
+import os
 import re
 import types
 import typing
@@ -19,11 +20,14 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ml_collections import config_dict
 
 from biomass_jax.errors import ConfigError
 
 Choices = tuple[str, ...] | str
+_EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", tuple: "a list"}
+_FLAGS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,20 +119,94 @@ def config_option(argv: Sequence[str] | None, default: str) -> tuple[argparse.Ar
 
 
 def check(config: config_dict.ConfigDict, kind: type) -> None:
-    """Refuse values that a group's fields can't have; fields that are not given are left out.
+    """Give a config's values their fields' types, and refuse those that a field can't have; see `typed`.
 
     Raises:
         ConfigError: the field, what it holds, what was expected.
     """
-    for name, field, _ in _fields(kind):
-        value = _value(config, name)
-        if value is None:
-            continue
+    for name, field, annotation in _fields(kind):
+        *groups, last = name.split(".")
+        holder = functools.reduce(operator.getitem, groups, config)
+        given = holder[last]
+        value = typed(given, annotation, f"config.{name}")
         choices, within = choices_of(field), field.metadata["within"]
-        if choices and value not in choices:
+        if choices and value is not None and value not in choices:
             raise ConfigError(f"config.{name} is {value!r}; expected one of {', '.join(choices)}")
-        if within is not None and value not in within:
+        if within is not None and value is not None and value not in within:
             raise ConfigError(f"config.{name} is {value}; expected {within}")
+        if type(value) is not type(given) or value != given:
+            with holder.unlocked(), holder.ignore_type():
+                holder[last] = value
+
+
+def typed(value: Any, annotation: Any, name: str) -> Any:
+    """A value as its field's type, where it can be meant in one way only.
+
+    Texts of numbers and flags, whole floats for whole numbers, one value for a list and lists as text are taken.
+
+    Args:
+        value: as a config, a file or a caller gives it.
+        annotation: of the field.
+        name: of the field, for messages.
+
+    Raises:
+        ConfigError: it is something else, None for a field that has to be given too.
+    """
+    if isinstance(annotation, types.UnionType):
+        if value is None:
+            return None
+        (annotation,) = (part for part in typing.get_args(annotation) if part is not type(None))
+    plain = _plain(annotation)
+    try:
+        return _typed_tuple(value, typing.get_args(annotation), name) if plain is tuple else _typed_one(value, plain)
+    except ConfigError:
+        raise
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
+        raise ConfigError(f"{name} is {value!r}; expected {_EXPECTED.get(plain, plain.__name__)}") from error
+
+
+def _typed_one(value: Any, kind: type) -> Any:
+    """KeyError, TypeError or ValueError where it can't be."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if kind is bool:
+        return _FLAGS[str(value).strip().casefold()]
+    if isinstance(value, bool) or value is None:
+        raise TypeError
+    if kind is str:
+        return str(value) if isinstance(value, str | int) else os.fspath(value)
+    if isinstance(value, str):
+        value = int(value) if value.strip().lstrip("+-").isdecimal() else float(value)
+    if kind(value) != value:  # a fraction for a whole number, NaN
+        raise ValueError
+    return kind(value)
+
+
+def _typed_tuple(value: Any, parts: tuple[Any, ...], name: str) -> tuple[Any, ...]:
+    if isinstance(value, str):
+        text = value.strip().strip("()[]").strip().removesuffix(",")
+        value = [] if text in ("", "all") else [part.strip().strip("'\"") for part in text.split(",")]
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        value = [value]
+    elif not isinstance(value, list | tuple):
+        raise TypeError
+    kinds = parts[:1] * len(value) if parts[-1] is ... else parts
+    if len(kinds) != len(value):
+        raise ConfigError(f"{name} is {value!r}; expected {len(kinds)} values")
+    return tuple(
+        typed(one, kind, f"{name}[{place}]") for place, (one, kind) in enumerate(zip(value, kinds, strict=True))
+    )
+
+
+class Typed:
+    """A group without groups, whose values get their fields' types when it is made; see `typed`.
+
+    Choices and ranges are left to whoever uses it.
+    """
+
+    def __post_init__(self) -> None:
+        for name, _, annotation in _fields(type(self)):
+            object.__setattr__(self, name, typed(getattr(self, name), annotation, name))
 
 
 def choices_of(field: dataclasses.Field[Any]) -> tuple[str, ...]:

@@ -10,8 +10,9 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -20,10 +21,10 @@ import numpy as np
 
 from biomass_jax.data.bands import BAND_NAMES, FILL
 from biomass_jax.data.raster.cog import write_cog
-from biomass_jax.errors import PrepError
+from biomass_jax.errors import PrepError, refuse_empty
 from biomass_jax.runtime.settings import add_options, options_of
 from biomass_jax.runtime.system import cores
-from data_prep.commands import command, refuse_beside_prepare
+from data_prep.commands import add_allow_empty, command, refuse_beside_prepare
 from data_prep.hls import composite_sums as sums
 from data_prep.hls.granules import Scene, find_scenes, open_scene, parse_granule_name
 from data_prep.places import grid_centre
@@ -47,13 +48,14 @@ class CompositeReport:
     season: str  # `2020-06-01/2020-09-16`
     sensors: str  # of the scenes used, `L30`, `S30` or `L30+S30`
     scenes: tuple[str, ...]  # names of those used, by time
-    duplicates: Mapping[str, str]  # dropped granule -> the one kept
+    duplicates: Mapping[str, str]  # older granule of an overpass -> the newest, which goes before it
     out_of_season: tuple[str, ...]  # names of granules left out by date
     other_sensors: tuple[str, ...]  # names of granules left out by sensor
     counts: Mapping[str, Mapping[str, int]]  # scene -> {`observed`: its Fmask is not fill, `clear`: used} pixels
     pixels: int  # of the tile
     covered: int  # those with values
     warnings: tuple[str, ...]  # sentences for the user
+    used: Mapping[str, int] = field(default_factory=dict)  # of duplicates: pixels that the newest has no data for
 
     def lines(self) -> list[str]:
         """The report as text."""
@@ -61,11 +63,15 @@ class CompositeReport:
         return [
             f"{self.path}: {len(self.scenes)} scenes of {self.tile}, {self.season}, {self.sensors}",
             f"  left out: {left_out}",
-            *(f"  {dropped}: duplicate of {kept}, not used" for dropped, kept in self.duplicates.items()),
+            *(f"  {older}: duplicate of {kept}, {self._use_of(older)}" for older, kept in self.duplicates.items()),
             *(f"  {name}: {n['clear']:,} of {n['observed']:,} pixels clear" for name, n in self.counts.items()),
             f"  {self.covered:,} of {self.pixels:,} pixels have values",
             *(f"  warning: {text}" for text in self.warnings),
         ]
+
+    def _use_of(self, older: str) -> str:
+        pixels = self.used.get(older, 0)
+        return f"used for {pixels:,} pixels where that has no data" if pixels else "not used"
 
 
 class Selection(NamedTuple):
@@ -86,8 +92,10 @@ def composite(
     min_clear: int = DEFAULT.min_clear,
     drop_water: bool = False,
     drop_high_aerosol: bool = False,
+    encoding: str = DEFAULT.encoding,
     tile: str | None = None,
     threads: int | None = None,
+    allow_empty: bool = False,
 ) -> CompositeReport:
     """Make the composite of a tile.
 
@@ -104,23 +112,29 @@ def composite(
         min_clear: fewest clear scenes of a pixel with values.
         drop_water: leave out water (Fmask bit 5).
         drop_high_aerosol: leave out high aerosol (bits 7-6).
+        encoding: what the granules' numbers are, see `hls.open_scene`.
         tile: the expected tile; that of the granules where None.
         threads: for decoding, 60 MiB each; one for each core, but at most 8, where None.
+        allow_empty: write it as well where fewer than 0.1 % of its pixels have values.
 
     Raises:
         PrepError: bad settings, no scene of the season, granules of several tiles or on different grids, a granule
-            that can't be used (see `hls.open_scene`), holds nothing but fill, or holds reflectance.
-        RasterError: a granule's file can't be read, or the composite can't be written.
+            that can't be used (see `hls.open_scene`), holds nothing but fill, or holds reflectance; (nearly) no value.
+        RasterError: a granule's file can't be read, holds other numbers than its encoding says, or the composite can't
+            be written.
     """
-    settings = CompositeSettings(tuple(sensors), statistic, min_clear, drop_water, drop_high_aerosol)
+    settings = CompositeSettings(sensors, statistic, min_clear, drop_water, drop_high_aerosol, encoding)
     _check_settings(settings)
-    selection = select(scene_folders, season=season, sensors=sensors, tile=tile)
+    selection = select(scene_folders, season=season, sensors=settings.sensors, tile=tile)
     threads = threads or min(cores(), MOST_THREADS)
-    scenes, duplicates = _opened(selection.folders, threads)
+    scenes, duplicates = _opened(selection.folders, threads, encoding)
     plan = sums.CompositePlan(scenes, settings, threads)
     counts = sums.Counts(scenes)
     tags = _tags(scenes, season, duplicates)
-    path = write_cog(dst, _rows(plan, counts, tags), scenes[0].grid, "int16", NAMES, FILL, tags)
+    rows = _rows(plan, counts, tags, f"{dst}: pixels with {min_clear} clear observations or more", allow_empty)
+    path = write_cog(dst, rows, scenes[0].grid, "int16", NAMES, FILL, tags)
+    few = counts.covered == 0
+    odd = [f"{name}: {n:,} values {what}, taken as no-data" for (name, what), n in sorted(counts.odd.items())]
     return CompositeReport(
         path=path,
         tile=tags["TILE"],
@@ -133,7 +147,8 @@ def composite(
         counts=counts.by_scene,
         pixels=scenes[0].grid.height * scenes[0].grid.width,
         covered=counts.covered,
-        warnings=() if counts.covered else (f"{path}: no pixel has {min_clear} clear observations",),
+        warnings=(*[f"{path}: no pixel has {min_clear} clear observations"] * few, *odd),
+        used=counts.used,
     )
 
 
@@ -148,14 +163,27 @@ def _tags(scenes: Sequence[Scene], season: Season, duplicates: Mapping[str, str]
     }
 
 
-def _rows(plan: sums.CompositePlan, counts: sums.Counts, tags: dict[str, str]) -> Iterator[np.ndarray]:
+def _rows(
+    plan: sums.CompositePlan, counts: sums.Counts, tags: dict[str, str], what: str, allow_empty: bool
+) -> Iterator[np.ndarray]:
     """The composite's rows; adds settings and counts to the tags, which the writer reads after the last of them."""
     yield from sums.row_bands(plan, counts)
+    grid = plan.scenes[0].grid
+    refuse_empty(PrepError, counts.covered, grid.height * grid.width, what, allowed=allow_empty)
     of = plan.settings
     masked = ["fill", "cloud", "adjacent", "shadow", "snow"]
     masked += ["water"] * of.drop_water + ["high aerosol"] * of.drop_high_aerosol
-    found = {"scenes": len(plan.scenes), "covered": counts.covered, "by_scene": counts.by_scene}
-    settings = {"statistic": of.statistic, "min_clear": of.min_clear, "sensors": sorted(set(of.sensors))}
+    found: dict[str, object] = {"scenes": len(plan.scenes), "covered": counts.covered, "by_scene": counts.by_scene}
+    if counts.used:
+        found["used_of_duplicates"] = counts.used
+    if counts.odd:
+        found["no_data_besides"] = {f"{name}: {what}": number for (name, what), number in counts.odd.items()}
+    settings: dict[str, object] = {
+        "statistic": of.statistic,
+        "min_clear": of.min_clear,
+        "sensors": sorted(set(of.sensors)),
+    }
+    settings["encoding"] = of.encoding
     tags["COMPOSITE"] = json.dumps({**settings, "masked": masked, "counts": found}, sort_keys=True)
 
 
@@ -193,10 +221,10 @@ def select(
 
 
 def without_duplicates(scenes: Sequence[Scene]) -> tuple[list[Scene], dict[str, str]]:
-    """Keep one granule of each overpass of a tile, the one that HLS made last.
+    """One scene for each overpass of a tile: the granule that HLS made last, and beneath it the older ones.
 
     Returns:
-        scenes by time, and {name of a dropped one: name of the one kept}.
+        scenes by time, and {name of an older granule: name of the one that goes before it}.
     """
     gap = timedelta(minutes=DUPLICATE_MINUTES)
 
@@ -208,6 +236,7 @@ def without_duplicates(scenes: Sequence[Scene]) -> tuple[list[Scene], dict[str, 
 
     kept = [scene for scene in scenes if not rivals(scene, scenes)]
     dropped: dict[str, str] = {}
+    beneath: dict[str, list[Scene]] = {}
     crowded = [scene for scene in scenes if rivals(scene, scenes)]
     # newest first; the name decides between equal times, so that the order of the scenes never does
     crowded.sort(key=lambda scene: (scene.processing_time, scene.granule.name, str(scene.folder)), reverse=True)
@@ -215,8 +244,10 @@ def without_duplicates(scenes: Sequence[Scene]) -> tuple[list[Scene], dict[str, 
         newer = rivals(scene, kept)
         if newer:
             dropped[scene.granule.name] = newer[0]
+            beneath.setdefault(newer[0], []).append(scene)
         else:
             kept.append(scene)
+    kept = [replace(scene, older=tuple(beneath.get(scene.granule.name, ()))) for scene in kept]
     return sorted(kept, key=lambda scene: _BY_TIME(scene.granule)), dict(sorted(dropped.items()))
 
 
@@ -234,12 +265,13 @@ def _check_settings(settings: CompositeSettings) -> None:
         raise PrepError(f"min_clear {settings.min_clear}: expected 1 or more clear scenes")
 
 
-def _opened(folders: Sequence[Path], threads: int) -> tuple[list[Scene], dict[str, str]]:
-    """Scenes by time without duplicates, {dropped: kept}. PrepError where they don't lie on one grid."""
+def _opened(folders: Sequence[Path], threads: int, encoding: str) -> tuple[list[Scene], dict[str, str]]:
+    """`without_duplicates` of the folders' scenes. PrepError where they don't lie on one grid."""
     with ThreadPoolExecutor(threads) as pool:
-        scenes, duplicates = without_duplicates(list(pool.map(open_scene, folders)))
+        found = list(pool.map(partial(open_scene, encoding=encoding), folders))
+    scenes, duplicates = without_duplicates(found)
     first = scenes[0]
-    for scene in scenes[1:]:
+    for scene in found:
         if not scene.grid.same_as(first.grid):
             raise PrepError(
                 f"{scene.folder}: its grid is {scene.grid.describe()}, but {first.granule.name} lies on "
@@ -269,6 +301,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sensors", default="L30", help="L30 (default), S30 or L30+S30")
     add_options(parser, CompositeSettings, without=("sensors",))
     parser.add_argument("--threads", type=int, help="threads for decoding (default: one for each core)")
+    add_allow_empty(parser)
     return parser
 
 
@@ -295,6 +328,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             season=season,
             sensors=args.sensors.split("+"),
             threads=args.threads,
+            allow_empty=args.allow_empty,
             **options_of(args, CompositeSettings, without=("sensors",)),
         )
         print("\n".join(report.lines()))

@@ -1,6 +1,7 @@
 """The arithmetic of composites: scenes decoded by threads into sums or stacks, and rows of the result from those."""
 
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -11,8 +12,9 @@ from rasterio.windows import Window
 
 from biomass_jax.data.bands import BAND_NAMES, FILL, UNITS
 from biomass_jax.data.raster.cog import DATA_LAYOUT
+from biomass_jax.data.raster.encoding import AUTO, check_plausible
 from biomass_jax.errors import PrepError
-from data_prep.hls.granules import FMASK_FILL, Buffers, ReadInto, Scene, buffers, clear, observed
+from data_prep.hls.granules import FMASK_FILL, USED, WATER, Buffers, Found, ReadInto, Scene, buffers, clear, observed
 from data_prep.settings import CompositeSettings
 
 BLOCK = DATA_LAYOUT.block  # of composites, in pixels
@@ -25,6 +27,7 @@ _ABSENT = np.int16(2**15 - 1)  # sorts behind every value; equal values are the 
 _GROUP = 4  # scenes that a thread adds up before it touches the tile's sums
 _PIECE = 32  # rows whose sums of one band stay in a core's cache
 _REFLECTANCE, _ENOUGH_PIXELS = 2, 1000  # no land is that dark in all bands over so many pixels
+_SAMPLE, _MOST_SAMPLED = 2048, 16_384  # pixels of a piece, and of a scene, whose values are looked at
 
 
 class CompositePlan(NamedTuple):
@@ -42,6 +45,8 @@ class _Seen(NamedTuple):
     clear: int
     valid: bool  # whether any of them has all bands
     peak: int  # the largest clear value
+    sample: np.ndarray  # (pixels, 6) int16 of clear land
+    found: Found
 
 
 class Counts:
@@ -50,13 +55,18 @@ class Counts:
     Attributes:
         by_scene: {scene: {`observed`, `clear`}}.
         covered: pixels of the result with values.
+        used: {granule: pixels} of older granules of an overpass, where the newer one has no data.
+        odd: {(granule, what): pixels and bands} of what was taken for no-data besides no-data.
     """
 
     def __init__(self, scenes: Sequence[Scene]) -> None:
         self.by_scene = {scene.granule.name: {"observed": 0, "clear": 0} for scene in scenes}
         self.covered = 0
+        self.used = {older.granule.name: 0 for scene in scenes for older in scene.older}
+        self.odd: Found = Counter()
         self._valid = dict.fromkeys(self.by_scene, False)
         self._peak = dict.fromkeys(self.by_scene, 0)
+        self._samples: dict[str, list[np.ndarray]] = {name: [] for name in self.by_scene}
 
     def add(self, scene: Scene, seen: _Seen) -> None:
         """Add a piece of a scene."""
@@ -65,9 +75,16 @@ class Counts:
         self.by_scene[name]["clear"] += seen.clear
         self._valid[name] |= seen.valid
         self._peak[name] = max(self._peak[name], seen.peak)
+        if sum(map(len, self._samples[name])) < _MOST_SAMPLED:
+            self._samples[name].append(seen.sample)
+        for (granule, what), pixels in seen.found.items():
+            if what == USED:
+                self.used[granule] += pixels
+            else:
+                self.odd[granule, what] += pixels
 
     def check(self, scenes: Sequence[Scene]) -> None:
-        """PrepError for a scene without any value, or with values that can't be digital numbers."""
+        """PrepError for a scene without any value; RasterError for values that can't be digital numbers."""
         for scene in scenes:
             name = scene.granule.name
             if not self._valid[name]:
@@ -80,6 +97,8 @@ class Counts:
                     f"{scene.folder}: its {self.by_scene[name]['clear']:,} clear pixels are at most "
                     f"{self._peak[name]} in all bands: reflectance cut to integers, not {UNITS}"
                 )
+            if scene.encoding == AUTO:
+                check_plausible(np.concatenate(self._samples[name]), "int16", str(scene.folder))
 
 
 def row_bands(plan: CompositePlan, counts: Counts) -> Iterator[np.ndarray]:
@@ -94,7 +113,7 @@ def row_bands(plan: CompositePlan, counts: Counts) -> Iterator[np.ndarray]:
 
     Raises:
         PrepError: too many scenes, or one that holds only fill or holds reflectance.
-        RasterError: a scene can't be read.
+        RasterError: a scene can't be read, or its values can't be digital numbers.
     """
     if len(plan.scenes) > MOST_SCENES:
         raise PrepError(f"{len(plan.scenes):,} scenes; expected at most {MOST_SCENES:,}")
@@ -241,15 +260,18 @@ def _masked(
     read: ReadInto, rows: slice, window: Window, settings: CompositeSettings, into: Buffers
 ) -> tuple[np.ndarray, np.ndarray, _Seen]:
     """Rows of a scene: (6, rows, columns) int16 with 0 where not clear, (rows, columns) clear, and what was seen."""
-    read(Window(window.col_off, window.row_off + rows.start, window.width, rows.stop - rows.start), into)
+    found = read(Window(window.col_off, window.row_off + rows.start, window.width, rows.stop - rows.start), into)
     planes, fmask = into
     image = np.moveaxis(planes, 0, -1)
     keep = clear(image, fmask, settings.drop_water, settings.drop_high_aerosol)
     seen = observed(fmask)
     number = int(np.count_nonzero(keep))
     valid = number > 0 or bool((seen & (image != FILL).all(axis=-1)).any())
+    step = max(1, int((keep.size / _SAMPLE) ** 0.5))
+    thin = np.s_[::step, ::step]
+    sample = image[thin][keep[thin] & (fmask[thin] & WATER == 0)]  # over water correct values may be negative
     planes &= -keep.astype(np.int16)  # 0 or all bits: far quicker than adding under a mask
-    return planes, keep, _Seen(int(np.count_nonzero(seen)), number, valid, int(planes.max()))
+    return planes, keep, _Seen(int(np.count_nonzero(seen)), number, valid, int(planes.max()), sample, found)
 
 
 def _finished(values: np.ndarray, number: np.ndarray, min_clear: int) -> np.ndarray:

@@ -5,21 +5,25 @@ A granule is a folder of single-band GeoTIFFs on one grid. Digital numbers are p
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 from affine import Affine
 from rasterio.crs import CRS
+from rasterio.enums import ColorInterp
 from rasterio.io import DatasetReader
 from rasterio.windows import Window
 
 from biomass_jax.data import bands
+from biomass_jax.data.raster.encoding import AUTO, conversion, declared
 from biomass_jax.data.raster.grid import Grid, grid_of, open_quietly, raster_errors, utm_zone
-from biomass_jax.data.raster.inputs import granule_name
+from biomass_jax.data.raster.image import hidden_pixels, is_masked, open_image
+from biomass_jax.data.raster.inputs import InputItem, granule_name
 from biomass_jax.data.raster.tiff import verify_blocks
 from biomass_jax.errors import BandError, PrepError
 from biomass_jax.runtime.content import unfinished
@@ -35,8 +39,12 @@ _TILE_TAGS = ("SENTINEL2_TILEID", "TILE_ID")  # of L30, of S30
 _SENSOR_TAGS = ("SENSOR", "SPACECRAFT_NAME")
 _REFLECTANCE = 2.0  # digital numbers of land are hundreds, reflectance is below this
 
+_SUFFIXES = (".tif", ".tiff")  # in any case
+
 Buffers = tuple[np.ndarray, np.ndarray]  # (6, rows, columns) int16, (rows, columns) uint8
-ReadInto = Callable[[Window, Buffers], None]
+Found = Counter[tuple[str, str]]  # pixels by (granule, what): `USED`, or what was taken for no-data besides no-data
+ReadInto = Callable[[Window, Buffers], Found]
+USED = "used"  # of an older granule of the same overpass, where the newer one has no data
 
 
 @dataclass(frozen=True, order=True)
@@ -109,6 +117,9 @@ class Scene:
     grid: Grid  # of all its files
     tags: Mapping[str, str]  # of the first band's file
     paths: tuple[Path, ...]  # files of the six bands in `bands.BANDS` order, then Fmask's
+    encoding: str = AUTO  # what the bands' numbers are
+    plain: bool = True  # all files are as HLS writes them: no mask, nothing to convert
+    older: tuple["Scene", ...] = ()  # of the same overpass, the newest first: read where this one has no data
 
     @property
     def processing_time(self) -> datetime:
@@ -127,34 +138,92 @@ class Scene:
         """Open the files once for several reads by one thread.
 
         Yields:
-            read(window, into): fill arrays of `buffers`, because new memory costs time, with digital numbers as stored,
-                -9999 where there are none, and the Fmask.
+            read(window, into): fill arrays of `buffers`, because new memory costs time, with digital numbers, -9999
+                where there are none, and the Fmask, 255 where it is hidden. Where the granule has no data they are
+                those of the older ones. Returns how many pixels these gave, and what else was taken for no-data.
 
         Raises:
             RasterError: a file can't be read there.
         """
+        with ExitStack() as stack:
+            own = stack.enter_context(self._plain_reader() if self.plain else self._odd_reader())
+            others = [stack.enter_context(scene.reader()) for scene in self.older]
+
+            def read(window: Window, into: Buffers) -> Found:
+                found = own(window, into)
+                for scene, other in zip(self.older, others, strict=True):
+                    missing = ~has_data(into)
+                    if not missing.any():
+                        break
+                    beneath = buffers(*missing.shape)
+                    found += other(window, beneath)
+                    missing &= has_data(beneath)
+                    for plane, below in zip((*into[0], into[1]), (*beneath[0], beneath[1]), strict=True):
+                        np.copyto(plane, below, where=missing)
+                    found[scene.granule.name, USED] += int(np.count_nonzero(missing))
+                return found
+
+            yield read
+
+    @contextmanager
+    def _plain_reader(self) -> Iterator[ReadInto]:
         with ExitStack() as stack:
             datasets = []
             for path in self.paths:
                 with raster_errors(str(path)):
                     datasets.append(stack.enter_context(open_quietly(str(path))))
 
-            def read(window: Window, into: Buffers) -> None:
+            def read(window: Window, into: Buffers) -> Found:
                 planes, fmask = into
                 for path, dataset, out in zip(self.paths, datasets, (*planes, fmask), strict=True):
                     with raster_errors(str(path)):
                         dataset.read(1, window=window, out=out)
+                return Counter()
+
+            yield read
+
+    @contextmanager
+    def _odd_reader(self) -> Iterator[ReadInto]:
+        """Through `open_image`, which knows masks, no-data values and encodings."""
+        item = InputItem(str(self.folder), tuple(map(str, self.paths[:-1])), PurePath(self.folder.name))
+        path = str(self.paths[-1])
+        with ExitStack() as stack:
+            image = stack.enter_context(open_image(item, model_sensors=(), encoding=self.encoding))
+            with raster_errors(path):
+                quality = stack.enter_context(open_quietly(path))
+
+            def read(window: Window, into: Buffers) -> Found:
+                planes, fmask = into
+                image.oddities.clear()
+                values = image.read_window(window, count=True)
+                found = Counter({(self.granule.name, what): odd[0] for what, odd in image.oddities.items()})
+                missing = bands.no_data(values, image.fill)
+                values, limits = np.rint(values), np.iinfo(np.int16)
+                beyond = ((values < limits.min) | (values > limits.max)).any(axis=-1) & ~missing
+                if beyond.any():
+                    found[self.granule.name, "beyond what int16 holds"] = int(beyond.sum())
+                planes[...] = np.moveaxis(np.where((missing | beyond)[..., None], bands.FILL, values), -1, 0)
+                with raster_errors(path):
+                    quality.read(1, window=window, out=fmask)
+                    hidden = hidden_pixels(quality, [1], {"window": window})
+                if hidden is not None:
+                    fmask[hidden[0]] = FMASK_FILL
+                return found
 
             yield read
 
 
-def open_scene(folder: str | os.PathLike[str]) -> Scene:
+def open_scene(folder: str | os.PathLike[str], encoding: str = AUTO) -> Scene:
     """Check a granule's files and say where they lie.
+
+    Args:
+        folder: the granule's.
+        encoding: what its numbers are, one of `encoding.ENCODINGS`; `auto` takes what HLS writes and nothing else.
 
     Raises:
         PrepError: not v2.0, a band or Fmask missing, files of another granule, tile or sensor, different grids, a grid
-            that can't belong to the tile, or reflectance instead of digital numbers.
-        RasterError: a file is no TIFF, or cut short.
+            that can't belong to the tile, or another type or no-data value than HLS's without an encoding.
+        RasterError: a file is no TIFF, or cut short; a scale that isn't that of digital numbers without an encoding.
     """
     folder = Path(folder)
     granule = parse_granule_name(folder.name)
@@ -164,10 +233,13 @@ def open_scene(folder: str | os.PathLike[str]) -> Scene:
     tags: list[dict[str, str]] = []
     grids: list[Grid] = []
     long_names: list[str | None] = []
+    scales: dict[str, tuple[float, float] | None] = {}
+    plain = True
     for path in paths:
         verify_blocks(path, sparse_ok=True)
         with raster_errors(str(path)), open_quietly(str(path)) as dataset:
-            _check_file(path, dataset, is_fmask=path == paths[-1])
+            plain &= _check_file(path, dataset, encoding, is_fmask=path == paths[-1])
+            scales[path.name] = declared(dataset, 1)
             tags.append(dict(dataset.tags()))
             grids.append(grid_of(dataset))
             long_names.append(dataset.tags(1).get("long_name") or tags[-1].get("long_name"))
@@ -179,8 +251,10 @@ def open_scene(folder: str | os.PathLike[str]) -> Scene:
             )
         _check_tags(path, found, granule)
     _check_place(folder, granule, grids[0])
+    del scales[paths[-1].name]
+    plain &= conversion(encoding, scales, str(folder)) is None
     _resolve(needed_layers(granule.sensor)[:-1], granule, folder, long_names[:-1])
-    return Scene(folder, granule, grids[0], tags[0], paths)
+    return Scene(folder, granule, grids[0], tags[0], paths, encoding, plain)
 
 
 def buffers(rows: int, columns: int) -> Buffers:
@@ -214,6 +288,12 @@ def clear(
     return keep
 
 
+def has_data(scene: Buffers) -> np.ndarray:
+    """Which pixels the sensor saw in all bands, clouds or not: bool (rows, columns)."""
+    planes, fmask = scene
+    return observed(fmask) & ~bands.no_data(np.moveaxis(planes, 0, -1))
+
+
 def observed(fmask: np.ndarray) -> np.ndarray:
     """Which pixels the sensor saw: bool of Fmask's shape, False for fill, which has all bits set."""
     return fmask != FMASK_FILL
@@ -242,23 +322,34 @@ def tile_grid_key(crs: CRS | None, transform: Affine, name: str = "grid") -> tup
 def _layer_paths(folder: Path, granule: Granule) -> tuple[Path, ...]:
     """The needed files. PrepError that says which are missing or don't belong here."""
     try:
-        files = sorted(entry for entry in folder.iterdir() if entry.suffix == ".tif" and not entry.name.startswith("."))
+        entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     except OSError as error:
         raise PrepError(f"{folder}: can't be read: {error.strerror or error}") from error
     layers: dict[str, Path] = {}
-    for file in files:
+    for file in entries:
+        layer = file.stem.removeprefix(f"{granule.name}.")
+        if file.suffix.lower() not in _SUFFIXES:
+            continue
         if not file.name.startswith(f"{granule.name}."):
             raise PrepError(f"{file}: doesn't belong into this folder; expected names that begin with {granule.name}")
-        layers[file.name[len(granule.name) + 1 : -len(".tif")]] = file
-    begun = sorted(entry.name for entry in folder.iterdir() if unfinished(entry))
-    if begun and not set(needed_layers(granule.sensor)) <= set(layers):
+        if layer in layers:
+            raise PrepError(f"{file}: the same layer as {layers[layer].name}; leave one of them there")
+        layers[layer] = file
+    needed = needed_layers(granule.sensor)
+    for file in entries:
+        layer = file.name.removeprefix(f"{granule.name}.").split(".")[0]
+        if unfinished(file) and layer in needed and layer not in layers:
+            raise PrepError(f"{file}: a download that wasn't finished; finish it, or download the granule again")
+    if not layers:
+        names = ", ".join(entry.name for entry in entries[:3]) or "nothing"
         raise PrepError(
-            f"{folder}: {begun[0]} is a download that has not ended; let it end, or download the granule again"
+            f"{folder}: no .tif file in it, found {names}; expected {granule.name}.{needed[0]}.tif and so on, a file "
+            "for each band and for Fmask"
         )
     _resolve([layer for layer in layers if layer.startswith("B")], granule, folder)
     if "Fmask" not in layers:
         raise PrepError(f"{folder}: no {granule.name}.Fmask.tif; found layers {', '.join(layers)}")
-    return tuple(layers[layer] for layer in needed_layers(granule.sensor))
+    return tuple(layers[layer] for layer in needed)
 
 
 def _resolve(layers: Sequence[str], granule: Granule, folder: Path, long_names: Sequence[str | None] = ()) -> None:
@@ -269,23 +360,27 @@ def _resolve(layers: Sequence[str], granule: Granule, folder: Path, long_names: 
         raise PrepError(str(error)) from error
 
 
-def _check_file(path: Path, dataset: DatasetReader, *, is_fmask: bool) -> None:
+def _check_file(path: Path, dataset: DatasetReader, encoding: str, *, is_fmask: bool) -> bool:
+    """Whether a file is as HLS writes it and has no mask; PrepError where it can't be read as one of a granule's."""
     dtype, fill = ("uint8", FMASK_FILL) if is_fmask else ("int16", bands.FILL)
-    if dataset.count != 1:
+    stored, alpha = dataset.dtypes[0], ColorInterp.alpha in dataset.colorinterp
+    if dataset.count != 1 + alpha:
         raise PrepError(f"{path}: {dataset.count} bands, expected 1")
-    if dataset.dtypes[0] != dtype:
-        hint = ""
-        if dataset.dtypes[0].startswith("float"):
+    wanted = stored == dtype and dataset.nodata in (None, fill)
+    if not wanted and (is_fmask or encoding == AUTO or "complex" in stored):
+        told = "" if is_fmask else "; --encoding (config.composite.encoding) converts it, naming what its numbers are"
+        if stored == dtype:
+            raise PrepError(f"{path}: its no-data value is {dataset.nodata:g}, expected {fill}{told}")
+        if stored.startswith("float"):
             sample = dataset.read(1, out_shape=(min(dataset.height, 256), min(dataset.width, 256)))
             valid = sample[np.isfinite(sample) & (sample != bands.FILL)]
             if valid.size and np.percentile(valid, 99) <= _REFLECTANCE:
-                hint = (
-                    f": reflectance up to {valid.max():.4g}, not {bands.UNITS}; "
-                    "use the product's files, without its scale applied"
+                told = (
+                    f": reflectance up to {valid.max():.4g}, not {bands.UNITS}; use the product's files, without its "
+                    f"scale applied, or --encoding reflectance (config.composite.encoding)"
                 )
-        raise PrepError(f"{path}: {dataset.dtypes[0]}, expected {dtype}{hint}")
-    if dataset.nodata not in (None, fill):
-        raise PrepError(f"{path}: its no-data value is {dataset.nodata:g}, expected {fill}")
+        raise PrepError(f"{path}: {stored}, expected {dtype}{told}")
+    return wanted and not is_masked(dataset, 1)
 
 
 def _check_tags(path: Path, tags: Mapping[str, str], granule: Granule) -> None:

@@ -46,7 +46,6 @@ def read_config(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
     try:
         holder = config_flags.DEFINE_config_dict("config", made["get_config"](), flag_values=values, sys_argv=line)
         left = values(line)
-        config = holder.value.to_dict()
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         said: object = error
         while isinstance(said, Exception) and said.args:  # an AttributeError may hold a KeyError, which holds the text
@@ -55,7 +54,7 @@ def read_config(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
     if left[1:]:
         raise PrepError(f"unexpected arguments {left[1:]}; fields are given as --config.field=value")
     check(holder.value, Prepare)
-    return config
+    return dict(holder.value.to_dict())
 
 
 def table(report: Mapping[str, Any]) -> str:

@@ -151,7 +151,7 @@ class ImageSource(ExitStack[None]):
     def _check_same_grid(self, datasets: Sequence[Any]) -> None:
         first = grid_of(datasets[0])
         for dataset in datasets[1:]:
-            if dataset.count != 1:
+            if dataset.count != 1 + (ColorInterp.alpha in dataset.colorinterp):
                 raise RasterError(f"{self.name}: {_base_name(dataset.name)} has {dataset.count} bands, expected 1")
             other = grid_of(dataset)
             if not first.same_as(other):
@@ -202,9 +202,12 @@ class ImageSource(ExitStack[None]):
         window = Window(0, start, self.grid.width, stop - start)
         return self._read(window, (stop - start, self.grid.width), count=True)
 
-    def read_window(self, window: Window, shape: tuple[int, int] | None = None) -> np.ndarray:
-        """A window as `read_rows` reads rows, at another size where a `shape` (rows, columns) is given."""
-        return self._read(window, shape or (int(window.height), int(window.width)), count=False)
+    def read_window(self, window: Window, shape: tuple[int, int] | None = None, *, count: bool = False) -> np.ndarray:
+        """A window as `read_rows` reads rows, at another size where a `shape` (rows, columns) is given.
+
+        With `count` its oddities are counted.
+        """
+        return self._read(window, shape or (int(window.height), int(window.width)), count=count)
 
     def _read(self, window: Window, shape: tuple[int, int], *, count: bool) -> np.ndarray:
         if self._factors is None:
@@ -232,7 +235,7 @@ class ImageSource(ExitStack[None]):
             indexes = [self._bands[k][1] for k in places]
             with raster_errors(where):
                 values = dataset.read(indexes, **region)
-                hidden = _hidden(dataset, indexes, any(self._masked[k] for k in places), region)
+                hidden = hidden_pixels(dataset, indexes, region)
             for number, (k, band) in enumerate(zip(places, values, strict=True)):
                 out[..., k] = band
                 if self._own_fills[k] is not None:
@@ -318,11 +321,22 @@ class ImageSource(ExitStack[None]):
         return values
 
 
-def _hidden(dataset: Any, indexes: Sequence[int], masked: bool, region: dict[str, Any]) -> np.ndarray | None:
+def is_masked(dataset: Any, index: int) -> bool:
+    """Whether a band (from 1) of an open dataset has a mask, internal or beside it, or an alpha band."""
+    return MaskFlags.per_dataset in dataset.mask_flag_enums[index - 1] or ColorInterp.alpha in dataset.colorinterp
+
+
+def hidden_pixels(dataset: Any, indexes: Sequence[int], region: dict[str, Any]) -> np.ndarray | None:
     """bool (bands, rows, columns) of what a mask or an alpha band hides, or None where the file has neither.
 
     GDAL takes an alpha band for a mask in files of 2 or 4 bands only.
+
+    Args:
+        dataset: an open rasterio dataset.
+        indexes: of the bands, from 1.
+        region: `window`, and `out_shape` (bands, rows, columns) where another size is wanted.
     """
+    masked = any(MaskFlags.per_dataset in dataset.mask_flag_enums[index - 1] for index in indexes)
     hidden = dataset.read_masks(indexes, **region) == 0 if masked else None
     if ColorInterp.alpha in dataset.colorinterp:
         alpha = [dataset.colorinterp.index(ColorInterp.alpha) + 1] * len(indexes)

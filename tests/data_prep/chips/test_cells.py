@@ -354,7 +354,7 @@ def test_the_real_chip_comes_back(samples, tmp_path):
     np.testing.assert_array_equal(record["label"], label)
 
 
-@pytest.mark.parametrize("settings", [{"min_labels": 0}, {"max_nodata": 1.5}, {"max_nodata": float("nan")}])
+@pytest.mark.parametrize("settings", [{"min_labels": 0}, {"max_nodata": 1.5}, {"max_nodata": -0.1}])
 def test_settings_out_of_range_are_refused(world, settings):
     with pytest.raises(PrepError, match="settings: found size 16, min_labels"):
         index(world, **settings)

@@ -8,7 +8,7 @@ import pyproj
 import pytest
 import shapely
 
-from biomass_jax.errors import PrepError
+from biomass_jax.errors import BiomassError, PrepError
 from data_prep import ground
 from data_prep.chips import cells as chips
 from data_prep.chips import index as chip_index
@@ -376,14 +376,15 @@ def test_random_in_the_command(world, capsys):
     [
         ({"kind": "file"}, "kind: found 'file', expected one of block, tile, random"),
         ({"fractions": (0.8, 0.1, 0.2)}, "add up to 1"),
-        ({"fractions": (1.0,)}, "shares from 0 on for train, val, test"),
+        ({"fractions": (1.2, -0.1, -0.1)}, "shares from 0 on for train, val, test"),
+        ({"fractions": (1.0,)}, "fractions is .*; expected 3 values"),
         ({"buffer_m": -1}, "buffer_m: found -1"),
         ({"block_km": 0}, "block_km: found 0"),
         ({"stratify": "ecoregion"}, "no column 'ecoregion'"),
     ],
 )
 def test_wrong_settings_are_refused(settings, message):
-    with pytest.raises(PrepError, match=message):
+    with pytest.raises(BiomassError, match=message):
         splits.split_by_blocks(tile_frame("10SFF", 32610, 600000, 4200000, cells=2), SplitSettings(**settings))
 
 
