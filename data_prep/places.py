@@ -27,7 +27,7 @@ _EDGE_POINTS = 33  # along each edge of a grid: an edge of 110 km is straight in
 
 
 def check_box(box: Box) -> Box:
-    """The box as floats.
+    """The box as floats, with longitudes from -180 to 180; those from 0 to 360 are taken as well.
 
     Raises:
         PrepError: not four finite numbers in degrees, or south of its own southern edge.
@@ -36,17 +36,25 @@ def check_box(box: Box) -> Box:
     if len(values) != 4 or not np.isfinite(values).all():
         raise PrepError(f"box {box}: expected four numbers, west south east north, in degrees")
     west, south, east, north = values
-    if not (-180 <= west <= 180 and -180 <= east <= 180 and -90 <= south < north <= 90):
+    if not (-360 <= west <= 360 and -360 <= east <= 360 and -90 <= south < north <= 90):
         raise PrepError(
-            f"box {box}: expected west and east within -180..180 and south < north within -90..90 degrees; "
+            f"box {box}: expected west and east within -180..180 or 0..360 and south < north within -90..90 degrees; "
             "west > east means across the antimeridian"
         )
+    if max(abs(west), abs(east)) > 180:
+        if east - west >= 360:
+            return -180.0, south, 180.0, north
+        west, east = (west + 180) % 360 - 180, 180 - (180 - east) % 360
     return west, south, east, north
 
 
 def in_box(lon: np.ndarray, lat: np.ndarray, box: Box) -> np.ndarray:
-    """Which points lie in a box, its edges included: bool of the points' shape. NaN lies nowhere."""
+    """Which points lie in a box, its edges included: bool of the points' shape. NaN lies nowhere.
+
+    Longitudes may run from -180 to 180 or from 0 to 360; those of the box are as `check_box` gives them.
+    """
     west, south, east, north = box
+    lon = np.where(lon > 180, lon - 360, lon)  # longitudes from 0 to 360
     across = (lon >= west) & (lon <= east) if west <= east else (lon >= west) | (lon <= east)
     return across & (lat >= south) & (lat <= north)
 

@@ -9,6 +9,9 @@ from typing import NamedTuple
 from biomass_jax.errors import PrepError
 
 _MONTH_DAY = re.compile(r"(\d{2})-(\d{2})")
+_DATE = re.compile(
+    r"(\d{4})(?:([-./])(\d{1,2})\2(\d{1,2})|(\d{2})(\d{2}))(?:[T ]00:00(?::00(?:\.0+)?)?(?:Z|\+00:00)?)?"
+)
 
 
 class SeasonRow(NamedTuple):
@@ -47,15 +50,21 @@ class Season:
             raise PrepError(f"season {self.text} is empty: its end (not included) has to be after its start")
 
     @classmethod
-    def parse(cls, text: str) -> "Season":
-        """The season written as `2020-06-01/2020-09-16`. PrepError for any other text or an empty interval."""
-        try:
-            start, stop = (datetime.strptime(part, "%Y-%m-%d").date() for part in text.strip().split("/"))
-        except ValueError as error:
+    def parse(cls, text: object) -> "Season":
+        """The season written as `2020-06-01/2020-09-16`, or as a list of two dates.
+
+        Years come first; points, slashes or nothing may stand between the parts of a date, and midnight (UTC) behind.
+
+        Raises:
+            PrepError: anything else, or an empty interval.
+        """
+        parts = [str(part) for part in text] if isinstance(text, list | tuple) else _parts(str(text).strip())
+        days = [_date(part.strip()) for part in parts]
+        if len(days) != 2 or days[0] is None or days[1] is None:
             raise PrepError(
                 f"season {text!r} is not two dates; expected START/STOP as in 2020-06-01/2020-09-16 (STOP not included)"
-            ) from error
-        return cls(start, stop)
+            )
+        return cls(days[0], days[1])
 
     @property
     def text(self) -> str:
@@ -90,6 +99,23 @@ class Season:
         ]
 
 
+def _parts(text: str) -> list[str]:
+    """The two dates of a season: at a slash, `to` or two points; of dates with slashes at the one in the middle."""
+    fields = text.split("/")
+    if len(fields) == 6:
+        return ["/".join(fields[:3]), "/".join(fields[3:])]
+    return fields if len(fields) > 1 else re.split(r"\s+to\s+|\.\.", text)
+
+
+def _date(text: str) -> date | None:
+    """A date, year first; None for anything else."""
+    found = _DATE.fullmatch(text)
+    try:
+        return date(int(found[1]), int(found[3] or found[5]), int(found[4] or found[6])) if found else None
+    except ValueError:
+        return None
+
+
 def _other_year(day: date, years: int) -> date:
     try:
         return day.replace(year=day.year + years)
@@ -118,17 +144,18 @@ def season_of_year(year: int, latitude: float, table: Iterable[Sequence] = DEFAU
     raise PrepError(f"season table: no line holds at latitude {latitude:.4f}; its lines begin at {souths}")
 
 
-def resolve_season(text: str, latitude: float | None = None, table: Iterable[Sequence] = DEFAULT_TABLE) -> Season:
+def resolve_season(text: object, latitude: float | None = None, table: Iterable[Sequence] = DEFAULT_TABLE) -> Season:
     """The season that a setting names: a year (by latitude and table) or `START/STOP`.
 
     Raises:
         PrepError: neither, or a year where no latitude is known.
     """
-    if not re.fullmatch(r"\d{4}", text.strip()):
+    year = str(text).strip()
+    if not re.fullmatch(r"\d{4}", year):
         return Season.parse(text)
     if latitude is None:
-        raise PrepError(f"season {text} is a year, which needs a latitude; give dates as in 2020-06-01/2020-09-16")
-    return season_of_year(int(text), latitude, table)
+        raise PrepError(f"season {year} is a year, which needs a latitude; give dates as in 2020-06-01/2020-09-16")
+    return season_of_year(int(year), latitude, table)
 
 
 def _row(line: Sequence) -> SeasonRow:

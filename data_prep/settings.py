@@ -85,6 +85,12 @@ class ChipSettings(Typed):
     size: int = setting(records.CHIP_SIZE, "pixels along a chip's side")
     min_labels: int = setting(20, "fewest labels of a chip")
     max_nodata: float = setting(0.05, "largest share of pixels without data")
+    encoding: str = setting(
+        "auto",
+        "digital_numbers takes composites as they are, whatever they look like",
+        choices=("auto", "digital_numbers"),
+    )
+    label_max: float = setting(2000.0, "Mg/ha, the highest label there may be")
     biomes: str = setting("", "polygon file that names biomes")
     biome_field: str = setting("", "its column with the name")
 

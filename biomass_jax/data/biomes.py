@@ -36,13 +36,17 @@ class Biomes:
         self._tree = STRtree(np.asarray(frame.geometry, object))
 
     def at(self, places: np.ndarray) -> list[str]:
-        """Slugs at (n, 2) longitudes and latitudes: that of the first polygon in the file, else `unknown`."""
+        """Slugs at (n, 2) longitudes and latitudes: that of the first polygon in the file, else `unknown`.
+
+        Longitudes of either may run from -180 to 180 or from 0 to 360.
+        """
         import shapely
 
         found: dict[int, int] = {}
-        points, polygons = self._tree.query(shapely.points(places), predicate="intersects")
-        for point, polygon in zip(points.tolist(), polygons.tolist(), strict=True):
-            found[point] = min(polygon, found.get(point, polygon))
+        for turn in (0, -360, 360):  # polygons from 0 to 360 degrees, or across the antimeridian
+            points, polygons = self._tree.query(shapely.points(places + [turn, 0]), predicate="intersects")
+            for point, polygon in zip(points.tolist(), polygons.tolist(), strict=True):
+                found[point] = min(polygon, found.get(point, polygon))
         return [self._slugs[found[i]] if i in found else records.UNKNOWN_BIOME for i in range(len(places))]
 
 

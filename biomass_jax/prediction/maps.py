@@ -17,7 +17,7 @@ from biomass_jax.data.raster.encoding import AUTO
 from biomass_jax.data.raster.image import ImageSource, read_preview, read_tags
 from biomass_jax.data.raster.resample import MaskSource, mask_identity
 from biomass_jax.data.raster.tiff import verify_blocks
-from biomass_jax.errors import BiomassError, PredictionError, RasterError
+from biomass_jax.errors import BiomassError, PredictionError, RasterError, refuse_empty
 from biomass_jax.runtime.settings import changed_fields
 from biomass_jax.version import __version__
 
@@ -43,6 +43,7 @@ class MapOptions:
         resample: metres, of the pixels that finer images are brought to; None to refuse them.
         mask: a raster of classes on any grid; pixels of other classes than `mask_keep` become no-data.
         mask_keep: the classes to keep.
+        allow_empty: write a map as well where fewer than 0.1 % of its pixels get a value.
         overwrite: make maps again that are finished.
         quicklook: write a PNG beside each map.
         progress: show a bar on a terminal, lines in a log.
@@ -57,6 +58,7 @@ class MapOptions:
     resample: float | None = None
     mask: str | os.PathLike[str] | None = None
     mask_keep: Sequence[int] | None = None
+    allow_empty: bool = False
     overwrite: bool = False
     quicklook: bool = False
     progress: bool = False
@@ -174,17 +176,27 @@ class MapReader:
 
     def __init__(self, source: ImageSource, mask: MaskSource | None) -> None:
         self._source, self._mask = source, mask
-        self._data = self._kept = 0
+        self._data = self._kept = 0  # pixels with data, and those of them that the mask keeps
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Pixels (rows, W, bands) and bool (rows, W), True where the map gets a value."""
         pixels = self._source.read_rows(start, stop)
         wanted = ~no_data(pixels, self._source.fill)
+        self._data += int(np.count_nonzero(wanted))
         if self._mask is not None:
-            self._data += int(wanted.sum())
             wanted &= self._mask.read_rows(start, stop)
-            self._kept += int(wanted.sum())
+        self._kept += int(np.count_nonzero(wanted))
         return pixels, wanted
+
+    def refuse_empty(self, allowed: bool) -> None:
+        """PredictionError where (nearly) no pixel of all that were read gets a value, unless that is allowed."""
+        grid = self._source.grid
+        what = "pixels with data"
+        if self._mask is not None and self._data:
+            what = f"pixels of the {self._data:,} with data that the mask {self._mask.name} keeps"
+        refuse_empty(
+            PredictionError, self._kept, grid.height * grid.width, f"{self._source.name}: {what}", allowed=allowed
+        )
 
     @property
     def share(self) -> float | None:

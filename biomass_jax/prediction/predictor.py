@@ -144,13 +144,14 @@ class Predictor:
         Args:
             src: the image.
             dst: the map's path if it ends in .tif, else the folder for `<stem>_agbd.tif`.
-            **options: fields of `MapOptions`: bands, encoding, resample, mask, mask_keep, overwrite, quicklook,
-                progress.
+            **options: fields of `MapOptions`: bands, encoding, resample, mask, mask_keep, allow_empty, overwrite,
+                quicklook, progress.
 
         Raises:
             RasterError: the image, the mask or the output can't be read or written.
             TilingError: a published algorithm can't map a raster of this size.
-            PredictionError: contradicting options, or the model gave no number where there is data.
+            PredictionError: contradicting options, the model gave no number where there is data, or (nearly) no pixel
+                gets a value.
         """
         items = find_inputs(src)
         if len(items) != 1:
@@ -317,6 +318,7 @@ class _OneMap:
             check_finite(values, self._wanted)
             values[~self._wanted] = self._predictor.bundle.nodata
             self._writer.write_rows(0, values)
+        self._reader.refuse_empty(self._options.allow_empty)
         self._writer.close()
         for what, (count, row, column) in self._source.oddities.items():
             values = "value is" if count == 1 else "values are"

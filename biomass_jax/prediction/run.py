@@ -15,9 +15,11 @@ from biomass_jax.data.bands import parse_band_list
 from biomass_jax.data.raster.inputs import InputItem, find_inputs
 from biomass_jax.errors import PredictionError
 from biomass_jax.prediction import maps
+from biomass_jax.prediction.config import Predict
 from biomass_jax.prediction.predictor import Predictor
 from biomass_jax.runtime import processes
 from biomass_jax.runtime.progress import duration
+from biomass_jax.runtime.settings import check
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +38,11 @@ def run(config: ConfigDict, workdir: Path, *, shardings: Callable[[], dict[str, 
         shardings: gives `Predictor`'s batch_sharding and replicated; called when the inputs are known to be there.
 
     Raises:
+        ConfigError: a field holds what it can't.
         PredictionError: a field is missing, or some inputs failed, of whichever process (its message is the table).
         BundleError, RasterError, TilingError, BandError: see `Predictor`.
     """
+    check(config, Predict)
     for field, what in (("bundle", "the model bundle's folder"), ("inputs", "the images to map")):
         if not config[field]:
             raise PredictionError(f"config.{field} is not given; add --config.{field}=PATH, {what}")
@@ -48,6 +52,7 @@ def run(config: ConfigDict, workdir: Path, *, shardings: Callable[[], dict[str, 
         "resample": config.resample,
         "mask": config.mask or None,
         "mask_keep": tuple(config.mask_keep),
+        "allow_empty": config.allow_empty,
         "overwrite": config.overwrite,
         "quicklook": config.quicklook,
     }

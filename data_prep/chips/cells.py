@@ -10,6 +10,7 @@ import dataclasses
 import math
 import os
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,13 @@ from rasterio.windows import Window
 from biomass_jax.data import bands, records
 from biomass_jax.data.biomes import Biomes
 from biomass_jax.data.raster.grid import Grid
-from biomass_jax.errors import PrepError
+from biomass_jax.errors import PrepError, refuse_empty
 from biomass_jax.runtime.settings import add_options, options_of
 from data_prep import ground
 from data_prep.chips import index as chip_index
 from data_prep.chips.windows import TilePair, moved
-from data_prep.commands import alone_in, command
+from data_prep.commands import add_allow_empty, alone_in, command
+from data_prep.hls.composite import find_composites
 from data_prep.settings import ChipSettings
 
 _NO_SHOTS: dict[str, Any] = {"shot_numbers": [], "agbd_se_sum": 0.0, "agbd_se_shots": 0}
@@ -61,8 +63,8 @@ def index_tile(
         under few_labels).
 
     Raises:
-        PrepError: grids differ, a tag is missing, labels are out of range, or shots and labels contradict each other.
-        RasterError: the composite can't be read.
+        PrepError: grids differ, a tag is missing, or shots and labels contradict each other.
+        RasterError: the composite can't be read or holds no digital numbers, or labels are above `label_max`.
     """
     size, min_labels, max_nodata = settings.size, settings.min_labels, settings.max_nodata
     if not (size > 0 and min_labels >= 1 and 0 <= max_nodata <= 1):
@@ -72,13 +74,16 @@ def index_tile(
         )
     counts = {"cells": 0, "kept": 0, "few_labels": 0, "no_data": 0}
     rows = []
-    with TilePair(composite, label) as pair:
+    odd: Counter[str] = Counter()
+    with TilePair(composite, label, encoding=settings.encoding, label_max=settings.label_max) as pair:
         grid = pair.grid
         table = None if shots is None else _ShotTable(shots, grid)
         for row in range(0, grid.height - size + 1, size):
             window = Window(0, row, grid.width, size)
-            missing, values = bands.no_data(pair.read_image(window)), pair.read_label(window)
+            missing, (values, gone, reasons) = bands.no_data(pair.read_image(window)), pair.read_labels(window)
+            odd += reasons
             if table is not None:
+                table.leave_out(row, gone)
                 table.check(row, values, str(label))
             for col in range(0, grid.width - size + 1, size):
                 cell = np.s_[:, col : col + size]
@@ -92,6 +97,9 @@ def index_tile(
                     behind = _NO_SHOTS if table is None else table.inside(row, col, size)
                     rows.append(place | _label_fields(found) | behind)
         _add_places(rows, pair, Path(root), size, biomes)
+    if odd:
+        told = ", ".join(f"{number} {what}" for what, number in odd.items())
+        warnings.warn(f"{label}: labels taken as none: {told}", stacklevel=2)
     return rows, counts
 
 
@@ -149,6 +157,15 @@ class _ShotTable:
         numbers = sorted(self._number[here].tolist())
         return {"shot_numbers": numbers, "agbd_se_sum": math.fsum(errors), "agbd_se_shots": len(errors)}
 
+    def leave_out(self, start: int, gone: np.ndarray) -> None:
+        """Forget the shots of pixels (rows, width) from row `start` on, whose labels the raster itself takes away."""
+        if not gone.any():
+            return
+        here = (self._row >= start) & (self._row < start + len(gone))
+        here[here] = gone[self._row[here] - start, self._col[here]]
+        columns = (self._number, self._row, self._col, self._agbd, self._se)
+        self._number, self._row, self._col, self._agbd, self._se = (values[~here] for values in columns)
+
     def check(self, start: int, label: np.ndarray, path: str) -> None:
         """PrepError where the label (rows, width) from row `start` on isn't the mean of the shots in each pixel."""
         here = (self._row >= start) & (self._row < start + len(label))
@@ -167,7 +184,7 @@ class _ShotTable:
 
 
 def index_folder(
-    out: str | os.PathLike[str], settings: ChipSettings, *, tiles: Sequence[str] = ()
+    out: str | os.PathLike[str], settings: ChipSettings, *, tiles: Sequence[str] = (), allow_empty: bool = False
 ) -> dict[str, dict[str, int]]:
     """Write the index of a folder of prepared data.
 
@@ -175,12 +192,13 @@ def index_folder(
         out: the folder.
         settings: which cells become chips.
         tiles: MGRS tiles to take; all where empty.
+        allow_empty: write it as well where fewer than 0.1 % of the cells are chips.
 
     Returns:
         counts of `index_tile` by composite, as path in the folder.
 
     Raises:
-        PrepError: nothing to take, or see `index_tile`.
+        PrepError: nothing to take, (nearly) no chip, or see `index_tile`.
     """
     biomes = Biomes(settings.biomes, settings.biome_field) if settings.biomes else None
     rows: list[dict[str, Any]] = []
@@ -189,6 +207,9 @@ def index_folder(
         found, counted = index_tile(composite, label, settings, root=out, shots=shots, biomes=biomes)
         rows += found
         counts[composite.relative_to(out).as_posix()] = counted
+    cells = sum(found["cells"] for found in counts.values())
+    what = f"{out}: cells with {settings.min_labels} labels and enough data, which are chips"
+    refuse_empty(PrepError, len(rows), cells, what, allowed=allow_empty)
     if not rows:
         warnings.warn(
             f"{out}: no cell has {settings.min_labels} labels and enough data: the index is empty", stacklevel=2
@@ -212,7 +233,7 @@ def find_pairs(out: str | os.PathLike[str], tiles: Sequence[str] = ()) -> list[t
     root = Path(out)
     wanted = [tile.removeprefix("T") for tile in tiles]
     pairs: list[tuple[Path, Path, Path | None]] = []
-    for composite in sorted(root.glob("composites/*/[!.]*.tif")):
+    for composite in find_composites(root):
         if wanted and composite.parent.name not in wanted:
             continue
         label = root / "labels" / composite.parent.name / f"{composite.stem}_agbd.tif"
@@ -240,11 +261,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of prepared data")
     parser.add_argument("--tile", action="append", default=[], help="take only this tile (repeatable)")
     add_options(parser, ChipSettings)
+    add_allow_empty(parser)
     args = parser.parse_args(argv)
     if (args.biomes == "") != (args.biome_field == ""):
         parser.error("--biomes and --biome-field go together")
+    settings = ChipSettings(**options_of(args, ChipSettings))
     with alone_in(args.out):
-        counts = index_folder(args.out, ChipSettings(**options_of(args, ChipSettings)), tiles=args.tile)
+        counts = index_folder(args.out, settings, tiles=args.tile, allow_empty=args.allow_empty)
     for name, found in counts.items():
         print(f"{name}: " + ", ".join(f"{number} {what.replace('_', ' ')}" for what, number in found.items()))
     print(f"{sum(found['kept'] for found in counts.values())} chips in {chip_index.path_in(args.out)}")

@@ -1,7 +1,10 @@
 """Windows of a composite and its label raster: the pixels that the index of chips points to."""
 
+import json
+import math
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,9 +12,12 @@ from typing import Any, Self
 
 import numpy as np
 from affine import Affine
+from rasterio.enums import ColorInterp
 from rasterio.windows import Window
 
 from biomass_jax.data import bands, records
+from biomass_jax.data.raster.chips import clean_labels
+from biomass_jax.data.raster.encoding import AUTO
 from biomass_jax.data.raster.grid import epsg_code, grid_of, open_quietly, raster_errors
 from biomass_jax.data.raster.image import open_image
 from biomass_jax.data.raster.tiff import verify_blocks
@@ -29,21 +35,38 @@ class TilePair(ExitStack[None]):
         epsg: code of the CRS.
     """
 
-    def __init__(self, composite: str | os.PathLike[str], label: str | os.PathLike[str]) -> None:
+    def __init__(
+        self,
+        composite: str | os.PathLike[str],
+        label: str | os.PathLike[str],
+        *,
+        encoding: str = "digital_numbers",
+        label_max: float = math.inf,
+    ) -> None:
         """Open both.
+
+        Args:
+            composite: its six bands, with the tags TILE, SEASON and SENSORS.
+            label: Mg/ha on the same grid.
+            encoding: `auto` looks whether the composite holds digital numbers, unless its tag says that its making was
+                told; the default takes them as they are, as is right once they are in an index.
+            label_max: Mg/ha, the highest label that can be.
 
         Raises:
             PrepError: no int16 composite with the tags TILE, SEASON, SENSORS, or other grids.
-            RasterError: a file can't be opened or is truncated, or the six bands aren't found by name.
+            RasterError: a file can't be opened or is truncated, or the six bands aren't found by name, or hold
+                something else.
         """
         super().__init__()
-        self.composite, self.label_path = Path(composite), Path(label)
+        self.composite, self.label_path, self._label_max = Path(composite), Path(label), label_max
         try:
-            self._image = self.enter_context(open_image(composite, model_sensors=()))
+            self._image = self.enter_context(open_image(composite, model_sensors=(), encoding=encoding))
             with raster_errors(os.fspath(label)):
                 self._label = self.enter_context(open_quietly(os.fspath(label)))
             verify_blocks(label, sparse_ok=True)
             self._check()
+            if json.loads(self._image.tags.get("COMPOSITE", "{}")).get("encoding", AUTO) == AUTO:
+                self._image.check_units()
         except BaseException:
             self.close()
             raise
@@ -56,9 +79,10 @@ class TilePair(ExitStack[None]):
                 f"int16 {bands.UNITS} with {bands.FILL} as `data_prep composite` writes them"
             )
         self.grid, found = self._image.grid, grid_of(self._label)
-        if self._label.count != 1 or not found.same_as(self.grid):
+        count = self._label.count - (ColorInterp.alpha in self._label.colorinterp)
+        if count != 1 or not found.same_as(self.grid):
             raise PrepError(
-                f"{self.label_path}: found {self._label.count} band(s) of {found.describe()}, expected one on the "
+                f"{self.label_path}: found {count} band(s) of {found.describe()}, expected one on the "
                 f"composite's grid: {self.grid.describe()}"
             )
         self.epsg = epsg_code(self.grid.crs, str(self.composite))
@@ -68,20 +92,17 @@ class TilePair(ExitStack[None]):
         return self._image.read_window(window)
 
     def read_label(self, window: Window) -> np.ndarray:
-        """(rows, columns) float32 Mg/ha, -1 for none.
+        """(rows, columns) float32 Mg/ha, -1 for none. RasterError where they can't be read."""
+        return self.read_labels(window)[0]
+
+    def read_labels(self, window: Window) -> tuple[np.ndarray, np.ndarray, Counter[str]]:
+        """Labels, where there is none though the raster doesn't hold -1, and why; see `raster.chips.clean_labels`.
 
         Raises:
-            PrepError: a value is neither.
-            RasterError: they can't be read.
+            RasterError: they can't be read, or some are above `label_max`.
         """
         with raster_errors(f"{self.label_path}: can't be read"):
-            label = self._label.read(1, window=window).astype(np.float32, copy=False)
-        wrong = label[~((np.isfinite(label) & (label >= 0)) | (label == records.NO_LABEL))]
-        if wrong.size:
-            raise PrepError(
-                f"{self.label_path}: found {wrong.size} values like {wrong[0]:g}, expected Mg/ha from 0 on, or -1"
-            )
-        return label
+            return clean_labels(self._label, str(self.label_path), window=window, label_max=self._label_max)
 
 
 def _tag(tags: Mapping[str, str], name: str, path: Path) -> str:

@@ -14,13 +14,14 @@ from biomass_jax.data import bands
 from biomass_jax.data.raster.cog import write_cog
 from biomass_jax.data.raster.grid import Grid
 from biomass_jax.data.raster.image import open_image
-from biomass_jax.errors import PrepError
+from biomass_jax.errors import PrepError, refuse_empty
 from biomass_jax.runtime.settings import add_options
-from data_prep.commands import command, refuse_beside_prepare
+from data_prep.commands import add_allow_empty, command, refuse_beside_prepare
 from data_prep.gedi.filters import inside
 from data_prep.gedi.footprints import read_footprints, read_settings
 from data_prep.geoparquet import with_settings, write_table
 from data_prep.ground import geocentric
+from data_prep.hls.composite import find_composites
 from data_prep.places import boxes_meet, grid_box, grid_centre, transformer
 from data_prep.season import Season
 from data_prep.settings import LabelSettings
@@ -240,6 +241,7 @@ def write_labels(
     tiles: Mapping[str, Grid] | None = None,
     shot_owner: ShotOwner = "nearest",
     label_years: int = 0,
+    allow_empty: bool = False,
 ) -> tuple[Path, dict[str, int]]:
     """Write `folder/{tile}/{tile}_{start}_{end}_agbd.tif` and the table of its shots, `.parquet`, beside it.
 
@@ -250,12 +252,14 @@ def write_labels(
         tiles: as in `label_raster`.
         shot_owner: as in `label_raster`.
         label_years: shots of the composite's season in so many years before and after it count too.
+        allow_empty: write them as well where fewer than 0.1 % of the shots on the tile are left.
 
     Returns:
         The raster's path, and `Labels.counts`.
 
     Raises:
-        PrepError: as `label_raster`; footprint tables made with different filters; a disk that doesn't take the files.
+        PrepError: as `label_raster`; footprint tables made with different filters; (nearly) no shot is left; a disk
+            that doesn't take the files.
     """
     image = open_composite(composite)
     table, gedi = _gather(sorted(map(Path, footprints)), image.grid)
@@ -263,6 +267,10 @@ def write_labels(
     made = label_raster(
         table, image.grid, read_valid(composite), tile=image.tile, tiles=tiles, shot_owner=shot_owner, seasons=seasons
     )
+    there = sum(made.counts[name] for name in ("used", "other_season", "no_data"))
+    told = ", ".join(f"{count} {name}" for name, count in made.counts.items())
+    what = f"{composite}: shots of {' and '.join(season.text for season in seasons)} on its pixels with data ({told})"
+    refuse_empty(PrepError, made.counts["used"], there, what, allowed=allow_empty)
     settings = {
         "step": "labels",
         "pixel": "contains the centre",
@@ -318,9 +326,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tile", action="append", help="only this tile; may be given again (all)")
     add_options(parser, LabelSettings)
     parser.add_argument("--label-years", type=int, default=0, help="shots of N years before and after too (0)")
+    add_allow_empty(parser)
     args = parser.parse_args(argv)
     refuse_beside_prepare(args.out)
-    composites = [open_composite(path) for path in sorted(args.out.glob("composites/*/*.tif"))]
+    composites = [open_composite(path) for path in find_composites(args.out)]
     grids: dict[str, Grid] = {}
     for image in composites:
         if not grids.setdefault(image.tile, image.grid).same_as(image.grid):
@@ -341,6 +350,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 tiles=grids,
                 shot_owner=args.shot_owner,
                 label_years=args.label_years,
+                allow_empty=args.allow_empty,
             )
             print(f"{dst}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
     return 0

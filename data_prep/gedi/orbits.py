@@ -13,10 +13,10 @@ from typing import NamedTuple
 import h5py
 import numpy as np
 
-from biomass_jax.errors import PrepError
+from biomass_jax.errors import PrepError, refuse_empty
 from biomass_jax.runtime import content
 from biomass_jax.runtime.settings import add_options, options_of
-from data_prep.commands import command, refuse_beside_prepare
+from data_prep.commands import add_allow_empty, command, refuse_beside_prepare
 from data_prep.gedi.filters import DEFAULT, EPOCH, Step, Table, as_dict, steps
 from data_prep.gedi.footprints import write_footprints
 from data_prep.gedi.names import BEAMS, COLUMNS, EXAMPLE, FIELDS, NO_VALUE, Product, naming, other_product, product_of
@@ -398,6 +398,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--season", help="2020-06-01/2020-09-16 (end not included), or a year with --bbox or --tile")
     made.add_argument("--label-years", type=int, default=0, help="the same days of N years before and after too (0)")
     add_options(made, Filters)
+    add_allow_empty(made)
     return made
 
 
@@ -417,7 +418,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         season = resolve_season(args.season, latitude).widened(args.label_years)
     filters = Filters(**options_of(args, Filters))
     granules = find_granules(args.paths or [args.out / "granules" / "gedi"])
-    failed = 0
+    failed = left = read = 0
     for path in granules:
         try:
             dst, counts = convert_granule(path, args.out / "footprints", bbox=bbox, season=season, filters=filters)
@@ -426,6 +427,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             failed += 1
             continue
         print(f"{dst}: " + " -> ".join(f"{count:,} {name}" for name, count in counts.items()))
+        read, left = read + counts.get("box", counts["shots"]), left + list(counts.values())[-1]
     if failed:
         raise PrepError(f"{failed} of {len(granules)} granules failed")
+    what = f"{args.out / 'footprints'}: shots there that the filters leave"
+    refuse_empty(PrepError, left, read, what, allowed=args.allow_empty)
     return 0

@@ -123,7 +123,8 @@ def composite(
         RasterError: a granule's file can't be read, holds other numbers than its encoding says, or the composite can't
             be written.
     """
-    settings = CompositeSettings(sensors, statistic, min_clear, drop_water, drop_high_aerosol, encoding)
+    names = tuple(sensors.split("+") if isinstance(sensors, str) else sensors)
+    settings = CompositeSettings(names, statistic, min_clear, drop_water, drop_high_aerosol, encoding)
     _check_settings(settings)
     selection = select(scene_folders, season=season, sensors=settings.sensors, tile=tile)
     threads = threads or min(cores(), MOST_THREADS)
@@ -254,6 +255,12 @@ def without_duplicates(scenes: Sequence[Scene]) -> tuple[list[Scene], dict[str, 
 def composite_path(out: str | os.PathLike[str], tile: str, season: Season) -> Path:
     """Where prepared folders hold a tile's composite: `{out}/{tile}/{tile}_{start}_{end}.tif`."""
     return Path(out, tile, f"{tile}_{season.text.replace('/', '_')}.tif")
+
+
+def find_composites(out: str | os.PathLike[str]) -> list[Path]:
+    """The composites of a folder of prepared data, sorted."""
+    found = sorted(Path(out).glob("composites/*/[!.]*"))
+    return [path for path in found if path.suffix.lower() in (".tif", ".tiff") and path.is_file()]
 
 
 def _check_settings(settings: CompositeSettings) -> None:

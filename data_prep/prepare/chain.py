@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from biomass_jax.data.biomes import read_polygons
-from biomass_jax.errors import PrepError
+from biomass_jax.errors import PrepError, refuse_empty
 from data_prep.archive.download import log_in, plan_gedi, plan_hls
 from data_prep.archive.fetch import fetch_all
 from data_prep.archive.search import GEDI_COVERAGE, Area, search_archive, search_gedi, search_hls
@@ -100,6 +100,7 @@ class Chain:
     def __init__(self, config: Mapping[str, Any], out: Path, runner: Runner, threads: int | None) -> None:
         self.config, self.out, self.runner, self.threads = config, out, runner, threads
         self.state, self.done, self.errors, self.log = runner.state, runner.done, runner.errors, runner.log
+        self.allow_empty: bool = config["allow_empty"]
         self.season, self.year, self.season_table = _season(config)
         hls = Path(config["granules"]["hls"] or out / "granules" / "hls")
         self.granules = steps.granules_by_tile(hls)
@@ -130,6 +131,9 @@ class Chain:
         if not jobs and not files:
             self.runner.fail("gedi", WHOLE, no_granules(folder))
         self.runner.run("gedi", jobs, lambda result: _arrows(result["counts"]))
+        counts = [dict(part.record.result["counts"]) for part in self.done["gedi"].values()]
+        if counts and not self.allow_empty and not any(list(found.values())[-1] for found in counts):
+            self.runner.fail("gedi", WHOLE, f"no shot of {len(counts)} orbits is left; the filters' counts say why")
 
     def _orbits(self, paths: Sequence[Path]) -> dict[str, Path]:
         """Orbits by the name that their footprint tables will have; a file of another name fails alone."""
@@ -167,7 +171,7 @@ class Chain:
             folders = []
         path = composite_path(self.out / "composites", tile, season)
         arguments = {"folders": folders, "path": path, "tile": tile, "season": season.text, "settings": settings}
-        arguments |= {"threads": self.threads}
+        arguments |= {"threads": self.threads, "allow_empty": self.allow_empty}
         chosen = {"season": season.text, **settings, "sensors": sorted(set(settings["sensors"]))}
         return StepJob("composite", tile, steps.composite_of_tile, arguments, chosen, tuple(folders), (path,))
 
@@ -209,6 +213,7 @@ class Chain:
             folder = self.out / "labels"
             label = folder / tile / f"{image.path.stem}_agbd.tif"
             arguments = {"path": image.path, "footprints": near, "folder": folder, **settings}
+            arguments |= {"allow_empty": self.allow_empty}
             arguments |= {"composites": {name: other.path for name, other in beside.items()}}
             outputs = (label, label.with_suffix(".parquet"))
             chosen = settings | {"tiles": grids}
@@ -232,8 +237,15 @@ class Chain:
         """`splits`, then `stats` and `shards`, of all tiles that have chips."""
         tiles = {tile: part for tile, part in self.done["chips"].items() if part.record.result["counts"]["kept"]}
         self.done |= {"splits": {}, "shards": {}}
+        found = [part.record.result["counts"] for part in self.done["chips"].values()]
+        kept, cells = (sum(counts[name] for counts in found) for name in ("kept", "cells"))
+        try:
+            what = "no tile has chips" if not kept else "cells of all tiles that are chips"
+            refuse_empty(PrepError, kept, cells, f"{what}; there is nothing to train on", allowed=self.allow_empty)
+        except PrepError as error:
+            self.runner.fail("splits", WHOLE, str(error))
+            return
         if not tiles:
-            self.runner.fail("splits", WHOLE, "no tile has chips; there is nothing to train on")
             return
         parts = {self.state.key(self.images[tile].path): part.job.outputs[0] for tile, part in tiles.items()}
         chips = {**self.config["chips"], "biomes": Path(self.config["chips"]["biomes"]).name}
@@ -248,6 +260,7 @@ class Chain:
         settings = dict(self.config["shards"])
         folder = self.out / "shards"
         arguments = {"index": index, "folder": folder, "settings": settings, "executor": self.runner.executor}
+        arguments |= {"allow_empty": self.allow_empty}
         rasters = [
             path for tile in tiles for path in (self.images[tile].path, self.done["labels"][tile].job.outputs[0])
         ]

@@ -43,11 +43,18 @@ def footprints_of_orbit(
 
 
 def composite_of_tile(
-    folders: Sequence[Path], path: Path, tile: str, season: str, settings: Mapping[str, Any], threads: int | None
+    folders: Sequence[Path],
+    path: Path,
+    tile: str,
+    season: str,
+    settings: Mapping[str, Any],
+    threads: int | None,
+    allow_empty: bool,
 ) -> dict[str, Any]:
     """`composite`: a tile's scenes to one image."""
-    made = composite(folders, path, season=Season.parse(season), tile=tile, threads=threads, **settings)
-    names = ("scenes", "sensors", "season", "duplicates", "counts", "pixels", "covered", "warnings")
+    how: dict[str, Any] = {"season": Season.parse(season), "tile": tile, "threads": threads, "allow_empty": allow_empty}
+    made = composite(folders, path, **how, **settings)
+    names = ("scenes", "sensors", "season", "duplicates", "used", "counts", "pixels", "covered", "warnings")
     return {name: getattr(made, name) for name in names} | {"latitude": grid_centre(open_composite(path).grid)[1]}
 
 
@@ -58,6 +65,7 @@ def labels_of_tile(
     composites: Mapping[str, Path],
     shot_owner: Any,
     label_years: int,
+    allow_empty: bool,
 ) -> dict[str, Any]:
     """`labels`: a composite's label raster and its table of shots.
 
@@ -68,9 +76,11 @@ def labels_of_tile(
         composites: tile -> composite of this tile and all that may share ground with it.
         shot_owner: as for `write_labels`.
         label_years: the same.
+        allow_empty: the same.
     """
     grids = {tile: open_composite(other).grid for tile, other in composites.items()}
-    _, counts = write_labels(path, footprints, folder, tiles=grids, shot_owner=shot_owner, label_years=label_years)
+    how: dict[str, Any] = {"shot_owner": shot_owner, "label_years": label_years, "allow_empty": allow_empty}
+    _, counts = write_labels(path, footprints, folder, tiles=grids, **how)
     return {"counts": counts}
 
 
@@ -115,12 +125,11 @@ def index_with_splits(
 
 
 def shards_of_index(
-    index: Path, folder: Path, settings: Mapping[str, Any], executor: Executor | None
+    index: Path, folder: Path, settings: Mapping[str, Any], executor: Executor | None, allow_empty: bool
 ) -> dict[str, Any]:
     """`stats` and `shards`: the index's chips to a data set, written by the executor's workers."""
-    info = write_shards(
-        items_of(index), folder, metadata=index_metadata(index), executor=executor, overwrite=True, **settings
-    )
+    how: dict[str, Any] = {"executor": executor, "overwrite": True, "labelled": True, "allow_empty": allow_empty}
+    info = write_shards(items_of(index), folder, metadata=index_metadata(index), **how, **settings)
     names = ("means", "stds", "stat_pixels", "season", "sensors", "shards")
     return {"counts": info["chips"]["counts"], **{name: info[name] for name in names}}
 

@@ -90,7 +90,7 @@ def convert(
             split: [partial(read_pair, pair, dtype=dtype, **fields) for pair in chosen]
             for split, chosen in pairs.items()
         }
-        return shards.write_shards(items, out, metadata=metadata, **settings)
+        return shards.write_shards(items, out, metadata=metadata, labelled=True, **settings)
 
     try:
         return write("int16")

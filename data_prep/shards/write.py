@@ -18,16 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from biomass_jax.data import bands, records
 from biomass_jax.data.records import Record
 from biomass_jax.data.shards import METADATA_KEY, split_of, verify
 from biomass_jax.data.statistics import SPLIT as STATISTICS_SPLIT
 from biomass_jax.data.statistics import BandSums, chip_sums, combine, describe
-from biomass_jax.errors import PrepError
+from biomass_jax.errors import PrepError, refuse_empty
 from biomass_jax.runtime.files import replace_folder, sha256_of
 from biomass_jax.runtime.lock import lock_beside, one_writer
 from biomass_jax.runtime.settings import add_options, options_of
-from data_prep.commands import command, refuse_beside_prepare
+from data_prep.commands import add_allow_empty, command, refuse_beside_prepare
 from data_prep.parallel import run_all
 from data_prep.settings import ShardSettings
 from data_prep.shards.items import index_metadata, items_of
@@ -53,6 +55,9 @@ class Shard:
         sha256: of the file.
         size: of the file, bytes.
         num_bytes: of its records before compression.
+        pixels: of all its images.
+        valid: those of them with data.
+        labels: pixels with a label.
         chips: for each record, in order: chip_id, tile, season, sensors.
         sums: of its chips, where they were asked for.
     """
@@ -61,6 +66,9 @@ class Shard:
     sha256: str
     size: int
     num_bytes: int
+    pixels: int
+    valid: int
+    labels: int
     chips: tuple[tuple[str, str, str, str], ...]
     sums: BandSums | None
 
@@ -89,6 +97,7 @@ def write_shard(
     from array_record.python.array_record_module import ArrayRecordWriter
 
     written, num_bytes, chips, sums = hashlib.sha256(), 0, [], []
+    pixels = valid = labels = 0
     try:
         writer = ArrayRecordWriter(str(path), CODING)
         for item in items:
@@ -98,6 +107,9 @@ def write_shard(
             writer.write(data)
             written.update(hashlib.sha256(data).digest())
             num_bytes += len(data)
+            pixels += record["label"].size
+            valid += int(np.count_nonzero(~bands.no_data(record["image"])))
+            labels += int(np.count_nonzero(record["label"] != records.NO_LABEL))
             chips.append((record["chip_id"], record["tile"], record["season"], record["sensors"]))
             if reference is not None:
                 sums.append(chip_sums(record["image"], reference=reference))
@@ -107,7 +119,7 @@ def write_shard(
     if _digest_of_records(path, len(chips)) != written.digest():
         raise PrepError(f"{path}: holds other records than were written; {_FULL}")
     total = combine(sums) if reference is not None else None
-    return Shard(path.name, sha256_of(path), path.stat().st_size, num_bytes, tuple(chips), total)
+    return Shard(path.name, sha256_of(path), path.stat().st_size, num_bytes, pixels, valid, labels, tuple(chips), total)
 
 
 def _digest_of_records(path: Path, count: int) -> bytes | None:
@@ -146,6 +158,8 @@ def write_shards(
     seed: int = 0,
     reference_statistics: bool = False,
     overwrite: bool = False,
+    labelled: bool = False,
+    allow_empty: bool = False,
 ) -> dict[str, Any]:
     """Write the splits of a data set as shards with TFDS's metadata beside them.
 
@@ -160,12 +174,15 @@ def write_shards(
         seed: of the record order.
         reference_statistics: see `statistics.chip_sums`.
         overwrite: replace a data set that is already there.
+        labelled: whether all would be in vain without a label; sets for pretraining have none.
+        allow_empty: write them as well where fewer than 0.1 % of the pixels have data, or no chip of 1,000 a label.
 
     Returns:
         What `read_metadata` gives.
 
     Raises:
-        PrepError: something is there already; no record at all; two chips of one chip_id; a shard can't be written.
+        PrepError: something is there already; no record at all, (nearly) no data or no label; two chips of one
+            chip_id; a shard can't be written.
         RecordError: a record is not valid, or of another shape or dtype than the first.
         FolderError: another process writes this data set; see `lock.one_writer`.
     """
@@ -182,6 +199,11 @@ def write_shards(
         tasks = _tasks(temporary, splits, records_per_shard, seed, reference_statistics, shape, dtype)
         done = list(run_all(write_shard, tasks, workers=workers, executor=executor))
         _check_unique(done)
+        pixels, valid, labels = (sum(getattr(shard, name) for shard in done) for name in ("pixels", "valid", "labels"))
+        refuse_empty(PrepError, valid, pixels, f"{out}: pixels of its chips with data", allowed=allow_empty)
+        if labelled:
+            count = sum(len(shard.chips) for shard in done)
+            refuse_empty(PrepError, labels, count, f"{out}: labels of its chips", allowed=allow_empty)
         info = _metadata(done, shape, dtype, reference_statistics, dict(metadata or {}))
         info["shard_settings"] = {"seed": seed, "records_per_shard": records_per_shard, "coding": CODING}
         _write_tfds_metadata(temporary, done, shape, dtype, info)
@@ -354,11 +376,13 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         "--workers", type=int, default=1, help="writing processes; the bytes are the same for any number"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a data set that is there already")
+    add_allow_empty(parser)
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """What `add_settings` read, as keywords of `write_shards`."""
-    return options_of(args, ShardSettings) | {"workers": args.workers, "overwrite": args.overwrite}
+    given = {name: getattr(args, name) for name in ("workers", "overwrite", "allow_empty")}
+    return options_of(args, ShardSettings) | given
 
 
 def summary(folder: Path, info: Mapping[str, Any]) -> str:

@@ -83,7 +83,7 @@ def test_boxes_meet_across_the_antimeridian(other, meets):
     assert boxes_meet(other, box) is meets
 
 
-@pytest.mark.parametrize("box", [(1, 2, 3), (0, 1, 1, 1), (0, 2, 1, 1), (0, 0, 181, 1), (0, 0, float("nan"), 1)])
+@pytest.mark.parametrize("box", [(1, 2, 3), (0, 1, 1, 1), (0, 2, 1, 1), (0, 0, 361, 1), (0, 0, float("nan"), 1)])
 def test_what_is_no_box_is_refused(box):
     with pytest.raises(PrepError, match="box"):
         check_box(box)

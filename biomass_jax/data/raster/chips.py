@@ -6,19 +6,23 @@ Folders `{train,val,test}_images` and `..._labels` hold `T10SFF_144_tile_img.tif
 import os
 import re
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from affine import Affine
 from rasterio.crs import CRS
+from rasterio.enums import ColorInterp
+from rasterio.windows import Window
 
 from biomass_jax.data import bands, records
+from biomass_jax.data.raster import encoding as encodings
 from biomass_jax.data.raster.encoding import AUTO
 from biomass_jax.data.raster.grid import Grid, epsg_code, grid_of, open_quietly, raster_errors
-from biomass_jax.data.raster.image import open_image
+from biomass_jax.data.raster.image import hidden_pixels, open_image
 from biomass_jax.data.raster.tiff import verify_blocks
 from biomass_jax.data.records import Record
 from biomass_jax.errors import FractionError, RasterError
@@ -232,7 +236,7 @@ def check_files(pair: Pair) -> None:
     if pair.label is not None:
         verify_blocks(pair.label, sparse_ok=True)
         with raster_errors(str(pair.label)), open_quietly(str(pair.label)) as dataset:
-            _check_label(dataset.count, grid_of(dataset), pair)
+            _check_label(dataset, pair)
 
 
 def record_grid(record: Record) -> Grid:
@@ -252,33 +256,72 @@ def _as_int16(image: np.ndarray, path: Path) -> np.ndarray:
     return image.astype(np.int16)
 
 
-def _read_label(pair: Pair) -> np.ndarray:
-    """(H, W) float32; -1 where there is none.
+def clean_labels(
+    dataset: Any, name: str, *, window: Window | None = None, label_max: float = LABEL_MAX
+) -> tuple[np.ndarray, np.ndarray, Counter[str]]:
+    """The labels of an open raster.
 
-    That is where the file holds NaN, what its tag calls no-data, -9999 or anything below 0, where its mask hides a
-    pixel, or where there is no file.
+    There is none where it holds NaN, what its tag calls no-data, -9999, also as it becomes in an unsigned type, or
+    anything below 0, and where a mask or an alpha band hides a pixel.
+
+    Args:
+        dataset: an open rasterio dataset of one band.
+        name: of the file, for messages.
+        window: what to read; all of it where None.
+        label_max: Mg/ha, the highest label that can be.
+
+    Returns:
+        (H, W) float32 Mg/ha, -1 for none; bool (H, W), where there is none though the file doesn't hold -1; and how
+        many of these each reason gives.
+
+    Raises:
+        RasterError: labels above `label_max`.
     """
+    stored = dataset.read(1, window=window)
+    label = stored.astype(np.float32)
+    hidden = hidden_pixels(dataset, [1], {"window": window})
+    cast = encodings.CAST_FILLS.get(stored.dtype.name)
+    reasons: dict[str, np.ndarray] = {} if hidden is None else {"hidden by a mask": hidden[0]}
+    if dataset.nodata is not None and not np.isnan(dataset.nodata):
+        reasons[f"its no-data value {dataset.nodata:g}"] = label == np.float32(dataset.nodata)
+    if cast is not None:
+        reasons[f"{cast}, which is -9999 cast to {stored.dtype.name}"] = stored == cast
+    reasons["NaN"] = np.isnan(label)
+    reasons[f"{bands.FILL}"] = label == bands.FILL
+    reasons["below 0"] = label < 0
+    none, counts = label == records.NO_LABEL, Counter[str]()
+    besides = np.zeros(none.shape, bool)
+    for what, found in reasons.items():
+        found &= ~none & ~besides
+        counts[what] = int(np.count_nonzero(found))
+        besides |= found
+    label[besides] = records.NO_LABEL
+    high = label > label_max
+    if high.any():
+        raise RasterError(
+            f"{name}: labels up to {label.max():g}, {int(high.sum())} of them above {label_max:g} Mg/ha; "
+            "probably kg, or a no-data value that no tag names. Where they are right, allow them with label_max "
+            "(config.data.label_max)"
+        )
+    return label, besides, +counts
+
+
+def _read_label(pair: Pair) -> np.ndarray:
+    """(H, W) float32; -1 where there is none; see `clean_labels`. Where there is no file there is none at all."""
     if pair.label is None:
         return np.full((pair.grid.height, pair.grid.width), records.NO_LABEL, np.float32)
     with raster_errors(str(pair.label)), open_quietly(str(pair.label)) as dataset:
         verify_blocks(pair.label, sparse_ok=True)
-        grid, count = grid_of(dataset), dataset.count
-        label = dataset.read(1, masked=True, fill_value=records.NO_LABEL).astype(np.float32).filled(records.NO_LABEL)
-    _check_label(count, grid, pair)
-    odd = label[(label < 0) & (label != records.NO_LABEL) & (label != bands.FILL)]
-    if odd.size:
-        warnings.warn(f"{pair.label}: {odd.size} labels below 0 like {odd[0]:g}, taken as none", stacklevel=2)
-    label = np.where(label >= 0, label, np.float32(records.NO_LABEL))
-    if label.max() > pair.label_max:
-        raise RasterError(
-            f"{pair.label}: labels up to {label.max():g}, {int((label > pair.label_max).sum())} of them above "
-            f"{pair.label_max:g} Mg/ha; probably kg, or a no-data value that no tag names. Where they are right, "
-            "allow them with label_max (config.data.label_max)"
-        )
+        _check_label(dataset, pair)
+        label, _, counts = clean_labels(dataset, str(pair.label), label_max=pair.label_max)
+    odd = [f"{number} {what}" for what, number in counts.items() if what == "below 0" or "cast" in what]
+    if odd:
+        warnings.warn(f"{pair.label}: labels taken as none: {', '.join(odd)}", stacklevel=2)
     return label
 
 
-def _check_label(count: int, grid: Grid, pair: Pair) -> None:
+def _check_label(dataset: Any, pair: Pair) -> None:
+    grid, count = grid_of(dataset), dataset.count - (ColorInterp.alpha in dataset.colorinterp)
     if count != 1 or not grid.same_as(pair.grid):
         raise RasterError(
             f"{pair.label}: found {count} band(s) of {grid.describe()}, expected one on the grid of {pair.image.name}: "

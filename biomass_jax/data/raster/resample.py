@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
+from affine import Affine
 from rasterio.enums import Resampling
 from rasterio.vrt import WarpedVRT
 from rasterio.windows import Window
@@ -84,6 +85,7 @@ class MaskSource(ExitStack[None]):
     """Which pixels of a map's grid belong to the kept classes of a land-cover raster; it closes as a stack does.
 
     The raster is warped to the grid by nearest neighbour while it is read; outside its extent nothing is kept.
+    Longitudes of a raster in degrees may run from -180 to 180 or from 0 to 360.
     """
 
     def __init__(self, path: str | os.PathLike[str], grid: Grid, keep: Iterable[float]) -> None:
@@ -106,12 +108,13 @@ class MaskSource(ExitStack[None]):
             raise RasterError(f"{self.name}: no class to keep; give the mask's classes (config.mask_keep)")
         try:
             with raster_errors(self.name):
-                self._source = self._open()
+                self._sources = self._open()
         except BaseException:
             self.close()
             raise
 
-    def _open(self) -> Any:
+    def _open(self) -> list[Any]:
+        """The raster on the map's grid, once for each turn around the globe at which it may meet the map."""
         dataset = self.enter_context(open_quietly(self.name))
         if dataset.count != 1:
             raise RasterError(f"{self.name}: {dataset.count} bands; a mask has one band of classes")
@@ -126,28 +129,33 @@ class MaskSource(ExitStack[None]):
                     f"{self.name}: {'the mask' if own.crs is None else 'the map'} has no CRS and the grids differ: the "
                     f"mask is {own.describe()}, the map {self.grid.describe()}; give the mask on the map's grid"
                 )
-            return dataset
+            return [dataset]
         outside = next((value for value in range(256) if value not in self.keep and value != dataset.nodata), None)
         if outside is None:
             raise RasterError(f"{self.name}: {len(self.keep)} classes are to be kept, all there can be")
-        return self.enter_context(
-            WarpedVRT(
-                dataset,
-                crs=self.grid.crs,
-                transform=self.grid.transform,
-                width=self.grid.width,
-                height=self.grid.height,
-                resampling=Resampling.nearest,
-                init_dest_nodata=False,
-                INIT_DEST=str(outside),
+        return [
+            self.enter_context(
+                WarpedVRT(
+                    dataset,
+                    crs=self.grid.crs,
+                    src_transform=_moved(own.transform, turn),
+                    transform=self.grid.transform,
+                    width=self.grid.width,
+                    height=self.grid.height,
+                    resampling=Resampling.nearest,
+                    init_dest_nodata=False,
+                    INIT_DEST=str(outside),
+                )
             )
-        )
+            for turn in _turns(own, self.grid)
+        ]
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
         """bool (rows, width), True where rows `start` to `stop` of the map are to be kept."""
         with raster_errors(f"{self.name}: reading rows {start} to {stop}"):
-            classes = self._source.read(1, window=Window(0, start, self.grid.width, stop - start))
-        return np.isin(classes, self.keep)
+            window = Window(0, start, self.grid.width, stop - start)
+            kept = [np.isin(source.read(1, window=window), self.keep) for source in self._sources]
+        return np.logical_or.reduce(kept)
 
 
 def mask_identity(path: str | os.PathLike[str]) -> str:
@@ -155,3 +163,16 @@ def mask_identity(path: str | os.PathLike[str]) -> str:
     name = os.fspath(path)
     with raster_errors(name), open_quietly(name) as dataset:
         return identity_of(dataset).files
+
+
+def _moved(t: Affine, east: float) -> Affine:
+    return Affine(t.a, t.b, t.c + east, t.d, t.e, t.f)
+
+
+def _turns(own: Grid, grid: Grid) -> list[float]:
+    """By which longitudes a raster in degrees is moved so that it meets a map; [0] for one in metres."""
+    if own.crs is None or not own.crs.is_geographic:
+        return [0.0]
+    west, east = sorted((own.transform.c, own.transform.c + own.transform.a * own.width))
+    most = 360.0 if grid.crs is not None and grid.crs.is_geographic else 180.0  # PROJ gives -180 to 180
+    return [turn for turn in (0.0, -360.0, 360.0) if west + turn < most and east + turn > -180] or [0.0]

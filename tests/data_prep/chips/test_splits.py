@@ -8,7 +8,7 @@ import pyproj
 import pytest
 import shapely
 
-from biomass_jax.errors import BiomassError, PrepError
+from biomass_jax.errors import BiomassError
 from data_prep import ground
 from data_prep.chips import cells as chips
 from data_prep.chips import index as chip_index
