@@ -17,7 +17,7 @@ SIZE = 16  # pixels along a chip's side in these tests
 def ramp(height: int, width: int) -> np.ndarray:
     """(7, height, width) int16 in which band, row and column can be read off each value."""
     rows, cols = np.mgrid[:height, :width]
-    return np.stack([(band + 1) * 4000 + 60 * rows + cols for band in range(7)]).astype(np.int16)
+    return np.stack([(band + 1) * 1500 + 20 * rows + cols for band in range(7)]).astype(np.int16)
 
 
 def write_tif(path: Path, values: np.ndarray, crs, transform: Affine, *, nodata, names=None, tags=None) -> Path:

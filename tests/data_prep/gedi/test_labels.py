@@ -362,7 +362,9 @@ def test_the_command_labels_every_tile_and_widens_on_request(tmp_path, capsys):
     write_orbits(tmp_path, "north")
     write_composite(tmp_path, "north")
     write_composite(tmp_path, "north", tile="10SEF", season=Season(date(2021, 5, 1), date(2021, 10, 1)))
-    assert labels.main(["--out", str(tmp_path)]) == 0
+    assert labels.main(["--out", str(tmp_path)]) == 1
+    assert "10SEF_2021-05-01_2021-10-01.tif: shots of 2021-05-01/2021-10-01" in capsys.readouterr().err
+    assert labels.main(["--out", str(tmp_path), "--allow-empty"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 2
     assert "6 shots" in said[0]

@@ -312,7 +312,7 @@ def test_labels_below_0_and_masked_ones_are_none(tmp_path):
     expected[3, 5] = -1
     with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(path, "r+") as file:
         file.write_mask(~hidden)
-    with pytest.warns(UserWarning, match="tile_label.tif: 1 labels below 0 like -7, taken as none"):
+    with pytest.warns(UserWarning, match="tile_label.tif: labels taken as none: 1 below 0"):
         geotiff.convert(tmp_path / "in", tmp_path / "out", workers=1)
     np.testing.assert_array_equal(ShardSource(tmp_path / "out", "train")[0]["label"], expected)
     assert geotiff.verify(tmp_path / "in", tmp_path / "out") == 1

@@ -58,7 +58,7 @@ def test_command_writes_every_chip_into_its_split(world, capsys):
             number = list(TILES).index(record["tile"])
             row, col = record["row"], record["col"]
             rows, cols = np.mgrid[row : row + SIZE, col : col + SIZE]
-            expected = [(band + 1) * 4000 + 60 * rows + cols + 2000 * number for band in range(6)]
+            expected = [(band + 1) * 1500 + 20 * rows + cols + 2000 * number for band in range(6)]
             np.testing.assert_array_equal(record["image"], np.stack(expected, -1).astype(np.int16))
             shots = scattered(ROWS * SIZE, COLUMNS * SIZE, 500, seed=number)
             label = {(r - row, c - col): agbd for _, r, c, agbd in shots}
