@@ -136,6 +136,7 @@ def check(config: config_dict.ConfigDict, kind: type) -> None:
             raise ConfigError(f"config.{name} is {value}; expected {within}")
         if type(value) is not type(given) or value != given:
             with holder.unlocked(), holder.ignore_type():
+                holder[last] = None  # or a whole number would become a float again
                 holder[last] = value
 
 

@@ -99,13 +99,32 @@ def find_scenes(path: str | os.PathLike[str]) -> list[Path]:
         raise PrepError(f"{root}: no such folder; expected a granule's folder or one that holds granules")
     if root.name.startswith("HLS."):
         return [root]
-    found = []
-    for folder, below, _ in os.walk(root):
+    found: list[Path] = []
+    loose: list[str] = []
+    for folder, below, files in os.walk(root):
         found += [Path(folder, name) for name in below if name.startswith("HLS.")]
+        loose += [name for name in sorted(files) if name.lower().endswith(_SUFFIXES) and not name.startswith(".")][:1]
         below[:] = sorted(name for name in below if not name.startswith((".", "HLS.")))
     if not found:
-        raise PrepError(f"{root}: no granules below it; expected folders named HLS.L30.T10SFF.2020183T184512.v2.0")
+        raise PrepError(
+            f"{root}: no granules below it; expected folders named HLS.L30.T10SFF.2020183T184512.v2.0{_cure(loose)}"
+        )
     return sorted(found, key=lambda folder: (folder.name, str(folder)))
+
+
+def _cure(loose: Sequence[str]) -> str:
+    """What to do with files that lie there in no granule's folder."""
+    if not loose:
+        return ""
+    known = granule_name(loose[0])
+    if known is not None:
+        return f"; found {loose[0]}: put each granule's files into a folder of its name, here {known.granule}"
+    return (
+        f"; found {loose[0]}, which is no file of a whole granule (AppEEARS and others cut and rename them): "
+        "`python -m data_prep download hls --tile 10SFF --season 2020 --out DIR` gets whole ones. For a map of "
+        "single-band files join the six, `gdalbuildvrt -separate image.vrt BLUE.tif GREEN.tif ...`, and name them in "
+        "that order by config.bands"
+    )
 
 
 @dataclass(frozen=True)

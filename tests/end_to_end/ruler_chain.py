@@ -122,7 +122,11 @@ def run_tiles(chain: Chain) -> None:
             warnings.filterwarnings("ignore", message=r".*: (beams absent: \S+|filter season drops all)")
             gedi.convert_granule(out / "granules" / "gedi" / name, out / "footprints", season=season)
     ran(labels.main(["--out", str(out)]))
-    ran(chips.main(["--out", str(out), "--size", str(chain.size), "--min-labels", str(chain.min_labels), "--label-max", "1e9"]))
+    ran(
+        chips.main(
+            ["--out", str(out), "--size", str(chain.size), "--min-labels", str(chain.min_labels), "--label-max", "1e9"]
+        )
+    )
 
 
 def ran(code: int) -> None:

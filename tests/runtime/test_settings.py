@@ -1,15 +1,16 @@
-"""Command lines from declared settings, and configs by name."""
+"""Settings: their types, command lines made from them, configs by name."""
 
 import argparse
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 from absl import flags
 from ml_collections import config_flags
 
 from biomass_jax.errors import ConfigError
-from biomass_jax.runtime.settings import add_options, find_config, group, overrides, setting, to_config
+from biomass_jax.runtime.settings import Typed, add_options, check, find_config, group, overrides, setting, to_config
 
 
 @dataclasses.dataclass
@@ -111,3 +112,77 @@ def test_a_config_that_is_not_there_is_named_with_those_that_are(missing, tmp_pa
         find_config(missing)
     with pytest.raises(ConfigError, match="common: no such config file"):
         find_config("common")
+
+
+@dataclasses.dataclass(frozen=True)
+class Group(Typed):
+    count: int = setting(3)
+    share: float = setting(0.5)
+    name: str = setting("a")
+    flag: bool = setting(False)
+    parts: tuple[str, ...] = setting(("L30",))
+    digits: tuple[int, ...] = setting((0, 3))
+    shares: tuple[float, float] = setting((0.5, 0.5))
+    most: float | None = setting(None)
+
+
+TAKEN = [
+    ("count", "20", 20),
+    ("count", 20.0, 20),
+    ("count", np.int64(20), 20),
+    ("share", 1, 1.0),
+    ("share", " 0.25", 0.25),
+    ("name", 2020, "2020"),
+    ("name", Path("a/b"), "a/b"),
+    ("flag", "false", False),
+    ("flag", "True", True),
+    ("flag", 1, True),
+    ("parts", "S30", ("S30",)),
+    ("parts", "('L30', 'S30')", ("L30", "S30")),
+    ("parts", ["L30", "S30"], ("L30", "S30")),
+    ("digits", 3, (3,)),
+    ("digits", "0,3", (0, 3)),
+    ("digits", "all", ()),
+    ("shares", "0.25, 0.75", (0.25, 0.75)),
+    ("most", "300", 300.0),
+    ("most", None, None),
+]
+REFUSED = [
+    ("count", 20.5, "count is 20.5; expected a whole number"),
+    ("count", "twenty", "count is 'twenty'; expected a whole number"),
+    ("count", True, "count is True; expected a whole number"),
+    ("count", None, "count is None; expected a whole number"),
+    ("share", "half", "share is 'half'; expected a number"),
+    ("share", float("nan"), "share is nan; expected a number"),
+    ("name", 2.5, "name is 2.5; expected a text"),
+    ("name", None, "name is None; expected a text"),
+    ("flag", "perhaps", "flag is 'perhaps'; expected true or false"),
+    ("flag", 2, "flag is 2; expected true or false"),
+    ("parts", {"L30"}, "parts is .*; expected a list"),
+    ("digits", (0, 1.5), r"digits\[1\] is 1.5; expected a whole number"),
+    ("shares", (0.5,), r"shares is \(0.5,\); expected 2 values"),
+    ("most", "much", "most is 'much'; expected a number"),
+]
+
+
+@pytest.mark.parametrize(("name", "given", "expected"), TAKEN)
+def test_what_can_be_meant_in_one_way_is_taken(name, given, expected):
+    found = getattr(Group(**{name: given}), name)
+    assert found == expected and type(found) is type(expected)
+    config = to_config(Group)
+    with config.ignore_type():
+        config[name] = given
+    config.lock()
+    check(config, Group)
+    assert config[name] == expected and type(config[name]) is type(expected)
+
+
+@pytest.mark.parametrize(("name", "given", "says"), REFUSED)
+def test_anything_else_is_refused_by_name(name, given, says):
+    with pytest.raises(ConfigError, match=rf"^{says}"):
+        Group(**{name: given})
+    config = to_config(Group)
+    with config.ignore_type():
+        config[name] = given
+    with pytest.raises(ConfigError, match=rf"^config\.{says}"):
+        check(config, Group)

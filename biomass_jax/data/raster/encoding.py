@@ -25,7 +25,10 @@ LOWEST, HIGHEST = 0, 16_000  # of nearly all digital numbers; clouds and noise g
 _MOST_BEYOND = 0.05
 ENOUGH_PIXELS = 1000  # valid ones of a sample; fewer tell nothing
 _LANDSAT_C2_ZERO = 0.2 / 2.75e-5  # its number of reflectance 0: 7,273
-_OVERRULE = "encoding='digital_numbers' takes them as they are (config.encoding; of training data config.data.encoding)"
+_OVERRULE = (
+    "encoding='digital_numbers' takes them as they are (config.encoding; of training data config.data.encoding, of "
+    "granules config.composite.encoding)"
+)
 
 
 def declared(dataset: Any, index: int) -> tuple[float, float] | None:

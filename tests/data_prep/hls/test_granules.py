@@ -280,6 +280,24 @@ def not_ended(layer):
     return lambda folder: Path(folder, f"{folder.name}.{layer}.tif").rename(folder / f"{folder.name}.{layer}.tif.part")
 
 
+def scaled(layer, scale, offset):
+    def break_it(folder):
+        path = folder / f"{folder.name}.{layer}.tif"
+        with rasterio.open(path, "r+", IGNORE_COG_LAYOUT_BREAK="YES") as dataset:
+            dataset.scales, dataset.offsets = (scale,), (offset,)
+
+    return break_it
+
+
+def no_rasters(folder):
+    for path in folder.iterdir():
+        path.rename(path.with_suffix(".tif.aux"))
+
+
+def twice(folder):
+    shutil.copy(folder / f"{folder.name}.B05.tif", folder / f"{folder.name}.B05.TIFF")
+
+
 def empty_file(folder):
     Path(folder, f"{folder.name}.B02.tif").write_bytes(b"")
 
@@ -321,13 +339,15 @@ def empty_file(folder):
             r"B03\.tif: not a TIFF, it is an HTML page .*log in",
         ),
         (saved_as("Fmask", b'{"message": "Unauthorized"}'), r"Fmask\.tif: not a TIFF, it is JSON .*'Unauthorized'"),
-        (not_ended("B05"), r"B05\.tif\.part is a download that has not ended"),
-        (not_ended("Fmask"), r"Fmask\.tif\.part is a download that has not ended"),
+        (not_ended("B05"), r"B05\.tif\.part: a download that wasn't finished"),
+        (not_ended("Fmask"), r"Fmask\.tif\.part: a download that wasn't finished"),
+        (no_rasters, r"no \.tif file in it, found HLS\..*B01\.tif\.aux, .*; expected HLS.*B02\.tif and so on"),
+        (twice, r"B05\.tif: the same layer as .*B05\.TIFF;"),
     ],
 )
 def test_granules_that_cannot_be_used(copies, break_it, says):
     break_it(copies / L30)
-    with pytest.raises(RasterError if "TIFF" in says else PrepError, match=says):
+    with pytest.raises(RasterError if says.endswith("TIFF") else PrepError, match=says):
         hls.open_scene(copies / L30)
 
 
@@ -373,3 +393,96 @@ def test_a_processing_time_that_is_no_time(copies):
         change(path, tags={"HLS_PROCESSING_TIME": "yesterday"})
     with pytest.raises(PrepError, match="HLS_PROCESSING_TIME is 'yesterday'"):
         _ = hls.open_scene(copies / L30).processing_time
+
+
+@pytest.mark.parametrize(("scale", "offset"), [(1e-4, -0.1), (2.75e-5, -0.2)])
+def test_another_scale_is_refused_and_converted_when_asked(copies, image, codes, scale, offset):
+    for number in ("B02", "B03", "B04", "B05", "B06", "B07"):
+        scaled(number, scale, offset)(copies / L30)
+    with pytest.raises(
+        RasterError, match=rf"B02\.tif has scale {scale:g} and offset {offset:g}; .*composite\.encoding"
+    ):
+        hls.open_scene(copies / L30)
+    got, fmask = rows_of(hls.open_scene(copies / L30, "from_file"), 0, 37)
+    expected = np.rint((image * np.float64(scale) + offset) * 1e4)
+    expected[(image == -9999).any(axis=-1)] = -9999
+    assert np.abs(got - expected).max() <= 1  # halves may go either way
+    np.testing.assert_array_equal(fmask, codes)
+    taken, _ = rows_of(hls.open_scene(copies / L30, "digital_numbers"), 0, 37)
+    np.testing.assert_array_equal(taken, image)
+
+
+def test_other_types_are_converted_and_cast_fill_is_told(copies, image):
+    """uint16 with -9999 as 55,537, as a cast makes it, and reflectance with NaN; infinite values are none."""
+    known = np.where(image == -9999, 100, np.abs(image)).astype(np.uint16)
+    known[5, 7] = 55537
+    bands = ("B02", "B03", "B04", "B05", "B06", "B07")
+    for index, number in enumerate(bands):
+        change(copies / L30 / f"{L30}.{number}.tif", known[None, ..., index], nodata=None)
+    with pytest.raises(PrepError, match="uint16, expected int16; --encoding .* converts it"):
+        hls.open_scene(copies / L30)
+    scene = hls.open_scene(copies / L30, "digital_numbers")
+    planes, fmask = into = hls.buffers(37, 53)
+    with scene.reader() as read:
+        found = read(Window(0, 0, 53, 37), into)
+    assert found == {(L30, "55537, which is -9999 cast to uint16"): 6}
+    assert np.argwhere((planes == -9999).all(axis=0)).tolist() == [[5, 7]]
+    real = (known / 1e4).astype(np.float32)
+    real[5, 7], real[6, 8] = np.nan, np.inf
+    for index, number in enumerate(bands):
+        change(copies / L30 / f"{L30}.{number}.tif", real[None, ..., index], nodata=None)
+    with hls.open_scene(copies / L30, "reflectance").reader() as read:
+        assert read(Window(0, 0, 53, 37), into) == {(L30, "infinite"): 6}
+    missing = (planes == -9999).any(axis=0)
+    assert np.argwhere(missing).tolist() == [[5, 7], [6, 8]]
+    np.testing.assert_array_equal(planes[:, ~missing], np.moveaxis(known, -1, 0)[:, ~missing])
+
+
+@pytest.mark.parametrize("kind", ["internal", "side-car", "alpha"])
+@pytest.mark.parametrize("layer", ["B05", "Fmask"])
+def test_what_a_mask_hides_is_no_data(copies, image, codes, kind, layer):
+    path = copies / L30 / f"{L30}.{layer}.tif"
+    hidden = np.zeros(SHAPE, bool)
+    hidden[3:6, 30:41] = True
+    if kind == "alpha":
+        with rasterio.open(path) as dataset:
+            values = dataset.read(1)
+        change(
+            path,
+            np.stack([values, np.where(hidden, 0, 255)]).astype(values.dtype),
+            photometric="minisblack",
+            alpha="yes",
+        )
+    else:
+        change(path)  # a COG takes no mask afterwards
+        with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=kind == "internal"), rasterio.open(path, "r+") as dataset:
+            dataset.write_mask(~hidden)
+    scene = hls.open_scene(copies / L30)
+    got, fmask = rows_of(scene, 0, 37)
+    if layer == "Fmask":
+        np.testing.assert_array_equal(fmask, np.where(hidden, 255, codes))
+    else:
+        np.testing.assert_array_equal((got == -9999).any(axis=-1), (image == -9999).any(axis=-1) | hidden)
+        np.testing.assert_array_equal(fmask, codes)
+
+
+def test_endings_in_capitals_and_files_that_are_no_layers(copies, image):
+    for path in sorted((copies / L30).iterdir()):
+        path.rename(path.with_suffix(".TIF"))
+    for name in (f"{L30}.B05.TIF.aux.xml", f"._{L30}.B05.tif", f".{L30}.B05.tif.part", f"{L30}.B05.tif.tmp"):
+        (copies / L30 / name).write_bytes(b"")
+    (copies / L30 / f"{L30}.B05.TIF.aux.xml").write_text("<PAMDataset/>")
+    assert (rows_of(hls.open_scene(copies / L30), 0, 37)[0] == image).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("HLSL30.020_B02_doy2020183_aid0001.tif", r"found HLSL30\..*AppEEARS.*data_prep download hls .*gdalbuildvrt"),
+        (f"{L30}.B02.tif", rf"found {L30}\.B02\.tif: put each granule's files into a folder of its name, here {L30}$"),
+    ],
+)
+def test_files_outside_of_granules_folders_get_advice_that_helps(tmp_path, name, says):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(PrepError, match=rf"no granules below it; .*{says}"):
+        hls.find_scenes(tmp_path)
