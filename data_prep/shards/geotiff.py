@@ -25,7 +25,7 @@ from biomass_jax.data.raster.chips import (
     read_pair,
     record_grid,
 )
-from biomass_jax.data.raster.encoding import AUTO, ENCODINGS, SCALES, declared
+from biomass_jax.data.raster.encoding import AUTO, CAST_FILLS, ENCODINGS, SCALES, declared
 from biomass_jax.data.raster.grid import grid_of, open_quietly, raster_errors
 from biomass_jax.data.records import Record
 from biomass_jax.data.shards import read_metadata, split_counts
@@ -176,6 +176,8 @@ def _compare(record: Record, pair: Pair) -> None:
     image = np.where(missing[..., None], record["image"], image)
     with raster_errors(str(pair.label)), open_quietly(str(pair.label)) as dataset:
         label = dataset.read(1, masked=True).astype(np.float32).filled(records.NO_LABEL)
+        for none in (dataset.nodata, CAST_FILLS.get(dataset.dtypes[0])):
+            label[label == (records.NO_LABEL if none is None else np.float32(none))] = records.NO_LABEL
         label[~(label >= 0)] = records.NO_LABEL
     place = record_grid(record)
     if grid.crs is None and place.crs is not None or grid.crs is not None and not place.same_as(grid, tolerance=0):

@@ -87,3 +87,28 @@ def test_boxes_meet_across_the_antimeridian(other, meets):
 def test_what_is_no_box_is_refused(box):
     with pytest.raises(PrepError, match="box"):
         check_box(box)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ((200, -1, 210, 1), (-160, -1, -150, 1)),
+        ((170, -1, 190, 1), (170, -1, -170, 1)),
+        ((350, -1, 10, 1), (-10, -1, 10, 1)),
+        ((0, -1, 360, 1), (-180, -1, 180, 1)),
+        ((180, -1, 270, 1), (-180, -1, -90, 1)),
+        ((90, -1, 180, 1), (90, -1, 180, 1)),
+        ((-200, -1, -170, 1), (160, -1, -170, 1)),
+        (("170", "-1", "190", "1"), (170, -1, -170, 1)),
+    ],
+)
+def test_boxes_in_either_convention_of_longitude(given, expected):
+    box = check_box(given)
+    assert box == expected
+    lon = np.linspace(-179.5, 179.5, 360)
+    here = in_box(lon, 0 * lon, box)
+    np.testing.assert_array_equal(in_box(lon % 360, 0 * lon, box), here)
+    west, east = float(given[0]), float(given[2])
+    east += 360 if east < west else 0
+    turns = [(lon + turn >= west) & (lon + turn <= east) for turn in (-360, 0, 360, 720)]
+    np.testing.assert_array_equal(here, np.logical_or.reduce(turns))

@@ -67,6 +67,46 @@ def test_texts_that_are_no_season(text):
         Season.parse(text)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        "20200601/20200916",
+        "2020.06.01/2020.09.16",
+        "2020/06/01/2020/09/16",
+        "2020-6-1 / 2020-9-16",
+        "2020-06-01 to 2020-09-16",
+        "2020-06-01..2020-09-16",
+        "2020-06-01T00:00:00Z/2020-09-16T00:00:00.000Z",
+        ("2020-06-01", "2020-09-16"),
+        [date(2020, 6, 1), datetime(2020, 9, 16)],
+    ],
+)
+def test_dates_in_other_formats_with_the_year_first(given):
+    assert Season.parse(given) == resolve_season(given) == SUMMER
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "06/01/2020/09/16/2020",  # months or days first: nobody knows
+        "01.06.2020/16.09.2020",
+        "2020-06-01T12:00:00Z/2020-09-16T00:00:00Z",
+        "2020-06-01/2020-09-15T23:59:59Z",
+        "2020061/2020260",
+        2020.5,
+        None,
+        ("2020-06-01",),
+    ],
+)
+def test_dates_that_may_mean_two_things_are_refused(given):
+    with pytest.raises(PrepError, match="expected START/STOP"):
+        Season.parse(given)
+
+
+def test_a_year_may_be_a_number():
+    assert resolve_season(2020, 64.4) == SUMMER
+
+
 @pytest.mark.parametrize("text", ["2020-06-01/2020-06-01", "2020-06-02/2020-06-01"])
 def test_empty_intervals(text):
     with pytest.raises(PrepError, match="empty"):

@@ -96,3 +96,25 @@ def test_arrays_that_hold_no_digital_numbers_are_refused_unless_told(stub):
     np.testing.assert_allclose(raw[30:], image[30:, :, NIR] / 1e4)
     with pytest.raises(PredictionError, match=r"dtype complex64; expected digital numbers"):
         stub().predict_array(image.astype(np.complex64))
+
+
+def test_an_empty_map_is_refused_unless_asked_for(stub, tmp_path):
+    """For want of data, or because the mask keeps next to nothing; in one pass and in tiles."""
+    image = np.random.default_rng(1).integers(150, 6000, (61, 83, 6)).astype(np.int16)
+    classes = np.zeros((61, 83, 1), np.uint8)
+    classes[3, 4:9] = 7  # 5 of 5,063 pixels: below 0.1 %
+    mask = write_raster(tmp_path / "mask.tif", classes, nodata=None, named=False)
+    empty = write_raster(tmp_path / "empty.tif", np.full_like(image, -9999), nodata=-9999)
+    full = write_raster(tmp_path / "full.tif", image, nodata=-9999)
+    for tile in (224, 32):
+        predictor = stub(**({"tile": tile, "stride": 24, "margin": 4} if tile == 32 else {}))
+        with pytest.raises(PredictionError, match=r"empty\.tif: pixels with data: 0 of 5,063; allow_empty"):
+            predictor.predict_file(empty, tmp_path / "out")
+        kept = {"mask": mask, "mask_keep": (7,)}
+        with pytest.raises(
+            PredictionError, match=r"pixels of the 5,063 with data that the mask .*mask\.tif keeps: 5 of"
+        ):
+            predictor.predict_file(full, tmp_path / "out", **kept)
+        assert not list((tmp_path / "out").glob("*.tif"))
+        values, _ = read(predictor.predict_file(full, tmp_path / "asked", allow_empty=True, overwrite=True, **kept))
+        assert np.argwhere(values != -1).tolist() == [[3, column] for column in range(4, 9)]

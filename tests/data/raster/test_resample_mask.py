@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from affine import Affine
+from pyproj import Transformer
 from rasterio.crs import CRS
 from rasterio.warp import Resampling, reproject
 
@@ -75,3 +76,31 @@ def test_masks_that_cannot_be(tmp_path, numbers, write):
         MaskSource(path, grid, ())
     with pytest.raises(RasterError, match="absent.tif"):
         MaskSource(tmp_path / "absent.tif", grid, (1,))
+
+
+def classes_at(lon, lat):
+    """Degrees -> classes 1 to 3 in cells of a third of a degree."""
+    return ((np.floor(lon * 3) + np.floor(lat * 3)) % 3 + 1).astype("uint8")
+
+
+@pytest.mark.parametrize("west", [-180, 0])
+@pytest.mark.parametrize(
+    ("epsg", "left", "top"), [(32610, 550020, 4100040), (32701, 116400, 8000000), (32731, 116400, 8000000)]
+)
+def test_masks_in_either_convention_of_longitude(tmp_path, write, west, epsg, left, top):
+    """In California, across the antimeridian and across Greenwich, where the two conventions break."""
+    step = 0.1
+    lon, lat = west + (np.arange(3600) + 0.5) * step, 40 - (np.arange(650) + 0.5) * step
+    classes = classes_at((lon + 180) % 360 - 180, lat[:, None])
+    path = write(
+        tmp_path / "m.tif", classes[None], crs=CRS.from_epsg(4326), transform=Affine(step, 0, west, 0, -step, 40)
+    )
+    grid = Grid(60, 330, CRS.from_epsg(epsg), Affine(300, 0, left, 0, -300, top))
+    with MaskSource(path, grid, (2,)) as mask:
+        kept = mask.read_rows(0, 60)
+    x, y = left + 300 * (np.arange(330) + 0.5), top - 300 * (np.arange(60) + 0.5)
+    places = Transformer.from_crs(epsg, 4326, always_xy=True).transform(*np.meshgrid(x, y))
+    expected = classes_at(*places) == 2
+    for columns in (slice(0, 110), slice(110, 220), slice(220, 330)):
+        assert expected[:, columns].any()
+        assert (kept == expected)[:, columns].mean() > 0.8  # within a pixel of the mask

@@ -12,7 +12,7 @@ import rasterio
 import shapely
 
 from biomass_jax.data import biomes, records
-from biomass_jax.errors import BiomassError, PrepError
+from biomass_jax.errors import BiomassError, PrepError, RasterError
 from data_prep.chips import cells as chips
 from data_prep.chips import folders as chip_folders
 from data_prep.chips import index as chip_index
@@ -206,6 +206,14 @@ def test_biomes_come_from_polygons_at_the_centre(world):
         index(world, biomes=world / "biomes.gpkg", biome_field="BIOME")
 
 
+@pytest.mark.parametrize(("polygons", "places"), [(360, 0), (-360, 0), (0, 360)])
+def test_biomes_in_either_convention_of_longitude(tmp_path, polygons, places):
+    box = shapely.box(-121 + polygons, 37, -119 + polygons, 39)
+    geopandas.GeoDataFrame({"name": ["Taiga"]}, geometry=[box], crs=4326).to_file(tmp_path / "b.gpkg")
+    found = biomes.Biomes(tmp_path / "b.gpkg", "name").at(np.array([[-120.0 + places, 38.0], [-118.0 + places, 38.0]]))
+    assert found == ["taiga", "unknown"]
+
+
 def test_slugs():
     assert [biomes.slug(v) for v in ("Boreal Forests/Taiga", " É ", None, float("nan"), 6.0)] == [
         "boreal-forests-taiga",
@@ -269,6 +277,131 @@ def test_other_labels_are_refused(tmp_path, shape, shift, value, message):
     write_tif(label, values, "EPSG:32610", rasterio.Affine(30, 0, 600000 + shift, 0, -30, 4200000), nodata=-1)
     with pytest.raises(BiomassError, match=message):
         index(tmp_path)
+
+
+def no_labels_at(label, places, dtype, value):
+    """Write a label raster again with a value at some of its pixels; its profile as it was."""
+    with rasterio.open(label) as dataset:
+        profile, values = dataset.profile, dataset.read(1)
+    values = np.where(values == -1, 0, np.rint(values)).astype(dtype) if dtype != "float32" else values
+    for row, col in places:
+        values[row, col] = value
+    return {**profile, "dtype": dtype}, values
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("nan", "3 NaN"),
+        ("-9999", "3 -9999"),
+        ("tag", "3 its no-data value 12345"),
+        ("internal mask", "3 hidden by a mask"),
+        ("side-car mask", "3 hidden by a mask"),
+        ("alpha", "3 hidden by a mask"),
+    ],
+)
+def test_labels_that_the_raster_takes_away_are_none_and_told(tmp_path, kind, why):
+    """Of the pixels of three shots; these leave the index too."""
+    _, label, _ = write_tile(tmp_path, TILE, image=ramp(HEIGHT, WIDTH), shots=SHOTS)
+    gone = [(row, col) for _, row, col, _ in in_cell(16, 32)[:3]]
+    value = {"nan": np.nan, "-9999": -9999, "tag": 12345}.get(kind)
+    profile, values = no_labels_at(label, gone if value is not None else [], "float32", value)
+    profile |= {"nodata": 12345 if kind == "tag" else -1}
+    hidden = np.zeros(values.shape, bool)
+    hidden[tuple(zip(*gone, strict=True))] = True
+    bands = values[None]
+    if kind == "alpha":
+        profile |= {"count": 2, "alpha": "yes", "photometric": "minisblack", "nodata": None}
+        bands = np.stack([values, np.where(hidden, 0, 255)]).astype(np.float32)
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=kind == "internal mask"), rasterio.open(label, "w", **profile) as dst:
+        dst.write(bands)
+        if "mask" in kind:
+            dst.write_mask(~hidden)
+    with pytest.warns(UserWarning, match=rf"agbd\.tif: labels taken as none: {why}$"):
+        frame, _ = index(tmp_path)
+    (row,) = (row for _, row in frame.iterrows() if (row["row"], row["col"]) == (16, 32))
+    assert row["n_labels"] == len(in_cell(16, 32)) - 3 == len(row["shot_numbers"])
+    record = read_record(row, tmp_path)
+    assert all(record["label"][r - 16, c - 32] == -1 for r, c in gone)
+
+
+def test_cast_fill_and_true_zeros_of_whole_labels(tmp_path):
+    """uint16 labels whose tag says no-data 0, with 55,537 for -9999: neither is biomass."""
+    _, label, table = write_tile(tmp_path, TILE, image=ramp(HEIGHT, WIDTH), shots=SHOTS)
+    table.unlink()
+    places = [(row, col) for _, row, col, _ in SHOTS[:5]]
+    profile, values = no_labels_at(label, places, "uint16", 55537)
+    with rasterio.open(label, "w", **{**profile, "nodata": 0}) as dst:
+        dst.write(values, 1)
+    told = r"\d+ its no-data value 0, 5 55537, which is -9999 cast to uint16"
+    with pytest.warns(UserWarning, match="no table of shots"), pytest.warns(UserWarning, match=told):
+        frame, _ = index(tmp_path)
+    assert frame["label_max"].max() < 401
+    assert frame["n_labels"].sum() == sum(np.rint(agbd) > 0 for _, row, col, agbd in SHOTS[5:] if row < 48 and col < 64)
+
+
+def test_high_labels_are_refused_unless_allowed(tmp_path):
+    shots = [(number, row, col, 1000 * agbd) for number, row, col, agbd in SHOTS]
+    write_tile(tmp_path, TILE, image=ramp(HEIGHT, WIDTH), shots=shots)
+    with pytest.raises(RasterError, match=r"agbd\.tif: labels up to 39.* of them above 2000 Mg/ha; probably kg"):
+        index(tmp_path)
+    assert len(index(tmp_path, label_max=1e6)[0]) == 12
+
+
+@pytest.mark.parametrize(
+    ("image", "says"),
+    [
+        (ramp(HEIGHT, WIDTH) // 100, "very low for digital numbers"),
+        (ramp(HEIGHT, WIDTH) * np.int16(3), "beyond 0 to 16,000"),
+    ],
+)
+def test_composites_of_other_numbers_are_refused_unless_asked_for(tmp_path, image, says):
+    composite, *_ = write_tile(tmp_path, TILE, image=image, shots=SHOTS)
+    with pytest.raises(RasterError, match=rf"{composite.name}: percentiles .*{says}"):
+        index(tmp_path)
+    frame, _ = index(tmp_path, encoding="digital_numbers")
+    np.testing.assert_array_equal(
+        read_record(frame.iloc[0], tmp_path)["image"], np.moveaxis(image[:6, :SIZE, :SIZE], 0, -1)
+    )
+    tags = {"TILE": TILE, "SEASON": SEASON, "SENSORS": "L30", "COMPOSITE": '{"encoding": "digital_numbers"}'}
+    write_tile(tmp_path, TILE, image=image, shots=SHOTS, tags=tags)  # its making was told already
+    assert len(index(tmp_path)[0]) == 12
+
+
+def test_a_composite_with_another_scale_is_refused(tmp_path):
+    composite, *_ = write_tile(tmp_path, TILE, image=ramp(HEIGHT, WIDTH), shots=SHOTS)
+    with rasterio.open(composite, "r+") as dataset:
+        dataset.scales, dataset.offsets = (1e-4,) * 7, (-0.1,) * 7
+    with pytest.raises(RasterError, match="band BLUE has scale 0.0001 and offset -0.1"):
+        index(tmp_path)
+
+
+def test_a_mask_of_a_composite_is_no_data(tmp_path):
+    composite, *_ = write_tile(tmp_path, TILE, image=ramp(HEIGHT, WIDTH), shots=SHOTS)
+    hidden = np.zeros((HEIGHT, WIDTH), bool)
+    hidden[:16, 16:32] = True
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=False), rasterio.open(composite, "r+") as dataset:
+        dataset.write_mask(~hidden)
+    frame, counts = index(tmp_path)
+    assert next(iter(counts.values()))["few_labels"] == 1
+    assert (0, 16) not in zip(frame["row"], frame["col"], strict=True)
+
+
+def test_endings_in_capitals_are_found(world):
+    (composite,) = world.glob("composites/*/*.tif")
+    composite.rename(composite.with_suffix(".TIF"))
+    (composite.parent / f"{composite.stem}.TIF.aux.xml").write_text("<PAMDataset/>")
+    frame, _ = index(world)
+    assert len(frame) == 10
+    assert read_record(frame.iloc[0], world)["image"].shape == (SIZE, SIZE, 6)
+
+
+def test_an_index_without_chips_is_refused_unless_asked_for(world, capsys):
+    command = ["--out", str(world), "--size", str(SIZE), "--min-labels", "256"]
+    assert chips.main(command) == 1
+    assert "cells with 256 labels and enough data, which are chips: 0 of 12; allow_empty" in capsys.readouterr().err
+    assert not chip_index.path_in(world).exists()
+    assert chips.main([*command, "--allow-empty"]) == 0
 
 
 def test_a_truncated_composite_is_named(world, capsys):

@@ -373,3 +373,17 @@ def test_imports_are_light_and_never_tensorflow(tmp_path):
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["[]", "['tensorflow_datasets']"]
+
+
+def test_sets_without_data_or_labels_are_refused_unless_asked_for(tmp_path):
+    splits = make_splits()
+    for record in (record for made in splits.values() for record in made):
+        record["label"] = np.full((8, 8), -1, np.float32)
+    with pytest.raises(PrepError, match=r"out: labels of its chips: 0 of 12; allow_empty"):
+        shards.write_shards(splits, tmp_path / "out", labelled=True)
+    assert list(tmp_path.iterdir()) == []
+    shards.write_shards(splits, tmp_path / "unlabelled")  # for pretraining
+    for record in (record for made in splits.values() for record in made):
+        record["image"] = np.full((8, 8, 6), -9999, np.int16)
+    with pytest.raises(PrepError, match=r"out: pixels of its chips with data: 0 of 768; allow_empty"):
+        shards.write_shards(splits, tmp_path / "out")
