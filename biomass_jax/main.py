@@ -183,8 +183,6 @@ def parse_flags(argv: list[str]) -> list[str]:
     argv, path = _with_config_file(argv)
     try:
         return app.parse_flags_with_usage(argv)
-    except TypeError as error:  # of ml_collections: a field that the config sets to a value of another type
-        raise UsageError(f"{path}: {error}") from error
     except AttributeError as error:
         if path is None:
             raise

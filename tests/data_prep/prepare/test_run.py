@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import h5py
 import pytest
 
-from biomass_jax.errors import PrepError
+from biomass_jax.errors import BiomassError, PrepError
 from biomass_jax.runtime.lock import one_writer
 from data_prep.prepare import run as prepare
 from data_prep.prepare.runner import Runner, SerialExecutor, attempt, open_executor
@@ -374,6 +374,41 @@ def test_options_change_the_packaged_config_as_fields_do(tmp_path, monkeypatch):
     assert seen[0] == seen[1]
     assert (seen[0]["season"], seen[0]["tiles"], seen[0]["splits"]["block_km"]) == ("2020", ("10SFF", "10SGF"), 7.0)
     assert seen[0]["composite"]["drop_water"] and seen[0]["gedi"]["degrade_ones"] == (0, 3, 8)
+
+
+def test_values_of_a_config_of_ones_own_get_their_types(tmp_path):
+    own = tmp_path / "own.py"
+    head = "from biomass_jax.runtime.settings import to_config\nfrom data_prep.settings import Prepare\n"
+    head += "def get_config():\n    config = to_config(Prepare)\n"
+    texts = "    with config.ignore_type():\n        config.chips.min_labels, config.season = '30', 2020\n"
+    texts += "        config.composite.sensors, config.allow_empty = 'S30', 'false'\n    return config\n"
+    own.write_text(head + texts)
+    found = prepare.read_config(own, ["--config.label_years=1"])
+    assert (found["chips"]["min_labels"], found["season"], found["label_years"]) == (30, "2020", 1)
+    assert found["composite"]["sensors"] == ("S30",) and found["allow_empty"] is False
+    own.write_text(head + "    config.chips.min_labels = 20.5\n    return config\n")
+    with pytest.raises(PrepError, match=r"own\.py: .*min_labels.* 20\.5"):
+        prepare.read_config(own)
+    own.write_text(head + texts.replace("'30'", "20.5"))
+    with pytest.raises(BiomassError, match=r"config\.chips\.min_labels is 20\.5; expected a whole number"):
+        prepare.read_config(own)
+
+
+@pytest.mark.slow
+def test_what_comes_out_empty_is_an_error_unless_asked_for(world, tmp_path, capsys):
+    """No chip at all; then no shot of that season, which names the orbits and each tile."""
+    out = given(world, tmp_path)
+    assert prepare.main(command(out, "--config.chips.min_labels=4097")) == 1
+    assert "error: splits all: no tile has chips; there is nothing to train on: 0 of 18; allow_empty" in (
+        capsys.readouterr().err
+    )
+    assert prepare.main(command(out, "--config.chips.min_labels=4097", "--config.allow_empty=true")) == 0
+    assert not (out / "shards").exists()
+    assert report(out)["errors"] == {}
+    assert prepare.main(command(out, "--config.gedi.max_agbd=-1")) == 1
+    errors = report(out)["errors"]
+    assert "no shot of" in errors["gedi all"]
+    assert all("on its pixels with data (0 shots" in errors[f"labels {tile}"] for tile in TILES)
 
 
 def test_an_unknown_config_and_an_absent_scheduler_are_named(tmp_path, capsys, monkeypatch):
