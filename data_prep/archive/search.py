@@ -8,6 +8,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from biomass_jax.errors import PrepError
 from data_prep.hls.granules import VERSION
 from data_prep.places import Box, grid_box, grid_centre, tile_grid
@@ -100,7 +102,7 @@ def earthaccess_library() -> Any:
 
 
 def read_area(path: str | os.PathLike[str]) -> Area:
-    """The polygons of a GeoJSON file, outer rings only.
+    """The polygons of a GeoJSON file, outer rings only; longitudes from 0 to 360 become those from -180 to 180.
 
     Raises:
         PrepError: unreadable, or no polygon in it.
@@ -138,8 +140,11 @@ def _rings(geometry: Mapping[str, Any] | None) -> list[list]:
 
 def _counter_clockwise(points: Sequence[Sequence[float]]) -> Ring:
     ring = [(float(point[0]), float(point[1])) for point in points]
-    twice_area = sum(a[0] * b[1] - b[0] * a[1] for a, b in zip(ring, ring[1:], strict=False))
-    return ring if twice_area >= 0 else ring[::-1]
+    lon, lat = np.array(ring).T
+    areas = [np.sum(x[:-1] * lat[1:] - x[1:] * lat[:-1]) for x in (np.unwrap(lon, period=360), lon)]
+    # an edge across the antimeridian is the short one; only around the whole globe there is none
+    ring = [(east - 360 if 180 < east <= 360 else east, north) for east, north in ring]
+    return ring if (areas[0] or areas[1]) >= 0 else ring[::-1]
 
 
 def _temporal(season: Season) -> tuple[str, str]:

@@ -29,6 +29,7 @@ from data_prep.settings import LabelSettings
 NO_LABEL = -1.0
 ShotOwner = Literal["nearest", "all"]
 _ROWS = 512  # read at once
+_ANY = "digital_numbers"  # of composites no value is used here, whatever it means
 _SHOTS = {  # columns of the table beside a raster
     "shot_number": pa.uint64(),
     "row": pa.int32(),
@@ -215,7 +216,7 @@ def open_composite(path: str | os.PathLike[str]) -> Composite:
         PrepError: no tag TILE or SEASON.
         RasterError: it can't be read.
     """
-    with open_image(path, model_sensors=()) as source:
+    with open_image(path, model_sensors=(), encoding=_ANY) as source:
         for tag in ("TILE", "SEASON"):
             if not source.tags.get(tag):
                 raise PrepError(f"{path}: no tag {tag}; expected a composite of `data_prep composite`")
@@ -225,7 +226,7 @@ def open_composite(path: str | os.PathLike[str]) -> Composite:
 
 def read_valid(path: str | os.PathLike[str]) -> np.ndarray:
     """(H, W) bool: where a composite has data, by the rule of `bands.no_data`."""
-    with open_image(path, model_sensors=()) as source:
+    with open_image(path, model_sensors=(), encoding=_ANY) as source:
         valid = np.empty((source.grid.height, source.grid.width), bool)
         for start in range(0, source.grid.height, _ROWS):
             stop = min(start + _ROWS, source.grid.height)

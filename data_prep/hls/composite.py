@@ -327,13 +327,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise PrepError(f"tile {tile}: no granules of it; found tiles {', '.join(sorted(tiles))}")
         tiles = {tile: tiles[tile]}
     for tile, folders in sorted(tiles.items()):
-        latitude = grid_centre(open_scene(folders[0]).grid)[1] if args.season.strip().isdigit() else None
+        latitude = grid_centre(open_scene(folders[0], args.encoding).grid)[1] if args.season.strip().isdigit() else None
         season = resolve_season(args.season, latitude, table)
         report = composite(
             folders,
             composite_path(args.out, tile, season),
             season=season,
-            sensors=args.sensors.split("+"),
+            sensors=args.sensors.replace(",", "+"),
             threads=args.threads,
             allow_empty=args.allow_empty,
             **options_of(args, CompositeSettings, without=("sensors",)),

@@ -179,7 +179,9 @@ class Chain:
         if self.season is not None:
             return self.season
         record = self.state.read("composite", tile)
-        latitude = record.result["latitude"] if record else steps.latitude_of(scenes)
+        latitude = (
+            record.result["latitude"] if record else steps.latitude_of(scenes, self.config["composite"]["encoding"])
+        )
         return season_of_year(self.year, latitude, self.season_table)
 
     def _shot_seasons(self) -> list[str]:

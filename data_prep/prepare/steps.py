@@ -162,7 +162,7 @@ def granules_by_tile(folder: Path) -> dict[str, dict[Granule, Path]]:
     return found
 
 
-def latitude_of(folders: Sequence[Path]) -> float:
+def latitude_of(folders: Sequence[Path], encoding: str) -> float:
     """Latitude of a tile's centre from the first of its scenes that can be read.
 
     Raises:
@@ -171,7 +171,7 @@ def latitude_of(folders: Sequence[Path]) -> float:
     errors = []
     for folder in folders:
         try:
-            return grid_centre(open_scene(folder).grid)[1]
+            return grid_centre(open_scene(folder, encoding).grid)[1]
         except (PrepError, RasterError) as error:
             errors.append(error)
     raise errors[0] if errors else PrepError("no granules, so nothing tells the season by latitude")

@@ -27,7 +27,7 @@ ENOUGH_PIXELS = 1000  # valid ones of a sample; fewer tell nothing
 _LANDSAT_C2_ZERO = 0.2 / 2.75e-5  # its number of reflectance 0: 7,273
 _OVERRULE = (
     "encoding='digital_numbers' takes them as they are (config.encoding; of training data config.data.encoding, of "
-    "granules config.composite.encoding)"
+    "granules config.composite.encoding, of composites config.chips.encoding)"
 )
 
 

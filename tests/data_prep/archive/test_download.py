@@ -294,3 +294,20 @@ def test_the_search_of_the_archive_asks_for_everything(monkeypatch):
     assert found == [answer(HLS)]
     assert search.queries[0]["count"] == -1
     assert search.queries[0]["granule_name"] == "HLS.L30.T10SFF.*"
+
+
+@pytest.mark.parametrize(
+    "ring",
+    [
+        [(170, -1), (190, -1), (190, 1), (170, 1), (170, -1)],
+        [(170, 1), (190, 1), (190, -1), (170, -1), (170, 1)],
+        [(170, -1), (-170, -1), (-170, 1), (170, 1), (170, -1)],
+        [(170, 1), (-170, 1), (-170, -1), (170, -1), (170, 1)],
+    ],
+)
+def test_polygons_across_the_antimeridian_in_either_convention(tmp_path, ring):
+    (tmp_path / "a.geojson").write_text(json.dumps({"type": "Polygon", "coordinates": [ring]}))
+    (found,) = read_area(tmp_path / "a.geojson").rings
+    corners = [(170, -1), (-170, -1), (-170, 1), (170, 1)]  # counter-clockwise
+    start = corners.index(found[0])
+    assert found == [*corners[start:], *corners[:start], corners[start]]
