@@ -19,7 +19,7 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
-from biomass_jax.errors import ArchitectureError, BundleError
+from biomass_jax.errors import ArchitectureError, BundleError, name_list
 from biomass_jax.models.build import CHECK_SEED, abstract_variables, architecture_of, build_module, dummy_inputs
 from biomass_jax.runtime.files import replace_folder
 from biomass_jax.version import __version__
@@ -276,7 +276,7 @@ def _read_variables(path: str | os.PathLike[str], meta: dict[str, Any], sharding
     try:
         variables = _restore(folder, abstract, sharding)
     except BundleError:
-        _compare_trees(str(folder), abstract, _stored_shapes(folder))  # names every array that doesn't fit
+        _compare_trees(str(folder), abstract, _stored_shapes(folder))  # names the arrays that don't fit
         raise
     return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
@@ -364,7 +364,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _compare_trees(where: str, expected: dict[str, Any], found: dict[str, Any]) -> None:
-    """Raise a `BundleError` that lists every missing, unknown and misshapen array."""
+    """Raise a `BundleError` that names missing, unknown and misshapen arrays, the first few and their number."""
     want = {path: tuple(leaf.shape) for path, leaf in flatten(expected).items()}
     have = {path: tuple(leaf.shape) for path, leaf in flatten(found).items()}
     faults = [f"missing {path} {want[path]}" for path in sorted(want.keys() - have.keys())]
@@ -372,7 +372,7 @@ def _compare_trees(where: str, expected: dict[str, Any], found: dict[str, Any]) 
     both = sorted(want.keys() & have.keys())
     faults += [f"{path} has shape {have[path]}, expected {want[path]}" for path in both if want[path] != have[path]]
     if faults:
-        raise BundleError(f"{where}: weights do not fit the architecture:\n  " + "\n  ".join(faults))
+        raise BundleError(f"{where}: weights do not fit the architecture: {name_list(faults)}")
 
 
 def _without_empty(variables: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 Commands show a `BiomassError` as one line. Anything else is a fault of the program and keeps its traceback.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 class BiomassError(ValueError):
@@ -128,3 +128,12 @@ class PrepError(BiomassError):
 
 class SweepError(BiomassError):
     """A sweep that can't be run as asked; the message names the option or the field."""
+
+
+def name_list(names: Iterable[str], limit: int = 5) -> str:
+    """Names in one line, the tail of a long list as a count: what errors and log lines show of many."""
+    names = list(names)
+    if not names:
+        return "none"
+    more = f" ... and {len(names) - limit} more ({len(names)} in all)" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from biomass_jax.convert.declared import Options
-from biomass_jax.errors import BiomassError, ConvertError
+from biomass_jax.errors import BiomassError
 from biomass_jax.runtime.lock import lock_beside, one_writer
 
 _OPTIONS = tuple(field.name for field in dataclasses.fields(Options) if field.name != "command")
@@ -163,8 +163,6 @@ def _run(options: argparse.Namespace, command: str) -> None:
     else:
         from biomass_jax.convert import convert
 
-        if (Path(options.input) / "bundle.json").is_file():
-            raise ConvertError(f"{options.input} is a bundle already; --to torch writes it as a PyTorch file")
         lines = convert.convert(
             options.input,
             options.output,

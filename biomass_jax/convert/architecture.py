@@ -12,10 +12,10 @@ import numpy as np
 
 from biomass_jax import bundle
 from biomass_jax.convert.declared import FIELD_OF, FIXED, Declared, Options
-from biomass_jax.convert.layouts import Layout, Match, Shape, name_list
+from biomass_jax.convert.layouts import Layout, Match, Shape
 from biomass_jax.convert.resize import window_of
-from biomass_jax.convert.torch_file import TorchTensor
-from biomass_jax.errors import ConvertError
+from biomass_jax.convert.torch_file import Placeholder, TorchTensor, flatten
+from biomass_jax.errors import ConvertError, name_list
 from biomass_jax.models.build import abstract_variables, build_module
 from biomass_jax.models.swin_ops import relative_position_index
 
@@ -54,7 +54,8 @@ class _Shapes:
         )
         if numbers != list(range(len(numbers))):
             name = re.sub(r"^params/", "", prefix).replace("\\", "")
-            raise ConvertError(f"{name}N: the numbers found are {numbers}; expected 0, 1, ... without a gap")
+            found = name_list(map(str, numbers))
+            raise ConvertError(f"{name}N: the numbers found are [{found}]; expected 0, 1, ... without a gap")
         return len(numbers)
 
     def first_of(self, prefix: str, count: int, suffix: str) -> tuple[str, Shape]:
@@ -122,7 +123,7 @@ def _attention(tensors: _Shapes, depths: tuple[int, ...]) -> tuple[tuple[int, ..
         heads.append(table[1])
         windows[key] = window
     if len(set(windows.values())) > 1:
-        found = ", ".join(f"{key}: {window}" for key, window in windows.items())
+        found = name_list(f"{key}: {window}" for key, window in windows.items())
         raise ConvertError(f"window sizes differ between stages ({found}); expected one for all")
     return tuple(heads), next(iter(windows.values()))
 
@@ -180,7 +181,7 @@ def _check_declared(fields: Mapping[str, Any], declared: Declared) -> None:
             said = declared.model[name]
             wrong.append(f"{said.where} says {name} = {said.value}; this model has {only} only")
     if wrong:
-        raise ConvertError("; ".join(wrong))
+        raise ConvertError(name_list(wrong))
 
 
 def _rate(value: object, where: str) -> float:
@@ -210,24 +211,84 @@ _ASKED: tuple[tuple[str, str, str, Callable[[Any, str], Any]], ...] = (
 )
 
 
-def state_dict(root: object, name: str) -> dict[str, TorchTensor]:
-    """The dict of tensors in a checkpoint: the root itself, or what lies under `state_dict` or `model`.
+# Keys of a checkpoint that hold the model's tensors, one inside another where two training programs each add one.
+_HOLDERS = ("state_dict", "model", "model_state_dict", "model_state", "net", "network", "module", "weights")
+
+
+def state_dict(root: object, name: str) -> tuple[dict[str, TorchTensor], list[str]]:
+    """The dict of tensors in a checkpoint, and the keys that it lies under: [] where it is the root itself.
+
+    Args:
+        root: the file's root object.
+        name: the file's, for messages.
 
     Raises:
         ConvertError: there is none, or two, or it holds other things than tensors.
     """
-    if not isinstance(root, Mapping):
-        raise ConvertError(f"{name}: holds {type(root).__name__}; expected a state dict or a checkpoint with one")
-    inner = [key for key in ("state_dict", "model") if isinstance(root.get(key), Mapping) and root[key]]
-    if len(inner) > 1:
-        raise ConvertError(f"{name}: has weights under both {' and '.join(inner)}; expected one state dict")
-    state = root[inner[0]] if inner else root
+    state, where = root, list[str]()
+    while isinstance(state, Mapping):
+        inner = [key for key in _HOLDERS if isinstance(state.get(key), Mapping) and _tensors(state[key])]
+        if len(inner) > 1:
+            raise ConvertError(f"{name}: has weights under both {' and '.join(inner)}; expected one state dict")
+        if not inner:
+            break
+        where += inner
+        state = state[inner[0]]
+    if not isinstance(state, Mapping) or not any(
+        isinstance(v, TorchTensor) and "." in str(k) for k, v in state.items()
+    ):
+        raise ConvertError(f"{name}: {_without_state(root, name)}")
     others = [str(key) for key, value in state.items() if not (isinstance(key, str) and isinstance(value, TorchTensor))]
-    if not state or len(others) == len(state):
-        raise ConvertError(f"{name}: no state dict found; its keys are {name_list(map(str, root), 10)}")
+    if any("_packed_params" in key for key in others):
+        raise ConvertError(f"{name}: is a quantised model; convert the one that it was made from, with float weights")
     if others:
         raise ConvertError(f"{name}: the state dict holds more than tensors: {name_list(others)}")
-    return dict(state)
+    return dict(state), where
+
+
+def _tensors(tree: object) -> bool:
+    """Whether a part of a checkpoint holds a tensor anywhere."""
+    return any(isinstance(leaf, TorchTensor) for leaf in flatten(tree).values())
+
+
+def _without_state(root: object, name: str) -> str:
+    """What a file without a state dict holds instead, and how to make one that has it."""
+    for key, leaf in flatten(root).items():
+        if isinstance(leaf, Placeholder) and _is_module(leaf):
+            at = "".join(f"[{part}]" if part.isdigit() else f"[{part!r}]" for part in key.split(".") if part)
+            return (
+                f"holds a whole pickled model ({leaf.class_name}{f' at {key}' if key else ''}) instead of its "
+                "state_dict, and only the program that wrote it can open that; there, run torch.save(torch.load("
+                f"{name!r}, map_location='cpu', weights_only=False){at}.state_dict(), 'weights.pt') and convert "
+                "weights.pt"
+            )
+    if isinstance(root, TorchTensor):
+        return f"holds a single tensor of shape {root.shape}; expected a state dict or a checkpoint with one"
+    only_optimiser = "holds an optimiser's state and no weights"
+    other_file = "give the file that was saved with the model's state_dict"
+    if isinstance(root, Placeholder) and root.class_name.startswith("torch.optim."):
+        return f"{only_optimiser}; {other_file}"
+    if isinstance(root, Placeholder):
+        return f"holds an object of the class {root.class_name}; expected a state dict or a checkpoint with one"
+    if not isinstance(root, Mapping):
+        return f"holds {type(root).__name__}; expected a state dict or a checkpoint with one"
+    if any(isinstance(part, Mapping) and {"state", "param_groups"} <= set(part) for part in (root, *root.values())):
+        return f"{only_optimiser} (its keys are {name_list(map(str, root))}); {other_file}"
+    if any(isinstance(leaf, Placeholder) and leaf.class_name.startswith("numpy.") for leaf in flatten(root).values()):
+        return "holds NumPy arrays instead of tensors; save them again as {key: torch.from_numpy(array)}"
+    if elsewhere := [str(key) for key, part in root.items() if isinstance(part, Mapping) and _tensors(part)]:
+        return (
+            f"no state dict found under a known name ({', '.join(_HOLDERS)}); there are tensors under "
+            f"{name_list(elsewhere)}: save the part that is the model, torch.save(torch.load({name!r})"
+            f"[{elsewhere[0]!r}], 'weights.pt'), and convert weights.pt"
+        )
+    return f"no state dict found; its keys are {name_list(map(str, root))}"
+
+
+def _is_module(value: Placeholder) -> bool:
+    """Whether an object that was not built is a torch.nn.Module, by the attributes that every one has."""
+    made_by_fx = value.class_name.startswith("torch.fx.") and value.args is not None
+    return made_by_fx or (isinstance(value.state, Mapping) and {"_parameters", "_modules"} <= set(value.state))
 
 
 def check(keys: Match, state: Mapping[str, TorchTensor]) -> dict[str, Any]:

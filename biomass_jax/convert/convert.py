@@ -16,10 +16,10 @@ from flax import traverse_util
 from biomass_jax import bundle
 from biomass_jax.convert import architecture, declared, hub, layouts, torch_file
 from biomass_jax.convert.declared import Options
-from biomass_jax.convert.layouts import Layout, Match, match, name_list
+from biomass_jax.convert.layouts import Layout, Match, match
 from biomass_jax.convert.resize import resize_bias_table
 from biomass_jax.convert.torch_file import TorchTensor
-from biomass_jax.errors import ConvertError
+from biomass_jax.errors import ConvertError, name_list
 
 _HOW_TO_SKIP = "; --no-optimizer converts the weights alone"
 _PLATEAU = ("factor", "patience", "threshold", "cooldown", "cooldown_counter", "best", "num_bad_epochs", "last_epoch")
@@ -32,8 +32,10 @@ class Converted:
     Attributes:
         file: the checkpoint.
         keys: its keys, sorted by its layout.
+        under: the keys of the checkpoint that its state dict lies under.
         architecture: the module's constructor fields.
         input: the bundle's `input` entry.
+        output: the bundle's `output` entry.
         variables: float32 arrays by path (`params/...`, `batch_stats/...`).
         optimizer: {count, mu, nu, lr, plateau} with moments by path, or None.
         provenance: the bundle's entry.
@@ -42,8 +44,10 @@ class Converted:
 
     file: torch_file.TorchFile
     keys: Match
+    under: list[str]
     architecture: dict[str, Any]
     input: dict[str, Any]
+    output: dict[str, Any]
     variables: dict[str, np.ndarray]
     optimizer: dict[str, Any] | None
     provenance: dict[str, Any]
@@ -93,7 +97,7 @@ def convert(
         task=found.layout.task,
         architecture=found.architecture,
         input=found.input,
-        output=_output_meta(found),
+        output=found.output,
         training={"dataset": options.dataset, "season": options.season, "scores": {}},
         provenance=found.provenance,
         optimizer=optimizer,
@@ -106,8 +110,10 @@ def read(source: str | Path, *, config: str | Path | None = None, options: Optio
     """Read and check a checkpoint without writing anything; see `convert`."""
     options = options or Options()
     path = _local(source)
+    if (part := re.search(r"-0*(\d+)-of-0*(\d+)\.\w+$", path.name)) and int(part[2]) > 1:
+        raise ConvertError(f"{path.name}: is part {part[1]} of a model in {part[2]} files; {torch_file.JOIN}")
     file = torch_file.read(path)
-    state = architecture.state_dict(file.root, path.name)
+    state, under = architecture.state_dict(file.root, path.name)
     keys = match(layouts.detect(state), state)
     said = declared.read(file.root, _local(config) if config else None, source=path.name)
     fields = architecture.check(keys, state)
@@ -124,7 +130,8 @@ def read(source: str | Path, *, config: str | Path | None = None, options: Optio
             f"{path.name} has no optimiser's state, which --with-optimizer asks for; a full Lightning file has one"
         )
     provenance = _provenance(str(source), path, file, said) | _kept_with(keys, state) | {"command": options.command}
-    found = Converted(file, keys, fields, meta, variables, optimizer, provenance, said.unchecked())
+    made = _output_meta(keys.layout.task, fields, meta) | said.kept("output")
+    found = Converted(file, keys, under, fields, meta, made, variables, optimizer, provenance, said.unchecked())
     if options.window_size is not None and options.window_size != fields["window_size"]:
         _resize_window(found, options.window_size)
     return found
@@ -133,7 +140,9 @@ def read(source: str | Path, *, config: str | Path | None = None, options: Optio
 def _local(name: str | Path) -> Path:
     if hub.is_hub_name(str(name)):
         return hub.fetch(str(name))
-    if not Path(name).is_file():
+    if "://" in str(name):
+        raise ConvertError(f"{name}: is a URL; download the file and give its path{hub.hint(str(name))}")
+    if not Path(name).exists():
         raise ConvertError(f"{name}: no such file")
     return Path(name)
 
@@ -156,12 +165,12 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     return traverse_util.unflatten_dict(dict(flat), sep="/")
 
 
-def _output_meta(found: Converted) -> dict[str, Any]:
-    if found.layout.task == "biomass":
+def _output_meta(task: str, fields: Mapping[str, Any], source: Mapping[str, Any]) -> dict[str, Any]:
+    if task == "biomass":
         # -1 is safe behind a final ReLU; without one the model itself may say -1.
-        return {"bands": ["agbd"], "units": "Mg ha-1", "nodata": -1 if found.architecture["final_relu"] else -9999}
-    if found.layout.task == "simmim":
-        return {"bands": found.input["bands"], "units": "z-scores", "nodata": None}
+        return {"bands": ["agbd"], "units": "Mg ha-1", "nodata": -1 if fields["final_relu"] else -9999}
+    if task == "simmim":
+        return {"bands": source["bands"], "units": "z-scores", "nodata": None}
     return {"bands": [], "units": "features", "nodata": None}
 
 
@@ -190,10 +199,10 @@ def _kept_with(keys: Match, state: Mapping[str, TorchTensor]) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "layout": keys.layout.name,
         "num_batches_tracked": {path: int(state[key].array()) for path, key in keys.counters.items()},
-        "unused": keys.unused,
+        "unused": keys.unused + keys.losses,
     }
     for key in keys.buffers:
-        found = re.search(r"layers\.(\d+)\.blocks\.\d+\.attn_mask$", key)
+        found = re.search(r"layers\.(\d+)\.blocks\.\d+\.attn_mask$", keys.layout.canonical(key))
         if found and len(state[key].shape) == 3:
             windows, tokens, _ = state[key].shape  # as many as the images that this Swin was built for have
             patch = state[keys.tensors["params/encoder/patch_embed/projection/kernel"][0]].shape[-1]
@@ -208,8 +217,13 @@ def _report(found: Converted, saved: Path) -> list[tuple[str, str]]:
     dropped = f"{len(keys.buffers)} index and mask buffers, computed anew"
     if keys.unused:
         dropped += f"; not part of the model: {name_list(keys.unused)}"
+    if keys.losses:
+        dropped += f"; of losses and metrics: {name_list(keys.losses)}"
+    places = [f"the state dict under {' > '.join(found.under)}"] if found.under else []
+    places += [f"{name}. off {count} names" for name, count in sorted(keys.wrappers.items())]
     lines = [
         ("layout", f"{found.layout.name} ({file.format} file)"),
+        *((("unwrapped", ", ".join(places)),) if places else ()),
         ("task", found.layout.task),
         ("tensors", f"{len(sizes)} trainable, {len(found.variables) - len(sizes)} running statistics"),
         ("parameters", f"{sum(sizes):,}"),

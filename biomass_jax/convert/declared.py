@@ -12,7 +12,8 @@ from typing import Any
 
 from biomass_jax.convert.torch_file import Placeholder
 from biomass_jax.data import bands as band_table
-from biomass_jax.errors import ConvertError
+from biomass_jax.errors import ConvertError, name_list
+from biomass_jax.runtime.content import HEAD, what_is
 
 # Terratorch's argument of the model -> our field that it sets.
 FIELD_OF = {
@@ -35,6 +36,27 @@ FIXED = {"num_frames": 1, "decoder": "UperNetDecoder", "decoder_align_corners": 
 # Data arguments that say what the weights expect; all model arguments do.
 DATA_NAMES = ("means", "stds", "output_bands", "dataset_bands", "no_data_replace")
 DESCRIBING = frozenset({"bands", *FIELD_OF, *FIXED, *DATA_NAMES})
+# The data argument in which our exports keep what no argument of the original says, and what it says of the input.
+OURS = "biomass_jax"
+INPUT_FIELDS = ("fill", "sensors", "pixel_size")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+# Each entry of it: what it has to be, and the check.
+_KEPT: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "fill": ("a number or null", lambda value: value is None or _is_number(value)),
+    "sensors": ("a list of names", _are_names),
+    "pixel_size": ("metres above 0", lambda value: _is_number(value) and value > 0),
+    "bands": ("a list of names", _are_names),
+    "units": ("text", lambda value: isinstance(value, str)),
+}
 
 
 @dataclass(frozen=True)
@@ -100,6 +122,20 @@ class Declared:
         names = sorted(name for name in self.model if name.startswith(parts) and name not in DESCRIBING)
         return [f"{name}={self.model[name].value!r}" for name in names]
 
+    def kept(self, part: str) -> dict[str, Any]:
+        """What a file that `export` wrote says of the bundle's `input` or `output`; {} of other files.
+
+        Raises:
+            ConvertError: an entry isn't what `export` writes.
+        """
+        said = self.data.get(OURS, Value({}, ""))
+        entries = _inside(said.value, part)
+        for name, value in entries.items():
+            expected, fits = _KEPT.get(name, ("no such entry", lambda _: False))
+            if not fits(value):
+                raise ConvertError(f"{said.where}: {OURS}.{part}.{name} is {value!r}; expected {expected}")
+        return entries
+
 
 def read(root: object, config: Path | None, *, source: str) -> Declared:
     """Gather what a checkpoint (its root object) and a config.yaml declare.
@@ -115,8 +151,14 @@ def read(root: object, config: Path | None, *, source: str) -> Declared:
     _add(declared.data, data, f"{source}: datamodule_hyper_parameters")
     if config is not None:
         tree = _read_yaml(config)
-        _add(declared.model, _inside(tree, "model", "init_args", "model_args"), f"{config}: model.init_args.model_args")
-        _add(declared.data, _inside(tree, "data", "init_args"), f"{config}: data.init_args")
+        model, data = _inside(tree, "model", "init_args", "model_args"), _inside(tree, "data", "init_args")
+        if not model and not data:
+            raise ConvertError(
+                f"{config}: has neither model.init_args.model_args nor data.init_args, found "
+                f"{name_list(map(str, tree))}; expected the config.yaml of a terratorch training"
+            )
+        _add(declared.model, model, f"{config}: model.init_args.model_args")
+        _add(declared.data, data, f"{config}: data.init_args")
     return declared
 
 
@@ -176,6 +218,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
     Loader.add_multi_constructor("", inert)
     try:
+        head = path.read_bytes()[:HEAD]
+        if not head.lstrip().startswith(b"{") and (found := what_is(head)) is not None:  # JSON is YAML, too
+            raise ConvertError(f"{path}: is {found}; expected the config.yaml of a training")
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader)  # noqa: S506 - Loader is a SafeLoader
     except OSError as error:
         raise ConvertError(f"{path}: cannot be read ({error.strerror})") from None
@@ -239,7 +284,7 @@ def input_meta(declared: Declared, options: Options, in_channels: int) -> tuple[
     names = _agreed("bands", Value(options.bands, "--bands"), *said, check=_band_names)
     missing = ["bands (--bands, names in the weights' order)"] if names is None else []
     if names is not None and len(names) != in_channels:
-        raise ConvertError(f"{len(names)} bands ({', '.join(names)}), but the weights take {in_channels} channels")
+        raise ConvertError(f"{len(names)} bands ({name_list(names, 6)}), but the weights take {in_channels} channels")
     found: dict[str, tuple[float, ...]] = {}
     for name in ("means", "stds"):
         published = None
@@ -247,14 +292,21 @@ def input_meta(declared: Declared, options: Options, in_channels: int) -> tuple[
             published = PRESETS[options.statistics].of(names, name)
         sources = (Value(getattr(options, name), f"--{name}"), _said(declared.data, name))
         values = _agreed(name, *sources, Value(published, f"--statistics {options.statistics}"), check=_finite)
-        if values is None:
+        if values is None and options.statistics is not None:
+            pass  # they follow from the bands, which alone are asked for
+        elif values is None:
             missing.append(f"{name} (--{name}, --config config.yaml, or --statistics {'|'.join(PRESETS)})")
         elif len(values) != in_channels:
             raise ConvertError(f"{len(values)} {name}, but the weights take {in_channels} channels")
         found[name] = values or ()
     if min(found["stds"], default=1) <= 0:
         raise ConvertError(f"stds are {list(found['stds'])}; expected numbers above 0")
-    sensors = options.sensors
+    kept = declared.kept("input")
+    for name in ("fill", "sensors"):
+        given = getattr(options, name)
+        if given is not None and name in kept and given != (tuple(kept[name]) if name == "sensors" else kept[name]):
+            raise ConvertError(f"--{name} {given} contradicts the checkpoint, which was exported with {kept[name]}")
+    sensors = options.sensors or kept.get("sensors")
     if sensors is None and names and not missing:
         # Published statistics tell the sensors they were taken over, whichever way they were given.
         named = (p.sensors for p in PRESETS.values() if all(p.of(names, name) == found[name] for name in found))
@@ -262,11 +314,12 @@ def input_meta(declared: Declared, options: Options, in_channels: int) -> tuple[
     meta = {
         "bands": list(names or ()),
         "units": band_table.UNITS,
-        "fill": band_table.FILL if options.fill is None else options.fill,
+        "fill": kept.get("fill", band_table.FILL) if options.fill is None else options.fill,
         "means": list(found["means"]),
         "stds": list(found["stds"]),
         "sensors": list(sensors or ()),
         "no_data_rule": band_table.NO_DATA_RULE,
+        **{name: value for name, value in kept.items() if name == "pixel_size"},
     }
     return meta, missing
 

@@ -10,14 +10,28 @@ from typing import Any
 import numpy as np
 
 from biomass_jax import bundle
+from biomass_jax.convert import architecture, declared
 from biomass_jax.convert.architecture import UNSCALED
-from biomass_jax.convert.declared import FIELD_OF
-from biomass_jax.convert.layouts import COUNTER, GRANITE, SIMMIM, SIMMIM_ENCODER, TENSOR, Layout, expand, name_list
+from biomass_jax.convert.declared import FIELD_OF, OURS
+from biomass_jax.convert.layouts import COUNTER, GRANITE, SIMMIM, SIMMIM_ENCODER, TENSOR, Layout, expand
 from biomass_jax.convert.torch_file import write as torch_write
-from biomass_jax.errors import ConvertError
+from biomass_jax.errors import ConvertError, name_list
+from biomass_jax.models.build import abstract_variables, architecture_of, build_module
 from biomass_jax.models.swin_ops import relative_position_index, shift_mask
 
 _LAYOUTS = {"biomass": GRANITE, "simmim": SIMMIM, "encoder": SIMMIM_ENCODER}
+# Settings that the code behind a layout doesn't have: what it always does.
+_ALWAYS: dict[str, dict[str, Any]] = {
+    "biomass": {"shift_single_window": True},
+    "simmim": {"shift_single_window": False},
+    "encoder": {"shift_single_window": False, "stage_norms": False, "final_norm": True},
+}
+_INSTEAD = (
+    "; maps are made from the bundle as it is, and a model fine-tuned with --config.model.shift_single_window=true can "
+    "be exported"
+)
+# Fields that shapes do not tell, as terratorch's arguments: a checkpoint has to declare them.
+_DECLARED = ("backbone_drop_path_rate", "head_dropout", "head_final_act", "decoder_pool_scales")
 
 
 def export(
@@ -41,7 +55,8 @@ def export(
 
     Raises:
         ConvertError: the file exists, or the layout cannot say what the bundle is: a biomass model whose window was
-            resized, an encoder or SimMIM that differs from the original's, an unknown image size.
+            resized, a field that the original doesn't have or that the way back would read as another value, an
+            unknown image size.
         BundleError: no bundle there, or a damaged one.
     """
     output = Path(output)
@@ -54,7 +69,7 @@ def export(
     arrays = {path: np.asarray(leaf) for path, leaf in bundle.flatten(opened.variables).items()}
     _fold_output(arrays, meta["architecture"])
     state = dict(_state(layout, arrays, meta, img_size))
-    root = _lightning(state, meta) if layout is GRANITE else {"model": state}
+    root = _lightning(state, meta) if layout is GRANITE else {"model": state} | _declarations(meta)
     output.parent.mkdir(parents=True, exist_ok=True)
     torch_write.write(output, root)
     return [
@@ -68,20 +83,44 @@ def export(
 def _check_exportable(layout: Layout, meta: Mapping[str, Any], source: str) -> None:
     """Raise where a checkpoint of this layout would be read as another model than the bundle's."""
     resized = meta["provenance"].get("window_resized")
-    if layout is GRANITE:
-        if resized:
-            raise ConvertError(
-                f"{source}: its bias tables were resized from window {resized['from']} to {resized['to']}, which "
-                "cannot be undone; export a bundle that was converted without --window-size"
-            )
-        return
-    original = {"shift_single_window": False, "stage_norms": False, "final_norm": True}
-    fields = meta["architecture"]
-    if other := [f"{name}={fields[name]}" for name, value in original.items() if fields.get(name, value) != value]:
+    if layout is GRANITE and resized:
         raise ConvertError(
-            f"{source}: {', '.join(other)}; the original's SimMIM and Swin have no such setting and would compute "
-            "something else with these weights"
+            f"{source}: its bias tables were resized from window {resized['from']} to {resized['to']}, which "
+            "cannot be undone; export a bundle that was converted without --window-size"
         )
+    always, fields = _ALWAYS[layout.task], meta["architecture"]
+    if other := [name for name, value in always.items() if fields.get(name, value) != value]:
+        raise ConvertError(
+            f"{source}: {name_list(f'{name}={fields[name]}' for name in other)}; the original of the layout "
+            f"{layout.name} always has {name_list(f'{name}={always[name]}' for name in other)} and would compute "
+            f"something else with these weights{_INSTEAD if layout is GRANITE else ''}"
+        )
+    fields = architecture_of(build_module(meta["task"], fields))  # with the defaults of what an older bundle leaves out
+    try:
+        back = _way_back(layout, meta)
+    except ConvertError as error:
+        raise ConvertError(f"{source}: a file of the layout {layout.name} cannot say what it is ({error})") from None
+    wrong = [name for name, value in fields.items() if name not in UNSCALED and _listed(back.get(name)) != value]
+    if wrong:
+        told = name_list(f"{name}={fields[name]}, which would be read as {back.get(name)}" for name in wrong)
+        raise ConvertError(f"{source}: a file of the layout {layout.name} cannot say {told}")
+
+
+def _way_back(layout: Layout, meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The architecture that a conversion would find in the bundle's checkpoint.
+
+    Raises:
+        ConvertError: it would find none, since shapes and arguments contradict each other.
+    """
+    shapes = bundle.flatten(abstract_variables(build_module(meta["task"], meta["architecture"])))
+    arrays = {path: tuple(leaf.shape) for path, leaf in shapes.items()}
+    said = declared.read({"hyper_parameters": _hyper_parameters(meta)}, None, source="the checkpoint")
+    found = architecture.from_shapes(layout, arrays)
+    return architecture.complete(layout, found, architecture.pool_modules(arrays), said, declared.Options())[0]
+
+
+def _listed(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _fold_output(arrays: dict[str, np.ndarray], fields: Mapping[str, Any]) -> None:
@@ -146,38 +185,59 @@ def _shift_masks(fields: Mapping[str, Any], img_size: int | None) -> dict[str, n
 
 
 def _lightning(state: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> dict[str, Any]:
-    """A Lightning checkpoint's dict around a state dict; the input's statistics go along, so that it converts back."""
-    provenance, source = meta["provenance"], meta["input"]
+    """A Lightning checkpoint's dict around a state dict."""
+    provenance = meta["provenance"]
     return {
         "epoch": provenance.get("epoch", 0),
         "global_step": provenance.get("global_step", 0),
         "pytorch-lightning_version": provenance.get("pytorch-lightning_version", "2.2.5"),
         "state_dict": dict(state),
         "hparams_name": "kwargs",
-        "hyper_parameters": provenance.get("hyper_parameters") or _hyper_parameters(meta),
+        **_declarations(meta),
+    }
+
+
+def _declarations(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a bundle its tensors don't say, where Lightning keeps such, so that it converts back without flags."""
+    source = meta["input"]
+    return {
+        "hyper_parameters": _hyper_parameters(meta),
         "datamodule_hyper_parameters": {
             "output_bands": source["bands"],
             "means": source["means"],
             "stds": source["stds"],
             "no_data_replace": 0,
+            OURS: {
+                "input": {name: source[name] for name in declared.INPUT_FIELDS if name in source},
+                "output": {name: meta["output"][name] for name in ("bands", "units")},
+            },
         },
     }
 
 
 def _hyper_parameters(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Terratorch's arguments for this architecture."""
-    fields = meta["architecture"]
+    """Terratorch's arguments for this architecture; those of the checkpoint that the bundle is from, where it is."""
+    fields, kept = meta["architecture"], meta["provenance"].get("hyper_parameters")
+    arguments = {name: fields[field] for name, field in FIELD_OF.items() if field in fields}
+    if "final_relu" in fields:
+        arguments["head_final_act"] = "torch.nn.ReLU" if fields["final_relu"] else None
+    if kept:
+        # Flags gave what these arguments left out; pooling scales are left out where they are the usual ones.
+        given = {name: arguments[name] for name in _DECLARED if name in arguments}
+        if tuple(given.get("decoder_pool_scales", ())) == architecture.UPERNET_POOL_SCALES:
+            del given["decoder_pool_scales"]
+        said = kept.get("model_args")
+        return kept | {"model_args": given | (said if isinstance(said, dict) else {})}
+    if meta["task"] != "biomass":
+        return {"model_args": arguments}
     return {
         "model_args": {
             "decoder": "UperNetDecoder",
             "pretrained": False,
             "backbone": "prithvi_swin_B",
-            **{name: fields[field] for name, field in FIELD_OF.items() if not name.startswith("head_")},
+            **arguments,
             "bands": list(meta["input"]["bands"]),
             "num_frames": 1,
-            "head_dropout": fields["head_dropout"],
-            "head_final_act": "torch.nn.ReLU" if fields["final_relu"] else None,
-            "head_learned_upscale_layers": fields["upscale_layers"],
         },
         "model_factory": "PrithviModelFactory",
         "loss": "rmse",

@@ -14,6 +14,15 @@ def is_hub_name(name: str) -> bool:
     return name.startswith(PREFIX)
 
 
+def hint(url: str) -> str:
+    """The hub's name of a file whose page or download is at this address, as the end of a sentence; '' of others."""
+    found = re.fullmatch(r"https?://huggingface\.co/([\w.-]+/[\w.-]+)/(?:blob|resolve|raw)/([^/]+)/([^?#]+).*", url)
+    if found is None:
+        return ""
+    revision = "" if found[2] == "main" else f"@{found[2]}"
+    return f", or give {PREFIX}{found[1]}{revision}/{found[3]}"
+
+
 def fetch(name: str) -> Path:
     """Download a file of the hub, or find it in the local cache.
 

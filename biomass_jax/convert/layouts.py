@@ -9,6 +9,7 @@ timm 1.0 (its `features_only` models write `layers_0` for `layers.0`).
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -16,7 +17,7 @@ from itertools import groupby
 
 import numpy as np
 
-from biomass_jax.errors import ConvertError
+from biomass_jax.errors import ConvertError, name_list
 
 Shape = tuple[int, ...]
 
@@ -132,7 +133,7 @@ class Layout:
     name: str
     task: str
     modules: Modules
-    spellings: tuple[tuple[str, str], ...] = ((r"^module\.", ""),)
+    spellings: tuple[tuple[str, str], ...] = ()
     shift_single_window: bool = False
 
     @cached_property
@@ -150,6 +151,7 @@ class Layout:
 
     def canonical(self, key: str) -> str:
         """The table's spelling of a file's key."""
+        key, _ = unwrap(key)
         for pattern, replacement in self.spellings:
             key = re.sub(pattern, replacement, key)
         return key
@@ -162,6 +164,30 @@ class Layout:
                 shift = {name: int(offset or 0) for name, offset in _PLACEHOLDER.findall(row.path)}
                 return _fill(row.key, {name: int(value) - shift[name] for name, value in found.groupdict().items()})
         return path
+
+
+# What is put around a model writes its name into the keys: torch.compile, DataParallel and its distributed kind, FSDP,
+# activation checkpointing, Lightning's strategies...
+_WRAPPER = re.compile(
+    r"(?:(?<=\.)|^)(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
+)
+# ...and the training module that holds it, in front only.
+_HOLDERS = re.compile(r"((?:(?:model|net|network)\.)*)(.*)", re.DOTALL)
+# What a training module keeps beside the model: losses and metrics, by the names that they are given.
+_LOSS = re.compile(
+    r"""(?ix) (?:\w+_)? (?:criterions?|criteria|loss|losses|metrics?)
+        (?:_?(?:fns?|func|function|module|layer|train|val|valid|test|weights?|\d+))* (?:\..+)?
+    | (?:train|val|valid|validation|test)_\w+ \..+
+    | (?:rmse|mse|mae|mape|r2|r2_?score|accuracy|acc|iou|f1|psnr|ssim|lpips) \..+
+    | n_averaged  # of torch's AveragedModel
+    """
+)
+
+
+def unwrap(key: str) -> tuple[str, list[str]]:
+    """A key without what is put around a model, and the names that were taken off: ('norm.bias', ['_orig_mod'])."""
+    holders, plain = _HOLDERS.fullmatch(_WRAPPER.sub("", key)).groups()  # type: ignore[union-attr]  # fits every text
+    return plain, [*_WRAPPER.findall(key), *holders.split(".")[:-1]]
 
 
 _PLACEHOLDER = re.compile(r"\{(\w)([+-]\d+)?\}")
@@ -190,8 +216,10 @@ class Match:
         counters: our path -> key in the file.
         buffers: keys dropped because their content follows from the shapes.
         unused: keys dropped because the model has no such part (a classifier).
+        losses: keys dropped because their names say that they belong to a loss or a metric.
         unknown: keys that the table does not have.
         duplicates: groups of keys that are spellings of one tensor.
+        wrappers: names that were taken off the keys (`_orig_mod`, `module`), and off how many keys.
     """
 
     layout: Layout
@@ -199,8 +227,10 @@ class Match:
     counters: dict[str, str] = field(default_factory=dict)
     buffers: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
+    losses: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     duplicates: list[tuple[str, ...]] = field(default_factory=list)
+    wrappers: Counter[str] = field(default_factory=Counter)
 
 
 def match(layout: Layout, keys: Iterable[str]) -> Match:
@@ -209,9 +239,14 @@ def match(layout: Layout, keys: Iterable[str]) -> Match:
     spellings: dict[str, list[str]] = {}
     for key in keys:
         spellings.setdefault(layout.canonical(key), []).append(key)
-    result.duplicates = [tuple(group) for group in spellings.values() if len(group) > 1]
-    for canonical, (key, *_) in spellings.items():
+        result.wrappers.update(set(unwrap(key)[1]))
+    for canonical, (key, *others) in spellings.items():
         row, numbers = _find(layout, canonical)
+        if row is None and _LOSS.fullmatch(canonical):
+            result.losses += [key, *others]
+            continue
+        if others:
+            result.duplicates.append((key, *others))
         if row is None:
             result.unknown.append(key)
         elif row.role == TENSOR:
@@ -251,15 +286,6 @@ def expand(
             continue
         for value in range(count(name, known)):
             yield from expand(block, count, {**known, name: value})
-
-
-def name_list(names: Iterable[str], limit: int = 20) -> str:
-    """Names in one line, the tail of a long list as a count."""
-    names = list(names)
-    if not names:
-        return "none"
-    more = f" ... and {len(names) - limit} more ({len(names)} in all)" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
 
 
 def _block(torch: str, ours: str, *, attention: str, fc1: str, fc2: str) -> Modules:
@@ -317,7 +343,7 @@ GRANITE = Layout(
         ("head.head.0.{u}.bn", "head/upscale_{u}/norm", BATCH_NORM),
         ("head.head.2", "head/final", CONV),
     ),
-    spellings=((r"^model\.", ""), (r"^encoder\.stages\.", "encoder.stages_")),
+    spellings=((r"^encoder\.stages\.", "encoder.stages_"),),
     shift_single_window=True,
 )
 
@@ -344,7 +370,7 @@ TIMM = Layout(
         ("head.fc", "", CLASSIFIER),
         ("head", "", CLASSIFIER),  # before timm 0.9
     ),
-    spellings=((r"^module\.", ""), (r"^layers_", "layers.")),
+    spellings=((r"^layers_", "layers."),),
 )
 
 
@@ -354,11 +380,11 @@ def detect(keys: Iterable[str]) -> Layout:
     Raises:
         ConvertError: no layout, or two at once.
     """
-    names = [re.sub(r"^module\.", "", key) for key in keys]
+    names = [unwrap(key)[0] for key in keys]
     simmim = SIMMIM if any(name.startswith("decoder.") for name in names) else SIMMIM_ENCODER
     found = [
         layout
-        for layout, pattern in ((GRANITE, r"(model\.)?encoder\.stages[._]\d"), (simmim, r"encoder\.layers\.\d"))
+        for layout, pattern in ((GRANITE, r"encoder\.stages[._]\d"), (simmim, r"encoder\.layers\.\d"))
         if any(re.match(pattern, name) for name in names)
     ]
     plain = [(int(m[2]), m[1], name) for name in names if (m := re.match(r"layers([._])(\d+)\.", name))]
@@ -375,5 +401,5 @@ def detect(keys: Iterable[str]) -> Layout:
         raise ConvertError(f"the keys belong to several layouts at once: {', '.join(x.name for x in found)}")
     raise ConvertError(
         f"no known layout. Known: granite (encoder.stages_0...), simmim (encoder.layers.0...), microsoft and timm Swin "
-        f"(layers.0...). Found keys: {name_list(names, 5)}"
+        f"(layers.0...). Found keys: {name_list(names)}"
     )

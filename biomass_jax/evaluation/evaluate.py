@@ -22,7 +22,7 @@ from biomass_jax.data import bands, records, sources
 from biomass_jax.data.biomes import Biomes, centre, folder_biome
 from biomass_jax.data.records import UNKNOWN_BIOME, Record
 from biomass_jax.data.sources import Source
-from biomass_jax.errors import BiomeError, EvaluationError
+from biomass_jax.errors import BiomeError, EvaluationError, name_list
 from biomass_jax.evaluation import tables
 from biomass_jax.evaluation.intervals import LEVEL
 from biomass_jax.pipeline import batches as pipeline
@@ -95,7 +95,7 @@ def run(config: ConfigDict, workdir: Path, *, shardings: Callable[[], dict[str, 
         write_json(workdir / "config.json", json.loads(config.to_json()))  # now that it is that of the scores
     if lost := [name for name in config.figures.chips if not any(_matches(i, name) for i in scored.chip_ids)]:
         raise EvaluationError(
-            f"config.figures.chips: no chip {', '.join(lost)} in {group.path}, split {group.split!r}; the tables are "
+            f"config.figures.chips: no chip {name_list(lost)} in {group.path}, split {group.split!r}; the tables are "
             f"written; its {len(scored.chip_ids)} chips have ids like {scored.chip_ids[0]}"
         )
     return result

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from biomass_jax.errors import DistributedError
+from biomass_jax.errors import DistributedError, name_list
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def start(coordinator: str | None = None, process_count: int | None = None, proc
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     _place = jax.process_index(), jax.process_count()
-    log.info("process %d of %d, %s", *_place, ", ".join(map(str, jax.local_devices())))
+    log.info("process %d of %d, %s", *_place, name_list(map(str, jax.local_devices()), 8))
 
 
 def place() -> tuple[int, int]:

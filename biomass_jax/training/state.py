@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.struct
@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from biomass_jax.bundle import Bundle, flatten
-from biomass_jax.errors import BundleError
+from biomass_jax.errors import BundleError, name_list
 from biomass_jax.runtime import mesh as sharding
 from biomass_jax.tasks.base import Task
 
@@ -93,8 +93,7 @@ def check_weights(
     wanted = {path: x for path, x in flatten(variables).items() if load == "all" or path.split("/")[1] == "encoder"}
     missing = [path for path in wanted if path not in found and not (load == "encoder" and STAGE_NORM.fullmatch(path))]
     if missing:
-        first = ", ".join(missing[:5]) + " ..." * (len(missing) > 5)
-        raise BundleError(f"{loaded.path}: no {first}; config.load is {load!r}")
+        raise BundleError(f"{loaded.path}: no {name_list(missing)}; config.load is {load!r}")
     for path in wanted:
         if path in found and found[path].shape != wanted[path].shape:
             raise BundleError(
@@ -130,6 +129,11 @@ def load_weights(state: TrainState, loaded: Bundle, *, load: str) -> TrainState:
     log.info("%s: %d of %d arrays loaded", loaded.path, len(found) - len(unused), len(found))
     for what, names in (("not loaded, drawn anew", fresh), ("in the bundle, not used", unused)):
         if names:
-            log.info("%s: %s", what, ", ".join(names))
+            log.info("%s: %d arrays, of %s", what, len(names), name_list(_parts(names)))
     ema = jax.tree.map(jnp.copy, variables) if state.ema is not None else None
     return dataclasses.replace(state, params=variables["params"], batch_stats=variables["batch_stats"], ema=ema)
+
+
+def _parts(paths: Iterable[str]) -> list[str]:
+    """The parts of a model that arrays belong to: `params/decoder/bottleneck/conv/kernel` is of decoder/bottleneck."""
+    return sorted({"/".join(path.split("/")[1:3]) for path in paths})

@@ -39,7 +39,7 @@ BLOCK = "model.encoder.stages_1.blocks.1"
         (drop("model.decoder.fpn_bottleneck.conv.weight"), ["missing tensor decoder.fpn_bottleneck.conv.weight"]),
         (
             put(model__neck__weight=np.zeros(3, np.float32), criterion__weight=np.zeros(3, np.float32)),
-            ["unknown tensors: model.neck.weight, criterion.weight"],
+            ["unknown tensors: model.neck.weight"],
         ),
         (
             put(model__encoder__stages_3__downsample__norm__weight=np.zeros(384, np.float32)),
@@ -126,7 +126,7 @@ def test_a_long_list_of_names_is_cut_and_counted(tiny):
     def edit(state):
         state.update({f"model.extra.{n}": np.zeros(1, np.float32) for n in range(50)})
 
-    with pytest.raises(ConvertError, match=r"model\.extra\.19 \.\.\. and 30 more \(50 in all\)"):
+    with pytest.raises(ConvertError, match=r"model\.extra\.4 \.\.\. and 45 more \(50 in all\)$"):
         read(tiny(edit), options=TINY_FLAGS)
 
 

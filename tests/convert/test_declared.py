@@ -34,6 +34,48 @@ def test_what_is_missing_is_asked_for_with_its_flag(golden):
     assert all(flag in str(caught.value) for flag in flags)
 
 
+def test_statistics_that_follow_from_the_bands_are_not_asked_for(golden):
+    flags = {"drop_path": 0.3, "head_dropout": 0.1, "final_act": "relu", "statistics": "granite"}
+    with pytest.raises(ConvertError, match=r"no flag gives: bands \(--bands, names in the weights' order\)$"):
+        read(golden / "micro" / "model.pt", options=Options(**flags))
+    with pytest.raises(ConvertError, match=r"no flag gives: stds \(--stds, [^;]*\)$"):
+        given = flags | {"bands": BAND_NAMES, "statistics": None, "means": (1.0,) * 6}
+        read(golden / "micro" / "model.pt", options=Options(**given))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("<!DOCTYPE html><html>sign in</html>", "is an HTML page, a login page"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "is a git-lfs pointer"),
+        ("trainer: {max_epochs: 3}\nseed: 1\n", r"has neither model\.init_args\.model_args nor .*found trainer, seed"),
+    ],
+)
+def test_a_config_that_is_no_trainings_is_the_cause_that_is_named(golden, tmp_path, text, words):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConvertError, match=rf"config\.yaml: {words}"):
+        read(golden / "micro" / "model.pt", config=tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("fill", "none"), ("sensors", "L30"), ("pixel_size", 0), ("units", 3), ("bands", ["a", 1]), ("other", 1)],
+)
+def test_what_an_export_kept_is_checked(tiny, name, value):
+    part = "output" if name in ("bands", "units") else "input"
+    path = tiny(datamodule_hyper_parameters={"biomass_jax": {part: {name: value}}})
+    with pytest.raises(ConvertError, match=rf"{part}\.{name} is .*; expected "):
+        read(path, options=TINY_FLAGS)
+
+
+def test_a_flag_that_contradicts_what_an_export_kept_is_an_error(tiny):
+    path = tiny(datamodule_hyper_parameters={"biomass_jax": {"input": {"fill": 0, "sensors": ["L30"]}}})
+    assert read(path, options=replace(TINY_FLAGS, fill=0.0, sensors=("L30",))).input["fill"] == 0
+    for change in ({"fill": -1.0}, {"sensors": ("S30",)}):
+        with pytest.raises(ConvertError, match=r"contradicts the checkpoint, which was exported with "):
+            read(path, options=replace(TINY_FLAGS, **change))
+
+
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [

@@ -1,12 +1,13 @@
 """Bundles written as PyTorch checkpoints: the originals' keys, order, shapes, dtypes and bits come back."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 
 from biomass_jax import bundle
-from biomass_jax.convert import export, torch_file
+from biomass_jax.convert import architecture, export, torch_file
 from biomass_jax.convert.convert import convert, nested, read
 from biomass_jax.convert.declared import Options
 from biomass_jax.convert.layouts import GRANITE, SIMMIM
@@ -134,6 +135,103 @@ def changed(source, target, **provenance):
     target.mkdir()
     (target / "bundle.json").write_text(json.dumps(meta))
     return target
+
+
+# Of another data set, another sensor, another label: nothing that a conversion would take for granted.
+OTHER = {
+    "input": {"fill": 0, "sensors": ["L30", "S30"], "pixel_size": 10.0, "means": [1.5] * 6, "stds": [2.5] * 6},
+    "output": {"bands": ["canopy_height"], "units": "m"},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "kept"),
+    [
+        ("granite_bundle", {"pool_scales": [1, 2, 3, 5], "drop_path_rate": 0.125, "head_dropout": 0.25}, False),
+        ("granite_bundle", {"final_relu": False}, False),
+        # Flags gave what the original's hyper-parameters left out.
+        ("granite_bundle", {"pool_scales": [1, 2, 3, 5]}, True),
+        ("simmim_bundle", {"drop_path_rate": 0.125}, False),
+        ("encoder", {"drop_path_rate": 0.125}, False),
+    ],
+)
+def test_an_export_converts_back_to_the_same_bundle_without_flags(request, tmp_path, monkeypatch, kind, fields, kept):
+    """A granite bundle as training writes it, a SimMIM and an encoder: the same fields, input, output and weights."""
+    monkeypatch.setattr(bundle, "compute_check", lambda *_: {"values": [0.0], "mean": 0.0})  # it costs a compilation
+    source = request.getfixturevalue("simmim_bundle" if kind == "encoder" else kind)
+    shutil.copytree(source, tmp_path / "bundle")
+    meta = bundle.read_meta(source)
+    meta["architecture"] |= fields
+    meta["input"] |= OTHER["input"]
+    meta["output"] |= OTHER["output"] if kind == "granite_bundle" else {}
+    meta["provenance"].pop("img_size", None)
+    if not kept:
+        meta["provenance"].pop("hyper_parameters", None)
+    if not meta["architecture"].get("final_relu", True):
+        meta["output"]["nodata"] = -9999
+    opened = bundle.load(source)
+    if kind == "encoder":
+        meta |= {"task": "encoder", "output": {"bands": [], "units": "features", "nodata": None}}
+        del meta["architecture"]["encoder_stride"]
+        meta["architecture"] |= {"stage_norms": False, "final_norm": True}
+        weights = {"params": {"encoder": opened.variables["params"]["encoder"]}, "batch_stats": {}}
+        about = {name: meta[name] for name in ("task", "architecture", "input", "output", "training", "provenance")}
+        bundle.save(tmp_path / "bundle", weights, overwrite=True, **about)
+    else:
+        (tmp_path / "bundle" / "bundle.json").write_text(json.dumps(meta))
+        weights = opened.variables
+    img_size = None if kind == "granite_bundle" else 96
+    export.export(tmp_path / "bundle", tmp_path / "model.ckpt", img_size=img_size)
+    again = read(tmp_path / "model.ckpt")
+    assert json.loads(json.dumps(again.architecture)) == meta["architecture"]
+    assert (again.input, again.output) == (meta["input"], meta["output"])
+    assert bundle.weights_sha256({"batch_stats": {}} | nested(again.variables)) == bundle.weights_sha256(weights)
+
+
+def of_fields(source, target, **fields):
+    """A bundle's bundle.json alone, with other fields of the architecture."""
+    meta = bundle.read_meta(source)
+    meta["architecture"] |= fields
+    meta["provenance"].pop("hyper_parameters", None)
+    target.mkdir()
+    (target / "bundle.json").write_text(json.dumps(meta))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "words"),
+    [
+        # Every fine-tune from our own pretraining.
+        (
+            "granite_bundle",
+            {"shift_single_window": False},
+            r"bundle: shift_single_window=False; the original of the layout granite always has shift_single_window=True"
+            r".* something else with these weights; .*--config\.model\.shift_single_window=true",
+        ),
+        ("granite_bundle", {"mlp_ratio": 2.1}, r"layout granite cannot say what it is \(mlp_ratio: .*2\.1"),
+        ("simmim_bundle", {"mlp_ratio": 2.1}, r"layout simmim cannot say what it is \(mlp_ratio: .*2\.1"),
+        ("granite_bundle", {"drop_path_rate": 1.0}, r"cannot say what it is \(.*backbone_drop_path_rate is 1\.0"),
+    ],
+)
+def test_a_field_that_the_layout_cannot_say_is_refused_by_name(request, tmp_path, kind, fields, words):
+    folder = of_fields(request.getfixturevalue(kind), tmp_path / "bundle", **fields)
+    with pytest.raises(ConvertError, match=words):
+        export.export(folder, tmp_path / "model.ckpt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle"]
+
+
+def test_a_field_that_nothing_declares_is_refused_by_name(granite_bundle, tmp_path, monkeypatch):
+    """Whatever field a model gains: one that neither shapes nor arguments tell would come back as its default."""
+    folder = of_fields(granite_bundle, tmp_path / "bundle", final_relu=False)
+    complete = architecture.complete
+
+    def forgetful(*arguments):
+        fields, missing = complete(*arguments)
+        return fields | {"final_relu": True}, missing
+
+    monkeypatch.setattr(architecture, "complete", forgetful)
+    with pytest.raises(ConvertError, match="layout granite cannot say final_relu=False, which would be read as True"):
+        export.export(folder, tmp_path / "model.ckpt")
 
 
 def test_a_resized_window_of_a_biomass_model_is_refused(granite_bundle, tmp_path):

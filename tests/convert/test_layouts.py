@@ -88,6 +88,7 @@ def test_the_tinys_key_names_are_those_of_the_released_model(checkpoints, key_li
         lambda key: key.removeprefix("model."),
         lambda key: key.replace("encoder.stages_", "encoder.stages."),
         lambda key: key.removeprefix("model.").replace("encoder.stages_", "encoder.stages."),
+        lambda key: f"module._orig_mod.{key}",
     ],
 )
 def test_granite_spellings_are_one_layout(respell, key_list):
@@ -107,6 +108,16 @@ def test_timm_downsamples_end_the_stage_before(key_list):
     assert timm[path][0] == "layers.1.downsample.reduction.weight"
     assert microsoft[path][0] == "layers.0.downsample.reduction.weight"
     assert set(timm) == set(microsoft)
+
+
+@pytest.mark.parametrize("name", KEY_LISTS)
+def test_wrapped_keys_of_every_layout_are_known(name, key_list):
+    keys = list(key_list(name))
+    layout = layouts.detect(keys)
+    wrapped = [f"_orig_mod.module.model.{key.replace('.blocks.', '._orig_mod.blocks.')}" for key in keys]
+    assert layouts.detect(wrapped) is layout
+    assert [layout.canonical(key) for key in wrapped] == [layout.canonical(key) for key in keys]
+    assert match(layout, wrapped).unknown == []
 
 
 def test_two_spellings_of_one_tensor_are_a_duplicate():

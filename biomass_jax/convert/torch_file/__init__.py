@@ -6,6 +6,7 @@ size and offset is checked against the file, and nothing is written.
 """
 
 import hashlib
+import json
 import mmap
 import os
 import stat
@@ -19,15 +20,47 @@ from typing import Any
 
 from biomass_jax.convert.torch_file import formats as torch_formats
 from biomass_jax.convert.torch_file.tensor import Inert, Malformed, MappedFile, Placeholder, TorchTensor
-from biomass_jax.errors import TorchFileError
+from biomass_jax.errors import TorchFileError, name_list
 from biomass_jax.runtime.content import HEAD, what_is
 
 __all__ = ["Placeholder", "TorchFile", "TorchFileError", "TorchTensor", "flatten", "read"]
 
 MAX_DEPTH = 200
 MAX_LEAVES = 1_000_000
+MAX_JSON_BYTES = 16 << 20
+MIN_BYTES = 10  # of an empty safetensors file; no format has a shorter one
 MAX_NAME_CHARS = 256 << 20  # all dotted keys together
 _EXPECTED = "expected a PyTorch file (.pt, .pth, .ckpt) or a .safetensors file"
+
+# First bytes that only files of other model formats have -> what the file is and what to do.
+_OTHER_MODELS = dict.fromkeys(
+    (b"\x08\x07\x12\x07pytorch", b"\x08\x08\x12\x07pytorch"),
+    "an ONNX file; export the PyTorch model's state_dict instead",
+)
+
+# What users give for a file: a file in a folder -> what the folder is and what to do.
+_FOLDERS: tuple[tuple[str, str], ...] = (
+    ("bundle.json", "is a bundle already; --to torch writes it as a PyTorch file"),
+    ("best/bundle.json", "is the folder of a training run; its model is a bundle already, best/ in it"),
+    (
+        "data.pkl",
+        "is a PyTorch file that was unpacked (browsers on macOS do that); pack it again: cd {path.parent} && "
+        "zip -0 -r model.pt {path.name}",
+    ),
+    (
+        ".metadata",
+        "is a checkpoint of torch.distributed; make one file of it: python -m "
+        "torch.distributed.checkpoint.format_utils dcp_to_torch {path} model.pt",
+    ),
+    ("zero_to_fp32.py", "is a checkpoint of DeepSpeed; its zero_to_fp32.py makes one file of it"),
+    ("saved_model.pb", "is a model of TensorFlow, not of PyTorch"),
+)
+_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+# How the parts of a model that was saved in several files become one.
+JOIN = (
+    "make one file of them first: weights = {}, for each part weights.update(safetensors.torch.load_file(part)), or "
+    "weights.update(torch.load(part)) for .bin, then torch.save(weights, 'model.pt')"
+)
 
 
 @dataclass(eq=False)
@@ -160,7 +193,7 @@ def _map(path: Path) -> MappedFile:
     try:
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):
-            raise TorchFileError(f"{path}: is a folder; {_EXPECTED}")
+            raise TorchFileError(f"{path}: {_folder(path)}")
         if not stat.S_ISREG(status.st_mode):  # opening a pipe could wait for ever
             raise TorchFileError(f"{path}: is no regular file; {_EXPECTED}")
         with path.open("rb") as file:
@@ -183,10 +216,44 @@ def _detect(mapped: MappedFile) -> tuple[str, torch_formats.Parser]:
         return "legacy", torch_formats.read_legacy
     if torch_formats.looks_safetensors(head):
         return "safetensors", torch_formats.read_safetensors
+    if (index := _index(mapped.data[:MAX_JSON_BYTES])) is not None:
+        raise Malformed(f"is {index}; {_EXPECTED}")
     if head[257:262] == b"ustar":
         raise Malformed(f"is a tar archive (torch before 0.1.10 wrote such); unpack or re-save it; {_EXPECTED}")
     if head[:1] == b"\x80":
-        raise Malformed(f"is a plain pickle without torch's magic number; {_EXPECTED}")
-    if meaning := what_is(mapped.data[:HEAD]):
+        raise Malformed(
+            "is a plain pickle without torch's magic number; open it with pickle.load where it was made and save the "
+            f"state_dict with torch.save; {_EXPECTED}"
+        )
+    if meaning := _OTHER_MODELS.get(head[:11]) or what_is(mapped.data[:HEAD]):
         raise Malformed(f"is {meaning}; {_EXPECTED}")
+    if not head.strip(b"\0"):
+        raise Malformed(f"begins with zeros: the download or copy was cut short; fetch it again; {_EXPECTED}")
+    if head.isascii() and head[:40].decode().isprintable():
+        line = head.decode().splitlines()[0][:80]
+        raise Malformed(f"is text ({line!r}), as a failed download leaves, no known checkpoint format; {_EXPECTED}")
+    if mapped.size < MIN_BYTES:
+        raise Malformed(f"has {mapped.size} bytes: truncated, fetch it again; {_EXPECTED}")
     raise Malformed(f"begins with {head[:16]!r}, which is no known checkpoint format; {_EXPECTED}")
+
+
+def _index(text: bytes) -> str | None:
+    """What a JSON file is that lists the parts of a model; None for any other file."""
+    try:
+        tree = json.loads(text) if text.lstrip()[:1] == b"{" else None
+    except ValueError:
+        return None
+    if not isinstance(tree, dict) or not isinstance(tree.get("weight_map"), dict):
+        return None
+    parts = name_list(sorted({str(part) for part in tree["weight_map"].values()}))
+    return f"the index of a model in several files ({parts}), not the weights; {JOIN}"
+
+
+def _folder(path: Path) -> str:
+    """What a folder is that was given for a file, and what to give instead."""
+    for root in (path, *sorted(child for child in path.iterdir() if child.is_dir())):
+        for name, meaning in _FOLDERS:
+            if (root / name).is_file() and (root == path or name == "data.pkl"):
+                return meaning.format(path=root)
+    files = sorted(child.name for child in path.iterdir() if child.suffix in _SUFFIXES)
+    return f"is a folder; give a file in it ({name_list(files)}); {_EXPECTED}"

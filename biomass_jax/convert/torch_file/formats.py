@@ -19,6 +19,7 @@ from biomass_jax.convert.torch_file.tensor import (
     item_size,
     make_tensor,
 )
+from biomass_jax.errors import name_list
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
@@ -64,13 +65,10 @@ def read_zip(file: MappedFile) -> Parsed:
     records = _records(file)
     pickles = [name for name in records if name == "data.pkl" or name.endswith("/data.pkl")]
     if not pickles:
-        found = ", ".join(list(records)[:5]) or "no entries"
-        raise Malformed(f"is a zip archive without data.pkl (it holds {found}): not written by torch.save")
+        raise Malformed(f"is a zip archive without data.pkl (it holds {name_list(records)}): not written by torch.save")
     if len(pickles) > 1:
-        raise Malformed(f"holds {len(pickles)} pickles ({', '.join(pickles[:5])}); one is expected")
+        raise Malformed(f"holds {len(pickles)} pickles ({name_list(pickles)}); one is expected")
     prefix = pickles[0].removesuffix("data.pkl")
-    if f"{prefix}constants.pkl" in records:
-        raise Malformed("is a TorchScript archive; save the model's state_dict() with torch.save instead")
     swapped = _is_swapped(records.get(f"{prefix}byteorder"))
 
     def persistent(saved: object) -> Storage:
@@ -102,14 +100,45 @@ def _is_swapped(record: FileRecord | None) -> bool:
     return order == b"big"
 
 
-def _records(file: MappedFile) -> dict[str, FileRecord]:
-    """The archive's entries: stored, unencrypted, inside the file, apart from each other, each name once."""
+def _entries(file: MappedFile) -> tuple[list[zipfile.ZipInfo], int]:
+    """The archive's directory, and where it begins."""
     try:
         with zipfile.ZipFile(cast(Any, file.data)) as archive:  # the map reads like a file; zipfile leaves it open
-            entries = archive.infolist()
-            directory = archive.start_dir
+            return archive.infolist(), archive.start_dir
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, OSError, EOFError) as exc:
-        raise Malformed(f"begins as a zip archive but can't be read as one ({exc}): truncated or damaged") from exc
+        raise Malformed(
+            f"begins as a zip archive but can't be read as one ({exc}): truncated or damaged; fetch it again "
+            f"(this one has {file.size} bytes)"
+        ) from exc
+
+
+def _other_archive(names: list[str], path: str) -> str | None:
+    """What an archive with entries of these names is, where it isn't torch.save's; None where it may be."""
+    inside = {name.partition("/")[2] for name in names}
+    if "constants.pkl" in inside or any(name.startswith("code/") for name in inside):
+        return (
+            "a TorchScript archive; take the weights out of it where torch is installed: "
+            f"torch.save(torch.jit.load({path!r}, map_location='cpu').state_dict(), 'weights.pt')"
+        )
+    if {"archive_format", "archive_version"} & inside:
+        return (
+            "an archive of torch.export; take the weights out of it where torch is installed: "
+            f"torch.save(torch.export.load({path!r}).state_dict, 'weights.pt')"
+        )
+    if names and all(name.endswith(".npy") for name in names):
+        return "an archive of NumPy arrays (.npz); save them with torch.save as {key: torch.from_numpy(array)}"
+    packed = [name for name in names if name.endswith((".pt", ".pth", ".ckpt", ".bin", ".safetensors"))]
+    if packed and "data.pkl" not in inside:
+        return f"a zip archive with {name_list(packed)} in it; unpack it first and give that file"
+    return None
+
+
+def _records(file: MappedFile) -> dict[str, FileRecord]:
+    """The archive's entries: stored, unencrypted, inside the file, apart from each other, each name once."""
+    entries, directory = _entries(file)
+    # Asked first: of some of these, entries are compressed.
+    if (other := _other_archive([entry.filename for entry in entries], str(file.path))) is not None:
+        raise Malformed(f"is {other}")
     records: dict[str, FileRecord] = {}
     end = 0
     for entry in sorted(entries, key=lambda entry: entry.header_offset):
@@ -225,13 +254,14 @@ def _place_storages(file: MappedFile, keys: object, position: int, roots: dict[s
         root = roots[name]
         field_end = position + 8
         if field_end > file.size:
-            raise Malformed(f"ends before storage {name}: truncated")
+            raise Malformed(f"ends before storage {name}: truncated, fetch the file again")
         (count,) = struct.unpack("<q", file.data[position:field_end])
         if count != root.count:
             raise Malformed(f"storage {name} has {count} elements in the stream, {root.count} by its tensors")
         if field_end + root.nbytes > file.size:
             raise Malformed(
-                f"ends inside storage {name}: {root.nbytes} bytes expected at {field_end}, the file has {file.size}"
+                f"ends inside storage {name}: {root.nbytes} bytes expected at {field_end}, the file has {file.size}: "
+                "truncated, fetch it again"
             )
         root.record.offset = field_end
         position = field_end + root.nbytes
@@ -257,7 +287,10 @@ def read_safetensors(file: MappedFile) -> Parsed:
         raise Malformed(f"its header claims {length} bytes; at most {MAX_HEADER_BYTES} are read")
     base = 8 + length
     if base > file.size:
-        raise Malformed(f"its header claims {length} bytes, the file has {file.size - 8} behind the length: truncated")
+        raise Malformed(
+            f"its header claims {length} bytes, the file has {file.size - 8} behind the length: truncated, fetch it "
+            "again"
+        )
     header = json.loads(file.data[8:base].decode("utf-8"), object_pairs_hook=_unique)
     metadata = header.pop("__metadata__", {})
     if type(metadata) is not dict or any(type(value) is not str for value in metadata.values()):
@@ -267,7 +300,10 @@ def read_safetensors(file: MappedFile) -> Parsed:
     for name, entry in header.items():
         dtype, shape, (start, stop) = _entry(name, entry)
         if stop > file.size - base:
-            raise Malformed(f"tensor {name!r:.200} ends at {stop}, the data has {file.size - base} bytes: truncated?")
+            raise Malformed(
+                f"tensor {name!r:.200} ends at {stop}, the data has {file.size - base} bytes: truncated, fetch the "
+                "file again"
+            )
         spans.append((start, stop, name))
         record = FileRecord(file, repr(name)[:200], base + start, stop - start)
         size = item_size(dtype)

@@ -274,7 +274,16 @@ def test_unknown_byteorder_is_refused(tmp_path):
         (b"\x80\x04}.", "plain pickle"),
         (b"hello world, no checkpoint", "no known checkpoint format"),
         (bytes(257) + b"ustar" + bytes(300), "tar archive"),
-        (b"PK\x03\x04 and nothing else", "begins as a zip archive"),
+        (b"PK\x03\x04 and nothing else", r"begins as a zip archive.*truncated or damaged; fetch it again .* 21 bytes"),
+        (b"Entry not found", r"is text \('Entry not found'\), as a failed download leaves"),
+        (b'{"error":"Repository not found"}', "JSON text that says 'Repository not found'"),
+        (
+            b'{"metadata":{},"weight_map":{"a":"m-00001-of-00002.bin","b":"m-00002-of-00002.bin"}}',
+            r"the index of a model in several files \(m-00001-of-00002\.bin, m-00002-of-00002\.bin\), .*one file of",
+        ),
+        (bytes(600), "begins with zeros: the download or copy was cut short"),
+        (b"\x10\0\0", "has 3 bytes: truncated"),
+        (b"\x08\x08\x12\x07pytorch" + bytes(40), "ONNX"),
     ],
 )
 def test_common_mistakes_are_named(content, message, tmp_path):
@@ -305,6 +314,64 @@ def test_zip_of_something_else(tmp_path):
         archive.writestr("m/constants.pkl", b"\x80\x02).")
     with pytest.raises(TorchFileError, match="TorchScript"):
         read(script)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        # As torch 2.13 names them; the code is compressed, which must not be the reason that is given.
+        (
+            ("m/data/0", "m/data.pkl", "m/code/__torch__.py", "m/constants.pkl", "m/version", "m/byteorder"),
+            r"TorchScript.*save\(torch\.jit\.load\('\S*x\.pt', map_location='cpu'\)\.state_dict\(\), 'weights\.pt'\)$",
+        ),
+        (
+            ("m/data/weights/weight_0", "m/models/model.json", "m/data/sample_inputs/model.pt", "m/archive_format"),
+            r"torch\.export; .*torch\.save\(torch\.export\.load\('\S*x\.pt'\)\.state_dict, 'weights\.pt'\)$",
+        ),
+        (("a.npy", "b.npy"), "NumPy arrays"),
+        (("run/readme.txt", "run/model.ckpt"), r"a zip archive with run/model\.ckpt in it; unpack it first"),
+        ([f"{n}.txt" for n in range(9)], r"it holds 0\.txt, .*4\.txt \.\.\. and 4 more \(9 in all\)"),
+    ],
+)
+def test_other_archives_are_named_with_what_to_do(names, message, tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        for name in names:
+            code = "/code/" in name
+            archive.writestr(name, "x" * 500, zipfile.ZIP_DEFLATED if code else zipfile.ZIP_STORED)
+    with pytest.raises(TorchFileError, match=message):
+        read(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (("bundle.json", "variables/x"), "is a bundle already; --to torch writes it"),
+        (("config.json", "best/bundle.json"), "is the folder of a training run; .* best/ in it"),
+        (("archive/data.pkl", "archive/data/0"), r"was unpacked .*cd \S*/given && zip -0 -r model\.pt archive$"),
+        ((".metadata", "__0_0.distcp"), r"torch\.distributed.*dcp_to_torch \S*/given model\.pt$"),
+        (("zero_to_fp32.py", "latest"), "DeepSpeed; its zero_to_fp32"),
+        (("config.json", "model.safetensors", "b.ckpt"), r"give a file in it \(b\.ckpt, model\.safetensors\)"),
+        (("readme.md",), r"give a file in it \(none\)"),
+    ],
+)
+def test_folders_say_what_they_are(files, message, tmp_path):
+    for name in files:
+        path = tmp_path / "given" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+    with pytest.raises(TorchFileError, match=rf"given: (?s:.)*{message}"):
+        read(tmp_path / "given")
+
+
+def test_an_unpacked_file_is_read_when_it_was_packed_again(tmp_path):
+    """What the error of such a folder advises, `zip -0 -r`: entries as they are, folders as entries of their own."""
+    with zipfile.ZipFile(FIXTURES / "zip.pt") as archive:
+        archive.extractall(tmp_path)
+    (folder,) = tmp_path.iterdir()
+    with zipfile.ZipFile(tmp_path / "model.pt", "w", zipfile.ZIP_STORED) as archive:
+        for path in (folder, *sorted(folder.rglob("*"))):
+            archive.write(path, path.relative_to(tmp_path))
+    assert list(tensors(read(tmp_path / "model.pt"))) == list(tensors(read(FIXTURES / "zip.pt")))
 
 
 @pytest.mark.parametrize("name", ["zip.pt", "legacy.pt", "plain.safetensors", "lightning.ckpt"])

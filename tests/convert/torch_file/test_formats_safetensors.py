@@ -23,7 +23,7 @@ def entry(dtype: object = "F32", shape: object = (1,), span: object = (0, 4)) ->
 @pytest.mark.parametrize(
     ("header", "data", "message"),
     [
-        ({"a": entry()}, bytes(3), "ends at 4, the data has 3"),
+        ({"a": entry()}, bytes(3), "ends at 4, the data has 3 bytes: truncated, fetch the file again"),
         ({"a": entry()}, bytes(8), "has 8 bytes of data, its header describes 4"),
         ({"a": entry(), "b": entry(span=(2, 6))}, bytes(6), "overlaps"),
         ({"a": entry(), "b": entry(span=(5, 9))}, bytes(9), "leaves a gap"),
