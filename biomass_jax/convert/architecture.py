@@ -54,8 +54,8 @@ class _Shapes:
         )
         if numbers != list(range(len(numbers))):
             name = re.sub(r"^params/", "", prefix).replace("\\", "")
-            found = name_list(map(str, numbers))
-            raise ConvertError(f"{name}N: the numbers found are [{found}]; expected 0, 1, ... without a gap")
+            listed = name_list(map(str, numbers))
+            raise ConvertError(f"{name}N: the numbers found are [{listed}]; expected 0, 1, ... without a gap")
         return len(numbers)
 
     def first_of(self, prefix: str, count: int, suffix: str) -> tuple[str, Shape]:

@@ -301,11 +301,7 @@ def input_meta(declared: Declared, options: Options, in_channels: int) -> tuple[
         found[name] = values or ()
     if min(found["stds"], default=1) <= 0:
         raise ConvertError(f"stds are {list(found['stds'])}; expected numbers above 0")
-    kept = declared.kept("input")
-    for name in ("fill", "sensors"):
-        given = getattr(options, name)
-        if given is not None and name in kept and given != (tuple(kept[name]) if name == "sensors" else kept[name]):
-            raise ConvertError(f"--{name} {given} contradicts the checkpoint, which was exported with {kept[name]}")
+    kept = _kept_input(declared, options)
     sensors = options.sensors or kept.get("sensors")
     if sensors is None and names and not missing:
         # Published statistics tell the sensors they were taken over, whichever way they were given.
@@ -322,6 +318,16 @@ def input_meta(declared: Declared, options: Options, in_channels: int) -> tuple[
         **{name: value for name, value in kept.items() if name == "pixel_size"},
     }
     return meta, missing
+
+
+def _kept_input(declared: Declared, options: Options) -> dict[str, Any]:
+    """What an export kept of the input, which flags may not contradict."""
+    kept = declared.kept("input")
+    for name in ("fill", "sensors"):
+        given = getattr(options, name)
+        if given is not None and name in kept and given != (tuple(kept[name]) if name == "sensors" else kept[name]):
+            raise ConvertError(f"--{name} {given} contradicts the checkpoint, which was exported with {kept[name]}")
+    return kept
 
 
 def _said(arguments: Mapping[str, Value], name: str) -> Value:
