@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rasterio
 
 from biomass_jax.data import bands
+from biomass_jax.data.raster.grid import open_quietly, raster_errors
 from biomass_jax.data.raster.image import read_preview, read_tags
 from biomass_jax.data.records import Record
 from biomass_jax.errors import PrepError
@@ -163,7 +163,7 @@ def preview_tile(out: Path, tile: str, path: Path | None = None, *, season: str 
         )
     composite, label_path, _ = pairs[0]
     image = read_preview(composite, TILE_PIXELS, wanted=bands.BAND_NAMES)
-    with rasterio.open(label_path) as source:
+    with raster_errors(str(label_path)), open_quietly(str(label_path)) as source:
         label = source.read(1)
     index = chip_index.path_in(out)
     cells = None

@@ -1,11 +1,15 @@
 """What reading and writing of rasters share: the error, the grid, GDAL's settings, quiet opening."""
 
+import logging
+import os
+import re
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import rasterio
@@ -13,14 +17,50 @@ from affine import Affine
 from rasterio import warp
 from rasterio._err import CPLE_BaseError  # GDAL's own errors reach the caller as these; there is no public name
 from rasterio.crs import CRS
+from rasterio.env import get_gdal_config
 from rasterio.errors import NotGeoreferencedWarning, RasterioError, RasterioIOError
 
 from biomass_jax.errors import RasterError
 from biomass_jax.runtime.content import TIFF, mistaken
 
 CACHE_BYTES = 256 * 2**20  # GDAL's block cache; its default is a share of the machine's memory
-# What bears on results is set here, so that it is the same whatever the shell says: side-cars are looked for.
-_SETTINGS = {"GDAL_CACHEMAX": CACHE_BYTES, "GDAL_PAM_ENABLED": "YES", "GDAL_DISABLE_READDIR_ON_OPEN": "FALSE"}
+# What bears on results is set here, so that it is the same whatever the shell says. First where GDAL does otherwise:
+SETTINGS: dict[str, Any] = {
+    "GDAL_CACHEMAX": CACHE_BYTES,
+    "GDAL_ERROR_ON_LIBJPEG_WARNING": "YES",
+    # Far files: five tries within seconds, and no wait without an end.
+    "GDAL_HTTP_MAX_RETRY": "4",
+    "GDAL_HTTP_RETRY_DELAY": "0.5",  # seconds, doubled at each further try
+    "GDAL_HTTP_RETRY_CODES": "ALL",
+    "GDAL_HTTP_CONNECTTIMEOUT": "20",
+    "GDAL_HTTP_TIMEOUT": "120",  # for a few MB
+    "GDAL_HTTP_LOW_SPEED_TIME": "30",
+    "GDAL_HTTP_LOW_SPEED_LIMIT": "1",  # bytes a second
+}
+# Then GDAL's own defaults, where something else was set.
+_DEFAULTS = {
+    # GDAL only prints what goes wrong in its threads, and takes the block before for one that didn't come.
+    "GDAL_NUM_THREADS": "1",
+    "VRT_NUM_THREADS": "1",
+    "OPJ_NUM_THREADS": "1",
+    # Side-cars are looked for, beside the file.
+    "GDAL_PAM_ENABLED": "YES",
+    "GDAL_PAM_PROXY_DIR": "",
+    "GDAL_DISABLE_READDIR_ON_OPEN": "FALSE",
+    "GDAL_READDIR_LIMIT_ON_OPEN": "1000",
+    "GDAL_GEOREF_SOURCES": "PAM,INTERNAL,TABFILE,WORLDFILE",
+    "GDAL_TIFF_INTERNAL_MASK_TO_8BIT": "YES",
+    "GTIFF_POINT_GEO_IGNORE": "NO",
+    "GTIFF_HONOUR_NEGATIVE_SCALEY": "NO",
+    "GTIFF_REPORT_COMPD_CS": "NO",
+    "GTIFF_SRS_SOURCE": "",
+    "GTIFF_IGNORE_READ_ERRORS": "NO",
+    "GTIFF_DIRECT_IO": "NO",
+    "GTIFF_VIRTUAL_MEM_IO": "NO",
+    "VSI_CACHE": "FALSE",
+    "CPL_VSIL_CURL_CHUNK_SIZE": "16384",
+    "PROJ_NETWORK": "OFF",
+}
 SOUTHERN_NORTHING = 1e7
 _WGS84 = CRS.from_epsg(4326)
 _EQUATOR_RADIUS, _ECCENTRICITY2 = 6_378_137.0, 0.00669437999014  # of WGS 84's ellipsoid, metres and squared
@@ -155,15 +195,66 @@ def epsg_code(crs: Any, path: str) -> int:
     return int(code)
 
 
+class _Listener(logging.Filter):
+    """Hears the errors that GDAL signals, which rasterio only logs where GDAL calls its work done all the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.local()
+        self._levels: dict[str, int] = {}
+        for name in ("rasterio._env", "rasterio._err"):
+            log = logging.getLogger(name)
+            self._levels[name] = log.level
+            log.setLevel(logging.INFO)  # which it logs them at
+            log.addFilter(self)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Keep an error for the piece of work of this thread; whether the record is shown is as it was."""
+        text = record.getMessage()
+        if record.levelno >= logging.ERROR or text.startswith("GDAL signalled an error"):
+            for heard in self._thread.__dict__.get("work", ())[-1:]:
+                heard.append(str(record.args[-1]) if isinstance(record.args, tuple) and record.args else text)
+        level = self._levels[record.name] or logging.getLogger("rasterio").getEffectiveLevel()
+        return record.levelno >= level
+
+    @contextmanager
+    def listening(self) -> Iterator[list[str]]:
+        """A list of the errors that this thread's work meets meanwhile."""
+        work: list[list[str]] = self._thread.__dict__.setdefault("work", [])
+        work.append([])
+        try:
+            yield work[-1]
+        finally:
+            work.pop()
+
+
+_listener = _Listener()
+
+
 @contextmanager
 def raster_errors(name: str) -> Iterator[None]:
-    """Run a piece of GDAL work with this module's settings; its errors become RasterErrors that name the file."""
-    try:
-        with rasterio.Env(**_SETTINGS):
-            yield
-    except (RasterioError, CPLE_BaseError, OSError) as error:
-        # rasterio's own message for a failed read or write only points to GDAL's
-        raise RasterError(f"{name}: {error.__cause__ or error}") from error
+    """Run a piece of GDAL work with this module's settings; its errors become RasterErrors that name the file.
+
+    So do errors after which GDAL goes on, with a block that it has not read, or without a side-car that is damaged.
+    """
+    with _listener.listening() as heard:
+        try:
+            other = {name: get_gdal_config(name, normalize=False) for name in _DEFAULTS}
+            with rasterio.Env(**SETTINGS, **{name: _DEFAULTS[name] for name, value in other.items() if value}):
+                yield
+        except (RasterioError, CPLE_BaseError, OSError) as error:
+            # rasterio's own message for a failed read or write only points to GDAL's, whose first word names the cause
+            raise RasterError(_failure(name, [*heard, str(error.__cause__ or error)][0])) from error
+        if heard:
+            raise RasterError(_failure(name, heard[0]))
+
+
+def _failure(name: str, cause: str) -> str:
+    """What failed and why, without what a URL keeps secret."""
+    cause = re.sub(r"(?<=://)[^\s/'@]*@|\?[^\s']*(?=')", "", cause)
+    if "://" not in name and not name.startswith("/vsi"):
+        return f"{name}: {cause}"
+    return f"{name}: {cause}; the server failed, or the connection broke: give the same command again later"
 
 
 def open_quietly(path: str, mode: str = "r", **options: object) -> Any:
@@ -172,7 +263,13 @@ def open_quietly(path: str, mode: str = "r", **options: object) -> Any:
     Raises:
         RasterioIOError: GDAL can't open it.
         RasterError: nor could anybody: a local file of another kind.
+        RasterError: its side-car `.aux.xml` is damaged, which GDAL would pass over together with the no-data in it.
     """
+    if mode == "r" and os.path.isfile(side_car := f"{path}.aux.xml"):
+        try:
+            ElementTree.parse(side_car)
+        except ElementTree.ParseError as error:
+            raise RasterError(f"{side_car}: damaged: {error}; mend it, or remove it where it isn't needed") from error
     with _OPENING, warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         try:
