@@ -21,6 +21,7 @@ from flax import traverse_util
 
 from biomass_jax.errors import ArchitectureError, BundleError, name_list
 from biomass_jax.models.build import CHECK_SEED, abstract_variables, architecture_of, build_module, dummy_inputs
+from biomass_jax.runtime import environment
 from biomass_jax.runtime.files import replace_folder
 from biomass_jax.version import __version__
 
@@ -113,9 +114,10 @@ def weights_sha256(variables: dict[str, Any]) -> str:
 
 
 def software_versions() -> dict[str, str]:
-    """Versions of what computes a result, for provenance."""
+    """For provenance: versions of what computes a result, and what the environment adds to it, as `$XLA_FLAGS`."""
     names = ("jax", "jaxlib", "flax", "orbax-checkpoint", "numpy")
-    return {"biomass_jax": __version__, "python": sys.version.split()[0]} | {name: version(name) for name in names}
+    found = {"biomass_jax": __version__, "python": sys.version.split()[0]} | {name: version(name) for name in names}
+    return found | {f"${name}": value for name, value in environment.recorded().items()}
 
 
 def compute_check(module: nn.Module, variables: dict[str, Any]) -> dict[str, Any]:

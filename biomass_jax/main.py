@@ -24,8 +24,8 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from biomass_jax.errors import STOPPED, BiomassError, FolderError, Stopped, UsageError
-from biomass_jax.runtime import processes
+from biomass_jax.errors import STOPPED, FolderError, Stopped, UsageError
+from biomass_jax.runtime import environment, processes
 from biomass_jax.runtime.files import check_local, write_json
 from biomass_jax.runtime.lock import one_writer
 from biomass_jax.runtime.settings import find_config
@@ -230,6 +230,7 @@ def cli(arguments: Sequence[str] | None = None) -> NoReturn:
     signal.signal(signal.SIGTERM, _stop)
     began = time.monotonic()
     try:
+        environment.settle(log.warning)
         app.run(main, flags_parser=parse_flags)
     except Stopped:
         log.warning("stopped by SIGTERM after %.0f s; give the same command again to resume", time.monotonic() - began)
@@ -238,7 +239,8 @@ def cli(arguments: Sequence[str] | None = None) -> NoReturn:
         # Threads may be compiling or reading: leaving at once is what was asked for, and nothing half-written is there.
         os._exit(STOPPED)
     except Exception as error:
-        log.error("%s", error, exc_info=not isinstance(error, BiomassError))
+        told = environment.told(error)
+        log.error("%s", error if told is None else told, exc_info=told is None)
         # All processes raise together what came of a prediction, and that the workdir can't be had.
         if getattr(error, "failures", None) or isinstance(error, FolderError):
             processes.finish()

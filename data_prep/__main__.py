@@ -4,6 +4,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from biomass_jax.runtime import environment
+
 # Step: its module, which has a `main(argv)`, and what it does.
 STEPS: dict[str, tuple[str, str]] = {
     "prepare": ("data_prep.prepare.run", "all steps for a list of tiles, from one config"),
@@ -34,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if step not in STEPS:
         print(f"error: no step {step!r}; expected one of {', '.join(STEPS)}", file=sys.stderr)
         return 2
+    # before the step's modules are imported, with which PROJ starts
+    environment.settle(lambda what: print(f"warning: {what}", file=sys.stderr), jax=False)
     return importlib.import_module(STEPS[step][0]).main(rest) or 0
 
 

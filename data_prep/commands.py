@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from biomass_jax.errors import BiomassError
+from biomass_jax.runtime import environment
 from biomass_jax.runtime.lock import one_writer, refuse_if_held
 
 Main = Callable[[Sequence[str] | None], int]
@@ -27,8 +27,11 @@ def command(main: Main) -> Callable[..., int]:
             warnings.showwarning = show
             try:
                 return main(argv)
-            except BiomassError as error:
-                print(f"error: {error}", file=sys.stderr)
+            except Exception as error:
+                told = environment.told(error)
+                if told is None:
+                    raise
+                print(f"error: {told}", file=sys.stderr)
                 return 1
 
     return run

@@ -91,6 +91,28 @@ class Recorder:
     __getitem__ = __getattr__
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        (
+            "JAX_PLATFORMS",
+            "cuda",
+            "JAX_PLATFORMS is 'cuda', but this machine, or this installation of JAX, has no such",
+        ),
+        ("XLA_FLAGS", "--xla_nonsense=1", "XLA_FLAGS holds --xla_nonsense, which this version of XLA doesn't know"),
+        ("JAX_NUM_CPU_DEVICES", "x", "JAX_NUM_CPU_DEVICES is 'x', which JAX can't read; correct or unset it"),
+    ],
+)
+def test_faults_of_the_environment_are_one_line(root, tmp_path, monkeypatch, variable, value, words):
+    monkeypatch.setenv(variable, value)
+    (tmp_path / "a.tif").touch()
+    fields = ["--config.bundle=missing", f"--config.inputs={tmp_path / 'a.tif'}"]
+    status, said = command(root, f"--config={root / 'configs' / 'predict.py'}", f"--workdir={tmp_path / 'w'}", *fields)
+    assert status == 1
+    assert words in said
+    assert "Traceback" not in said
+
+
 def run(monkeypatch, tmp_path, **fields):
     """Run predict with a predictor that only notes what it is given."""
     given = {}

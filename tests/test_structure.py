@@ -52,13 +52,9 @@ LAYERS: tuple[set[str], ...] = (
 BESIDE = {("tasks", "pipeline"), ("data", "figures"), ("cli", "main")}  # of one line, and one may know the other
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 FREE_OF_JAX = ("biomass_jax/errors", "biomass_jax/data/", "biomass_jax/figures/")
-FREE_OF_JAX += tuple(
-    f"biomass_jax/runtime/{name}" for name in ("content", "files", "lock", "progress", "settings", "system")
-)
-FREE_OF_JAX += ("data_prep/",)
-FOR_DATA_PREP = ("errors", "data", "figures") + tuple(
-    f"runtime.{name}" for name in ("content", "files", "lock", "progress", "settings", "system")
-)
+_LIGHT = ("content", "environment", "files", "lock", "progress", "settings", "system")
+FREE_OF_JAX += (*(f"biomass_jax/runtime/{name}" for name in _LIGHT), "data_prep/")
+FOR_DATA_PREP = ("errors", "data", "figures", *(f"runtime.{name}" for name in _LIGHT))
 JAX_FAMILY = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
 NEVER = {"tensorflow", "clu"}
 # By these a program names an axis of the device mesh.

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from biomass_jax.convert.declared import Options
-from biomass_jax.errors import BiomassError
+from biomass_jax.runtime import environment
 from biomass_jax.runtime.lock import lock_beside, one_writer
 
 _OPTIONS = tuple(field.name for field in dataclasses.fields(Options) if field.name != "command")
@@ -133,10 +133,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse.parse_args(arguments)
     _check_usage(options, parse)
     try:
+        environment.settle(lambda what: print(f"warning: {what}", file=sys.stderr))
         with _alone(options.output):
             _run(options, f"python -m biomass_jax.convert {shlex.join(arguments)}")
-    except (BiomassError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except Exception as error:
+        told = environment.told(error) or (str(error) if isinstance(error, OSError) else None)
+        if told is None:
+            raise
+        print(f"error: {' '.join(told.split())}", file=sys.stderr)
         return 1
     return 0
 

@@ -13,7 +13,7 @@ from biomass_jax.bundle import Bundle
 from biomass_jax.errors import PredictionError
 from biomass_jax.models.build import abstract_variables
 from biomass_jax.pipeline.augment import no_data, normalize
-from biomass_jax.runtime import cpu
+from biomass_jax.runtime import cpu, numerics
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +117,8 @@ class Forward:
 
         variables = self._bundle.variables if self._stub else abstract_variables(self._bundle.module())
         batch = jax.ShapeDtypeStruct(shape, dtype, sharding=self._sharding(shape[0]))
-        return self._run.lower(jax.tree.map(described, variables), batch, described(np.float32(0))).compile()
+        with numerics.fixed():
+            return self._run.lower(jax.tree.map(described, variables), batch, described(np.float32(0))).compile()
 
     def _sharding(self, count: int) -> jax.sharding.Sharding | None:
         return self._batch_sharding if count % self.devices == 0 else self._replicated

@@ -18,6 +18,7 @@ from biomass_jax.data.raster.image import ImageSource, read_preview, read_tags
 from biomass_jax.data.raster.resample import MaskSource, mask_identity
 from biomass_jax.data.raster.tiff import verify_blocks
 from biomass_jax.errors import BiomassError, PredictionError, RasterError, refuse_empty
+from biomass_jax.runtime import environment
 from biomass_jax.runtime.settings import changed_fields
 from biomass_jax.version import __version__
 
@@ -125,6 +126,7 @@ def quicklook_path(path: Path) -> Path:
 def map_tags(source: ImageSource, bundle: Bundle, settings: Mapping[str, Any]) -> dict[str, str]:
     """Tags of a map: where it comes from and all that its values depend on."""
     identity = source.identity()
+    shell = environment.recorded()
     return {
         "AREA_OR_POINT": "Area",
         "DATA_SOURCES": source.tags.get("DATA_SOURCES") or "; ".join(source.sources),
@@ -138,6 +140,7 @@ def map_tags(source: ImageSource, bundle: Bundle, settings: Mapping[str, Any]) -
         "SOURCE_MTIME_NS": str(identity["mtime_ns"]),
         "SOURCE_FILES": identity["files"],
         "SOURCE_READING": json.dumps(source.reading(), sort_keys=True),
+        **({"ENVIRONMENT": json.dumps(shell)} if shell else {}),
     }
 
 

@@ -14,7 +14,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from biomass_jax.errors import ConfigError
+from biomass_jax.errors import ConfigError, UsageError
+from biomass_jax.runtime import environment
 
 AXES = ("data", "fsdp")
 DeviceMesh = Mesh  # so that others can name the type without naming axes
@@ -34,6 +35,18 @@ RULES: tuple[tuple[str, int | None], ...] = (
 )
 
 
+def all_devices(*, local: bool = False) -> list[jax.Device]:
+    """JAX's devices, of every process or of this one.
+
+    Raises:
+        UsageError: JAX finds none of the kind that the environment asks for.
+    """
+    try:
+        return jax.local_devices() if local else jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(environment.explain(error) or f"JAX finds no devices: {error}") from error
+
+
 def create_mesh(devices: Sequence[jax.Device] | None = None, *, data: int = -1, fsdp: int = 1) -> Mesh:
     """A (data, fsdp) mesh.
 
@@ -45,7 +58,7 @@ def create_mesh(devices: Sequence[jax.Device] | None = None, *, data: int = -1, 
     Raises:
         ConfigError: the sizes don't multiply to the number of devices.
     """
-    devices = jax.local_devices() if devices is None else list(devices)
+    devices = all_devices(local=True) if devices is None else list(devices)
     try:
         grid = np.asarray(devices).reshape(data, fsdp)
     except ValueError as error:

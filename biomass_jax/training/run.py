@@ -20,7 +20,7 @@ from biomass_jax.errors import CheckpointError, ConfigError
 from biomass_jax.pipeline import batches as pipeline
 from biomass_jax.pipeline.batches import Feed
 from biomass_jax.runtime import mesh as sharding
-from biomass_jax.runtime import processes
+from biomass_jax.runtime import numerics, processes
 from biomass_jax.runtime.files import write_json
 from biomass_jax.runtime.settings import changed_fields, known_fields
 from biomass_jax.tasks.base import Task
@@ -72,7 +72,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, *, stop: Callable[[], 
         TrainingError: the loss became NaN or infinite.
     """
     check_fields(config)
-    with jax.default_matmul_precision(config.matmul_precision):
+    with numerics.fixed(), jax.default_matmul_precision(config.matmul_precision):
         run = set_up(config, workdir, command=shlex.join(["python", "-m", "biomass_jax.main", *sys.argv[1:]]))
         if jax.process_index() == 0:  # as late as this: a config that is refused must not take an earlier run's place
             write_json(workdir / "config.json", json.loads(config.to_json()))
@@ -98,7 +98,7 @@ def set_up(config: ConfigDict, workdir: Path, *, command: str) -> Run:
         ConfigError, DataError, BundleError, CheckpointError: see there.
     """
     profiler = Profiler(config.profile, workdir / "profile")
-    mesh = sharding.create_mesh(jax.devices(), **config.mesh)
+    mesh = sharding.create_mesh(sharding.all_devices(), **config.mesh)
     sharding.check_batch(mesh, config.batch_size, config.optimizer.gradient_accumulation)
     train, valid = open_splits(config)
     loaded = bundle.load(config.init_from) if config.init_from else None

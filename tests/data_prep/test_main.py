@@ -1,5 +1,6 @@
 """`python -m data_prep STEP`: the list of steps, and every spelling of each."""
 
+import os
 import runpy
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 
 from biomass_jax.runtime.lock import one_writer
 from data_prep.__main__ import STEPS, main
+from data_prep.commands import command
 
 
 def test_the_steps_are_listed(capsys):
@@ -53,3 +55,27 @@ def test_a_step_is_refused_beside_prepare(tmp_path, capsys, words):
         assert [path.name for path in out.iterdir()] == [".lock"]
     said = capsys.readouterr().err
     assert said.startswith(f"error: {out}: another run is at work there: ") and said.count("\n") == 1
+
+
+def test_a_fault_of_the_environment_is_one_line(capsys, monkeypatch):
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/gone.pem")
+
+    @command
+    def main(argv=None):
+        raise {"environment": OSError("Could not find a suitable TLS CA certificate bundle"), "ours": KeyError("x")}[
+            argv
+        ]
+
+    assert main("environment") == 1
+    said = capsys.readouterr().err
+    assert said == "error: REQUESTS_CA_BUNDLE is /gone.pem, and there is nothing; correct or unset it\n"
+    with pytest.raises(KeyError):  # a fault of the program keeps its traceback
+        main("ours")
+
+
+def test_variables_that_results_would_hang_on_are_left_out(capsys, monkeypatch):
+    monkeypatch.setenv("GDAL_PAM_ENABLED", "NO")
+    with pytest.raises(SystemExit):
+        main(["stats", "--help"])
+    assert "left out of the environment" in capsys.readouterr().err
+    assert "GDAL_PAM_ENABLED" not in os.environ

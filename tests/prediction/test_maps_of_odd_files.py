@@ -1,12 +1,16 @@
 """Files that look right and aren't: the map is that of the plain equivalent, or the cause is named."""
 
+import jax
 import numpy as np
 import pytest
 import rasterio
 
+from biomass_jax.data.raster import grid
 from biomass_jax.data.raster.encoding import SCALES
 from biomass_jax.errors import PredictionError, RasterError
-from tests.prediction.stubs import NIR, write_raster
+from biomass_jax.prediction.predictor import Predictor
+from tests.data.raster.faulty_server import FaultyServer
+from tests.prediction.stubs import NIR, nir, stub_bundle, write_raster
 
 SIZE = (61, 83)
 
@@ -118,3 +122,38 @@ def test_an_empty_map_is_refused_unless_asked_for(stub, tmp_path):
         assert not list((tmp_path / "out").glob("*.tif"))
         values, _ = read(predictor.predict_file(full, tmp_path / "asked", allow_empty=True, overwrite=True, **kept))
         assert np.argwhere(values != -1).tolist() == [[3, column] for column in range(4, 9)]
+
+
+def test_no_map_is_left_of_an_image_that_a_server_gave_in_part(tmp_path, monkeypatch):
+    quick = {"GDAL_HTTP_RETRY_DELAY": "0.01", "GDAL_HTTP_MAX_RETRY": "0"}
+    monkeypatch.setattr(grid, "SETTINGS", {**grid.SETTINGS, **quick})
+    monkeypatch.setenv("GDAL_NUM_THREADS", "4")
+    image = np.random.default_rng(0).integers(100, 3000, (256, 256, 6)).astype(np.int16)
+    write_raster(tmp_path / "scene.tif", image)
+    predictor = Predictor(stub_bundle(), model_fn=nir, tile=64, stride=48)
+    with (
+        FaultyServer(tmp_path, faults=("503", "half, as if whole"), share=1, well=3) as server,
+        pytest.raises(RasterError, match=f"^{server.url}/scene.tif: "),
+    ):
+        predictor.predict_file(f"{server.url}/scene.tif", tmp_path / "maps")
+    assert not list((tmp_path / "maps").glob("*"))
+
+
+def test_a_map_is_the_same_where_a_program_has_set_jax_and_gdal_otherwise(tmp_path, monkeypatch):
+    image = np.random.default_rng(0).integers(100, 3000, (96, 96, 6)).astype(np.int16)
+    write_raster(tmp_path / "scene.tif", image, nodata=None)
+    side_car = "<PAMDataset><PAMRasterBand band='{}'><NoDataValue>{}</NoDataValue></PAMRasterBand></PAMDataset>"
+    (tmp_path / "scene.tif.aux.xml").write_text(side_car.format(1, image[5, 7, 0]), encoding="utf-8")
+
+    def made(folder):
+        predictor = Predictor(stub_bundle(means=900.0, stds=7.0), model_fn=lambda v, x: x.mean(-1) * v["scale"])
+        path = predictor.predict_file(tmp_path / "scene.tif", tmp_path / folder).path
+        with rasterio.open(path) as file:
+            return file.read(1)
+
+    plain = made("plain")
+    assert plain[5, 7] == -1
+    for name, value in (("GDAL_DISABLE_READDIR_ON_OPEN", "EMPTY_DIR"), ("GDAL_PAM_ENABLED", "NO")):
+        monkeypatch.setenv(name, value)
+    with jax.enable_x64(True), jax.numpy_rank_promotion("raise"):
+        assert np.array_equal(made("other"), plain)

@@ -1,5 +1,6 @@
 """What reading and writing of rasters share: the error, the grid, GDAL's settings, quiet opening."""
 
+import functools
 import logging
 import os
 import re
@@ -18,9 +19,10 @@ from rasterio import warp
 from rasterio._err import CPLE_BaseError  # GDAL's own errors reach the caller as these; there is no public name
 from rasterio.crs import CRS
 from rasterio.env import get_gdal_config
-from rasterio.errors import NotGeoreferencedWarning, RasterioError, RasterioIOError
+from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError, RasterioIOError
 
 from biomass_jax.errors import RasterError
+from biomass_jax.runtime import environment
 from biomass_jax.runtime.content import TIFF, mistaken
 
 CACHE_BYTES = 256 * 2**20  # GDAL's block cache; its default is a share of the machine's memory
@@ -62,7 +64,7 @@ _DEFAULTS = {
     "PROJ_NETWORK": "OFF",
 }
 SOUTHERN_NORTHING = 1e7
-_WGS84 = CRS.from_epsg(4326)
+_WGS84 = "EPSG:4326"  # a name: to look it up here would be an error of PROJ's at import
 _EQUATOR_RADIUS, _ECCENTRICITY2 = 6_378_137.0, 0.00669437999014  # of WGS 84's ellipsoid, metres and squared
 _OPENING = threading.Lock()  # warning filters belong to the process, not to a thread
 
@@ -122,7 +124,7 @@ class Grid:
         ends = [_place(t, column + dx, row + dy) for dx, dy in ((-0.5, 0), (0.5, 0), (0, -0.5), (0, 0.5))]
         try:
             lon, lat = (np.radians(axis) for axis in warp.transform(self.crs, _WGS84, *zip(*ends, strict=True)))
-        except (RasterioError, CPLE_BaseError) as error:
+        except (RasterioError, CRSError, CPLE_BaseError) as error:
             raise RasterError(f"{self.describe()}: its place can't be told: {error}") from error
         if not (np.isfinite(lon).all() and np.isfinite(lat).all()):
             raise RasterError(f"{self.describe()}: its place is nowhere on Earth")
@@ -242,7 +244,7 @@ def raster_errors(name: str) -> Iterator[None]:
             other = {name: get_gdal_config(name, normalize=False) for name in _DEFAULTS}
             with rasterio.Env(**SETTINGS, **{name: _DEFAULTS[name] for name, value in other.items() if value}):
                 yield
-        except (RasterioError, CPLE_BaseError, OSError) as error:
+        except (RasterioError, CRSError, CPLE_BaseError, OSError) as error:
             # rasterio's own message for a failed read or write only points to GDAL's, whose first word names the cause
             raise RasterError(_failure(name, [*heard, str(error.__cause__ or error)][0])) from error
         if heard:
@@ -252,9 +254,16 @@ def raster_errors(name: str) -> Iterator[None]:
 def _failure(name: str, cause: str) -> str:
     """What failed and why, without what a URL keeps secret."""
     cause = re.sub(r"(?<=://)[^\s/'@]*@|\?[^\s']*(?=')", "", cause)
-    if "://" not in name and not name.startswith("/vsi"):
-        return f"{name}: {cause}"
-    return f"{name}: {cause}; the server failed, or the connection broke: give the same command again later"
+    why = environment.explain(cause)
+    if why is None and ("://" in name or name.startswith("/vsi")):
+        why = "the server failed, or the connection broke: give the same command again later"
+    return f"{name}: {cause}" if why is None else f"{name}: {cause}; {why}"
+
+
+@functools.cache
+def _check_proj() -> None:
+    with raster_errors("PROJ"):
+        CRS.from_epsg(4326)
 
 
 def open_quietly(path: str, mode: str = "r", **options: object) -> Any:
@@ -262,9 +271,11 @@ def open_quietly(path: str, mode: str = "r", **options: object) -> Any:
 
     Raises:
         RasterioIOError: GDAL can't open it.
-        RasterError: nor could anybody: a local file of another kind.
-        RasterError: its side-car `.aux.xml` is damaged, which GDAL would pass over together with the no-data in it.
+        RasterError: nor could anybody: a local file of another kind; its side-car `.aux.xml` is damaged, which GDAL
+            would pass over together with the no-data in it; or PROJ has no data, without which GDAL goes on with CRSs
+            that have lost their codes.
     """
+    _check_proj()
     if mode == "r" and os.path.isfile(side_car := f"{path}.aux.xml"):
         try:
             ElementTree.parse(side_car)
