@@ -56,7 +56,6 @@ def run(config: ConfigDict, workdir: Path, *, shardings: Callable[[], dict[str, 
         "overwrite": config.overwrite,
         "quicklook": config.quicklook,
     }
-    maps.MapOptions(**options)  # a mask that isn't there fails now, not once for every image
     items = find_inputs(config.inputs)
     log.info("%d input%s, maps go to %s", len(items), "" if len(items) == 1 else "s", workdir)
     predictor = Predictor.open(config.bundle, **shardings(), **{field: config[field] for field in PREDICTOR_FIELDS})
