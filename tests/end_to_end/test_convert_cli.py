@@ -13,6 +13,7 @@ import pytest
 
 from biomass_jax import bundle
 from biomass_jax.convert.__main__ import main
+from biomass_jax.runtime.lock import lock_beside, one_writer
 
 FULL, WEIGHTS = "lightning.ckpt", "state_dict.ckpt"
 
@@ -180,3 +181,13 @@ def test_the_module_runs_and_explains_itself(root):
     assert done.returncode == 0
     for flag in ("--input", "--to", "--statistics", "--inspect", "--verify", "--window-size", "hf://"):
         assert flag in done.stdout
+
+
+@pytest.mark.parametrize("more", [[], ["--to", "torch"]])
+def test_two_conversions_to_one_place_do_not_run_at_once(golden, tmp_path, capsys, more):
+    source = str(golden / "ckpt_micro_cli" / WEIGHTS)
+    with one_writer(*lock_beside(tmp_path / "out")):
+        assert main(["--input", source, "--output", str(tmp_path / "out"), *more]) == 1
+        assert [path.name for path in tmp_path.iterdir()] == [".out.lock"]
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {tmp_path}: another run is at work there: process ") and said.count("\n") == 1
