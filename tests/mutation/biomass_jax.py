@@ -159,6 +159,16 @@ TRAINING = (
         "tests/training/test_monitor.py::test_a_trace_covers_its_steps_and_no_more",
         in_file("biomass_jax/training/monitor.py", ("elif step >= self._stop", "elif step > self._stop")),
     ),
+    Mutation(
+        "compiling_counts_as_speed",
+        "tests/training/test_monitor_lines.py::test_compiling_is_no_part_of_the_speed",
+        in_file("biomass_jax/training/loop.py", ("self.clock.restart()  # compiling", "pass  # compiling")),
+    ),
+    Mutation(
+        "a_latecomer_takes_the_takers_lock",
+        "tests/runtime/test_lock.py::test_a_latecomer_does_not_take_the_lock_of_the_taker",
+        in_file("biomass_jax/runtime/lock.py", ("if _read(path) == found:", "if found:")),
+    ),
 )
 
 PLACES = (
