@@ -127,6 +127,7 @@ def run(monkeypatch, tmp_path, **fields):
         return Noting()
 
     monkeypatch.setattr(prediction_run.Predictor, "open", open_)
+    monkeypatch.setattr(prediction_run, "check", lambda *_: None)  # which reads all
     (tmp_path / "scene.tif").touch()
     config = predict.get_config()
     config.update({"bundle": "b", "inputs": str(tmp_path / "scene.tif"), **fields})
@@ -143,7 +144,8 @@ def test_every_field_of_the_config_is_read(monkeypatch, tmp_path):
 def test_every_field_reaches_its_place(monkeypatch, tmp_path):
     settings = {"batch_size": 5, "tile": 100, "stride": 80, "margin": 4, "blend": "none", "tiling": "reference_1_2"}
     settings |= {"dtype": "bfloat16", "matmul_precision": "high"}
-    options = {"overwrite": True, "quicklook": True, "mask": "cover.tif", "mask_keep": (1, 2)}
+    options = {"encoding": "percent", "resample": 30.0, "allow_empty": True, "overwrite": True, "quicklook": True}
+    options |= {"mask": "cover.tif", "mask_keep": (1, 2)}
     given, _ = run(monkeypatch, tmp_path, bands="None,BLUE", **settings, **options)
     assert given["open"] == {"path": "b", "replicated": "r", "batch_sharding": "s", **settings}
     assert given["files"] == {
