@@ -253,9 +253,14 @@ class CogWriter:
     def _finish_dataset(self) -> None:
         with raster_errors(f"{self.path}: writing {self._partial.name}; {_FULL}"):
             self._dataset.update_tags(**{**self._tags, "AREA_OR_POINT": "Area"})
+            self._dataset.update_tags(1, **self._band_tags())
             if self._layout.overviews_first:
                 self._dataset.build_overviews(self._overview_factors(), Resampling.average)
         self._close_dataset()
+
+    def _band_tags(self) -> Mapping[str, str]:
+        """Texts for the first band."""
+        return {}
 
     def _overview_factors(self) -> list[int]:
         """2, 4, 8 ... until the smallest overview is one tile."""
@@ -277,7 +282,7 @@ class CogWriter:
                 str(self._cog),
                 driver="COG",
                 blocksize=self._layout.block,
-                statistics="NO",
+                statistics="AUTO",  # those that the working copy has: GDAL's own would be of another reading
                 bigtiff="IF_SAFER",
                 num_threads="ALL_CPUS",
                 **({"overviews": "FORCE_USE_EXISTING"} if self._layout.overviews_first else by_driver),
@@ -324,8 +329,45 @@ class CogWriter:
                     name.with_name(name.name + extra).unlink(missing_ok=True)
 
 
+class _Statistics:
+    """Sums over a map's values, row by row, so that they don't depend on how rows come; all are float64.
+
+    Values count by their distance from the first one, which keeps the digits of a deviation that is far below the mean.
+    """
+
+    def __init__(self, nodata: float) -> None:
+        self._nodata = np.float32(nodata)
+        self._pixels = self._count = 0
+        self._first = self._sum = self._squares = 0.0
+        self._low, self._high = np.inf, -np.inf
+
+    def add(self, values: np.ndarray) -> None:
+        """Count further rows of finite values, float32 (rows, width)."""
+        self._pixels += values.size
+        for row in values:
+            found = row[row != self._nodata].astype(np.float64)
+            if not found.size:
+                continue
+            if not self._count:
+                self._first = float(found[0])
+            self._low, self._high = min(self._low, float(found.min())), max(self._high, float(found.max()))
+            found -= self._first
+            self._count += found.size
+            self._sum += float(found.sum())
+            self._squares += float(np.square(found).sum())
+
+    def tags(self) -> dict[str, str]:
+        """GDAL's names and texts; of a map without a value only how many have one."""
+        found = {"VALID_PERCENT": 100 * self._count / self._pixels}
+        if self._count:
+            shift = self._sum / self._count
+            variance = max(self._squares / self._count - shift**2, 0.0)
+            found |= {"MINIMUM": self._low, "MAXIMUM": self._high, "MEAN": self._first + shift, "STDDEV": variance**0.5}
+        return {f"STATISTICS_{name}": repr(value) for name, value in found.items()}
+
+
 class MapWriter(CogWriter):
-    """Writes one float32 map as a COG; see `CogWriter`."""
+    """Writes one float32 map as a COG, with the statistics of its values; see `CogWriter`."""
 
     def __init__(
         self,
@@ -353,6 +395,7 @@ class MapWriter(CogWriter):
         super().__init__(
             dst, grid, dtype=np.float32, band_names=[description], nodata=nodata, tags=tags, units=[unit], layout=layout
         )
+        self._statistics = _Statistics(nodata)
 
     def write_rows(self, start: int, values: np.ndarray) -> None:
         """Add rows below those already written.
@@ -372,7 +415,12 @@ class MapWriter(CogWriter):
         if not np.isfinite(values).all():
             stop = start + values.shape[0]
             raise RasterError(f"{self.path}: the model gave values that are not finite in rows {start} to {stop}")
-        self.write(values[None].astype(np.float32, copy=False))
+        values = values.astype(np.float32, copy=False)
+        self.write(values[None])
+        self._statistics.add(values)
+
+    def _band_tags(self) -> Mapping[str, str]:
+        return self._statistics.tags()
 
 
 def write_cog(

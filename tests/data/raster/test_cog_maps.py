@@ -53,8 +53,42 @@ def test_a_map_holds_what_was_written(tmp_path, step):
         assert (dataset.dtypes, dataset.descriptions, dataset.units) == (("float32",), ("agbd",), ("Mg ha-1",))
         assert dataset.tags(ns="IMAGE_STRUCTURE")["LAYOUT"] == "COG"
         assert dataset.block_shapes == [(128, 128)] and dataset.overviews(1) == [2, 4]
-        assert dataset.tags(1) == {}  # no statistics
     assert read_tags(tmp_path / "new" / "s_agbd.tif") == {**TAGS, "AREA_OR_POINT": "Area"}
+
+
+def statistics(path):
+    with rasterio.open(path) as dataset:
+        return {name.removeprefix("STATISTICS_"): float(text) for name, text in dataset.tags(1).items()}
+
+
+def test_a_map_carries_the_statistics_of_its_values_however_its_rows_came(tmp_path):
+    values = field()
+    values[40:60] = -1  # rows without a value
+    valid = values[values != -1].astype(np.float64)
+    files = set()
+    for step in (1, 50, 128, 301):
+        write(tmp_path / "a.tif", values, step=step)
+        files.add((tmp_path / "a.tif").read_bytes())
+    assert len(files) == 1  # the same bytes
+    found = statistics(tmp_path / "a.tif")
+    assert (found["MINIMUM"], found["MAXIMUM"]) == (valid.min(), valid.max())
+    assert found["VALID_PERCENT"] == 100 * valid.size / values.size
+    assert found["MEAN"] == pytest.approx(valid.mean(), rel=1e-13)
+    assert found["STDDEV"] == pytest.approx(valid.std(), rel=1e-12)
+
+
+def test_statistics_of_a_nearly_constant_map_keep_their_digits(tmp_path):
+    values = np.full((GRID.height, GRID.width), 3000, np.float32)
+    write(tmp_path / "a.tif", values)
+    assert statistics(tmp_path / "a.tif")["STDDEV"] == 0
+    values[::2] = np.nextafter(np.float32(3000), np.float32(4000))  # 0.000244 more
+    write(tmp_path / "b.tif", values)
+    assert statistics(tmp_path / "b.tif")["STDDEV"] == pytest.approx(values.astype(np.float64).std(), rel=1e-9)
+
+
+def test_statistics_of_a_map_without_a_value(tmp_path):
+    write(tmp_path / "a.tif", np.full((GRID.height, GRID.width), -1, np.float32))
+    assert statistics(tmp_path / "a.tif") == {"VALID_PERCENT": 0}
 
 
 def test_overviews_are_means_of_the_valid_pixels(tmp_path):
