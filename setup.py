@@ -50,6 +50,7 @@ SWEEP = [
 DOCS = ["nbclient>=0.10", "ipykernel>=6.29"]  # runs the notebook as a test; the first that allow Python 3.12
 TOOLS = [
     "setuptools>=70.1",  # builds the wheel without the network; the first that needs no `wheel` beside it
+    "pystac[validation]>=1.12,<1.15",  # STAC items; the first with schemas of STAC 1.1; 1.15 is two dozen packages
     "pytest>=8.2",  # older ones were not tried with the importlib import mode
     "pytest-timeout>=2.3",  # a hanging test must not hang the suite
     "pytest-xdist>=3.6",  # the quick tests on two cores; older ones were not tried

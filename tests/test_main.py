@@ -145,6 +145,7 @@ def test_every_field_reaches_its_place(monkeypatch, tmp_path):
     settings = {"batch_size": 5, "tile": 100, "stride": 80, "margin": 4, "blend": "none", "tiling": "reference_1_2"}
     settings |= {"dtype": "bfloat16", "matmul_precision": "high"}
     options = {"encoding": "percent", "resample": 30.0, "allow_empty": True, "overwrite": True, "quicklook": True}
+    options |= {"style": True, "stac": True}
     options |= {"mask": "cover.tif", "mask_keep": (1, 2)}
     given, _ = run(monkeypatch, tmp_path, bands="None,BLUE", **settings, **options)
     assert given["open"] == {"path": "b", "replicated": "r", "batch_sharding": "s", **settings}

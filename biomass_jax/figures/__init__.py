@@ -1,9 +1,11 @@
 """Every picture (NumPy and matplotlib only; matplotlib is imported when a picture is drawn).
 
-`quicklook` writes a file; the others give a matplotlib figure, for `save` or `to_array`.
+`quicklook` writes a file, `map_style` gives texts for other programs; the others give a matplotlib figure, for `save`
+or `to_array`.
 """
 
 from biomass_jax.figures.examples import ChipPanel, ReconstructionPanel, chip_panels, reconstructions
+from biomass_jax.figures.legend import map_style
 from biomass_jax.figures.maps import maps_side_by_side, quicklook
 from biomass_jax.figures.scores import (
     by_training_size,
@@ -21,6 +23,7 @@ __all__ = [
     "chip_panels",
     "density_scatter",
     "error_by_bin",
+    "map_style",
     "maps_side_by_side",
     "quicklook",
     "reconstructions",

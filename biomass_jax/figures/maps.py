@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from biomass_jax.figures.legend import MAP_COLOURS
 from biomass_jax.figures.style import GREY, colour_bar, image_axes, limits, new_figure, save, stretch
 
 
@@ -33,7 +34,7 @@ def quicklook(
     left, right = figure.subplots(1, 2)
     left.imshow(stretch(rgb), interpolation="nearest")
     colours = limits(values, tail=1)
-    drawn = right.imshow(np.ma.masked_invalid(values), cmap="viridis", interpolation="nearest", **colours)
+    drawn = right.imshow(np.ma.masked_invalid(values), cmap=MAP_COLOURS, interpolation="nearest", **colours)
     left.set_title("Red, green, blue", fontsize=10, color=GREY)
     right.set_title(_summary(values, unit), fontsize=10, color=GREY)
     for axes in (left, right):
@@ -63,7 +64,7 @@ def maps_side_by_side(panels: Mapping[str, np.ndarray], *, name: str, unit: str,
         for row, shown in enumerate((values, values[top : top + zoom, left : left + zoom])):
             axes = grid[row, column]
             image_axes(axes)
-            drawn = axes.imshow(np.ma.masked_invalid(shown), cmap="viridis", interpolation="nearest", **colours)
+            drawn = axes.imshow(np.ma.masked_invalid(shown), cmap=MAP_COLOURS, interpolation="nearest", **colours)
         grid[0, column].set_title(title, fontsize=10)
         grid[1, column].set_title(f"its middle, {zoom} x {zoom} pixels", fontsize=9)
     figure.colorbar(drawn, ax=grid, fraction=0.03, pad=0.02, extend="max").set_label(f"{name} ({unit})")

@@ -36,6 +36,8 @@ class Predict:
     mask: str | None = setting(None, "a raster of land-cover classes on any grid")
     mask_keep: tuple[int, ...] = setting((), "its classes to map, as `(10, 95)`; all else becomes no-data")
     quicklook: bool = setting(False, "a picture beside each map: the image, and biomass with its scale")
+    style: bool = setting(False, "colours beside each map: a .qml that QGIS takes by itself, a ramp for `gdaldem`")
+    stac: bool = setting(False, "a STAC item beside each map, for catalogs; wants a CRS and a date")
     allow_empty: bool = setting(False, "write maps in which fewer than 0.1 % of the pixels have a value, too")
     overwrite: bool = setting(False, "make maps again that are finished")
     mode: str | None = setting(None, "what `main` runs")

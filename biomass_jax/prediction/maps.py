@@ -13,12 +13,14 @@ import numpy as np
 from biomass_jax import figures
 from biomass_jax.bundle import Bundle
 from biomass_jax.data.bands import no_data, parse_band_list
+from biomass_jax.data.raster import stac
 from biomass_jax.data.raster.encoding import AUTO
 from biomass_jax.data.raster.image import ImageSource, read_preview, read_tags
 from biomass_jax.data.raster.resample import MaskSource, mask_identity
 from biomass_jax.data.raster.tiff import verify_blocks
 from biomass_jax.errors import BiomassError, PredictionError, RasterError, refuse_empty
 from biomass_jax.runtime import environment
+from biomass_jax.runtime.files import write_text
 from biomass_jax.runtime.settings import changed_fields
 from biomass_jax.version import __version__
 
@@ -47,6 +49,8 @@ class MapOptions:
         allow_empty: write a map as well where fewer than 0.1 % of its pixels get a value.
         overwrite: make maps again that are finished.
         quicklook: write a PNG beside each map.
+        style: write a style of QGIS and a colour ramp of GDAL beside each map.
+        stac: write a STAC item beside each map.
         progress: show a bar on a terminal, lines in a log.
 
     Raises:
@@ -62,6 +66,8 @@ class MapOptions:
     allow_empty: bool = False
     overwrite: bool = False
     quicklook: bool = False
+    style: bool = False
+    stac: bool = False
     progress: bool = False
 
     def __post_init__(self) -> None:
@@ -123,13 +129,23 @@ def quicklook_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}_quicklook.png")
 
 
+def colours_path(path: Path) -> Path:
+    """`<map's stem>_colours.txt` beside the map."""
+    return path.with_name(f"{path.stem}_colours.txt")
+
+
+def style_path(path: Path) -> Path:
+    """`<map's stem>.qml` beside the map, where QGIS looks for it."""
+    return path.with_name(f"{path.stem}.qml")
+
+
 def map_tags(source: ImageSource, bundle: Bundle, settings: Mapping[str, Any]) -> dict[str, str]:
     """Tags of a map: where it comes from and all that its values depend on."""
     identity = source.identity()
     shell = environment.recorded()
     return {
         "AREA_OR_POINT": "Area",
-        "DATA_SOURCES": source.tags.get("DATA_SOURCES") or "; ".join(source.sources),
+        "DATA_SOURCES": _data_sources(source),
         "SEASON": source.season or "unknown",
         "SENSORS": source.sensor or "unknown",
         "MODEL_SHA256": bundle.weights_sha256,
@@ -142,6 +158,12 @@ def map_tags(source: ImageSource, bundle: Bundle, settings: Mapping[str, Any]) -
         "SOURCE_READING": json.dumps(source.reading(), sort_keys=True),
         **({"ENVIRONMENT": json.dumps(shell)} if shell else {}),
     }
+
+
+def _data_sources(source: ImageSource) -> str:
+    """What the image says that it was made from (SCENES is our composites' tag), else the names of its files."""
+    scenes = source.tags.get("SCENES", "").replace(",", "; ")
+    return source.tags.get("DATA_SOURCES") or scenes or "; ".join(source.sources)
 
 
 def is_finished(path: Path, tags: Mapping[str, str]) -> bool:
@@ -207,18 +229,45 @@ class MapReader:
         return None if self._mask is None else self._kept / max(self._data, 1)
 
 
-def write_quicklook(source: ImageSource, path: Path, picture: Path, layer: str, unit: str) -> None:
+def write_beside(
+    source: ImageSource, path: Path, options: MapOptions, layer: str, unit: str, *, missing_only: bool
+) -> None:
+    """Write what is wanted beside a finished map: its picture, its colours, its STAC item.
+
+    Args:
+        source: the map's image, open.
+        path: the map.
+        options: what is wanted.
+        layer: name of the map's band.
+        unit: its unit.
+        missing_only: leave what lies there, the map being the same as before.
+
+    Raises:
+        RasterError: the image or the map can't be read.
+        OSError: a file can't be written.
+    """
+
+    def due(wanted: bool, *places: Path) -> bool:
+        return wanted and not (missing_only and all(place.is_file() for place in places))
+
+    named = {"name": LAYER_TITLES.get(layer, layer), "unit": UNIT_TITLES.get(unit, unit)}
+    if due(options.quicklook, quicklook_path(path)):
+        _write_quicklook(source, path, **named)
+    if due(options.style, style_path(path), colours_path(path)):
+        style, ramp = figures.map_style(read_preview(path, QUICKLOOK_SIZE), **named)
+        write_text(style_path(path), style)
+        write_text(colours_path(path), ramp)
+    if due(options.stac, stac.item_path(path)):
+        stac.write_item(path, source.name)
+
+
+def _write_quicklook(source: ImageSource, path: Path, *, name: str, unit: str) -> None:
     """Draw a finished map beside its image, both at reduced size."""
     image = source.read_preview(QUICKLOOK_SIZE)
     colours = [source.bands.index(name) for name in ("RED", "GREEN", "BLUE")]
     values = read_preview(path, QUICKLOOK_SIZE)
     figures.quicklook(
-        picture,
-        image[..., colours],
-        values,
-        title=PurePath(source.name).name,
-        name=LAYER_TITLES.get(layer, layer),
-        unit=UNIT_TITLES.get(unit, unit),
+        quicklook_path(path), image[..., colours], values, title=PurePath(source.name).name, name=name, unit=unit
     )
 
 

@@ -15,6 +15,7 @@ from biomass_jax import bundle as bundles
 from biomass_jax.bundle import Bundle
 from biomass_jax.data import bands as band_table
 from biomass_jax.data.raster import encoding as encodings
+from biomass_jax.data.raster import stac
 from biomass_jax.data.raster.cog import MapWriter
 from biomass_jax.data.raster.image import open_image
 from biomass_jax.data.raster.inputs import InputItem, find_inputs
@@ -145,7 +146,7 @@ class Predictor:
             src: the image.
             dst: the map's path if it ends in .tif, else the folder for `<stem>_agbd.tif`.
             **options: fields of `MapOptions`: bands, encoding, resample, mask, mask_keep, allow_empty, overwrite,
-                quicklook, progress.
+                quicklook, style, stac, progress.
 
         Raises:
             RasterError: the image, the mask or the output can't be read or written.
@@ -300,12 +301,11 @@ class _OneMap:
             )
 
     def finish(self) -> MapResult:
-        """Wait for the device where need be, write the file and its picture; to be called once."""
+        """Wait for the device where need be, write the file and what belongs beside it; to be called once."""
         with self._held:
             result = MapResult(self._item.name, self._path, "skipped") if self._kept else self._write()
-            picture = maps.quicklook_path(self._path)
-            if self._options.quicklook and not (self._kept and picture.is_file()):
-                maps.write_quicklook(self._source, self._path, picture, self._predictor.layer, self._predictor.unit)
+            layer, unit = self._predictor.layer, self._predictor.unit
+            maps.write_beside(self._source, self._path, self._options, layer, unit, missing_only=self._kept)
         return result
 
     def _write(self) -> MapResult:
@@ -319,6 +319,7 @@ class _OneMap:
             values[~self._wanted] = self._predictor.bundle.nodata
             self._writer.write_rows(0, values)
         self._reader.refuse_empty(self._options.allow_empty)
+        stac.remove_item(self._path)  # of the map that this one replaces
         self._writer.close()
         for what, (count, row, column) in self._source.oddities.items():
             values = "value is" if count == 1 else "values are"

@@ -55,6 +55,8 @@ def run(config: ConfigDict, workdir: Path, *, shardings: Callable[[], dict[str, 
         "allow_empty": config.allow_empty,
         "overwrite": config.overwrite,
         "quicklook": config.quicklook,
+        "style": config.style,
+        "stac": config.stac,
     }
     items = find_inputs(config.inputs)
     log.info("%d input%s, maps go to %s", len(items), "" if len(items) == 1 else "s", workdir)

@@ -205,6 +205,24 @@ PLACES = (
         "tests/prediction/test_tiling.py::test_last_tile_is_moved_back_to_the_end",
         in_file(TILING, ("if starts[-1] != padded - tile:", "if starts[-1] > padded - tile:")),
     ),
+    Mutation(
+        "statistics_count_what_has_no_data",
+        "tests/data/raster/test_cog_maps.py::test_a_map_carries_the_statistics_of_its_values_however_its_rows_came",
+        in_file(
+            "biomass_jax/data/raster/cog.py",
+            ("found = row[row != self._nodata].astype", "found = row[row == row].astype"),
+        ),
+    ),
+    Mutation(
+        "item_of_the_map_before_stays",
+        "tests/prediction/test_maps.py::test_a_map_that_is_made_again_has_no_item_of_the_old_one",
+        in_file("biomass_jax/prediction/predictor.py", ("stac.remove_item(self._path)", "stac.item_path(self._path)")),
+    ),
+    Mutation(
+        "outline_across_the_antimeridian_not_moved",
+        "tests/data/raster/test_stac.py::test_a_map_across_the_antimeridian_is_cut_there[32660-600000]",
+        in_file("biomass_jax/data/raster/stac.py", ("_cut(ring, 1.0) - (360, 0)", "_cut(ring, 1.0)")),
+    ),
 )
 
 CONVERTER = (

@@ -320,6 +320,50 @@ def test_quicklook_shows_image_and_map_with_no_data_transparent(stub, tmp_path):
     assert (pixels[..., 3] == 255).mean() > 0.4
 
 
+def test_colours_and_item_lie_beside_the_map_and_come_back_where_they_are_missing(stub, scene, tmp_path):
+    with rasterio.open(scene, "r+") as file:
+        file.update_tags(SEASON="2020-06-01/2020-09-01")
+    beside = ["scene_agbd.json", "scene_agbd.qml", "scene_agbd_colours.txt"]
+    wanted = {"style": True, "stac": True}
+    assert stub().predict_file(scene, tmp_path / "out", **wanted).status == "written"
+    assert files(tmp_path / "out") == sorted([*beside, "scene_agbd.tif"])
+    before = {name: (tmp_path / "out" / name).read_bytes() for name in beside}
+    for name in beside:
+        (tmp_path / "out" / name).unlink()
+        assert stub().predict_file(scene, tmp_path / "out", **wanted).status == "skipped"
+        assert {name: (tmp_path / "out" / name).read_bytes() for name in beside} == before
+    (tmp_path / "out" / "scene_agbd.qml").write_text("of somebody who likes other colours")
+    assert stub().predict_file(scene, tmp_path / "out", **wanted).status == "skipped"
+    assert (tmp_path / "out" / "scene_agbd.qml").read_text() == "of somebody who likes other colours"
+    item = json.loads(before["scene_agbd.json"])
+    assert item["links"] == [{"rel": "derived_from", "href": "../in/scene.tif"}]
+    assert item["properties"]["start_datetime"] == "2020-06-01T00:00:00Z"
+    assert b'label="20000 Mg/ha"' in before["scene_agbd.qml"]
+
+
+def test_a_map_that_is_made_again_has_no_item_of_the_old_one(stub, scene, tmp_path):
+    with rasterio.open(scene, "r+") as file:
+        file.update_tags(SEASON="2020-06-01/2020-09-01")
+    path = stub().predict_file(scene, tmp_path / "out", stac=True).path
+    old = (tmp_path / "out" / "scene_agbd.json").read_text()
+    assert stub(stride=100).predict_file(scene, tmp_path / "out").status == "written"
+    assert files(tmp_path / "out") == ["scene_agbd.tif"]
+    assert stub(stride=100).predict_file(scene, tmp_path / "out", stac=True).status == "skipped"
+    new = json.loads((tmp_path / "out" / "scene_agbd.json").read_text())
+    assert new["assets"]["agbd"]["file:size"] == path.stat().st_size
+    assert new["assets"]["agbd"]["file:checksum"] != json.loads(old)["assets"]["agbd"]["file:checksum"]
+
+
+def test_a_map_of_our_composite_names_its_granules(stub, scene, tmp_path):
+    names = [f"HLS.L30.T10SFF.2020{day}T184512.v2.0" for day in (183, 199)]
+    with rasterio.open(scene, "r+") as file:
+        file.update_tags(SEASON="2020-06-01/2020-09-01", SCENES=",".join(names))
+    result = stub().predict_file(scene, tmp_path / "out", stac=True)
+    assert read_tags(result.path)["DATA_SOURCES"] == "; ".join(names)
+    item = json.loads((tmp_path / "out" / "scene_agbd.json").read_text())
+    assert [link["title"] for link in item["links"]] == names
+
+
 def test_lines_in_a_log_tell_rate_and_time_left(caplog):
     now = [0.0]
     with caplog.at_level(logging.INFO), Progress("map.tif", 100, terminal=False, clock=lambda: now[0]) as progress:
