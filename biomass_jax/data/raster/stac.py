@@ -165,14 +165,13 @@ def _projection(crs: CRS) -> dict[str, Any]:
 
 
 def _band(dataset: rasterio.DatasetReader) -> dict[str, Any]:
-    """What the map's band holds; statistics are those that the file carries."""
-    statistics = {
-        key.removeprefix("STATISTICS_").lower(): float(text)
-        for key, text in dataset.tags(1).items()
-        if key.startswith("STATISTICS_")
-    }
+    """What the map's band holds; statistics are those that the file carries, where they are no estimates."""
+    tags = dataset.tags(1)
+    names = () if "STATISTICS_APPROXIMATE" in tags else ("minimum", "maximum", "mean", "stddev", "valid_percent")
+    texts = {name: tags.get(f"STATISTICS_{name.upper()}") for name in names}
+    found = {name: float(text) for name, text in texts.items() if text is not None}
     band = {"data_type": dataset.dtypes[0], "nodata": dataset.nodata, "unit": dataset.units[0], "sampling": "area"}
-    return {key: value for key, value in {**band, "statistics": statistics or None}.items() if value is not None}
+    return {key: value for key, value in {**band, "statistics": found or None}.items() if value is not None}
 
 
 def _granules(sources: str) -> list[GranuleName]:

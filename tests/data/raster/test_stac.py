@@ -244,7 +244,7 @@ def test_only_the_item_of_this_map_is_removed(tmp_path):
         assert stac.item_path(path).read_text() == text
 
 
-def test_a_map_of_an_older_version_has_an_item_without_statistics(tmp_path):
+def test_a_map_of_an_older_version_with_estimates_of_qgis_has_an_item_without_statistics(tmp_path):
     path = tmp_path / "a_agbd.tif"
     map_at(path)
     with rasterio.open(path) as file:
@@ -252,6 +252,7 @@ def test_a_map_of_an_older_version_has_an_item_without_statistics(tmp_path):
     with rasterio.open(path, "w", **profile) as file:
         file.write(values)
         file.update_tags(**TAGS)
+        file.update_tags(1, STATISTICS_APPROXIMATE="YES", STATISTICS_MEAN="70", STATISTICS_MAXIMUM="400")
     (band,) = item_of(path)["assets"]["data"]["raster:bands"]
     assert "statistics" not in band and band["data_type"] == "float32"
 
