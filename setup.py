@@ -48,6 +48,8 @@ SWEEP = [
     "sqlalchemy>=2.0",  # under Optuna's storage; reads its URLs here; older ones were not tried
 ]
 DOCS = ["nbclient>=0.10", "ipykernel>=6.29"]  # runs the notebook as a test; the first that allow Python 3.12
+# `make docs`: the site with its API reference; older ones were not tried.
+SITE = ["mkdocs-material>=9.6", "mkdocstrings[python]>=1.0", "mkdocs-jupyter>=0.25"]
 TOOLS = [
     "setuptools>=70.1",  # builds the wheel without the network; the first that needs no `wheel` beside it
     "pytest>=8.2",  # older ones were not tried with the importlib import mode
@@ -95,6 +97,7 @@ setup(
         # with xarray: what composites are measured against; older ones were not tried. Only benchmarks/ uses them.
         "bench": ["torch==2.13.0", "rioxarray>=0.19"],
         "docs": DOCS,
+        "site": SITE,
         "tools": TOOLS,
         "dev": PREP + SWEEP + DOCS + TOOLS,
         "tpu": ["jax[tpu]"],
