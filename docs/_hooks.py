@@ -35,7 +35,7 @@ def links(text: str, folder: str) -> set[str]:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that don't lie in docs/: README and its like, each module's reference, each file that is linked to."""
+    """Add what doesn't lie in docs/: README and its like, each module's reference, each file that is linked to."""
     sources = {path: (ROOT / path).read_text(encoding="utf-8") for path in PAGES}
     for file in files.documentation_pages():
         if file.src_uri.endswith(".md"):
