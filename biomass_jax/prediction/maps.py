@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from biomass_jax import figures
 from biomass_jax.bundle import Bundle
@@ -18,14 +18,11 @@ from biomass_jax.data.raster.image import ImageSource, open_image, read_preview,
 from biomass_jax.data.raster.inputs import InputItem
 from biomass_jax.data.raster.tiff import verify_blocks
 from biomass_jax.errors import BiomassError, BundleError, RasterError
-from biomass_jax.prediction.pixels import MapOptions, MapPixels, check_source
+from biomass_jax.prediction.pixels import MapOptions, Mapper, MapPixels, check_source
 from biomass_jax.runtime import environment
 from biomass_jax.runtime.progress import duration
 from biomass_jax.runtime.settings import changed_fields
 from biomass_jax.version import __version__
-
-if TYPE_CHECKING:
-    from biomass_jax.prediction.predictor import Predictor
 
 log = logging.getLogger(__name__)
 
@@ -171,9 +168,7 @@ class OneMap:
     handed to the device then; of large ones all tiles are predicted and written.
     """
 
-    def __init__(
-        self, predictor: "Predictor", item: InputItem, dst: str | os.PathLike[str], options: MapOptions
-    ) -> None:
+    def __init__(self, predictor: Mapper, item: InputItem, dst: str | os.PathLike[str], options: MapOptions) -> None:
         """Begin; arguments and errors as for `Predictor.predict_file`."""
         self._began = time.perf_counter()
         self._predictor, self._item, self._options = predictor, item, options

@@ -2,22 +2,25 @@
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
+from biomass_jax.bundle import Bundle
 from biomass_jax.data.bands import no_data, parse_band_list
 from biomass_jax.data.raster import arrays
 from biomass_jax.data.raster.encoding import AUTO
 from biomass_jax.data.raster.grid import Grid
-from biomass_jax.data.raster.image import ImageSource
+from biomass_jax.data.raster.image import ImageSource, Reading
 from biomass_jax.data.raster.resample import MaskSource, mask_identity
 from biomass_jax.errors import PredictionError, refuse_empty
+from biomass_jax.prediction.forward import Forward
 from biomass_jax.prediction.stream import (
     TileRowPrediction,
     Timings,
@@ -30,10 +33,36 @@ from biomass_jax.prediction.stream import (
 from biomass_jax.prediction.tiling import TilePlan
 from biomass_jax.runtime.progress import Progress
 
-if TYPE_CHECKING:
-    from biomass_jax.prediction.predictor import Predictor
-
 log = logging.getLogger(__name__)
+
+
+class Mapper(Protocol):
+    """What maps need of a `Predictor`."""
+
+    bundle: Bundle
+    forward: Forward
+    tile: int
+    batch_size: int
+    settings: dict[str, Any]
+    one_at_a_time: threading.Lock
+
+    @property
+    def layer(self) -> str:
+        """Name of the map's band."""
+        ...
+
+    @property
+    def unit(self) -> str:
+        """Its unit."""
+        ...
+
+    def plan(self, height: int, width: int) -> TilePlan | None:
+        """Tiles of a raster of so many pixels; None where it is predicted whole."""
+        ...
+
+    def reading(self, options: "MapOptions") -> Reading:
+        """How its images are opened."""
+        ...
 
 
 @dataclass
@@ -140,7 +169,7 @@ class MapPixels(ExitStack[None]):
     """
 
     def __init__(
-        self, predictor: "Predictor", source: ImageSource, options: MapOptions, write: WriteRows, name: str
+        self, predictor: Mapper, source: ImageSource, options: MapOptions, write: WriteRows, name: str
     ) -> None:
         """`write` takes the rows, `name` is that of the progress bar; errors as for `Predictor.predict_file`."""
         super().__init__()
@@ -212,7 +241,7 @@ def _say_oddities(source: ImageSource) -> None:
         )
 
 
-def map_now(predictor: "Predictor", source: ImageSource, options: MapOptions) -> np.ndarray:
+def map_now(predictor: Mapper, source: ImageSource, options: MapOptions) -> np.ndarray:
     """float32 (H, W) of an open image."""
     check_source(source)
     values = np.empty((source.grid.height, source.grid.width), np.float32)
@@ -225,7 +254,7 @@ def map_now(predictor: "Predictor", source: ImageSource, options: MapOptions) ->
     return values
 
 
-def map_lazily(predictor: "Predictor", source: arrays.ArraySource, options: MapOptions) -> Any:
+def map_lazily(predictor: Mapper, source: arrays.ArraySource, options: MapOptions) -> Any:
     """A Dask array (H, W): a task for each row of tiles, and one that blends neighbours for each band of rows."""
     _say(source.warnings)
     grid = source.grid
@@ -258,7 +287,7 @@ def map_lazily(predictor: "Predictor", source: arrays.ArraySource, options: MapO
 
 
 def _predict_row(
-    predictor: "Predictor", plan: TilePlan, index: int, source: arrays.ArraySource, options: MapOptions
+    predictor: Mapper, plan: TilePlan, index: int, source: arrays.ArraySource, options: MapOptions
 ) -> TileRowPrediction:
     """One row of tiles of a lazy image, whose values are looked at here since no sample of the whole was."""
 

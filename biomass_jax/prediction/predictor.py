@@ -4,7 +4,7 @@ import logging
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ from biomass_jax.bundle import Bundle
 from biomass_jax.data import bands as band_table
 from biomass_jax.data.raster import arrays
 from biomass_jax.data.raster import encoding as encodings
-from biomass_jax.data.raster.image import open_image
+from biomass_jax.data.raster.image import Reading, open_image
 from biomass_jax.data.raster.inputs import InputItem, find_inputs, is_stac_item, stac_input
 from biomass_jax.errors import PredictionError, RasterError
 from biomass_jax.prediction import maps
@@ -23,6 +23,10 @@ from biomass_jax.prediction.maps import Failure, MapResult
 from biomass_jax.prediction.pixels import MapOptions, map_lazily, map_now
 from biomass_jax.prediction.reference_tiling import reference_0_99_plan, reference_1_2_plan
 from biomass_jax.prediction.tiling import TilePlan, check_settings, default_plan
+
+if TYPE_CHECKING:
+    import pystac
+    import xarray
 
 log = logging.getLogger(__name__)
 
@@ -193,16 +197,16 @@ class Predictor:
 
     def predict(
         self,
-        image: Any,
+        image: "xarray.DataArray | xarray.Dataset | str | os.PathLike[str] | Mapping[str, object] | pystac.Item",
         *,
-        bands: Any = None,
+        bands: object = None,
         encoding: str = encodings.AUTO,
         resample: float | None = None,
         mask: str | os.PathLike[str] | None = None,
         mask_keep: Sequence[int] | None = None,
         allow_empty: bool = False,
         progress: bool = False,
-    ) -> Any:
+    ) -> "xarray.DataArray":
         """Map an image of any size as an xarray DataArray, with the pixels that `predict_file` writes.
 
         Args:
@@ -245,7 +249,7 @@ class Predictor:
             values = map_now(self, source, options)
             return arrays.as_array(values, source.grid, self.layer, self._attributes(tags))
 
-    def reading(self, options: MapOptions) -> dict[str, Any]:
+    def reading(self, options: MapOptions) -> Reading:
         """Keyword arguments of `open_image` for this model's images."""
         return {
             "band_list": options.bands,
@@ -260,7 +264,7 @@ class Predictor:
         title = maps.LAYER_TITLES.get(self.layer, self.layer)
         return {"long_name": title, "units": self.unit, "_FillValue": float(self.bundle.nodata), **tags}
 
-    def _map_array(self, images: arrays.ArrayImages, options: MapOptions) -> Any:
+    def _map_array(self, images: arrays.ArrayImages, options: MapOptions) -> "xarray.DataArray":
         source = images.source(**self.reading(options))
         tags = maps.origin_tags(source, self.bundle, {**self.settings, **options.settings()})
         values = (map_lazily if images.lazy else map_now)(self, source, options)

@@ -1,9 +1,9 @@
 """xarray's arrays as images, with all checks of a file, and maps as such arrays. xarray is imported on first use."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 from affine import Affine
@@ -12,9 +12,13 @@ from rasterio.enums import MaskFlags
 from rasterio.windows import Window
 
 from biomass_jax.data.raster.grid import Grid, raster_errors
-from biomass_jax.data.raster.image import ImageSource
+from biomass_jax.data.raster.image import ImageSource, Reading
 from biomass_jax.data.raster.inputs import InputItem, band_file
 from biomass_jax.errors import RasterError
+
+if TYPE_CHECKING:
+    import dask.array
+    import xarray
 
 INSTALL = "xarray, rioxarray or dask is missing: pip install 'biomass-jax[xarray]'"
 _ROWS, _COLUMNS = ("y", "lat", "latitude", "northing"), ("x", "lon", "longitude", "easting")
@@ -38,7 +42,7 @@ class ArrayImages:
         lazy: whether Dask holds its pixels.
     """
 
-    def __init__(self, data: Any) -> None:
+    def __init__(self, data: "xarray.DataArray | xarray.Dataset") -> None:
         """Look at dimensions, coordinates and attributes; no pixel is read.
 
         Args:
@@ -146,7 +150,7 @@ class ArrayImages:
             transform = Affine(steps[0], 0, starts[0], 0, steps[1], starts[1])
         return Grid(data.sizes[self._y], data.sizes[self._x], crs, transform), flips
 
-    def _steps(self, dim: Any, given: float | None) -> tuple[float, float]:
+    def _steps(self, dim: Hashable, given: float | None) -> tuple[float, float]:
         """The first centre and the step of a dimension's coordinate; 0.5 and 1 where it has none."""
         if dim not in self.data.coords:
             return 0.5, 1.0
@@ -175,11 +179,13 @@ class ArrayImages:
             found.append(one)
         return found
 
-    def source(self, **reading: Any) -> "ArraySource":
+    def source(self, **reading: Unpack[Reading]) -> "ArraySource":
         """The image as a source of rows; arguments and errors are those of `open_image`."""
         return ArraySource(_Dataset(self), self.name, **reading)
 
-    def as_map(self, values: Any, grid: Grid, name: str, attributes: Mapping[str, Any]) -> Any:
+    def as_map(
+        self, values: "np.ndarray | dask.array.Array", grid: Grid, name: str, attributes: Mapping[str, Any]
+    ) -> "xarray.DataArray":
         """A map's values (rows, columns) on the grid, turned as the image lies, on its own coordinates."""
         same = grid.transform == self.grid.transform and (grid.height, grid.width) == (
             self.grid.height,
@@ -248,7 +254,7 @@ class _Dataset:
 class ArraySource(ImageSource):
     """An image in memory, or one whose rows are computed when they are wanted, read as a file is."""
 
-    def __init__(self, dataset: _Dataset, name: str, **reading: Any) -> None:
+    def __init__(self, dataset: _Dataset, name: str, **reading: Unpack[Reading]) -> None:
         """`reading` are the keyword arguments of `ImageSource`."""
         self._array = dataset
         super().__init__(InputItem(name, (dataset.name,), PurePath("array")), **reading)
@@ -274,7 +280,11 @@ class ArraySource(ImageSource):
 
 
 def as_array(
-    values: Any, grid: Grid, name: str, attributes: Mapping[str, Any], dims: tuple[Any, Any] = ("y", "x")
+    values: "np.ndarray | dask.array.Array",
+    grid: Grid,
+    name: str,
+    attributes: Mapping[str, Any],
+    dims: tuple[Hashable, Hashable] = ("y", "x"),
 ) -> Any:
     """A DataArray of a map.
 
@@ -294,7 +304,7 @@ def as_array(
     except ImportError as error:
         raise RasterError(INSTALL) from error
     t = grid.transform
-    coords = {"band": name}
+    coords: dict[Hashable, Any] = {"band": name}
     if not (t.b or t.d):
         centres = t.f + t.e * (np.arange(grid.height) + 0.5), t.c + t.a * (np.arange(grid.width) + 0.5)
         coords |= {dim: (dim, places) for dim, places in zip(dims, centres, strict=True)}
@@ -335,11 +345,11 @@ def delayed(function: Callable[..., Any]) -> Callable[..., Any]:
     return dask.delayed(function, pure=False)
 
 
-def _squeezed(layer: Any, keep: set[Any]) -> Any:
+def _squeezed(layer: "xarray.DataArray", keep: set[Hashable]) -> "xarray.DataArray":
     return layer.squeeze([dim for dim in layer.dims if dim not in keep and layer.sizes[dim] == 1])
 
 
-def _is_time(data: Any, dim: Any) -> bool:
+def _is_time(data: "xarray.DataArray", dim: Hashable) -> bool:
     return dim in data.coords and data[dim].dtype.kind == "M"
 
 
@@ -355,7 +365,7 @@ def _texts(attributes: Mapping[Any, Any]) -> dict[str, str]:
     return {key: str(value) for key, value in plain.items()} | texts
 
 
-def _facts(data: Any, count: int | None, index: int) -> tuple[float | None, float, float]:
+def _facts(data: "xarray.DataArray", count: int | None, index: int) -> tuple[float | None, float, float]:
     """No-data value, scale and offset of a band of an array, whose attributes may hold one each."""
 
     def number(names: Sequence[str], default: float | None) -> float | None:
@@ -375,7 +385,7 @@ def _facts(data: Any, count: int | None, index: int) -> tuple[float | None, floa
     return nodata, scale, offset
 
 
-def _geo_transform(data: Any) -> Affine | None:
+def _geo_transform(data: "xarray.DataArray | xarray.Dataset") -> Affine | None:
     """The transform that rioxarray or GDAL noted in the coordinate of the CRS."""
     for one in data.coords.values():
         if one.ndim == 0 and "GeoTransform" in one.attrs:
@@ -385,5 +395,5 @@ def _geo_transform(data: Any) -> Affine | None:
     return None
 
 
-def _listed(dims: Any) -> str:
+def _listed(dims: Iterable[object]) -> str:
     return f"({', '.join(map(str, dims))})"

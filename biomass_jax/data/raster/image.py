@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import PurePath
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import rasterio
@@ -25,6 +25,18 @@ from biomass_jax.errors import BandError, RasterError
 _SAMPLE_ROWS, _SAMPLE_COLUMNS = 8, 512  # flat windows: cheap in strip files too
 _SAMPLE_GRIDS = (6, 24)  # windows along each axis, the second where the first met too few valid pixels
 _said_unverified: set[str] = set()  # "the sensor cannot be verified" is said once a process for each kind
+
+
+class Reading(TypedDict, total=False):
+    """Keyword arguments of `open_image`."""
+
+    band_list: object
+    fill: float | None
+    wanted: Sequence[str]
+    model_sensors: Sequence[str]
+    encoding: str
+    pixel_size: float | None
+    resample: float | None
 
 
 class ImageSource(ExitStack[None]):
