@@ -4,6 +4,7 @@ import logging
 import os
 import threading
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -102,6 +103,14 @@ class Predictor:
             BundleError: no bundle there, or of another schema version; damaged weights show with the first image.
         """
         return cls(bundles.load(path, settings.get("replicated"), background=True), **settings)
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: the bundle, and how images are tiled."""
+        told = ", ".join(f"{key} {value}" for key, value in self.settings.items())
+        return f"{self.bundle._repr_html_()}<p>{escape(told)}, batch_size {self.batch_size}</p>"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        raise PredictionError("a predictor stays in its process: compute lazy maps with scheduler='threads'")
 
     def warm_up(self) -> None:
         """Compile for batches of int16 tiles now, so that the first map takes no longer."""
@@ -219,7 +228,7 @@ class Predictor:
             mask: a raster of classes on any grid.
             mask_keep: the classes to keep.
             allow_empty: give maps (nearly) without a value.
-            progress: show a bar on a terminal or in a notebook.
+            progress: show a bar on a terminal or in a notebook; a lazy image has Dask's own.
 
         Returns:
             DataArray of float32 (y, x), or (time, y, x), in Mg/ha, with the image's CRS and coordinates; no data is the

@@ -1,6 +1,9 @@
 """Maps of xarray's arrays: the pixels that `predict_file` writes, at once or when Dask wants them."""
 
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,12 +15,13 @@ from biomass_jax.data.bands import BAND_NAMES
 from biomass_jax.errors import PredictionError, RasterError
 from biomass_jax.prediction import stream
 from biomass_jax.prediction.predictor import Predictor
-from tests.prediction.stubs import NIR, read_map, stub_bundle, write_raster
+from tests.prediction.stubs import NIR, random_bundle, read_map, stub_bundle, write_raster
 
 xarray = pytest.importorskip("xarray", reason="the extra xarray is not installed")
 rioxarray = pytest.importorskip("rioxarray", reason="the extra xarray is not installed")
 dask = pytest.importorskip("dask", reason="the extra xarray is not installed")
 
+ROOT = Path(__file__).resolve().parents[2]
 TILES = {"tile": 32, "stride": 24, "margin": 2, "batch_size": 3}
 
 
@@ -273,3 +277,47 @@ def test_a_lazy_image_s_values_are_looked_at_where_they_are_computed(written, mo
 def test_other_things_are_no_images(model):
     with pytest.raises(PredictionError, match="the image is a ndarray; expected a DataArray"):
         model.predict(np.zeros((4, 4, 6)))
+
+
+def test_a_stac_item_s_map_is_that_of_its_files(tmp_path, written, model):
+    path, expected = written
+    assets = {}
+    for index, name in enumerate(BAND_NAMES):
+        band = scene()[..., index : index + 1]
+        file = write_raster(tmp_path / f"{index}.tif", band, named=False)
+        assets[name] = {"href": str(file)}
+    found = model.predict({"type": "Feature", "id": "scene", "assets": assets, "properties": {"platform": "landsat-8"}})
+    np.testing.assert_array_equal(found.values, expected)
+    assert found.attrs["SENSORS"] == "L30"
+
+
+MAPPING = """
+import os, resource, sys
+import numpy as np, rioxarray, dask
+import biomass_jax
+folder, way = sys.argv[1:]
+model = biomass_jax.load(os.path.join(folder, "bundle"))
+scene = os.path.join(folder, "scene.tif")
+if way == "file":
+    model.predict_file(scene, os.path.join(folder, "file.tif"))
+else:
+    found = model.predict(rioxarray.open_rasterio(scene, chunks={"x": 512, "y": 512}))
+    found.rio.to_raster(os.path.join(folder, "lazy.tif"))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is counted in other units elsewhere")
+def test_a_whole_tile_of_hls_is_mapped_alike_in_under_3_gib(tmp_path):
+    """3660 x 3660 pixels as Dask's chunks and as a file; the smallest real model, so that it ends within minutes."""
+    random_bundle(tmp_path / "bundle")
+    write_raster(tmp_path / "scene.tif", scene(3660, 3660))
+    for way in ("file", "lazy"):
+        ran = subprocess.run(
+            [sys.executable, "-c", MAPPING, tmp_path, way], capture_output=True, text=True, check=True, cwd=ROOT
+        )
+        kib = int(ran.stdout.splitlines()[-1])
+        print(way, kib)
+        assert kib < 3 * 2**20
+    np.testing.assert_allclose(read_map(tmp_path / "lazy.tif"), read_map(tmp_path / "file.tif"), rtol=0, atol=1e-4)
