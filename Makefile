@@ -1,6 +1,6 @@
 # Everything runs in .venv, which the first target that needs it sets up. Another interpreter: make test PYTHON=python3.12
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-long mutate check bench clean
+.PHONY: help setup demo test test-slow test-long mutate check bench docs clean
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules
 
@@ -63,5 +63,9 @@ bench: $(STAMP) ## speed beside the PyTorch original; installs torch and rioxarr
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
 	$(BIN)/python -m benchmarks.run
 
-clean: ## remove .venv, caches and demo_out
-	rm -rf $(VENV) .cache demo_out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+docs: $(STAMP) ## the documentation as a site: site/index.html; installs mkdocs-material
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[site]'
+	$(BIN)/python -m mkdocs build
+
+clean: ## remove .venv, caches, site and demo_out
+	rm -rf $(VENV) .cache demo_out site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -47,7 +47,14 @@ SWEEP = [
     "optuna>=5.0",  # importances without scikit-learn, parallel trials that keep apart; older ones were not tried
     "sqlalchemy>=2.0",  # under Optuna's storage; reads its URLs here; older ones were not tried
 ]
+XARRAY = [
+    "xarray>=2024.7",  # the first releases for NumPy 2; maps of DataArrays
+    "rioxarray>=0.19",  # CRSs of DataArrays; older ones were not tried
+    "dask>=2024.8",  # lazy ones; the first that works with NumPy 2
+]
 DOCS = ["nbclient>=0.10", "ipykernel>=6.29"]  # runs the notebook as a test; the first that allow Python 3.12
+# `make docs`: the site with its API reference; older ones were not tried.
+SITE = ["mkdocs-material>=9.6", "mkdocstrings[python]>=1.0", "mkdocs-jupyter>=0.25"]
 TOOLS = [
     "setuptools>=70.1",  # builds the wheel without the network; the first that needs no `wheel` beside it
     "pystac[validation]>=1.12,<1.15",  # STAC items; the first with schemas of STAC 1.1; 1.15 is two dozen packages
@@ -90,14 +97,16 @@ setup(
     extras_require={
         "prep": PREP,
         "dask": ["distributed>=2024.8"],  # the first that works with NumPy 2; brings dask
+        "xarray": XARRAY,
         "sweep": SWEEP,
         "hub": ["huggingface_hub>=0.23"],  # resumes broken downloads by itself
         # torch: the version behind the numeric references in tests/golden, for the model that ours races. rioxarray,
         # with xarray: what composites are measured against; older ones were not tried. Only benchmarks/ uses them.
         "bench": ["torch==2.13.0", "rioxarray>=0.19"],
         "docs": DOCS,
+        "site": SITE,
         "tools": TOOLS,
-        "dev": PREP + SWEEP + DOCS + TOOLS,
+        "dev": PREP + SWEEP + XARRAY + DOCS + TOOLS,
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],  # bring-your-own CUDA 12: install jax[cuda12] instead
     },

@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
+from html import escape
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,26 @@ class Bundle:
     def weights_sha256(self) -> str:
         """Digest of the weights (see `weights_sha256`)."""
         return self.meta["weights_sha256"]
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: bands with their statistics, pixel size, output, provenance."""
+        cells = zip(self.bands, self.means.tolist(), self.stds.tolist(), strict=True)
+        bands = "".join(f"<tr><th>{escape(b)}</th><td>{m:.5g}</td><td>{s:.5g}</td></tr>" for b, m, s in cells)
+        output, provenance = self.meta.get("output", {}), self.meta.get("provenance", {})
+        facts = {
+            "task": self.task,
+            "sensors": ", ".join(self.meta["input"].get("sensors", ())) or "not told",
+            "pixel size": f"{self.pixel_size:g} m",
+            "output": f"{', '.join(output.get('bands', ()))} ({output.get('units')})",
+            "no data": output.get("nodata"),
+            "weights": self.weights_sha256[:12],
+            **{key: provenance[key] for key in ("source", "command") if provenance.get(key)},
+        }
+        rows = "".join(f"<tr><th>{escape(key)}</th><td>{escape(str(value))}</td></tr>" for key, value in facts.items())
+        return (
+            f"<b>Model bundle {escape(str(self.path))}</b><table>{rows}</table>"
+            f"<table><tr><th>band</th><th>mean</th><th>standard deviation</th></tr>{bands}</table>"
+        )
 
     def module(self, dtype: str = "float32") -> Any:
         """The Flax module that `variables` belong to."""

@@ -25,7 +25,7 @@ def command(root, *arguments, cwd=None):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        (["--config.bundel=x"], "no field 'bundel' in this config; it has bands, batch_size, blend, bundle"),
+        (["--config.bundel=x"], "no field 'bundel' in this config; it has allow_empty, bands, batch_size"),
         ([], "config.bundle is not given; add --config.bundle=PATH"),
         (["--config.bundle=b"], "config.inputs is not given; add --config.inputs=PATH"),
         (["--config.bundle=b", "--config.inputs=None"], "config.inputs is not given"),

@@ -16,11 +16,12 @@ FOLDERS = ("biomass_jax", "data_prep", "configs", "benchmarks", "launch", "tests
 MOST_FILE_LINES = 500
 MOST_FUNCTION_LINES = 60
 MOST_MODULES_IN_A_FOLDER = 14
-MOST_PRODUCT_LINES = 27_000
+MOST_PRODUCT_LINES = 29_000
 # Modules that one other module imports stand for an idea of their own, or belong to that one.
 OF_THEIR_OWN = {
     "biomass_jax.convert.torch_file.pickle": "safe against hostile files; read and tested by itself",
     "biomass_jax.convert.torch_file.write": "the other direction of the file formats",
+    "biomass_jax.data.raster.stac": "what a raster tells of itself to catalogs, without a model or a run",
     "biomass_jax.evaluation.tables": "scores of pixels as numbers, without a model or a run",
     "biomass_jax.models.attention": "where another kernel for attention goes",
     "biomass_jax.models.biomass": "the model",
@@ -34,7 +35,7 @@ OF_THEIR_OWN = {
     "data_prep.prepare.steps": "what workers call by name",
     "data_prep.synthetic.ruler.shots": "the labels of the ruler world, beside its images",
 }
-MOST_OF_THEIR_OWN = 14
+MOST_OF_THEIR_OWN = 15
 NOT_MIRRORED = {"parity", "reliability", "end_to_end", "mutation"}  # about the whole
 
 # From the bottom up: a part may import the parts of the lines above its own, and itself.

@@ -1,26 +1,28 @@
-"""What belongs to a map beside its pixels: its name, its tags, whether it is finished, what failed."""
+"""Maps as files: their names and tags, whether they are finished, what failed, and how they are written."""
 
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
-import numpy as np
-
 from biomass_jax import figures
 from biomass_jax.bundle import Bundle
-from biomass_jax.data.bands import no_data, parse_band_list
 from biomass_jax.data.raster import stac
-from biomass_jax.data.raster.encoding import AUTO
-from biomass_jax.data.raster.image import ImageSource, read_preview, read_tags
-from biomass_jax.data.raster.resample import MaskSource, mask_identity
+from biomass_jax.data.raster.cog import MapWriter
+from biomass_jax.data.raster.image import ImageSource, open_image, read_preview, read_tags
+from biomass_jax.data.raster.inputs import InputItem
 from biomass_jax.data.raster.tiff import verify_blocks
-from biomass_jax.errors import BiomassError, PredictionError, RasterError, refuse_empty
+from biomass_jax.errors import BiomassError, BundleError, RasterError
+from biomass_jax.prediction.pixels import MapOptions, Mapper, MapPixels, check_source
 from biomass_jax.runtime import environment
 from biomass_jax.runtime.files import write_text
+from biomass_jax.runtime.progress import duration
 from biomass_jax.runtime.settings import changed_fields
 from biomass_jax.version import __version__
 
@@ -33,62 +35,7 @@ QUICKLOOK_SIZE = 1000  # px of the longer side
 LAYER_TITLES = {"agbd": "Above-ground biomass"}
 UNIT_TITLES = {"Mg ha-1": "Mg/ha"}
 TIFF_SUFFIXES = (".tif", ".tiff")
-
-
-@dataclass
-class MapOptions:
-    """How maps are made from files, beside the predictor's own settings.
-
-    Attributes:
-        bands: names of the files' bands where their descriptions don't say, None for an unused band; see
-            `bands.parse_band_list` for how it may be spelled.
-        encoding: what the files' numbers are, one of `encoding.ENCODINGS`.
-        resample: metres, of the pixels that finer images are brought to; None to refuse them.
-        mask: a raster of classes on any grid; pixels of other classes than `mask_keep` become no-data.
-        mask_keep: the classes to keep.
-        allow_empty: write a map as well where fewer than 0.1 % of its pixels get a value.
-        overwrite: make maps again that are finished.
-        quicklook: write a PNG beside each map.
-        style: write a style of QGIS and a colour ramp of GDAL beside each map.
-        stac: write a STAC item beside each map.
-        progress: show a bar on a terminal, lines in a log.
-
-    Raises:
-        PredictionError: half a mask.
-        RasterError: a mask that can't be opened, which no map could be made with.
-    """
-
-    bands: Any = None
-    encoding: str = AUTO
-    resample: float | None = None
-    mask: str | os.PathLike[str] | None = None
-    mask_keep: Sequence[int] | None = None
-    allow_empty: bool = False
-    overwrite: bool = False
-    quicklook: bool = False
-    style: bool = False
-    stac: bool = False
-    progress: bool = False
-
-    def __post_init__(self) -> None:
-        self.bands = parse_band_list(self.bands)
-        self.mask = None if self.mask is None else os.fspath(self.mask)
-        self.mask_keep = tuple(self.mask_keep) if self.mask_keep else None
-        if (self.mask is None) != (self.mask_keep is None):
-            raise PredictionError(
-                f"mask is {self.mask!r} and mask_keep is {self.mask_keep!r}: give both or neither, the raster and "
-                "the classes in it to keep"
-            )
-        self._mask_identity = None if self.mask is None else mask_identity(self.mask)
-
-    def settings(self) -> dict[str, Any]:
-        """What a map's values depend on; a mask counts by what it is read from as well."""
-        found: dict[str, Any] = {"bands": self.bands, "encoding": self.encoding, "resample": self.resample}
-        found |= {"mask": self.mask, "mask_keep": self.mask_keep}
-        if self.mask is not None:
-            mask = os.path.abspath(self.mask) if os.path.exists(self.mask) else self.mask
-            found |= {"mask": mask, "mask_identity": self._mask_identity}
-        return found
+Failure = tuple[str, Exception]  # the input's name, what went wrong
 
 
 @dataclass(frozen=True)
@@ -142,9 +89,19 @@ def style_path(path: Path) -> Path:
 def map_tags(source: ImageSource, bundle: Bundle, settings: Mapping[str, Any]) -> dict[str, str]:
     """Tags of a map: where it comes from and all that its values depend on."""
     identity = source.identity()
-    shell = environment.recorded()
     return {
         "AREA_OR_POINT": "Area",
+        **origin_tags(source, bundle, settings),
+        "SOURCE_SIZE": str(identity["size"]),
+        "SOURCE_MTIME_NS": str(identity["mtime_ns"]),
+        "SOURCE_FILES": identity["files"],
+    }
+
+
+def origin_tags(source: ImageSource, bundle: Bundle, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Those of them that any image has, in a file or in memory."""
+    shell = environment.recorded()
+    return {
         "DATA_SOURCES": _data_sources(source),
         "SEASON": source.season or "unknown",
         "SENSORS": source.sensor or "unknown",
@@ -152,9 +109,6 @@ def map_tags(source: ImageSource, bundle: Bundle, settings: Mapping[str, Any]) -
         "MODEL": json.dumps({name: bundle.meta.get(name) for name in _MODEL_FIELDS}, sort_keys=True),
         "SOFTWARE": f"biomass_jax {__version__}",
         "SETTINGS": json.dumps(settings, sort_keys=True),
-        "SOURCE_SIZE": str(identity["size"]),
-        "SOURCE_MTIME_NS": str(identity["mtime_ns"]),
-        "SOURCE_FILES": identity["files"],
         "SOURCE_READING": json.dumps(source.reading(), sort_keys=True),
         **({"ENVIRONMENT": json.dumps(shell)} if shell else {}),
     }
@@ -194,39 +148,6 @@ def _changes(key: str, found: Mapping[str, str], now: Mapping[str, str]) -> list
     if isinstance(before, dict) and isinstance(after, dict):
         return changed_fields(before, after, f"{key}.")
     return [f"{key}: was {found[key]}, now {now[key]}"]
-
-
-class MapReader:
-    """Rows of an image with the pixels that get a value, and the mask's share of those with data."""
-
-    def __init__(self, source: ImageSource, mask: MaskSource | None) -> None:
-        self._source, self._mask = source, mask
-        self._data = self._kept = 0  # pixels with data, and those of them that the mask keeps
-
-    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Pixels (rows, W, bands) and bool (rows, W), True where the map gets a value."""
-        pixels = self._source.read_rows(start, stop)
-        wanted = ~no_data(pixels, self._source.fill)
-        self._data += int(np.count_nonzero(wanted))
-        if self._mask is not None:
-            wanted &= self._mask.read_rows(start, stop)
-        self._kept += int(np.count_nonzero(wanted))
-        return pixels, wanted
-
-    def refuse_empty(self, allowed: bool) -> None:
-        """PredictionError where (nearly) no pixel of all that were read gets a value, unless that is allowed."""
-        grid = self._source.grid
-        what = "pixels with data"
-        if self._mask is not None and self._data:
-            what = f"pixels of the {self._data:,} with data that the mask {self._mask.name} keeps"
-        refuse_empty(
-            PredictionError, self._kept, grid.height * grid.width, f"{self._source.name}: {what}", allowed=allowed
-        )
-
-    @property
-    def share(self) -> float | None:
-        """Share of the pixels with data that the mask keeps; None without a mask."""
-        return None if self._mask is None else self._kept / max(self._data, 1)
 
 
 def write_beside(
@@ -283,3 +204,110 @@ def failure_table(failures: Sequence[tuple[str, Exception]], total: int) -> str:
     lines = [f"{len(failures)} of {total} inputs failed:"]
     lines += [f"  {name:<{width}}  {reason(name, error)}" for name, error in failures]
     return "\n".join(lines)
+
+
+class OneMap:
+    """A map on its way: begun in one thread, finished in the same or another one.
+
+    Beginning opens the image and starts its prediction, or finds that the map is finished. Small images are only
+    handed to the device then; of large ones all tiles are predicted and written.
+    """
+
+    def __init__(self, predictor: Mapper, item: InputItem, dst: str | os.PathLike[str], options: MapOptions) -> None:
+        """Begin; arguments and errors as for `Predictor.predict_file`."""
+        self._began = time.perf_counter()
+        self._predictor, self._item, self._options = predictor, item, options
+        self._path = map_path(dst, item.relative, predictor.layer)
+        with ExitStack() as stack:
+            self._source = stack.enter_context(open_image(item, **predictor.reading(options)))
+            tags = map_tags(self._source, predictor.bundle, {**predictor.settings, **options.settings()})
+            self._kept = not options.overwrite and is_finished(self._path, tags)
+            if self._kept:
+                log.info("%s: finished before, %s is kept", item.name, self._path)
+            else:
+                self._start(tags, stack)
+            self._held = stack.pop_all()
+
+    def _start(self, tags: dict[str, str], stack: ExitStack) -> None:
+        """Predict; the stack closes what is opened."""
+        check_source(self._source)
+        predictor = self._predictor
+        writer = self._writer = stack.enter_context(
+            MapWriter(
+                self._path,
+                self._source.grid,
+                nodata=predictor.bundle.nodata,
+                description=predictor.layer,
+                unit=predictor.unit,
+                tags=tags,
+            )
+        )
+        name = self._path.name
+        self._pixels = stack.enter_context(MapPixels(predictor, self._source, self._options, writer.write_rows, name))
+
+    def finish(self) -> MapResult:
+        """Wait for the device where need be, write the file and what belongs beside it; to be called once."""
+        with self._held:
+            result = MapResult(self._item.name, self._path, "skipped") if self._kept else self._write()
+            layer, unit = self._predictor.layer, self._predictor.unit
+            write_beside(self._source, self._path, self._options, layer, unit, missing_only=self._kept)
+        return result
+
+    def _write(self) -> MapResult:
+        """Write what is left to write: of a whole image all rows, once the device is done."""
+        pixels = self._pixels
+        pixels.finish()
+        stac.remove_item(self._path)  # of the map that this one replaces
+        self._writer.close()
+        parts = {**vars(pixels.timings), **self._writer.seconds}
+        seconds, share = time.perf_counter() - self._began, pixels.share
+        kept = "" if share is None else f", the mask keeps {share:.1%} of its data pixels"
+        many = "" if pixels.chips == 1 else "s"
+        log.info("%s: %d chip%s in %s%s", self._path, pixels.chips, many, duration(seconds), kept)
+        return MapResult(self._source.name, self._path, "written", pixels.chips, seconds, parts, share)
+
+
+def make_maps(
+    items: Sequence[InputItem], begin: Callable[[InputItem], Callable[[], MapResult]]
+) -> tuple[list[MapResult], list[Failure]]:
+    """Make a map of each input.
+
+    Args:
+        items: the inputs.
+        begin: starts a map in this thread; what it returns is called once, in another one, so that reading the next
+            image and computing its map need not wait for the file of this one. At most two are on their way.
+
+    Returns:
+        The maps, and what failed; both in the order of the inputs.
+
+    Raises:
+        BundleError: damaged weights; no other image would fare better.
+    """
+    results: list[MapResult] = []
+    failures: list[Failure] = []
+
+    def finish(item: InputItem, begun: Future[Callable[[], MapResult]]) -> None:
+        try:
+            results.append(begun.result()())
+        except BundleError:
+            raise
+        except Exception as error:
+            why = reason(item.name, error)
+            log.error("%s: failed: %s", item.name, why, exc_info=not isinstance(error, BiomassError))
+            failures.append((item.name, error))
+
+    finishing: list[Future[None]] = []
+    with ThreadPoolExecutor(1, "map finisher") as finisher:
+        for item in items:
+            begun: Future[Callable[[], MapResult]] = Future()
+            try:
+                begun.set_result(begin(item))
+            except BundleError:
+                raise
+            except Exception as error:  # given back in its turn, so that failures keep the order of the inputs
+                begun.set_exception(error)
+            finishing.append(finisher.submit(finish, item, begun))
+            wait(finishing[-2:-1])
+    for finished in finishing:
+        finished.result()
+    return results, failures

@@ -2,11 +2,10 @@
 
 import logging
 import os
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, nullcontext
-from typing import Any
+import threading
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -14,24 +13,23 @@ import numpy as np
 from biomass_jax import bundle as bundles
 from biomass_jax.bundle import Bundle
 from biomass_jax.data import bands as band_table
+from biomass_jax.data.raster import arrays
 from biomass_jax.data.raster import encoding as encodings
-from biomass_jax.data.raster import stac
-from biomass_jax.data.raster.cog import MapWriter
-from biomass_jax.data.raster.image import open_image
-from biomass_jax.data.raster.inputs import InputItem, find_inputs
-from biomass_jax.data.raster.resample import MaskSource
-from biomass_jax.errors import BiomassError, BundleError, PredictionError, RasterError
+from biomass_jax.data.raster.image import Reading, open_image
+from biomass_jax.data.raster.inputs import InputItem, find_inputs, is_stac_item, stac_input
+from biomass_jax.errors import PredictionError, RasterError
 from biomass_jax.prediction import maps
 from biomass_jax.prediction.forward import Forward, ModelFunction
-from biomass_jax.prediction.maps import MapOptions, MapResult
+from biomass_jax.prediction.maps import Failure, MapResult
+from biomass_jax.prediction.pixels import MapOptions, map_lazily, map_now
 from biomass_jax.prediction.reference_tiling import reference_0_99_plan, reference_1_2_plan
-from biomass_jax.prediction.stream import Timings, check_finite, stream_map
 from biomass_jax.prediction.tiling import TilePlan, check_settings, default_plan
-from biomass_jax.runtime.progress import Progress, duration
+
+if TYPE_CHECKING:
+    import pystac
+    import xarray
 
 log = logging.getLogger(__name__)
-
-Failure = tuple[str, Exception]  # the input's name, what went wrong
 
 
 class Predictor:
@@ -91,6 +89,7 @@ class Predictor:
             model_fn=model_fn,
         )
         self.batch_size = self.forward.batch_size(batch_size)
+        self.one_at_a_time = threading.Lock()  # of Dask's threads, which would each hold a batch on the device
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], **settings: Any) -> "Predictor":
@@ -104,6 +103,14 @@ class Predictor:
             BundleError: no bundle there, or of another schema version; damaged weights show with the first image.
         """
         return cls(bundles.load(path, settings.get("replicated"), background=True), **settings)
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: the bundle, and how images are tiled."""
+        told = ", ".join(f"{key} {value}" for key, value in self.settings.items())
+        return f"{self.bundle._repr_html_()}<p>{escape(told)}, batch_size {self.batch_size}</p>"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        raise PredictionError("a predictor stays in its process: compute lazy maps with scheduler='threads'")
 
     def warm_up(self) -> None:
         """Compile for batches of int16 tiles now, so that the first map takes no longer."""
@@ -157,7 +164,7 @@ class Predictor:
         items = find_inputs(src)
         if len(items) != 1:
             raise PredictionError(f"{os.fspath(src)}: {len(items)} images; predict_file maps one, predict_dir many")
-        return _OneMap(self, items[0], dst, MapOptions(**options)).finish()
+        return maps.OneMap(self, items[0], dst, MapOptions(**options)).finish()
 
     def predict_dir(
         self, src: str | os.PathLike[str], dst: str | os.PathLike[str] = ".", **options: object
@@ -195,7 +202,82 @@ class Predictor:
         chosen = MapOptions(**options)
         if len(items) > 1 and maps.is_tiff_path(dst):
             raise PredictionError(f"{os.fspath(dst)}: one file for {len(items)} maps; give a folder")
-        return make_maps(items, lambda item: _OneMap(self, item, dst, chosen).finish)
+        return maps.make_maps(items, lambda item: maps.OneMap(self, item, dst, chosen).finish)
+
+    def predict(
+        self,
+        image: "xarray.DataArray | xarray.Dataset | str | os.PathLike[str] | Mapping[str, object] | pystac.Item",
+        *,
+        bands: object = None,
+        encoding: str = encodings.AUTO,
+        resample: float | None = None,
+        mask: str | os.PathLike[str] | None = None,
+        mask_keep: Sequence[int] | None = None,
+        allow_empty: bool = False,
+        progress: bool = False,
+    ) -> "xarray.DataArray":
+        """Map an image of any size as an xarray DataArray, with the pixels that `predict_file` writes.
+
+        Args:
+            image: a DataArray of the dimensions band, y, x in any order, with or without a time; a Dataset with a
+                variable a band; a path or URL; a STAC item of pystac, or its dictionary. What Dask holds is mapped
+                when it is computed, and only as much of it as is computed.
+            bands: as in `MapOptions`, and so the arguments below; of a lazy image `allow_empty` has no meaning.
+            encoding: what the numbers are.
+            resample: metres, of the pixels that finer images are brought to.
+            mask: a raster of classes on any grid.
+            mask_keep: the classes to keep.
+            allow_empty: give maps (nearly) without a value.
+            progress: show a bar on a terminal or in a notebook; a lazy image has Dask's own.
+
+        Returns:
+            DataArray of float32 (y, x), or (time, y, x), in Mg/ha, with the image's CRS and coordinates; no data is the
+            attribute `_FillValue`. Other attributes are the tags of a map's file.
+
+        Raises:
+            RasterError: as `predict_file`, an array that doesn't tell where its pixels or bands are, or xarray missing.
+            PredictionError: as `predict_file`, or another kind of image.
+        """
+        options = MapOptions(bands, encoding, resample, mask, mask_keep, allow_empty, progress=progress)
+        if arrays.is_array(image):
+            images = arrays.ArrayImages(image)
+            return arrays.stacked([self._map_array(one, options) for one in images.at_times()], images)
+        if isinstance(image, (str, os.PathLike)):
+            items = find_inputs(image)
+            if len(items) != 1:
+                raise PredictionError(f"{os.fspath(image)}: {len(items)} images; predict maps one, predict_dir many")
+        elif is_stac_item(image):
+            items = [stac_input(image)]
+        else:
+            raise PredictionError(
+                f"the image is a {type(image).__name__}; expected a DataArray, a Dataset, a path or a STAC item "
+                "(predict_array takes NumPy's arrays)"
+            )
+        with open_image(items[0], **self.reading(options)) as source:
+            tags = maps.map_tags(source, self.bundle, {**self.settings, **options.settings()})
+            values = map_now(self, source, options)
+            return arrays.as_array(values, source.grid, self.layer, self._attributes(tags))
+
+    def reading(self, options: MapOptions) -> Reading:
+        """Keyword arguments of `open_image` for this model's images."""
+        return {
+            "band_list": options.bands,
+            "wanted": self.bundle.bands,
+            "model_sensors": tuple(self.bundle.meta["input"].get("sensors", ())),
+            "encoding": options.encoding,
+            "pixel_size": self.bundle.pixel_size,
+            "resample": options.resample,
+        }
+
+    def _attributes(self, tags: Mapping[str, str]) -> dict[str, Any]:
+        title = maps.LAYER_TITLES.get(self.layer, self.layer)
+        return {"long_name": title, "units": self.unit, "_FillValue": float(self.bundle.nodata), **tags}
+
+    def _map_array(self, images: arrays.ArrayImages, options: MapOptions) -> "xarray.DataArray":
+        source = images.source(**self.reading(options))
+        tags = maps.origin_tags(source, self.bundle, {**self.settings, **options.settings()})
+        values = (map_lazily if images.lazy else map_now)(self, source, options)
+        return images.as_map(values, source.grid, self.layer, self._attributes(tags))
 
     @property
     def layer(self) -> str:
@@ -218,172 +300,6 @@ class Predictor:
             return reference_0_99_plan(height, width, tile=tile, stride=stride)
         margin, blend = self._geometry["margin"], self._geometry["blend"]
         return reference_1_2_plan(height, width, tile=tile, stride=stride, margin=margin, blend=blend)
-
-
-class _OneMap:
-    """A map on its way: begun in one thread, finished in the same or another one.
-
-    Beginning opens the image and starts its prediction, or finds that the map is finished. Small images are only
-    handed to the device then; of large ones all tiles are predicted and written.
-    """
-
-    def __init__(self, predictor: Predictor, item: InputItem, dst: str | os.PathLike[str], options: MapOptions) -> None:
-        """Begin; arguments and errors as for `Predictor.predict_file`."""
-        self._began = time.perf_counter()
-        self._predictor, self._item, self._options = predictor, item, options
-        self._path = maps.map_path(dst, item.relative, predictor.layer)
-        bundle = predictor.bundle
-        sensors = tuple(bundle.meta["input"].get("sensors", ()))
-        with ExitStack() as stack:
-            self._source = stack.enter_context(
-                open_image(
-                    item,
-                    band_list=options.bands,
-                    wanted=bundle.bands,
-                    model_sensors=sensors,
-                    encoding=options.encoding,
-                    pixel_size=bundle.pixel_size,
-                    resample=options.resample,
-                )
-            )
-            settings = {**predictor.settings, **options.settings()}
-            tags = maps.map_tags(self._source, bundle, settings)
-            self._kept = not options.overwrite and maps.is_finished(self._path, tags)
-            if self._kept:
-                log.info("%s: finished before, %s is kept", item.name, self._path)
-            else:
-                self._source.check_units()
-                for warning in self._source.warnings:
-                    log.warning("%s", warning)
-                self._start(tags, stack)
-            self._held = stack.pop_all()
-
-    def _start(self, tags: dict[str, str], stack: ExitStack) -> None:
-        """Predict; the stack closes what is opened."""
-        predictor, grid = self._predictor, self._source.grid
-        plan = predictor.plan(grid.height, grid.width)
-        shape = (1, grid.height, grid.width) if plan is None else (predictor.batch_size, *(predictor.tile,) * 2)
-        predictor.forward.prepare((*shape, len(predictor.bundle.bands)), self._source.dtype)
-        mask = None
-        if self._options.mask is not None:
-            mask = stack.enter_context(MaskSource(self._options.mask, grid, self._options.mask_keep or ()))
-        self._reader = maps.MapReader(self._source, mask)
-        self._writer = stack.enter_context(
-            MapWriter(
-                self._path,
-                grid,
-                nodata=predictor.bundle.nodata,
-                description=predictor.layer,
-                unit=predictor.unit,
-                tags=tags,
-            )
-        )
-        self._chips = 1 if plan is None else plan.count
-        self._timings = Timings() if plan is None else self._predict_tiles(plan)
-        self._whole: jax.Array | None = None
-        if plan is None:
-            began = time.perf_counter()
-            pixels, self._wanted = self._reader.read(0, grid.height)
-            self._timings.read = time.perf_counter() - began
-            self._whole = predictor.forward(pixels[None], self._source.fill)
-
-    def _predict_tiles(self, plan: TilePlan) -> Timings:
-        """Predict all tiles and write their rows."""
-        with Progress(self._path.name, plan.count) if self._options.progress else nullcontext() as shown:
-            return stream_map(
-                plan,
-                self._reader.read,
-                lambda images: self._predictor.forward(images, self._source.fill),
-                self._writer.write_rows,
-                batch_size=self._predictor.batch_size,
-                nodata=self._predictor.bundle.nodata,
-                advance=shown.advance if shown else lambda chips: None,
-            )
-
-    def finish(self) -> MapResult:
-        """Wait for the device where need be, write the file and what belongs beside it; to be called once."""
-        with self._held:
-            result = MapResult(self._item.name, self._path, "skipped") if self._kept else self._write()
-            layer, unit = self._predictor.layer, self._predictor.unit
-            maps.write_beside(self._source, self._path, self._options, layer, unit, missing_only=self._kept)
-        return result
-
-    def _write(self) -> MapResult:
-        """Write what is left to write: of a whole image all rows, once the device is done."""
-        # No progress is shown of a whole image: it is done before a bar could be read, and folders hold thousands.
-        if self._whole is not None:
-            began = time.perf_counter()
-            values = np.array(self._whole)[0]
-            self._timings.compute = time.perf_counter() - began
-            check_finite(values, self._wanted)
-            values[~self._wanted] = self._predictor.bundle.nodata
-            self._writer.write_rows(0, values)
-        self._reader.refuse_empty(self._options.allow_empty)
-        stac.remove_item(self._path)  # of the map that this one replaces
-        self._writer.close()
-        for what, (count, row, column) in self._source.oddities.items():
-            values = "value is" if count == 1 else "values are"
-            log.warning(
-                "%s: %d %s %s, the first in row %d, column %d; taken as no-data",
-                self._item.name,
-                count,
-                values,
-                what,
-                row,
-                column,
-            )
-        parts = {**vars(self._timings), **self._writer.seconds}
-        seconds, share = time.perf_counter() - self._began, self._reader.share
-        kept = "" if share is None else f", the mask keeps {share:.1%} of its data pixels"
-        many = "" if self._chips == 1 else "s"
-        log.info("%s: %d chip%s in %s%s", self._path, self._chips, many, duration(seconds), kept)
-        return MapResult(self._source.name, self._path, "written", self._chips, seconds, parts, share)
-
-
-def make_maps(
-    items: Sequence[InputItem], begin: Callable[[InputItem], Callable[[], MapResult]]
-) -> tuple[list[MapResult], list[Failure]]:
-    """Make a map of each input.
-
-    Args:
-        items: the inputs.
-        begin: starts a map in this thread; what it returns is called once, in another one, so that reading the next
-            image and computing its map need not wait for the file of this one. At most two are on their way.
-
-    Returns:
-        The maps, and what failed; both in the order of the inputs.
-
-    Raises:
-        BundleError: damaged weights; no other image would fare better.
-    """
-    results: list[MapResult] = []
-    failures: list[Failure] = []
-
-    def finish(item: InputItem, begun: Future[Callable[[], MapResult]]) -> None:
-        try:
-            results.append(begun.result()())
-        except BundleError:
-            raise
-        except Exception as error:
-            why = maps.reason(item.name, error)
-            log.error("%s: failed: %s", item.name, why, exc_info=not isinstance(error, BiomassError))
-            failures.append((item.name, error))
-
-    finishing: list[Future[None]] = []
-    with ThreadPoolExecutor(1, "map finisher") as finisher:
-        for item in items:
-            begun: Future[Callable[[], MapResult]] = Future()
-            try:
-                begun.set_result(begin(item))
-            except BundleError:
-                raise
-            except Exception as error:  # given back in its turn, so that failures keep the order of the inputs
-                begun.set_exception(error)
-            finishing.append(finisher.submit(finish, item, begun))
-            wait(finishing[-2:-1])
-    for finished in finishing:
-        finished.result()
-    return results, failures
 
 
 def _as_digital_numbers(image: np.ndarray, encoding: str, bundle: Bundle) -> np.ndarray:

@@ -8,10 +8,10 @@ in the plan's order whatever the batch size.
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
@@ -104,8 +104,10 @@ class Timings:
     blend: float = 0.0
 
 
-def _tile_batches(plan: TilePlan, read: ReadRows, batch_size: int, timings: Timings) -> Iterator[TileBatch]:
-    """The tiles in the plan's order."""
+def _tile_batches(
+    plan: TilePlan, read: ReadRows, batch_size: int, timings: Timings, *, all_rows: bool = True
+) -> Iterator[TileBatch]:
+    """The tiles in the plan's order; `all_rows` as for `SourceRows`."""
     held: deque[tuple[int, np.ndarray]] = deque()  # (first row, wanted) of rows that tiles still need
     batch = TileBatch()
 
@@ -123,7 +125,7 @@ def _tile_batches(plan: TilePlan, read: ReadRows, batch_size: int, timings: Timi
             wanted[max(rows.start - start, 0) : max(rows.stop - start, 0), columns].any() for start, wanted in held
         )
 
-    source, firsts = SourceRows(plan, read_rows), plan.first_rows()
+    source, firsts = SourceRows(plan, read_rows, all_rows=all_rows), plan.first_rows()
     for index, row in enumerate(plan.rows):
         source.advance(index)
         while held[0][0] + len(held[0][1]) <= firsts[index]:
@@ -226,3 +228,86 @@ def stream_map(
         for first_row, values in _finished_rows(plan, predicted, timings, nodata=nodata, advance=advance):
             put(first_row, values)
     return timings
+
+
+@dataclass
+class TileRowPrediction:
+    """What the tiles of one row predict, to be blended with its neighbours.
+
+    Attributes:
+        tiles: those with a pixel to map, in order.
+        values: float32 (tiles, h, w).
+        start: the first source row that was read for them.
+        wanted: bool (rows, W), which pixels of the rows from `start` on get a value.
+    """
+
+    tiles: list[Tile]
+    values: list[np.ndarray]
+    start: int
+    wanted: np.ndarray
+
+
+def predict_tile_row(
+    plan: TilePlan, index: int, read: ReadRows, forward: StartBatch, *, batch_size: int
+) -> TileRowPrediction:
+    """Predict the tiles of one row, number `index`; arguments are those of `stream_map`."""
+    starts: list[int] = []
+
+    def noted(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        starts.append(start)
+        return read(start, stop)
+
+    tiles: list[Tile] = []
+    values: list[np.ndarray] = []
+    wanted: list[np.ndarray] = []
+    for batch in _tile_batches(plan.of_row(index), noted, batch_size, Timings(), all_rows=False):
+        wanted += batch.wanted
+        if batch.images is not None:
+            tiles += [tile for _, tile in batch.slots]
+            values += list(np.asarray(forward(batch.images))[: len(batch.slots)])
+    return TileRowPrediction(tiles, values, starts[0], np.concatenate(wanted))
+
+
+def blend_band(
+    plan: TilePlan, start: int, stop: int, predictions: Mapping[int, TileRowPrediction], *, nodata: float
+) -> np.ndarray:
+    """Rows of a map, blended as `stream_map` does.
+
+    Args:
+        plan: of the whole raster.
+        start: the first of the rows.
+        stop: the row behind the last.
+        predictions: of all rows of tiles that touch these rows, by number.
+        nodata: value of pixels that are not wanted.
+
+    Returns:
+        float32 (rows, W).
+
+    Raises:
+        PredictionError: a wanted pixel has no finite prediction.
+    """
+    part = replace(plan, rows=tuple(plan.rows[index] for index in sorted(predictions)))
+    blender = Blender(part, part.first_rows()[0])
+    blended = np.full((stop - start, plan.width), np.nan, np.float32)
+    wanted = np.ones(blended.shape, bool)
+
+    def take(number: int) -> None:
+        for first, values in blender.finished_before(number):
+            low, high = max(first, start), min(first + len(values), stop)
+            if low < high:
+                blended[low - start : high - start] = values[low - first : high - first]
+            if first + len(values) >= stop:
+                return
+
+    for number, index in enumerate(sorted(predictions)):
+        take(number)
+        one = predictions[index]
+        for tile, values in zip(one.tiles, one.values, strict=True):
+            blender.add(number, tile, values)
+        low, high = max(one.start, start), min(one.start + len(one.wanted), stop)
+        if low < high:
+            wanted[low - start : high - start] = one.wanted[low - one.start : high - one.start]
+    take(len(predictions))
+    check_finite(blended, wanted, start)
+    blended[~wanted] = nodata
+    return blended

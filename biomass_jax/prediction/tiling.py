@@ -7,8 +7,9 @@ never with the raster's height. Tiles are added in the plan's order whatever the
 always taken in one order.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -71,6 +72,33 @@ class TilePlan:
         columns = slice(max(first_column, 0), min(first_column + used_width, self.width))
         inside_rows = slice(rows.start - first_row, rows.stop - first_row)
         return rows, columns, inside_rows, slice(columns.start - first_column, columns.stop - first_column)
+
+    def source_rows(self, index: int) -> tuple[int, int]:
+        """(start, stop) of the raster's rows that the row of tiles number `index` is cut from."""
+        rows = self.reflected_rows(index)
+        return int(rows.min()), int(rows.max()) + 1
+
+    def reflected_rows(self, index: int) -> np.ndarray:
+        """(tile height,) the raster's row behind each row of the tiles of the row number `index`."""
+        return reflect_index(np.arange(self.tile_height) - self.pad + self.rows[index].row, self.height)
+
+    def of_row(self, index: int) -> "TilePlan":
+        """The plan of one row of tiles alone, number `index`."""
+        return replace(self, rows=(self.rows[index],))
+
+    def bands(self) -> list[tuple[int, int, tuple[int, ...]]]:
+        """(start, stop, rows of tiles) of row bands of the raster that are blended from few rows of tiles each."""
+        edges = [*self.first_rows(), self.height]
+        covered = [[self.window(row, tile)[0] for tile in row.tiles] for row in self.rows]
+        return [
+            (
+                start,
+                stop,
+                tuple(i for i, rows in enumerate(covered) if any(r.start < stop and r.stop > start for r in rows)),
+            )
+            for start, stop in itertools.pairwise(edges)
+            if start < stop
+        ]
 
     def first_rows(self) -> list[int]:
         """For each row of tiles the first raster row that it or any later row of tiles touches."""
@@ -165,20 +193,23 @@ def _span(index: np.ndarray) -> slice | np.ndarray:
 class SourceRows:
     """The source rows that the current row of tiles needs, each read once and dropped when no later tile needs it."""
 
-    def __init__(self, plan: TilePlan, read_rows: Callable[[int, int], np.ndarray]) -> None:
-        """`read_rows(start, stop)` returns source rows (stop - start, width, channels)."""
+    def __init__(self, plan: TilePlan, read_rows: Callable[[int, int], np.ndarray], *, all_rows: bool = True) -> None:
+        """`read_rows(start, stop)` returns source rows (stop - start, width, channels).
+
+        Rows that no tile needs are read as well, for the reader's other uses, unless `all_rows` says otherwise.
+        """
         self._plan = plan
         self._read_rows = read_rows
-        offsets = np.arange(plan.tile_height) - plan.pad
-        self._rows = [reflect_index(offsets + row.row, plan.height) for row in plan.rows]
+        self._rows = [plan.reflected_rows(index) for index in range(len(plan.rows))]
         self._columns = reflect_index(
             np.arange(max(t.column for r in plan.rows for t in r.tiles) + plan.tile_width) - plan.pad, plan.width
         )
         self._stops = [int(stop) for stop in np.maximum.accumulate([rows.max() + 1 for rows in self._rows])]
         self._starts = [int(start) for start in np.minimum.accumulate([rows.min() for rows in self._rows][::-1])[::-1]]
-        self._stops[-1] = plan.height  # rows that no tile needs are still handed to the reader's other uses
         self._buffer: np.ndarray | None = None
-        self._start = self._stop = 0
+        self._start = self._stop = 0 if all_rows else self._starts[0]
+        if all_rows:
+            self._stops[-1] = plan.height
 
     def advance(self, index: int) -> None:
         """Read what the row of tiles number `index` needs beyond what is held; call with 0, 1, 2 ... in turn."""
@@ -209,10 +240,11 @@ class Blender:
     `finished_before` of the number of rows of tiles yields. Rows come out in order, each once.
     """
 
-    def __init__(self, plan: TilePlan) -> None:
+    def __init__(self, plan: TilePlan, start: int = 0) -> None:
+        """`start` is the first row that any tile touches."""
         self._plan = plan
         self._firsts = [*plan.first_rows(), plan.height]
-        self._start = 0
+        self._start = start
         rows = min(plan.tile_height, plan.height)
         self._sum = np.zeros((rows, plan.width), np.float32)
         self._weight = np.zeros((rows, plan.width), np.float32)

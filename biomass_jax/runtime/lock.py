@@ -25,7 +25,7 @@ from typing import NamedTuple, NoReturn
 
 from biomass_jax.errors import BiomassError, FolderError
 
-LOCK = ".lock"
+LOCK = ".biomass_jax.lock"
 BEAT = 3.0  # seconds between two signs of life; a folder that was lost twice in a row is lost
 STALE = 60.0  # seconds without one after which a holder on another machine is taken for dead
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # of a write that finds no room

@@ -1,4 +1,4 @@
-"""How far a map is: a bar on a terminal, a line every ten seconds in a log."""
+"""How far a map is: a bar on a terminal or in a notebook, a line every ten seconds in a log."""
 
 import logging
 import sys
@@ -24,7 +24,7 @@ class Progress:
         every: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`terminal` None asks standard error; `every` is seconds between lines where it is none."""
+        """`terminal` None asks standard error, or is a notebook; `every` is seconds between lines where it is none."""
         self._name = name
         self._total = total
         self._done = 0
@@ -34,7 +34,8 @@ class Progress:
         self._began: float | None = None  # when the first chips were done
         self._first = 0  # how many those were
         self._bar: Any = None
-        if sys.stderr.isatty() if terminal is None else terminal:
+        if sys.stderr.isatty() or in_notebook() if terminal is None else terminal:
+            # the plain bar in notebooks too: that of tqdm.notebook needs ipywidgets
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, desc=name, unit="chip", dynamic_ncols=True)
@@ -65,6 +66,12 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def in_notebook() -> bool:
+    """Whether this is a kernel of Jupyter's, which shows standard error, and a bar in it, though it is no terminal."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return type(shell).__name__ == "ZMQInteractiveShell"
 
 
 def duration(seconds: float) -> str:

@@ -20,7 +20,6 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from ml_collections import config_dict
 
 from biomass_jax.errors import ConfigError
@@ -168,7 +167,7 @@ def typed(value: Any, annotation: Any, name: str) -> Any:
 
 def _typed_one(value: Any, kind: type) -> Any:
     """KeyError, TypeError or ValueError where it can't be."""
-    if isinstance(value, np.generic):
+    if hasattr(value, "dtype") and hasattr(value, "item"):
         value = value.item()
     if kind is bool:
         return _FLAGS[str(value).strip().casefold()]

@@ -66,12 +66,7 @@ def index_tile(
         PrepError: grids differ, a tag is missing, or shots and labels contradict each other.
         RasterError: the composite can't be read or holds no digital numbers, or labels are above `label_max`.
     """
-    size, min_labels, max_nodata = settings.size, settings.min_labels, settings.max_nodata
-    if not (size > 0 and min_labels >= 1 and 0 <= max_nodata <= 1):
-        raise PrepError(
-            f"settings: found size {size}, min_labels {min_labels}, max_nodata {max_nodata}, expected a size above 0, "
-            "min_labels from 1 on, max_nodata from 0 to 1"
-        )
+    size, min_labels, max_nodata = _checked(settings)
     counts = {"cells": 0, "kept": 0, "few_labels": 0, "no_data": 0}
     rows = []
     odd: Counter[str] = Counter()
@@ -101,6 +96,16 @@ def index_tile(
         told = ", ".join(f"{number} {what}" for what, number in odd.items())
         warnings.warn(f"{label}: labels taken as none: {told}", stacklevel=2)
     return rows, counts
+
+
+def _checked(settings: ChipSettings) -> tuple[int, int, float]:
+    size, min_labels, max_nodata = settings.size, settings.min_labels, settings.max_nodata
+    if not (size > 0 and min_labels >= 1 and 0 <= max_nodata <= 1):
+        raise PrepError(
+            f"settings: found size {size}, min_labels {min_labels}, max_nodata {max_nodata}, expected a size above 0, "
+            "min_labels from 1 on, max_nodata from 0 to 1"
+        )
+    return size, min_labels, max_nodata
 
 
 def _label_fields(found: np.ndarray) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import numpy as np
 
 from biomass_jax.data.bands import BAND_NAMES, FILL
 from biomass_jax.data.raster.cog import write_cog
+from biomass_jax.data.raster.grid import Grid
 from biomass_jax.errors import PrepError, refuse_empty
 from biomass_jax.runtime.settings import add_options, options_of
 from biomass_jax.runtime.system import cores
@@ -134,19 +135,31 @@ def composite(
     tags = _tags(scenes, season, duplicates)
     rows = _rows(plan, counts, tags, f"{dst}: pixels with {min_clear} clear observations or more", allow_empty)
     path = write_cog(dst, rows, scenes[0].grid, "int16", NAMES, FILL, tags)
+    return _report(path, scenes[0].grid, tags, counts, selection, duplicates, min_clear)
+
+
+def _report(
+    path: Path,
+    grid: Grid,
+    tags: Mapping[str, str],
+    counts: sums.Counts,
+    selection: Selection,
+    duplicates: Mapping[str, str],
+    min_clear: int,
+) -> CompositeReport:
     few = counts.covered == 0
     odd = [f"{name}: {n:,} values {what}, taken as no-data" for (name, what), n in sorted(counts.odd.items())]
     return CompositeReport(
         path=path,
         tile=tags["TILE"],
-        season=season.text,
+        season=tags["SEASON"],
         sensors=tags["SENSORS"],
         scenes=tuple(counts.by_scene),
         duplicates=duplicates,
         out_of_season=selection.out_of_season,
         other_sensors=selection.other_sensors,
         counts=counts.by_scene,
-        pixels=scenes[0].grid.height * scenes[0].grid.width,
+        pixels=grid.height * grid.width,
         covered=counts.covered,
         warnings=(*[f"{path}: no pixel has {min_clear} clear observations"] * few, *odd),
         used=counts.used,

@@ -199,16 +199,21 @@ def write_shards(
         tasks = _tasks(temporary, splits, records_per_shard, seed, reference_statistics, shape, dtype)
         done = list(run_all(write_shard, tasks, workers=workers, executor=executor))
         _check_unique(done)
-        pixels, valid, labels = (sum(getattr(shard, name) for shard in done) for name in ("pixels", "valid", "labels"))
-        refuse_empty(PrepError, valid, pixels, f"{out}: pixels of its chips with data", allowed=allow_empty)
-        if labelled:
-            count = sum(len(shard.chips) for shard in done)
-            refuse_empty(PrepError, labels, count, f"{out}: labels of its chips", allowed=allow_empty)
+        _refuse_empty(done, out, labelled=labelled, allowed=allow_empty)
         info = _metadata(done, shape, dtype, reference_statistics, dict(metadata or {}))
         info["shard_settings"] = {"seed": seed, "records_per_shard": records_per_shard, "coding": CODING}
         _write_tfds_metadata(temporary, done, shape, dtype, info)
         replace_folder(temporary, out)
     return info
+
+
+def _refuse_empty(done: Sequence[Shard], out: Path, *, labelled: bool, allowed: bool) -> None:
+    """Refuse a data set with (nearly) no data, or without labels where it is to have some."""
+    pixels, valid, labels = (sum(getattr(shard, name) for shard in done) for name in ("pixels", "valid", "labels"))
+    refuse_empty(PrepError, valid, pixels, f"{out}: pixels of its chips with data", allowed=allowed)
+    if labelled:
+        count = sum(len(shard.chips) for shard in done)
+        refuse_empty(PrepError, labels, count, f"{out}: labels of its chips", allowed=allowed)
 
 
 @contextmanager

@@ -52,7 +52,7 @@ def test_a_step_is_refused_beside_prepare(tmp_path, capsys, words):
     out = tmp_path / "out"
     with one_writer(out):
         assert main(words.format(out=out).split()) == 1
-        assert [path.name for path in out.iterdir()] == [".lock"]
+        assert [path.name for path in out.iterdir()] == [".biomass_jax.lock"]
     said = capsys.readouterr().err
     assert said.startswith(f"error: {out}: another run is at work there: ") and said.count("\n") == 1
 

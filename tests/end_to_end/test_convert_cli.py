@@ -188,6 +188,6 @@ def test_two_conversions_to_one_place_do_not_run_at_once(golden, tmp_path, capsy
     source = str(golden / "ckpt_micro_cli" / WEIGHTS)
     with one_writer(*lock_beside(tmp_path / "out")):
         assert main(["--input", source, "--output", str(tmp_path / "out"), *more]) == 1
-        assert [path.name for path in tmp_path.iterdir()] == [".out.lock"]
+        assert [path.name for path in tmp_path.iterdir()] == [".out.biomass_jax.lock"]
     said = capsys.readouterr().err
     assert said.startswith(f"error: {tmp_path}: another run is at work there: process ") and said.count("\n") == 1

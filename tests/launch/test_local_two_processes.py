@@ -174,7 +174,7 @@ def test_two_processes_map_as_one_does_and_one_failure_fails_both(jobs):
 def test_two_processes_are_refused_together_where_another_run_is_at_work(jobs):
     with one_writer(jobs.folder / "held"):
         status, said = jobs.run(2, "held", "configs/predict.py", *fields(bundle="none", inputs=jobs.folder))
-        assert [path.name for path in (jobs.folder / "held").iterdir()] == [".lock"]
+        assert [path.name for path in (jobs.folder / "held").iterdir()] == [".biomass_jax.lock"]
     assert status == 1
     assert said.count("another run is at work there") == 1 and "process 0 says what is wrong with it" in said
 

@@ -146,7 +146,7 @@ def test_a_trial_worse_than_the_median_is_stopped_early(world, undrawn):
 def test_a_sweep_is_refused_where_a_run_is_at_work(world, caplog):
     with one_writer(world.out):
         assert world.run("--trials", "1") == 1
-        assert [path.name for path in world.out.iterdir()] == [".lock"]
+        assert [path.name for path in world.out.iterdir()] == [".biomass_jax.lock"]
     assert f"{world.out}: another run is at work there: process {os.getpid()} on " in caplog.text
 
 

@@ -216,7 +216,7 @@ PLACES = (
     Mutation(
         "item_of_the_map_before_stays",
         "tests/prediction/test_maps.py::test_a_map_that_is_made_again_has_no_item_of_the_old_one",
-        in_file("biomass_jax/prediction/predictor.py", ("stac.remove_item(self._path)", "stac.item_path(self._path)")),
+        in_file("biomass_jax/prediction/maps.py", ("stac.remove_item(self._path)", "stac.item_path(self._path)")),
     ),
     Mutation(
         "outline_across_the_antimeridian_not_moved",

@@ -3,7 +3,9 @@
 import json
 import logging
 import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -395,6 +397,19 @@ def test_the_time_before_the_first_chips_is_no_speed(caplog, capsys, monkeypatch
             now[0] += seconds
             progress.advance(chips)
         assert "30/100" in str(progress._bar) and "1.67chip/s" in str(progress._bar)
+
+
+def test_a_bar_in_a_notebook_needs_no_widgets(capsys, monkeypatch):
+    kernel = type("ZMQInteractiveShell", (), {})()
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: kernel))
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    with Progress("map.tif", 8) as progress:
+        progress.advance(8)
+    assert "8/8" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: None))
+    with Progress("map.tif", 8) as progress:
+        progress.advance(8)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_bar_on_a_terminal(capsys):

@@ -1,5 +1,6 @@
 """The predictor around stub models: what goes in, what comes out, at which sizes, on how many devices."""
 
+import pickle
 import re
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from biomass_jax.pipeline.augment import no_data
 from biomass_jax.prediction.predictor import Predictor
 from biomass_jax.prediction.tiling import default_plan
 from biomass_jax.runtime import cpu
-from tests.prediction.stubs import NIR, coded_image, nir, read_map, stub_bundle, write_raster
+from tests.prediction.stubs import NIR, coded_image, nir, random_bundle, read_map, stub_bundle, write_raster
 
 SIZES = [(223, 223), (224, 224), (225, 225), (500, 437), (460, 700), (223, 300), (30, 500)]
 TILINGS = [("default", "cosine"), ("default", "none"), ("reference_0_99", "cosine"), ("reference_1_2", "cosine")]
@@ -305,3 +306,14 @@ def test_values_are_the_same_on_1_and_4_devices(tmp_path, monkeypatch, root):
     assert sizes == [3, 4]  # rounded up to a multiple of the devices
     np.testing.assert_array_equal(results[0], results[1])
     np.testing.assert_array_equal(arrays[0], arrays[1])
+
+
+def test_a_notebook_shows_what_a_predictor_is(tmp_path):
+    shown = Predictor.open(random_bundle(tmp_path / "<b>"))._repr_html_()
+    for text in ("NIR_NARROW", "2665.5", "812.44", "30 m", "Mg ha-1", "random", "stride 192", "&lt;b&gt;"):
+        assert text in shown
+
+
+def test_a_predictor_that_is_sent_to_another_process_says_what_to_do(stub):
+    with pytest.raises(PredictionError, match="scheduler='threads'"):
+        pickle.dumps(stub())

@@ -8,8 +8,7 @@ import pytest
 
 from biomass_jax.data.raster.inputs import InputItem
 from biomass_jax.errors import BundleError, RasterError
-from biomass_jax.prediction.maps import MapResult
-from biomass_jax.prediction.predictor import make_maps
+from biomass_jax.prediction.maps import MapResult, make_maps
 
 
 def items(names):

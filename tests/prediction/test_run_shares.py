@@ -8,7 +8,7 @@ import pytest
 
 from biomass_jax.data.raster.inputs import find_inputs
 from biomass_jax.errors import PredictionError, RasterError
-from biomass_jax.prediction import predictor, run
+from biomass_jax.prediction import maps, run
 from biomass_jax.prediction.run import Share, map_share, sum_up
 from tests.prediction.stubs import coded_image, write_raster
 
@@ -61,7 +61,7 @@ def test_a_signed_address_is_opened_whole_and_never_told(stub, tmp_path, monkeyp
         opened.append(item.paths)
         raise RasterError(f"{item.name}: not there")
 
-    monkeypatch.setattr(predictor, "open_image", refuse)
+    monkeypatch.setattr(maps, "open_image", refuse)
     items = find_inputs("https://host/a/scene.tif?token=secret")
     share = map_share(stub(), items, tmp_path, {})
     assert opened == [("/vsicurl/https://host/a/scene.tif?token=secret",)]

@@ -66,7 +66,10 @@ def half_way(process: subprocess.Popen, workdir: Path) -> None:
 
 
 def left(workdir: Path) -> set[str]:
-    return {path.name for path in workdir.iterdir()} - {"config.json", ".lock"}  # of a killed run, or one at work
+    return {path.name for path in workdir.iterdir()} - {
+        "config.json",
+        ".biomass_jax.lock",
+    }  # of a killed run, or one at work
 
 
 def same(ours: Path, whole: Path) -> None:
@@ -88,7 +91,7 @@ def test_a_run_ended_half_way_and_started_again_makes_the_same_map(setting, tmp_
         assert "stopped by SIGTERM" in said
         assert "Traceback" not in said
         assert left(tmp_path) == set()
-    assert (tmp_path / ".lock").exists() == (sign == signal.SIGKILL)
+    assert (tmp_path / ".biomass_jax.lock").exists() == (sign == signal.SIGKILL)
     status, said = finish(start(tmp_path))
     assert status == 0, said
     assert left(tmp_path) == {MAP}
@@ -124,4 +127,4 @@ def test_one_run_at_a_time_and_none_without_its_folder(setting, tmp_path):
     process.send_signal(signal.SIGCONT)
     status, said = finish(process)
     assert status == 1
-    assert f"{tmp_path / 'maps'}: the folder, or .lock in it, was deleted under this run" in said
+    assert f"{tmp_path / 'maps'}: the folder, or .biomass_jax.lock in it, was deleted under this run" in said

@@ -64,7 +64,10 @@ def test_a_second_writer_is_refused_in_a_line_and_changes_nothing(tmp_path):
     assert {name: data for name, (data, _) in before.items()} == {name: data for name, (data, _) in after.items()}
     said = str(refused.value)
     assert said.startswith(f"{folder}: another run is at work there: process {os.getpid()} on {os.uname().nodename} (")
-    assert re.search(r"since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC", said) and f"({folder / '.lock'} says so" in said
+    assert (
+        re.search(r"since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC", said)
+        and f"({folder / '.biomass_jax.lock'} says so" in said
+    )
     assert "\n" not in said
     assert [path.name for path in folder.iterdir()] == ["a"]
     with one_writer(folder):  # free again

@@ -159,4 +159,4 @@ def test_a_bundle_without_moments_is_told_what_to_do(golden, shards, tmp_path, c
         convert.main([*arguments, "--with-optimizer", "--no-optimizer"])
     assert convert.main(arguments) == 0
     with pytest.raises(ConfigError, match="holds no optimizer/; convert the full Lightning file"):
-        training.start_from(None, {}, bundle.load(tmp_path / "bundle"), config_of(tmp_path / "bundle", shards))
+        training.check_start(None, bundle.load(tmp_path / "bundle"), config_of(tmp_path / "bundle", shards))

@@ -45,7 +45,7 @@ def test_a_second_run_is_refused_and_none_goes_on_without_its_folder(root, shard
     until = time.monotonic() + 300
     while not (workdir / "best").exists() and first.poll() is None and time.monotonic() < until:
         time.sleep(0.1)
-    before = contents(workdir, "config.json", ".lock")
+    before = contents(workdir, "config.json", ".biomass_jax.lock")
 
     for more in ({"epochs": 3, "overwrite": True}, {"epochs": 3, "seed": 2}):
         second = start(root, command(shards, workdir, **more))
@@ -53,7 +53,7 @@ def test_a_second_run_is_refused_and_none_goes_on_without_its_folder(root, shard
         assert second.returncode == 1
         (line,) = said.splitlines()
         assert f"{workdir}: another run is at work there: process {first.pid} on {os.uname().nodename} (" in line
-        assert contents(workdir, "config.json", ".lock") == before and (workdir / "best").exists()
+        assert contents(workdir, "config.json", ".biomass_jax.lock") == before and (workdir / "best").exists()
     assert first.poll() is None
 
     workdir.rename(tmp_path / "gone")
@@ -62,7 +62,7 @@ def test_a_second_run_is_refused_and_none_goes_on_without_its_folder(root, shard
     _, said = first.communicate(timeout=100)
     assert first.returncode == 1, said
     assert time.monotonic() - began < 20  # 10, and patience with a busy machine
-    assert f"{workdir}: the folder, or .lock in it, was deleted under this run" in said
+    assert f"{workdir}: the folder, or .biomass_jax.lock in it, was deleted under this run" in said
     assert "Traceback" not in said and "stopping at step" not in said
 
 
@@ -78,4 +78,4 @@ def test_a_disk_that_is_full_ends_the_run_with_its_path(root, shards, tmp_path):
         "the same command again"
     )
     assert "Traceback" not in said
-    assert not (workdir / ".lock").exists()
+    assert not (workdir / ".biomass_jax.lock").exists()

@@ -61,7 +61,7 @@ def stopped(root, shards, tmp_path_factory):
 def test_sigterm_saves_and_exits_with_75_and_the_same_command_finishes(stopped, root, shards):
     workdir, status, said = stopped
     assert status == 75, said
-    assert not (workdir / ".lock").exists()
+    assert not (workdir / ".biomass_jax.lock").exists()
     assert "stopping at step" in said and "give the same command again to resume" in said
     (saved,) = {int(path.name[5:]) for path in (workdir / "checkpoints").iterdir()} & {
         int(said.split("stopping at step ")[1].split(":")[0])

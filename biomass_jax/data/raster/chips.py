@@ -10,9 +10,9 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import rasterio
 from affine import Affine
 from rasterio.crs import CRS
 from rasterio.enums import ColorInterp
@@ -257,7 +257,7 @@ def _as_int16(image: np.ndarray, path: Path) -> np.ndarray:
 
 
 def clean_labels(
-    dataset: Any, name: str, *, window: Window | None = None, label_max: float = LABEL_MAX
+    dataset: rasterio.DatasetReader, name: str, *, window: Window | None = None, label_max: float = LABEL_MAX
 ) -> tuple[np.ndarray, np.ndarray, Counter[str]]:
     """The labels of an open raster.
 
@@ -320,7 +320,7 @@ def _read_label(pair: Pair) -> np.ndarray:
     return label
 
 
-def _check_label(dataset: Any, pair: Pair) -> None:
+def _check_label(dataset: rasterio.DatasetReader, pair: Pair) -> None:
     grid, count = grid_of(dataset), dataset.count - (ColorInterp.alpha in dataset.colorinterp)
     if count != 1 or not grid.same_as(pair.grid):
         raise RasterError(

@@ -2,9 +2,10 @@
 
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import rasterio
 from rasterio.windows import Window
 
 from biomass_jax.data.fingerprints import digest_of, fingerprint
@@ -25,7 +26,7 @@ class RasterIdentity(NamedTuple):
     files: str
 
 
-def identity_of(dataset: Any) -> RasterIdentity:
+def identity_of(dataset: rasterio.DatasetReader) -> RasterIdentity:
     """The identity of an open dataset; of a VRT, what it refers to counts too.
 
     Of a far TIFF the size reaches to the end of its last block, and `files` depends on where its blocks lie and on the
@@ -41,7 +42,7 @@ def identity_of(dataset: Any) -> RasterIdentity:
     return RasterIdentity(sum(one.st_size for one in found), max(one.st_mtime_ns for one in found), digest)
 
 
-def _far(dataset: Any) -> tuple[int, str]:
+def _far(dataset: rasterio.DatasetReader) -> tuple[int, str]:
     places = []
     for index, (height, width) in zip(dataset.indexes, dataset.block_shapes, strict=True):
         for y in _some(-(-dataset.height // height)):

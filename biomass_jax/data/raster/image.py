@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import PurePath
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import rasterio
@@ -25,6 +25,18 @@ from biomass_jax.errors import BandError, RasterError
 _SAMPLE_ROWS, _SAMPLE_COLUMNS = 8, 512  # flat windows: cheap in strip files too
 _SAMPLE_GRIDS = (6, 24)  # windows along each axis, the second where the first met too few valid pixels
 _said_unverified: set[str] = set()  # "the sensor cannot be verified" is said once a process for each kind
+
+
+class Reading(TypedDict, total=False):
+    """Keyword arguments of `open_image`."""
+
+    band_list: object
+    fill: float | None
+    wanted: Sequence[str]
+    model_sensors: Sequence[str]
+    encoding: str
+    pixel_size: float | None
+    resample: float | None
 
 
 class ImageSource(ExitStack[None]):
@@ -62,6 +74,7 @@ class ImageSource(ExitStack[None]):
         self.warnings: list[str] = []
         self.oddities: dict[str, tuple[int, int, int]] = {}
         self._bands: list[tuple[Any, int]] = []  # (dataset, band index) of each wanted band
+        self._said: list[tuple[float, float] | None] = []  # scale and offset that a STAC item tells of each of them
         try:
             with raster_errors(self.name):
                 self._open(item, bands.parse_band_list(band_list))
@@ -88,7 +101,7 @@ class ImageSource(ExitStack[None]):
         self.fill = self._stored_fill if self._factors is None else float(bands.FILL)
         self.tags: dict[str, str] = dict(first.tags())
         self.sources = tuple(dict.fromkeys(_base_name(dataset.name) for dataset, _ in self._bands))
-        self.season = _tag(self.tags, "SEASON") or _season_in_name(_base_name(item.paths[0]))
+        self.season = _tag(self.tags, "SEASON") or item.season or _season_in_name(_base_name(item.paths[0]))
         if self.grid.crs is None:
             self.warnings.append(f"{self.name}: no CRS; its map has none either")
         trained = set(model_sensors)
@@ -100,13 +113,15 @@ class ImageSource(ExitStack[None]):
     def _open(self, item: InputItem, requested: tuple[str | None, ...] | None) -> None:
         """Open the files and find the wanted bands in them."""
         file = band_file(_base_name(item.paths[0]))
-        if file is not None and (file.known or len(item.paths) > 1):
-            paths, requested = self._choose_files(item, file, requested)
+        if item.layers or (file is not None and (file.known or len(item.paths) > 1)):
+            chosen, requested = self._choose_files(item, file, requested)
+            paths = [item.paths[place] for place in chosen]
             found = [(self._open_file(path), 1) for path in paths]
             self._check_same_grid([dataset for dataset, _ in found])
-            descriptions: list[str | None] = [_layer(path) for path in paths]
+            descriptions: list[str | None] = [item.layers[i] if item.layers else _layer(item.paths[i]) for i in chosen]
+            self._said = [item.scales[i] for i in chosen if item.scales]
             tagged = [band_names.tagged([d.tags(1)], d.tags())[0] or d.descriptions[0] for d, _ in found]
-            named = file.sensor
+            named = item.sensor if file is None or item.layers else file.sensor
         else:
             dataset = self._open_file(item.paths[0])
             found = [(dataset, index) for index in dataset.indexes]
@@ -125,16 +140,16 @@ class ImageSource(ExitStack[None]):
             _said_unverified.add(selection.unverified)
 
     def _choose_files(
-        self, item: InputItem, file: BandFile, requested: tuple[str | None, ...] | None
-    ) -> tuple[list[str], tuple[str | None, ...] | None]:
-        """The files of the wanted bands, so that the others stay closed, and the list that names their bands."""
-        if requested is not None and file.known:
-            raise BandError(
-                f"{self.name}: a granule's single-band files tell their bands by name; leave the band list out"
-            )
-        layers = [_layer(path) for path in item.paths]
-        selection = bands.resolve(layers, requested, sensor=file.sensor, path=self.name, wanted=self.bands)
-        return [item.paths[index - 1] for index in selection.indexes], None if requested is None else self.bands
+        self, item: InputItem, file: BandFile | None, requested: tuple[str | None, ...] | None
+    ) -> tuple[list[int], tuple[str | None, ...] | None]:
+        """Which files hold the wanted bands, so that the others stay closed, and the list that names their bands."""
+        if requested is not None and (item.layers or (file is not None and file.known)):
+            what = "a STAC item's assets" if item.layers else "a granule's single-band files"
+            raise BandError(f"{self.name}: {what} tell their bands by name; leave the band list out")
+        layers = item.layers or [_layer(path) for path in item.paths]
+        sensor = item.sensor if file is None or item.layers else file.sensor
+        selection = bands.resolve(layers, requested, sensor=sensor, path=self.name, wanted=self.bands)
+        return [index - 1 for index in selection.indexes], None if requested is None else self.bands
 
     def _open_file(self, path: str) -> Any:
         far = path.startswith("/vsi")
@@ -165,7 +180,8 @@ class ImageSource(ExitStack[None]):
         self._stored = [dataset.dtypes[index - 1] for dataset, index in self._bands]
         if odd := [kind for kind in self._stored if "complex" in kind]:
             raise RasterError(f"{self.name}: its values are {odd[0]}; expected real numbers, {bands.UNITS}")
-        self._declared = [encodings.declared(*band) for band in self._bands]
+        said = self._said or [None] * len(self._bands)
+        self._declared = [encodings.declared(*band) or other for band, other in zip(self._bands, said, strict=True)]
         told = dict(zip(self.bands, self._declared, strict=True))
         self._conversion = encodings.conversion(encoding, told, self.name)
         self._masked = [MaskFlags.per_dataset in dataset.mask_flag_enums[i - 1] for dataset, i in self._bands]
@@ -218,12 +234,17 @@ class ImageSource(ExitStack[None]):
             return self._read_native(inside, shape, count=count)
         rows = (window.row_off + np.arange(window.height + 1)) * down
         columns = (window.col_off + np.arange(window.width + 1)) * across
-        top, left = int(rows[0]), int(columns[0])
-        bottom, right = min(math.ceil(rows[-1]), self._native.height), min(math.ceil(columns[-1]), self._native.width)
+        top, bottom = self._stored_rows(window.row_off, window.row_off + window.height)
+        left, right = int(columns[0]), min(math.ceil(columns[-1]), self._native.width)
         inside = Window(left, top, right - left, bottom - top)
         image = self._read_native(inside, (bottom - top, right - left), count=count)
         edges = np.minimum(rows - top, bottom - top), np.minimum(columns - left, right - left)
         return resampling.area_mean(image, bands.no_data(image, self._stored_fill), *edges)
+
+    def _stored_rows(self, start: float, stop: float) -> tuple[int, int]:
+        """The stored rows that rows `start` to `stop` are made from."""
+        down = 1 if self._factors is None else self._factors[1]
+        return int(start * down), min(math.ceil(stop * down), self._native.height)
 
     def _read_native(self, window: Window, shape: tuple[int, int], *, count: bool) -> np.ndarray:
         out = np.empty((*shape, len(self._bands)), self.dtype)
@@ -288,8 +309,12 @@ class ImageSource(ExitStack[None]):
         size, latest = sum(part.size for part in parts), max(part.mtime_ns for part in parts)
         return {"size": size, "mtime_ns": latest, "files": digest_of([part.files for part in parts])}
 
-    def check_units(self, *, one_of_many: bool = False) -> str | None:
+    def check_units(self, values: np.ndarray | None = None, *, one_of_many: bool = False) -> str | None:
         """Look by a sample spread over the image whether its values can be digital numbers; see `check_plausible`.
+
+        Args:
+            values: (pixels, bands) with data, another sample.
+            one_of_many: see `check_plausible`.
 
         Returns:
             a warning, which is added to `warnings` too, or None.
@@ -299,7 +324,8 @@ class ImageSource(ExitStack[None]):
         """
         if self._encoding != encodings.AUTO:
             return None
-        warning = encodings.check_plausible(self._sample(), self._stored[0], self.name, one_of_many=one_of_many)
+        values = self._sample() if values is None else values
+        warning = encodings.check_plausible(values, self._stored[0], self.name, one_of_many=one_of_many)
         if warning is not None:
             self.warnings.append(warning)
         return warning

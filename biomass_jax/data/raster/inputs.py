@@ -4,10 +4,11 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
 from pathlib import Path, PurePath
+from typing import Any
 from urllib.parse import urlsplit
 
 from rasterio.enums import ColorInterp
@@ -53,11 +54,18 @@ class InputItem:
         name: what messages call it.
         paths: files as GDAL opens them; several where each holds one band.
         relative: sub-folder and stem that the output takes below its own folder.
+        layers: what a STAC item calls the band of each file; empty where the names of the files tell.
+        scales: (scale, offset) that the item tells of each file, or None.
+        sensor: that the item tells, as in `BandFile`; so its `season`.
     """
 
     name: str
     paths: tuple[str, ...]
     relative: PurePath
+    layers: tuple[str, ...] = ()
+    scales: tuple[tuple[float, float] | None, ...] = ()
+    sensor: str | None = None
+    season: str = ""
 
 
 @dataclass(frozen=True)
@@ -199,6 +207,88 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 def _is_source(name: str) -> bool:
     return not PurePath(name).stem.endswith(MAP_ENDING)
+
+
+def is_stac_item(value: object) -> bool:
+    """Whether something is a STAC item: pystac's, or its dictionary."""
+    return isinstance(value, Mapping) or (hasattr(value, "assets") and hasattr(value, "to_dict"))
+
+
+def stac_input(item: Any) -> InputItem:
+    """The image of a STAC item's assets that hold one band each, known by their keys or the names of their bands.
+
+    Args:
+        item: of pystac, or its dictionary (STAC 1.0 and 1.1).
+
+    Raises:
+        RasterError: no STAC item, no asset with a known band, or an asset whose file can't be told.
+    """
+    fields = item if isinstance(item, Mapping) else item.to_dict()
+    name = f"STAC item {fields.get('id', '')}"
+    if not isinstance(fields.get("assets"), Mapping):
+        raise RasterError(
+            f"{name}: no STAC item: found fields {', '.join(map(str, fields))}; expected assets among them"
+        )
+    links = [link for link in fields.get("links", ()) if link.get("rel") == "self"]
+    base = str(links[0]["href"]).rpartition("/")[0] if links else ""
+    found: dict[tuple[str | None, str | None], tuple[bool, str, str, tuple[float, float] | None]] = {}
+    for key, asset in fields["assets"].items():
+        layer = _asset_layer(key, asset)
+        if layer is None:
+            continue
+        called = band_names.called(layer)
+        tiff = "tiff" in str(asset.get("type", "tiff"))
+        one = tiff, layer, _asset_path(str(asset.get("href", "")), base, f"{name}: asset {key}"), _asset_scale(asset)
+        if (called.name, called.number) not in found or tiff > found[called.name, called.number][0]:
+            found[called.name, called.number] = one  # `red` and `red-jp2` are the same band
+    if not found:
+        raise RasterError(
+            f"{name}: none of its assets is called as a band is; it has {', '.join(map(str, fields['assets']))}"
+        )
+    _, layers, paths, scales = zip(*found.values(), strict=True)
+    properties = fields.get("properties", {})
+    told = [properties.get(key, "") for key in ("platform", "constellation", "instruments")]
+    granule = granule_name(str(fields.get("id", "")))
+    sensor = granule.sensor if granule else bands.sensor_of(" ".join(map(str, told)).replace("etm+", "etm"))
+    day = str(properties.get("datetime") or properties.get("start_datetime") or "")[:10]
+    try:
+        season = f"{day}/{date.fromisoformat(day) + timedelta(days=1)}"
+    except ValueError:
+        season = ""
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "_", str(fields.get("id", ""))) or "item"
+    return InputItem(name, paths, PurePath(stem), layers, scales, sensor, season)
+
+
+def _asset_layer(key: str, asset: Mapping[str, Any]) -> str | None:
+    """What an asset of one band calls it: its key, else the band's name or common name; None where it isn't known."""
+    described = asset.get("bands") or asset.get("eo:bands") or [{}]
+    roles = asset.get("roles") or ["data"]
+    if len(described) != 1 or not {"data", "reflectance"} & set(roles):
+        return None
+    texts = (key, described[0].get("name"), described[0].get("eo:common_name") or described[0].get("common_name"))
+    known = [str(text) for text in texts if text and (band_names.called(text).name or band_names.called(text).number)]
+    return known[0] if known else None
+
+
+def _asset_scale(asset: Mapping[str, Any]) -> tuple[float, float] | None:
+    parts = [asset, *(asset.get("raster:bands") or asset.get("bands") or ())[:1]]
+    for part in reversed(parts):
+        scale, offset = (part.get(f"raster:{name}", part.get(name)) for name in ("scale", "offset"))
+        if scale is not None or offset is not None:
+            return float(1.0 if scale is None else scale), float(offset or 0.0)
+    return None
+
+
+def _asset_path(href: str, base: str, name: str) -> str:
+    """A file as GDAL opens it; a relative one lies beside the item."""
+    if not href:
+        raise RasterError(f"{name}: it has no href")
+    href = href.removeprefix("file://")
+    if not urlsplit(href).scheme and not os.path.isabs(href):
+        if not base:
+            raise RasterError(f"{name}: its href {href} is relative, but the item has no link to itself; make it whole")
+        href = f"{base.removeprefix('file://')}/{href.removeprefix('./')}"
+    return _remote(href).paths[0] if "://" in href else href
 
 
 def _matching(pattern: str) -> list[InputItem]:

@@ -173,7 +173,8 @@ def _tile_scenes(tile: RulerTile, index: int) -> list[RulerScene]:
 
     return [
         *scenes,
-        other("older_duplicate", passes[0] + apart, processed=processed),
+        # it sees what the newer one sees and no more, or its values would be used there
+        other("older_duplicate", passes[0] + apart, processed=processed)._replace(column=0),
         other("out_of_season", datetime.combine(outside, time(18, 45, 12))),
         other("other_year", passes[1] - timedelta(days=366)),
         other("other_sensor", passes[1] + timedelta(minutes=2), sensor="S30", scale="band"),

@@ -473,9 +473,8 @@ def test_the_real_chip_comes_back(samples, tmp_path):
         label = src.read(1)
     stem = "14RMR_2020-05-01_2020-10-01"
     tags = {"TILE": "14RMR", "SEASON": "2020-05-01/2020-10-01", "SENSORS": "L30"}
-    write_tif(
-        tmp_path / f"composites/14RMR/{stem}.tif", image, crs, transform, nodata=-9999, names=BANDS[:6], tags=tags
-    )
+    scene = tmp_path / f"composites/14RMR/{stem}.tif"
+    write_tif(scene, image, crs, transform, nodata=-9999, names=BANDS[:6], tags=tags)
     write_tif(tmp_path / f"labels/14RMR/{stem}_agbd.tif", label[None], crs, transform, nodata=-1)
     with pytest.warns(UserWarning, match="no table of shots"):
         chips.index_folder(tmp_path, ChipSettings())

@@ -53,7 +53,7 @@ def files(out):
     for path in sorted(out.rglob("*")):
         name = path.relative_to(out)
         record = name.parts[0] == "state" and path.suffix == ".json"
-        if path.is_file() and name.parts[0] != "granules" and path.name != ".lock" and not record:
+        if path.is_file() and name.parts[0] != "granules" and path.name != ".biomass_jax.lock" and not record:
             found[name.as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 
@@ -95,7 +95,11 @@ def test_shards_open_in_tfds_and_the_report_tells_how_they_came(world, tmp_path,
 def test_what_is_done_is_kept_until_settings_or_inputs_change(world, tmp_path, capsys):
     out = given(world, tmp_path)
     assert prepare.main(command(out)) == 0
-    written = {path: path.stat().st_mtime_ns for path in out.rglob("*.*") if path.name not in ("report.json", ".lock")}
+    written = {
+        path: path.stat().st_mtime_ns
+        for path in out.rglob("*.*")
+        if path.name not in ("report.json", ".biomass_jax.lock")
+    }
     first = files(out)
     capsys.readouterr()
     assert prepare.main(command(out)) == 0
@@ -309,7 +313,7 @@ def test_a_run_killed_at_any_moment_goes_on(world, tmp_path, plain, workers):
         run.wait()
     assert subprocess.run(line, cwd=ROOT, capture_output=True, timeout=120).returncode == 0
     assert files(out) == plain
-    assert [path.name for path in out.rglob(".*") if path.name != ".lock"] == []
+    assert [path.name for path in out.rglob(".*") if path.name != ".biomass_jax.lock"] == []
 
 
 def test_sigterm_stops_with_75(world, tmp_path, monkeypatch, capsys):

