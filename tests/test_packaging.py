@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 import biomass_jax
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = {"prep", "dask", "sweep", "hub", "bench", "docs", "tools", "dev", "tpu", "cuda"}
+EXTRAS = {"prep", "dask", "sweep", "hub", "bench", "docs", "site", "tools", "dev", "tpu", "cuda"}
 # Imported under another name than the distribution's, where the distribution need not be installed.
 OTHER_NAMES = {"absl": "absl-py", "yaml": "pyyaml", "orbax": "orbax-checkpoint", "grain": "grain"}
 

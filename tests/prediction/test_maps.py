@@ -159,7 +159,8 @@ def test_what_bears_on_a_map_makes_it_again_and_is_named(stub, tmp_path, caplog,
     else:
         scene.with_name("scene.tif.aux.xml").write_text(SEEN)
     with caplog.at_level(logging.INFO):
-        again = stub(bundle=bundle).predict_file(source, tmp_path / "out")
+        # some of these leave nothing of so small an image
+        again = stub(bundle=bundle).predict_file(source, tmp_path / "out", allow_empty=True)
     assert again.status == ("skipped" if words is None else "written")
     assert words is None or f"{result.path}: is made again: {words}" in caplog.text, caplog.text
     assert stub(bundle=bundle).predict_file(source, tmp_path / "out").status == "skipped"

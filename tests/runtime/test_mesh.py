@@ -117,12 +117,13 @@ def test_eight_devices_hold_under_a_fifth_of_swin_b_each(shards):
 def test_a_step_is_given_nothing_that_still_lies_on_the_host():
     now, steps = begin()
     quiet = SimpleNamespace(add=lambda *_: None, step=lambda *_: None, after_step=lambda *_: None)
-    unused = dict.fromkeys(("workdir", "task", "about", "feed", "checkpoints", "writer", "draw_every"))
+    quiet.restart = quiet.check = quiet.add
+    unused = dict.fromkeys(("workdir", "task", "about", "feed", "writer", "draw_every"))
     found = loop.Run(
-        steps=steps, state=now, host=HostState({}), profiler=quiet, batch_size=8, total_steps=9,
+        steps=steps, state=now, host=HostState({}), profiler=quiet, checkpoints=quiet, batch_size=8, total_steps=9,
         log_every=9, steps_per_epoch=9, save_every=0, **unused,
     )  # fmt: skip
-    found.metrics = found.clock = quiet
+    found.metrics = found.clock = found.checkpoints = quiet
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         found._train(pipeline.Batch(batch_of(), []))
     found._train(pipeline.Batch(jax.device_put(batch_of()), []))

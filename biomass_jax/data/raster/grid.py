@@ -16,6 +16,7 @@ import numpy as np
 import rasterio
 from affine import Affine
 from rasterio import warp
+from rasterio._env import del_gdal_config
 from rasterio._err import CPLE_BaseError  # GDAL's own errors reach the caller as these; there is no public name
 from rasterio.crs import CRS
 from rasterio.env import get_gdal_config
@@ -241,9 +242,14 @@ def raster_errors(name: str) -> Iterator[None]:
     """
     with _listener.listening() as heard:
         try:
-            other = {name: get_gdal_config(name, normalize=False) for name in _DEFAULTS}
-            with rasterio.Env(**SETTINGS, **{name: _DEFAULTS[name] for name, value in other.items() if value}):
-                yield
+            other = {name: value for name in _DEFAULTS if (value := get_gdal_config(name, normalize=False))}
+            try:
+                with rasterio.Env(**SETTINGS, **{name: _DEFAULTS[name] for name in other}):
+                    yield
+            finally:
+                for name, value in other.items():
+                    if os.environ.get(name) == value:  # rasterio would put it back for good
+                        del_gdal_config(name)
         except (RasterioError, CRSError, CPLE_BaseError, OSError) as error:
             # rasterio's own message for a failed read or write only points to GDAL's, whose first word names the cause
             raise RasterError(_failure(name, [*heard, str(error.__cause__ or error)][0])) from error

@@ -68,8 +68,8 @@ def by_hand(image, missing, rows, columns):
     for i in range(len(rows) - 1):
         for j in range(len(columns) - 1):
             total, weight = np.zeros(image.shape[-1]), 0.0
-            for y in range(image.shape[0]):
-                for x in range(image.shape[1]):
+            for y in range(int(rows[i]), min(int(rows[i + 1]) + 1, image.shape[0])):
+                for x in range(int(columns[j]), min(int(columns[j + 1]) + 1, image.shape[1])):
                     high = max(min(rows[i + 1], y + 1) - max(rows[i], y), 0)
                     wide = max(min(columns[j + 1], x + 1) - max(columns[j], x), 0)
                     if not missing[y, x]:
