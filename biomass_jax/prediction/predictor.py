@@ -16,7 +16,7 @@ from biomass_jax.data import bands as band_table
 from biomass_jax.data.raster import arrays
 from biomass_jax.data.raster import encoding as encodings
 from biomass_jax.data.raster.image import Reading, open_image
-from biomass_jax.data.raster.inputs import InputItem, find_inputs, is_stac_item, stac_input
+from biomass_jax.data.raster.inputs import InputItem, StacItem, find_inputs, is_stac_item, stac_input
 from biomass_jax.errors import PredictionError, RasterError
 from biomass_jax.prediction import maps
 from biomass_jax.prediction.forward import Forward, ModelFunction
@@ -26,7 +26,6 @@ from biomass_jax.prediction.reference_tiling import reference_0_99_plan, referen
 from biomass_jax.prediction.tiling import TilePlan, check_settings, default_plan
 
 if TYPE_CHECKING:
-    import pystac
     import xarray
 
 log = logging.getLogger(__name__)
@@ -206,7 +205,7 @@ class Predictor:
 
     def predict(
         self,
-        image: "xarray.DataArray | xarray.Dataset | str | os.PathLike[str] | Mapping[str, object] | pystac.Item",
+        image: "xarray.DataArray | xarray.Dataset | str | os.PathLike[str] | Mapping[str, object] | StacItem",
         *,
         bands: object = None,
         encoding: str = encodings.AUTO,

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from rasterio.enums import ColorInterp
@@ -209,12 +209,20 @@ def _is_source(name: str) -> bool:
     return not PurePath(name).stem.endswith(MAP_ENDING)
 
 
+class StacItem(Protocol):
+    """What is asked of pystac's items."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The item as STAC writes it."""
+        ...
+
+
 def is_stac_item(value: object) -> bool:
     """Whether something is a STAC item: pystac's, or its dictionary."""
     return isinstance(value, Mapping) or (hasattr(value, "assets") and hasattr(value, "to_dict"))
 
 
-def stac_input(item: Any) -> InputItem:
+def stac_input(item: Mapping[str, Any] | StacItem) -> InputItem:
     """The image of a STAC item's assets that hold one band each, known by their keys or the names of their bands.
 
     Args:
