@@ -242,14 +242,14 @@ def raster_errors(name: str) -> Iterator[None]:
     """
     with _listener.listening() as heard:
         try:
-            other = {name: value for name in _DEFAULTS if (value := get_gdal_config(name, normalize=False))}
+            other = {key: value for key in _DEFAULTS if (value := get_gdal_config(key, normalize=False))}
             try:
-                with rasterio.Env(**SETTINGS, **{name: _DEFAULTS[name] for name in other}):
+                with rasterio.Env(**SETTINGS, **{key: _DEFAULTS[key] for key in other}):
                     yield
             finally:
-                for name, value in other.items():
-                    if os.environ.get(name) == value:  # rasterio would put it back for good
-                        del_gdal_config(name)
+                for option, value in other.items():
+                    if os.environ.get(option) == value:  # rasterio would put it back for good
+                        del_gdal_config(option)
         except (RasterioError, CRSError, CPLE_BaseError, OSError) as error:
             # rasterio's own message for a failed read or write only points to GDAL's, whose first word names the cause
             raise RasterError(_failure(name, [*heard, str(error.__cause__ or error)][0])) from error
