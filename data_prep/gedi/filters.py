@@ -14,7 +14,7 @@ from data_prep.settings import Filters
 Table = dict[str, np.ndarray]
 EPOCH = date(2018, 1, 1)  # of delta_time; no leap second has been since, so UTC counts its seconds
 WRONG_RELEASE, WRONG_ALGORITHM = "002_01", 10  # agbd of this algorithm setting is wrong in this release
-BEYOND = 1e5  # Mg/ha that nothing reaches: the fill values of other libraries are greater
+BEYOND = 1e9  # Mg/ha that nothing reaches: the fill values of other libraries are greater
 DEFAULT = Filters()
 
 
