@@ -135,6 +135,9 @@ class Recorder:
     def to_dict(self):  # for records of the run: nothing depends on it
         return self._config.to_dict()
 
+    def to_json(self):
+        return self._config.to_json()
+
 
 MAINS = {"mode", "deterministic"}  # read before a mode begins
 

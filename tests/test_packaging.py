@@ -334,7 +334,7 @@ def test_what_the_wheel_installs_works_in_an_empty_folder(wheel, tmp_path):
     )
     code, said = run(command, "finetune", "--config", "mine.py", "--workdir", "run", "--data.path", "nowhere")
     assert (code, "nowhere" in said, "Traceback" in said) == (1, True, False), said
-    assert yaml.safe_load((here / "run" / "config.json").read_text())["epochs"] == 3
+    assert not (here / "run" / "config.json").exists()  # of a run that hasn't begun
     code, said = run("-m", "data_prep", "prepare", "--out", "data")
     assert (code, "season is not set" in said) == (1, True), said
     code, said = run(command, "sweep", "--config", "demo_finetune", "--space", "finetune", "--workdir", "sweep")

@@ -317,8 +317,7 @@ def test_the_bundle_goes_back_to_the_official_layout(unbroken, tmp_path):
     np.testing.assert_array_equal(kernel.T, arrays["encoder/stages_2/blocks_0/attn/qkv/kernel"])
     np.testing.assert_array_equal(written["encoder.mask_token"].array(), arrays["mask_token"])
     assert written["decoder.0.weight"].array().shape == (32 * 32 * 6, 64, 1, 1)
-    about = Options(drop_path=0.1, bands=bands.BAND_NAMES, statistics="prithvi")
-    again = read(tmp_path / "model.pth", options=about)
+    again = read(tmp_path / "model.pth", options=Options())  # what no tensor says went along
     meta = bundle.read_meta(best)
     assert again.layout.task == meta["task"] == "simmim"
     assert bundle.weights_sha256(nested(again.variables)) == meta["weights_sha256"]
