@@ -74,9 +74,9 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, *, stop: Callable[[], 
     check_fields(config)
     with numerics.fixed(), jax.default_matmul_precision(config.matmul_precision):
         run = set_up(config, workdir, command=shlex.join(["python", "-m", "biomass_jax.main", *sys.argv[1:]]))
-        if jax.process_index() == 0:  # as late as this: a config that is refused must not take an earlier run's place
-            write_json(workdir / "config.json", json.loads(config.to_json()))
         try:
+            if jax.process_index() == 0:  # not before: a config that is refused must not take an earlier run's place
+                write_json(workdir / "config.json", json.loads(config.to_json()))
             finished = run.fit(stop)
         finally:
             run.close()
