@@ -42,7 +42,7 @@ test: $(STAMP) ## the quick tests
 # The demo runs alone, so that its time can be compared. Numbers have to agree with the references on CPUs without
 # AVX-512 and without AVX, too, which round otherwise.
 test-slow: $(STAMP) ## the tests marked slow
-	$(PYTEST) -m slow -n 2 --dist worksteal --ignore tests/end_to_end/test_demo.py
+	$(PYTEST) -m "slow and not long" -n 2 --dist worksteal --ignore tests/end_to_end/test_demo.py
 	$(PYTEST) -m slow tests/end_to_end/test_demo.py
 	XLA_FLAGS=--xla_cpu_max_isa=AVX2 $(PYTEST) -m "not slow and not long" tests/parity
 	XLA_FLAGS=--xla_cpu_max_isa=SSE4_2 $(PYTEST) -m "not slow and not long" tests/parity

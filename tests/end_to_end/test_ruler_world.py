@@ -324,6 +324,7 @@ def test_prepare_makes_the_same_records(chain, tmp_path, root):
         assert path.read_bytes() == (tmp_path / "shards" / path.name).read_bytes(), path.name
 
 
+@pytest.mark.long
 def test_a_tile_of_full_size(tmp_path):
     """3660 x 3660 pixels make 16 x 16 chips."""
     write_ruler_world(tmp_path, shape=(3660, 3660), seed=2, tiles=["22JGR"])

@@ -95,7 +95,7 @@ def trained(path, workdir, **fields):
     return losses(workdir)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_is_the_same_wherever_its_chips_lie(shards, tmp_path):
     assert trained(shards, tmp_path / "device", data__cache="device") == trained(shards, tmp_path / "host")
 

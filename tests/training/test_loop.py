@@ -120,7 +120,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(shards, tmp_path):
     assert "The last good checkpoint: " in said
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_early_stopping_ends_the_run(shards, tmp_path):
     # a rate of 0 changes nothing but batch statistics
     config = config_of(shards, optimizer__learning_rate=0.0, epochs=50, schedule__stop_patience=2)

@@ -21,7 +21,7 @@ NORM_OR_BIAS = ("scale", "bias", "relative_position_bias_table")
 # Their true gradient is 0: a softmax is blind to what is added to all its keys, the batch's mean takes the rest.
 NO_GRADIENT = ("stages_0/norm/bias", "stages_1/norm/bias", "stages_2/norm/bias")
 
-pytestmark = pytest.mark.slow  # whole runs: each compiles its own step
+pytestmark = pytest.mark.long  # whole runs: each compiles its own step
 
 
 @pytest.fixture(scope="module")
@@ -139,12 +139,12 @@ def assert_step(begun, decayed):
     assert (after.step, export_adam(after.opt_state, after.params)[0]) == (1, 7)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_first_update_is_adamws_seventh_from_those_moments(begun):
     assert_step(begun, lambda path: not path.endswith(NORM_OR_BIAS))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_references_first_update_decays_every_parameter(model, shards, tmp_path):
     assert_step(begin(config_of(model, shards, reference=True), tmp_path), lambda path: True)
 
