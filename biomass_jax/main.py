@@ -63,8 +63,8 @@ def main(argv: list[str]) -> None:
     if processes.place()[0] > 0:
         log.setLevel(logging.WARNING)  # one voice is enough
     with alone(workdir):
-        if processes.place()[0] == 0:
-            write_config(config, workdir, now=MODES[config.mode] is predict)
+        if processes.place()[0] == 0 and MODES[config.mode] is predict:
+            write_config(config, workdir)
         MODES[config.mode](config, workdir)
 
 
@@ -161,19 +161,14 @@ def forget_none(config: ConfigDict) -> None:
             config[name] = None
 
 
-def write_config(config: ConfigDict, workdir: Path, *, now: bool) -> None:
+def write_config(config: ConfigDict, workdir: Path) -> None:
     """`config.json`: what the run was started with.
 
-    Trainings and evaluations write it later than `now`: one that is refused must leave that of an earlier run, to which
-    checkpoints or scores belong.
+    Trainings and evaluations write it themselves, and later: one that is refused must leave that of an earlier run, to
+    which checkpoints or scores belong.
     """
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if now:
-            write_json(workdir / "config.json", json.loads(config.to_json()))
-        else:
-            (workdir / ".config.json.partial").touch()
-            (workdir / ".config.json.partial").unlink()
+        write_json(workdir / "config.json", json.loads(config.to_json()))
     except OSError as error:
         raise UsageError(f"{workdir}: can't write to the workdir: {error.strerror or error}") from error
 

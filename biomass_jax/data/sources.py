@@ -144,8 +144,7 @@ def open_source(
 
     Raises:
         DataError: no data set, or no such split, or other bands, or another schema version; files that are missing or
-            not of their size; or `bands`, `encoding`
-            or `label_max` for shards.
+            not of their size; or `bands`, `encoding` or `label_max` for shards.
     """
     root = Path(path)
     if (root / "dataset_info.json").is_file():

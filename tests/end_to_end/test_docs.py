@@ -91,8 +91,6 @@ def check_python(module, arguments):
         joined = re.sub(r"--(config|workdir) ", r"--\1=", " ".join(arguments))
         check_run(joined.split())
         return
-    if module.startswith("benchmarks"):
-        pytest.importorskip("benchmarks")
     if module == "launch.sweep":
         pytest.importorskip("optuna")
     name = module if importlib.util.find_spec(module).submodule_search_locations is None else f"{module}.__main__"
