@@ -208,6 +208,16 @@ def set_up_logging() -> None:
     # What Orbax's threads run into is raised as well; each of them would print it too, with a traceback.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     absl_logging.get_absl_logger().addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
+    sys.unraisablehook = _show_unraisable
+
+
+def _show_unraisable(what: Any) -> None:
+    """As Python does, but for what TensorStore's threads have to say of each array when a save has failed.
+
+    They report to Orbax's event loop, which the first failure has closed; that failure is raised.
+    """
+    if not (what.exc_type is RuntimeError and str(what.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(what)
 
 
 def _stop(*_: object) -> NoReturn:

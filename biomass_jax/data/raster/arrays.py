@@ -376,7 +376,9 @@ def _facts(data: "xarray.DataArray", count: int | None, index: int) -> tuple[flo
             try:
                 return default if value is None else float(value)
             except (TypeError, ValueError):
-                raise RasterError(f"its attribute {name} is {value!r}; expected a number") from None
+                raise RasterError(
+                    f"array {data.name!r}: its attribute {name} is {value!r}; expected a number"
+                ) from None
         return default
 
     nodata = next((found for name in _FILLS if (found := number([name], None)) is not None), None)
