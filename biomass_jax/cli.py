@@ -10,6 +10,7 @@ import difflib
 import importlib
 import importlib.metadata
 import io
+import os
 import re
 import runpy
 import sys
@@ -86,6 +87,7 @@ STEPS = "data_prep.__main__"  # its table of steps; each of them is a command, t
 STEP_EXAMPLES = {
     "prepare": "--out data --season 2020 --tiles 10SFF,10SGF --workers 8",
     "download": "hls --tile 10SFF --season 2020 --out data/granules",
+    "stream": "--out data --tile 10SFF --season 2020",
     "composite": "data/granules/hls --season 2020 --out data/composites",
     "gedi": "--out data --tile 10SFF --season 2020",
     "labels": "--out data",
@@ -111,6 +113,9 @@ examples:
   fish  {PROGRAM} {COMPLETION} fish > ~/.config/fish/completions/{PROGRAM}.fish"""
 # As main has them: where no cluster says which processes belong together.
 _FOR_MAIN = ("--config.", "--coordinator=", "--process_count=", "--process_id=")
+# Which composite `predict --tile 10SFF --season 2020` makes its map of.
+_ARCHIVE = "data_prep.archive.stream"
+_MGRS_TILE = re.compile(r"T?\d{2}[A-Z]{3}")
 # The programs that the tools name in their help when they are called by themselves.
 _OTHER_NAMES = {
     "python -m biomass_jax.convert": f"{PROGRAM} convert",
@@ -189,6 +194,9 @@ def _arguments_of_run(name: str, rest: list[str]) -> list[str]:
     from biomass_jax.runtime.settings import add_options, config_option, overrides
 
     about, settings, default, example = RUNS[name]
+    archive = _archive_parser() if name == "predict" else None
+    if archive is not None:
+        rest = _from_archive(archive, rest)
     kind = getattr(importlib.import_module(settings.partition(":")[0]), settings.partition(":")[2])
     first, path = config_option(rest, default)
     made = runpy.run_path(str(path))
@@ -204,7 +212,7 @@ def _arguments_of_run(name: str, rest: list[str]) -> list[str]:
         epilog=f"Fields may be given as --config.field=value, too.\n\nexample:\n  {PROGRAM} {name} {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        parents=[first],
+        parents=[first] if archive is None else [first, archive],
     )
     parser.add_argument("--workdir", required=True, metavar="DIR", help="folder for everything that the run writes")
     add_options(parser, kind, without=("mode",), config=config)
@@ -215,6 +223,46 @@ def _arguments_of_run(name: str, rest: list[str]) -> list[str]:
             near = difflib.get_close_matches(word.partition("=")[0].replace("_", "-"), flags, 1)
             parser.error(f"unexpected {word!r}" + "".join(f"; did you mean {flag}?" for flag in near))
     return [f"--config={path}", f"--workdir={arguments.workdir}", *overrides(arguments, kind), *left]
+
+
+def _archive_parser() -> argparse.ArgumentParser:
+    """What `predict` takes beside its config's fields: where in NASA's archive its image comes from."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    group = parser.add_argument_group(
+        "straight from NASA's archive",
+        "with --tile 10SFF --season 2020 in place of --inputs: a composite of the season's HLS scenes is made in "
+        "WORKDIR/composites first, without keeping them",
+    )
+    group.add_argument("--season", metavar="TEXT", help="a year (by latitude) or START/STOP, STOP not included")
+    group.add_argument("--sensors", metavar="TEXT", help="L30, S30 or L30+S30 (L30)")
+    group.add_argument("--max-cloud", type=float, metavar="X", help="percent of cloud of a scene (100)")
+    return parser
+
+
+def _from_archive(archive: argparse.ArgumentParser, rest: list[str]) -> list[str]:
+    """The options of `predict`; `--tile 10SFF --season 2020` becomes `--inputs` of their composite, made now."""
+    if {"-h", "--help"} & set(rest):
+        return rest
+    parser = argparse.ArgumentParser(prog=f"{PROGRAM} predict", add_help=False, allow_abbrev=False, parents=[archive])
+    parser.add_argument("--tile")
+    parser.add_argument("--inputs")
+    parser.add_argument("--workdir")
+    asked, left = parser.parse_known_args(rest)
+    place = {name: getattr(asked, name) for name in ("sensors", "max_cloud") if getattr(asked, name) is not None}
+    if asked.season is None:
+        if place or _MGRS_TILE.fullmatch(asked.tile or ""):
+            parser.error("an image from the archive wants --tile 10SFF and --season 2020 together")
+        return rest
+    if not _MGRS_TILE.fullmatch(asked.tile or "") or asked.inputs is not None or asked.workdir is None:
+        parser.error("--season goes with --tile, an MGRS tile such as 10SFF, and --workdir, and without --inputs")
+    if "sensors" in place:
+        place["sensors"] = place["sensors"].replace(",", "+").split("+")
+    out = os.path.join(asked.workdir, "composites")
+    from biomass_jax.runtime import environment
+
+    environment.settle(lambda what: print(f"warning: {what}", file=sys.stderr), jax=False)  # before PROJ starts
+    path = importlib.import_module(_ARCHIVE).stream(asked.tile, asked.season, out, **place)
+    return [*left, "--workdir", asked.workdir, "--inputs", str(path)]
 
 
 def _steps() -> dict[str, str]:

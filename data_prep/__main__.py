@@ -10,6 +10,7 @@ from biomass_jax.runtime import environment
 STEPS: dict[str, tuple[str, str]] = {
     "prepare": ("data_prep.prepare.run", "all steps for a list of tiles, from one config"),
     "download": ("data_prep.archive.download", "HLS granules and GEDI orbits from NASA's archives"),
+    "stream": ("data_prep.archive.stream", "a composite straight from NASA's archive, without keeping granules"),
     "composite": ("data_prep.hls.composite", "a season's scenes to one image a tile"),
     "gedi": ("data_prep.gedi.orbits", "GEDI L4A orbits to footprint tables"),
     "labels": ("data_prep.gedi.labels", "footprints to label rasters on the composites' grids"),

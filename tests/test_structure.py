@@ -16,7 +16,7 @@ FOLDERS = ("biomass_jax", "data_prep", "configs", "benchmarks", "launch", "tests
 MOST_FILE_LINES = 500
 MOST_FUNCTION_LINES = 60
 MOST_MODULES_IN_A_FOLDER = 14
-MOST_PRODUCT_LINES = 28_600  # of biomass_jax and data_prep; lower it when they shrink, raise it for what users get
+MOST_PRODUCT_LINES = 28_900  # of biomass_jax and data_prep; lower it when they shrink, raise it for what users get
 # Modules that one other module imports stand for an idea of their own, or belong to that one.
 OF_THEIR_OWN = {
     "biomass_jax.convert.torch_file.pickle": "safe against hostile files; read and tested by itself",
@@ -126,8 +126,8 @@ def package_faults(path: str, line: int, name: str, tree: ast.AST) -> Iterator[s
     top = name.split(".")[0]
     if top in NEVER:
         yield "nothing imports TensorFlow, nor clu, which brings it"
-    optional = path.startswith("tests/") and does_without_torch(path, line, tree)
-    if top == "torch" and not path.startswith("benchmarks/") and not optional:
+    alone = path.startswith("tests/") and top == "torch" and does_without_torch(path, line, tree)
+    if top == "torch" and not path.startswith("benchmarks/") and not alone:
         yield "only benchmarks import torch, and tests that do without it"
     opens_rasters = path.startswith(("biomass_jax/data/raster", "data_prep/", "benchmarks/", "tests/"))
     if top in {"rasterio", "osgeo"} and not opens_rasters:

@@ -35,6 +35,8 @@ from biomass_jax.runtime.progress import Progress
 
 log = logging.getLogger(__name__)
 
+_SAMPLE = 5000  # pixels of a piece of an image whose values are looked at
+
 
 class Mapper(Protocol):
     """What maps need of a `Predictor`."""
@@ -133,25 +135,37 @@ class MapReader:
     def __init__(self, source: ImageSource, mask: MaskSource | None) -> None:
         self._source, self._mask = source, mask
         self._data = self._kept = 0  # pixels with data, and those of them that the mask keeps
+        self._samples: list[np.ndarray] = []  # of a far image, whose values are looked at as they come
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Pixels (rows, W, bands) and bool (rows, W), True where the map gets a value."""
         pixels = self._source.read_rows(start, stop)
         wanted = ~no_data(pixels, self._source.fill)
         self._data += int(np.count_nonzero(wanted))
+        if self._source.far:
+            present = pixels[wanted]
+            self._samples.append(present[:: max(len(present) // _SAMPLE, 1)])
+            self._source.check_units(self._samples[-1], one_of_many=True)
         if self._mask is not None:
             wanted &= self._mask.read_rows(start, stop)
         self._kept += int(np.count_nonzero(wanted))
         return pixels, wanted
 
-    def refuse_empty(self, allowed: bool) -> None:
-        """PredictionError where (nearly) no pixel of all that were read gets a value, unless that is allowed."""
+    def check(self, allow_empty: bool) -> None:
+        """PredictionError where (nearly) no pixel of all that were read gets a value, unless that is allowed.
+
+        RasterError where the values of a far image can't be digital numbers.
+        """
+        if self._samples:
+            warned = len(self._source.warnings)
+            self._source.check_units(np.concatenate(self._samples))
+            _say(dict.fromkeys(self._source.warnings[warned:]))
         grid = self._source.grid
         what = "pixels with data"
         if self._mask is not None and self._data:
             what = f"pixels of the {self._data:,} with data that the mask {self._mask.name} keeps"
         refuse_empty(
-            PredictionError, self._kept, grid.height * grid.width, f"{self._source.name}: {what}", allowed=allowed
+            PredictionError, self._kept, grid.height * grid.width, f"{self._source.name}: {what}", allowed=allow_empty
         )
 
     @property
@@ -161,8 +175,12 @@ class MapReader:
 
 
 def check_source(source: ImageSource) -> None:
-    """Look at an image's values and say what it warns of; RasterError where they can't be digital numbers."""
-    source.check_units()
+    """Look at an image's values and say what it warns of; RasterError where they can't be digital numbers.
+
+    Of a far image nothing is read for that: its map begins with its first rows, and they are looked at as they come.
+    """
+    if not source.far:
+        source.check_units()
     _say(source.warnings)
 
 
@@ -217,7 +235,7 @@ class MapPixels(ExitStack[None]):
             check_finite(values, self._wanted)
             values[~self._wanted] = self._predictor.bundle.nodata
             self._write(0, values)
-        self._reader.refuse_empty(self._options.allow_empty)
+        self._reader.check(self._options.allow_empty)
         _say_oddities(self._source)
 
     @property
@@ -298,7 +316,7 @@ def _predict_row(
     def read(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         pixels, wanted = reader.read(start, stop)
         present = pixels[~no_data(pixels, source.fill)]
-        source.check_units(present[:: max(len(present) // 5000, 1)], one_of_many=True)
+        source.check_units(present[:: max(len(present) // _SAMPLE, 1)], one_of_many=True)
         return pixels, wanted
 
     def forward(images: np.ndarray) -> np.ndarray:

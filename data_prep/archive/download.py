@@ -60,6 +60,16 @@ class DownloadPlan:
         lines.append(f"{len(self.granules)} granules, {len(self.files)} files, {total}; {len(self.left_out)} left out")
         return lines
 
+    def refuse_empty(self, product: str, season: Season) -> None:
+        """PrepError where nothing was found, or all of it was left out; `product` is `hls` or `gedi`."""
+        if self.granules or self.incomplete:
+            return
+        advice = GEDI_COVERAGE if product == "gedi" else "check the place and the dates"
+        if self.left_out:
+            name, why = min(self.left_out.items())
+            advice = f"{len(self.left_out)} were left out, first {name}: {why}"
+        raise PrepError(f"no {product} granules found for {season.text}; {advice}")
+
 
 def plan_hls(
     answers: Sequence[Mapping[str, Any]],
@@ -113,22 +123,8 @@ def log_in() -> OpenUrl:
     Raises:
         AccessError: nothing there, or it is refused; the message gives the steps.
     """
+    _authenticated()
     earthaccess = earthaccess_library()
-    from earthaccess.exceptions import LoginAttemptFailure, LoginStrategyUnavailable
-
-    reasons = []
-    for strategy in ("environment", "netrc"):
-        try:
-            if earthaccess.login(strategy=strategy).authenticated:
-                break
-        except LoginStrategyUnavailable as error:
-            reasons.append(str(error))
-        except LoginAttemptFailure as error:
-            raise AccessError(f"Earthdata login refused what the {strategy} holds: {error}") from error
-        except OSError as error:
-            raise PrepError(f"Earthdata login can't be reached: {error}") from error
-    else:
-        raise AccessError(f"no Earthdata login found ({'; '.join(reasons)})")
     local = threading.local()  # a session is for one thread
 
     def open_url(url: str, headers: Mapping[str, str]) -> Response:
@@ -137,6 +133,31 @@ def log_in() -> OpenUrl:
         return local.session.get(url, headers=dict(headers), stream=True, timeout=(30, 120))
 
     return open_url
+
+
+def token() -> str:
+    """Log in as `log_in` does; the token that the archive's servers take in place of a name and a password."""
+    return str(_authenticated().token["access_token"])
+
+
+def _authenticated() -> Any:
+    """What `earthaccess` holds of a login."""
+    earthaccess = earthaccess_library()
+    from earthaccess.exceptions import LoginAttemptFailure, LoginStrategyUnavailable
+
+    reasons = []
+    for strategy in ("environment", "netrc"):
+        try:
+            found = earthaccess.login(strategy=strategy)
+            if found.authenticated:
+                return found
+        except LoginStrategyUnavailable as error:
+            reasons.append(str(error))
+        except LoginAttemptFailure as error:
+            raise AccessError(f"Earthdata login refused what the {strategy} holds: {error}") from error
+        except OSError as error:
+            raise PrepError(f"Earthdata login can't be reached: {error}") from error
+    raise AccessError(f"no Earthdata login found ({'; '.join(reasons)})")
 
 
 def _by_name(answers: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
@@ -230,12 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         plan = plan_gedi(search_gedi(area, season.widened(args.label_years), search=search_archive), args.out)
     print("\n".join(plan.lines()))
-    if not plan.granules and not plan.incomplete:
-        advice = GEDI_COVERAGE if args.product == "gedi" else "check the place and the dates"
-        if plan.left_out:
-            name, why = min(plan.left_out.items())
-            advice = f"{len(plan.left_out)} were left out, first {name}: {why}"
-        raise PrepError(f"no {args.product} granules found for {season.text}; {advice}")
+    plan.refuse_empty(args.product, season)
     if args.dry_run:
         return 0
     refuse_beside_prepare(args.out)

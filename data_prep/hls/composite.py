@@ -8,7 +8,7 @@ are integers, so neither the order of scenes nor the size of blocks changes a by
 import argparse
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -22,7 +22,9 @@ import numpy as np
 from biomass_jax.data.bands import BAND_NAMES, FILL
 from biomass_jax.data.raster.cog import write_cog
 from biomass_jax.data.raster.grid import Grid
-from biomass_jax.errors import PrepError, refuse_empty
+from biomass_jax.data.raster.image import read_tags
+from biomass_jax.data.raster.tiff import verify_blocks
+from biomass_jax.errors import PrepError, RasterError, refuse_empty
 from biomass_jax.runtime.settings import add_options, options_of
 from biomass_jax.runtime.system import cores
 from data_prep.commands import add_allow_empty, command, refuse_beside_prepare
@@ -37,6 +39,7 @@ SENSORS = ("L30", "S30")
 DUPLICATE_MINUTES = 10  # two granules of one sensor and tile less than this apart show one overpass
 DEFAULT = CompositeSettings()
 MOST_THREADS = 8  # unless told otherwise: each holds blocks of some scenes
+Opener = Callable[..., Scene]  # (folder, encoding=...) -> the scene
 _BY_TIME = attrgetter("acquired", "sensor", "name")  # of granules
 
 
@@ -97,6 +100,7 @@ def composite(
     tile: str | None = None,
     threads: int | None = None,
     allow_empty: bool = False,
+    opener: Opener = open_scene,
 ) -> CompositeReport:
     """Make the composite of a tile.
 
@@ -117,6 +121,7 @@ def composite(
         tile: the expected tile; that of the granules where None.
         threads: for decoding, 60 MiB each; one for each core, but at most 8, where None.
         allow_empty: write it as well where fewer than 0.1 % of its pixels have values.
+        opener: opens a scene by its folder and encoding; another one than `hls.open_scene` may find it elsewhere.
 
     Raises:
         PrepError: bad settings, no scene of the season, granules of several tiles or on different grids, a granule
@@ -129,7 +134,7 @@ def composite(
     _check_settings(settings)
     selection = select(scene_folders, season=season, sensors=settings.sensors, tile=tile)
     threads = threads or min(cores(), MOST_THREADS)
-    scenes, duplicates = _opened(selection.folders, threads, encoding)
+    scenes, duplicates = _opened(selection.folders, threads, partial(opener, encoding=encoding))
     plan = sums.CompositePlan(scenes, settings, threads)
     counts = sums.Counts(scenes)
     tags = _tags(scenes, season, duplicates)
@@ -184,21 +189,41 @@ def _rows(
     yield from sums.row_bands(plan, counts)
     grid = plan.scenes[0].grid
     refuse_empty(PrepError, counts.covered, grid.height * grid.width, what, allowed=allow_empty)
-    of = plan.settings
-    masked = ["fill", "cloud", "adjacent", "shadow", "snow"]
-    masked += ["water"] * of.drop_water + ["high aerosol"] * of.drop_high_aerosol
     found: dict[str, object] = {"scenes": len(plan.scenes), "covered": counts.covered, "by_scene": counts.by_scene}
     if counts.used:
         found["used_of_duplicates"] = counts.used
     if counts.odd:
         found["no_data_besides"] = {f"{name}: {what}": number for (name, what), number in counts.odd.items()}
-    settings: dict[str, object] = {
-        "statistic": of.statistic,
-        "min_clear": of.min_clear,
-        "sensors": sorted(set(of.sensors)),
+    tags["COMPOSITE"] = json.dumps({**_recorded(plan.settings), "counts": found}, sort_keys=True)
+
+
+def _recorded(settings: CompositeSettings) -> dict[str, object]:
+    """The settings as a composite's tag has them."""
+    masked = ["fill", "cloud", "adjacent", "shadow", "snow"]
+    masked += ["water"] * settings.drop_water + ["high aerosol"] * settings.drop_high_aerosol
+    return {
+        "statistic": settings.statistic,
+        "min_clear": settings.min_clear,
+        "sensors": sorted(set(settings.sensors)),
+        "encoding": settings.encoding,
+        "masked": masked,
     }
-    settings["encoding"] = of.encoding
-    tags["COMPOSITE"] = json.dumps({**settings, "masked": masked, "counts": found}, sort_keys=True)
+
+
+def is_made(path: Path, granules: Sequence[str], season: Season, settings: CompositeSettings) -> bool:
+    """Whether a whole composite of just these granules, made with these settings, lies there."""
+    if not path.is_file():
+        return False
+    try:
+        tags = read_tags(path)
+        verify_blocks(path)
+        made = json.loads(tags.get("COMPOSITE", "{}"))
+    except (RasterError, ValueError):
+        return False
+    older = [pair.partition("=")[0] for pair in tags.get("DUPLICATES", "").split(",") if pair]
+    held = {*tags.get("SCENES", "").split(","), *older}
+    made.pop("counts", None)
+    return tags.get("SEASON") == season.text and held == set(granules) and made == _recorded(settings)
 
 
 def select(
@@ -285,10 +310,12 @@ def _check_settings(settings: CompositeSettings) -> None:
         raise PrepError(f"min_clear {settings.min_clear}: expected 1 or more clear scenes")
 
 
-def _opened(folders: Sequence[Path], threads: int, encoding: str) -> tuple[list[Scene], dict[str, str]]:
+def _opened(
+    folders: Sequence[Path], threads: int, opener: Callable[[Path], Scene]
+) -> tuple[list[Scene], dict[str, str]]:
     """`without_duplicates` of the folders' scenes. PrepError where they don't lie on one grid."""
     with ThreadPoolExecutor(threads) as pool:
-        found = list(pool.map(partial(open_scene, encoding=encoding), folders))
+        found = list(pool.map(opener, folders))
     scenes, duplicates = without_duplicates(found)
     first = scenes[0]
     for scene in found:

@@ -6,7 +6,7 @@ A granule is a folder of single-band GeoTIFFs on one grid. Digital numbers are p
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -40,6 +40,7 @@ _SENSOR_TAGS = ("SENSOR", "SPACECRAFT_NAME")
 _REFLECTANCE = 2.0  # digital numbers of land are hundreds, reflectance is below this
 
 _SUFFIXES = (".tif", ".tiff")  # in any case
+_BLOCK = 256  # px, of HLS's files
 
 Buffers = tuple[np.ndarray, np.ndarray]  # (6, rows, columns) int16, (rows, columns) uint8
 Found = Counter[tuple[str, str]]  # pixels by (granule, what): `USED`, or what was taken for no-data besides no-data
@@ -131,14 +132,15 @@ def _cure(loose: Sequence[str]) -> str:
 class Scene:
     """A granule whose files have been checked. Nothing is kept open, so any thread may read."""
 
-    folder: Path
+    folder: Path  # its name alone where its files are far
     granule: Granule
     grid: Grid  # of all its files
     tags: Mapping[str, str]  # of the first band's file
-    paths: tuple[Path, ...]  # files of the six bands in `bands.BANDS` order, then Fmask's
+    paths: tuple[str, ...]  # as GDAL opens them: the six bands in `bands.BANDS` order, then Fmask
     encoding: str = AUTO  # what the bands' numbers are
     plain: bool = True  # all files are as HLS writes them: no mask, nothing to convert
     older: tuple["Scene", ...] = ()  # of the same overpass, the newest first: read where this one has no data
+    access: Mapping[str, str] | None = None  # GDAL's settings for files on a server; None where they are here
 
     @property
     def processing_time(self) -> datetime:
@@ -159,7 +161,9 @@ class Scene:
         Yields:
             read(window, into): fill arrays of `buffers`, because new memory costs time, with digital numbers, -9999
                 where there are none, and the Fmask, 255 where it is hidden. Where the granule has no data they are
-                those of the older ones. Returns how many pixels these gave, and what else was taken for no-data.
+                those of the older ones. Returns how many pixels these gave, and what else was taken for no-data. Of
+                files on a server, bands are fetched only where the Fmask leaves anything clear: elsewhere they are 1
+                where the sensor saw something.
 
         Raises:
             RasterError: a file can't be read there.
@@ -189,14 +193,31 @@ class Scene:
         with ExitStack() as stack:
             datasets = []
             for path in self.paths:
-                with raster_errors(str(path)):
-                    datasets.append(stack.enter_context(open_quietly(str(path))))
+                with raster_errors(path, self.access):
+                    datasets.append(stack.enter_context(open_quietly(path)))
+
+            def fill(which: slice, window: Window, outs: Iterable[np.ndarray]) -> None:
+                for path, dataset, out in zip(self.paths[which], datasets[which], outs, strict=True):
+                    with raster_errors(path, self.access):
+                        dataset.read(1, window=window, out=out)
 
             def read(window: Window, into: Buffers) -> Found:
                 planes, fmask = into
-                for path, dataset, out in zip(self.paths, datasets, (*planes, fmask), strict=True):
-                    with raster_errors(str(path)):
-                        dataset.read(1, window=window, out=out)
+                fill(np.s_[-1:], window, [fmask])
+                if self.access is None:
+                    fill(np.s_[:-1], window, planes)
+                else:
+                    planes[:] = np.where(observed(fmask), np.int16(1), np.int16(bands.FILL))
+                    part = _clear_part(fmask, window)
+                    if part is not None:
+                        wanted = [np.empty((part.height, part.width), np.int16) for _ in planes]
+                        fill(np.s_[:-1], part, wanted)
+                        rows, columns = (
+                            slice(int(begin - first), int(end - first))
+                            for (begin, end), (first, _) in zip(part.toranges(), window.toranges(), strict=True)
+                        )
+                        for plane, values in zip(planes, wanted, strict=True):
+                            plane[rows, columns] = values
                 return Counter()
 
             yield read
@@ -204,8 +225,8 @@ class Scene:
     @contextmanager
     def _odd_reader(self) -> Iterator[ReadInto]:
         """Through `open_image`, which knows masks, no-data values and encodings."""
-        item = InputItem(str(self.folder), tuple(map(str, self.paths[:-1])), PurePath(self.folder.name))
-        path = str(self.paths[-1])
+        item = InputItem(str(self.folder), self.paths[:-1], PurePath(self.folder.name))
+        path = self.paths[-1]
         with ExitStack() as stack:
             image = stack.enter_context(open_image(item, model_sensors=(), encoding=self.encoding))
             with raster_errors(path):
@@ -249,31 +270,60 @@ def open_scene(folder: str | os.PathLike[str], encoding: str = AUTO) -> Scene:
     if granule.name != folder.name:
         raise PrepError(f"{folder}: expected a folder named {granule.name}")
     paths = _layer_paths(folder, granule)
+    for path in paths:
+        verify_blocks(path, sparse_ok=True)
+    return _checked(folder, granule, tuple(map(str, paths)), encoding)
+
+
+def open_far_scene(name: str, urls: Mapping[str, str], access: Mapping[str, str]) -> Scene:
+    """Check the headers of a granule's files on a server; their pixels are fetched when they are read.
+
+    Args:
+        name: the granule's.
+        urls: file name -> its HTTP(S) address, of all needed layers.
+        access: GDAL's settings for the server: its login.
+
+    Raises:
+        PrepError: see `open_scene`.
+        RasterError: a file can't be reached, or is none that HLS writes.
+    """
+    granule = parse_granule_name(name)
+    paths = tuple(f"/vsicurl/{urls[f'{name}.{layer}.tif']}" for layer in needed_layers(granule.sensor))
+    # GDAL would list the server's folders to look for side-cars, which granules have none of.
+    scene = _checked(Path(name), granule, paths, AUTO, {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", **access})
+    if not scene.plain:
+        raise PrepError(f"{name}: its files have masks, which HLS's have not; download it, and look at it")
+    return scene
+
+
+def _checked(
+    folder: Path, granule: Granule, paths: tuple[str, ...], encoding: str, access: Mapping[str, str] | None = None
+) -> Scene:
+    """A scene whose files' headers agree with each other and with its name."""
     tags: list[dict[str, str]] = []
     grids: list[Grid] = []
     long_names: list[str | None] = []
     scales: dict[str, tuple[float, float] | None] = {}
     plain = True
     for path in paths:
-        verify_blocks(path, sparse_ok=True)
-        with raster_errors(str(path)), open_quietly(str(path)) as dataset:
+        with raster_errors(path, access), open_quietly(path) as dataset:
             plain &= _check_file(path, dataset, encoding, is_fmask=path == paths[-1])
-            scales[path.name] = declared(dataset, 1)
+            scales[PurePath(path).name] = declared(dataset, 1)
             tags.append(dict(dataset.tags()))
             grids.append(grid_of(dataset))
             long_names.append(dataset.tags(1).get("long_name") or tags[-1].get("long_name"))
     for path, grid, found in zip(paths, grids, tags, strict=True):
         if not grid.same_as(grids[0]):
             raise PrepError(
-                f"{path}: its grid is {grid.describe()}, but {paths[0].name} lies on {grids[0].describe()}; "
+                f"{path}: its grid is {grid.describe()}, but {PurePath(paths[0]).name} lies on {grids[0].describe()}; "
                 "expected one grid for all files of a granule"
             )
         _check_tags(path, found, granule)
     _check_place(folder, granule, grids[0])
-    del scales[paths[-1].name]
+    del scales[PurePath(paths[-1]).name]
     plain &= conversion(encoding, scales, str(folder)) is None
     _resolve(needed_layers(granule.sensor)[:-1], granule, folder, long_names[:-1])
-    return Scene(folder, granule, grids[0], tags[0], paths, encoding, plain)
+    return Scene(folder, granule, grids[0], tags[0], paths, encoding, plain, access=access)
 
 
 def buffers(rows: int, columns: int) -> Buffers:
@@ -316,6 +366,21 @@ def has_data(scene: Buffers) -> np.ndarray:
 def observed(fmask: np.ndarray) -> np.ndarray:
     """Which pixels the sensor saw: bool of Fmask's shape, False for fill, which has all bits set."""
     return fmask != FMASK_FILL
+
+
+def _clear_part(fmask: np.ndarray, window: Window) -> Window | None:
+    """The part of a window, cut where files' blocks are, outside of which no pixel can be clear; None for no part."""
+    possible = observed(fmask) & (fmask & _MASKED == 0)
+    if not possible.any():
+        return None
+    edges = []
+    for axis, first, length in ((1, window.row_off, window.height), (0, window.col_off, window.width)):
+        places = np.flatnonzero(possible.any(axis=axis)) + first
+        edges.append(
+            (max(first, places[0] // _BLOCK * _BLOCK), min(first + length, -(-(places[-1] + 1) // _BLOCK) * _BLOCK))
+        )
+    (top, bottom), (left, right) = edges
+    return Window(left, top, right - left, bottom - top)
 
 
 def tile_grid_key(crs: CRS | None, transform: Affine, name: str = "grid") -> tuple[int, float, float, float, float]:
@@ -379,7 +444,7 @@ def _resolve(layers: Sequence[str], granule: Granule, folder: Path, long_names: 
         raise PrepError(str(error)) from error
 
 
-def _check_file(path: Path, dataset: DatasetReader, encoding: str, *, is_fmask: bool) -> bool:
+def _check_file(path: str, dataset: DatasetReader, encoding: str, *, is_fmask: bool) -> bool:
     """Whether a file is as HLS writes it and has no mask; PrepError where it can't be read as one of a granule's."""
     dtype, fill = ("uint8", FMASK_FILL) if is_fmask else ("int16", bands.FILL)
     stored, alpha = dataset.dtypes[0], ColorInterp.alpha in dataset.colorinterp
@@ -402,7 +467,7 @@ def _check_file(path: Path, dataset: DatasetReader, encoding: str, *, is_fmask: 
     return wanted and not is_masked(dataset, 1)
 
 
-def _check_tags(path: Path, tags: Mapping[str, str], granule: Granule) -> None:
+def _check_tags(path: str, tags: Mapping[str, str], granule: Granule) -> None:
     for tag in _TILE_TAGS:
         tiles = set(_TILE_IN_TAG.findall(tags.get(tag, "").upper()))
         if tiles - {granule.tile}:

@@ -6,7 +6,7 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -235,16 +235,20 @@ _listener = _Listener()
 
 
 @contextmanager
-def raster_errors(name: str) -> Iterator[None]:
+def raster_errors(name: str, options: Mapping[str, str] | None = None) -> Iterator[None]:
     """Run a piece of GDAL work with this module's settings; its errors become RasterErrors that name the file.
 
     So do errors after which GDAL goes on, with a block that it has not read, or without a side-car that is damaged.
+
+    Args:
+        name: what messages call it.
+        options: GDAL's settings for this piece of work alone, such as a server's login.
     """
     with _listener.listening() as heard:
         try:
             other = {key: value for key in _DEFAULTS if (value := get_gdal_config(key, normalize=False))}
             try:
-                with rasterio.Env(**SETTINGS, **{key: _DEFAULTS[key] for key in other}):
+                with rasterio.Env(**{**SETTINGS, **{key: _DEFAULTS[key] for key in other}, **(options or {})}):
                     yield
             finally:
                 for option, value in other.items():

@@ -52,6 +52,7 @@ class ImageSource(ExitStack[None]):
         sensor: `L30`, `S30`, `L30+S30`, or None where nothing tells.
         season: `YYYY-MM-DD/YYYY-MM-DD` from a SEASON tag or the granule's date, or "".
         sources: names of the files read.
+        far: whether any of them is on a server.
         warnings: sentences for the user.
         oddities: {what: (pixels, row, column of the first one)} of what `read_rows` took for no-data besides no-data.
     """
@@ -71,6 +72,7 @@ class ImageSource(ExitStack[None]):
         super().__init__()
         self.name = item.name
         self.bands = tuple(wanted)
+        self.far = any(path.startswith("/vsi") and not path.startswith("/vsimem/") for path in item.paths)
         self.warnings: list[str] = []
         self.oddities: dict[str, tuple[int, int, int]] = {}
         self._bands: list[tuple[Any, int]] = []  # (dataset, band index) of each wanted band

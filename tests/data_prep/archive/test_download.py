@@ -1,5 +1,6 @@
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -190,7 +191,7 @@ def test_hls_by_the_command(archive, tmp_path, capsys, granule):
     assert [path for path, _ in archive.asked] == [f"/{HLS}/{HLS}.B04.tif"]
     scene = open_scene(tmp_path / "hls" / HLS)
     assert len(scene.paths) == 7 == len(names_in(scene.folder))
-    assert {path.name: path.read_bytes() for path in scene.paths}.items() <= granule.items()
+    assert {path.name: path.read_bytes() for path in map(Path, scene.paths)}.items() <= granule.items()
 
 
 def test_gedi_by_the_command(archive, tmp_path, capsys, orbit):

@@ -111,7 +111,7 @@ def test_rows_come_as_stored(originals, image, codes, name):
         assert (np.moveaxis(into[0], 0, -1) == image[:2]).all()
     assert (scene.grid.height, scene.grid.width) == SHAPE
     assert scene.processing_time == datetime(2020, 7, 3, 18, 45, 12, tzinfo=UTC)
-    layers = [path.name.split(".")[-2] for path in scene.paths]
+    layers = [Path(path).name.split(".")[-2] for path in scene.paths]
     assert layers == (
         ["B02", "B03", "B04", "B05", "B06", "B07", "Fmask"]
         if "L30" in name
@@ -378,7 +378,7 @@ def test_folders_of_other_names(copies):
 
 def test_blocks_that_do_not_decode(copies):
     scene = hls.open_scene(copies / L30)
-    path = scene.paths[2]
+    path = Path(scene.paths[2])
     with rasterio.open(path) as dataset:
         offset = int(dataset.get_tag_item("BLOCK_OFFSET_0_0", "TIFF", bidx=1))
     with path.open("r+b") as file:

@@ -1,0 +1,106 @@
+"""NASA's archive as GDAL meets it: a gate that wants a token and points to a store, which refuses to see the token."""
+
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from tests.data_prep.archive_server import answer
+
+TOKEN = "a.token"
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, handler, **fields):
+        super().__init__(("127.0.0.1", 0), handler)
+        vars(self).update(fields)
+
+    def handle_error(self, *args):
+        pass  # a client that went away
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def say(self, status, body=b"", **headers):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+
+class Gate(_Handler):
+    def do_GET(self):
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            if self.server.polite:
+                return self.say(401, b"no")
+            return self.say(200, b"<!DOCTYPE html><title>Earthdata Login</title>", Content_Type="text/html")
+        return self.say(302, Location=f"http://localhost:{self.server.store.server_port}{self.path}?signature=s")
+
+
+class Store(_Handler):
+    def do_GET(self):
+        if "Authorization" in self.headers:
+            return self.say(400, b"only one way to log in")
+        if self.server.broken:
+            return self.say(500, b"")
+        path = self.server.folder / self.path.partition("?")[0].lstrip("/")
+        if not path.is_file():
+            return self.say(404)
+        body, asked = path.read_bytes(), self.headers.get("Range")
+        if asked is None:
+            return self.say(200, body, Accept_Ranges="bytes")
+        first, last = (int(number or len(body)) for number in asked.removeprefix("bytes=").split("-"))
+        part = body[first : last + 1]
+        if self.command == "GET":
+            self.server.asked.append((path.name, first, first + len(part)))
+        whole = f"bytes {first}-{first + len(part) - 1}/{len(body)}"
+        return self.say(206, part, Accept_Ranges="bytes", Content_Range=whole)
+
+
+class Archive:
+    """A folder of granules as the archive has them.
+
+    Attributes:
+        asked: (file, first byte, the one behind the last) of each range that was given.
+    """
+
+    def __init__(self, folder):
+        self.store = _Server(Store, folder=Path(folder), broken=False, asked=[])
+        self.gate = _Server(Gate, store=self.store, polite=True)
+        self.asked = self.store.asked
+        self.searches = []
+
+    def search(self, **query):
+        """In place of `earthaccess.search_data`."""
+        self.searches.append(query)
+        url = f"http://127.0.0.1:{self.gate.server_port}"
+        granules = sorted(path for path in self.store.folder.iterdir() if path.name.startswith("HLS."))
+        wanted = [path for path in granules if path.name.split(".")[1] == query["short_name"][-3:]]
+        return [answer(path.name, sorted(file.name for file in path.iterdir()), url=url) for path in wanted]
+
+
+@contextmanager
+def open_archive(folder):
+    """An archive whose servers run as long as the block."""
+    archive = Archive(folder)
+    servers = (archive.store, archive.gate)
+    for server in servers:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    try:
+        yield archive
+    finally:
+        for server in servers:
+            server.shutdown()
+            server.server_close()
