@@ -232,6 +232,6 @@ def test_bundle_of_one_device_opens_on_eight(saved, variables):
         "leaf = opened.variables['params']['head']['final']['kernel']\n"
         "assert len(leaf.sharding.device_set) == 8; print(bundle.weights_sha256(opened.variables))\n"
     )
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    env = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"}
     done = subprocess.run([sys.executable, "-c", code, saved], env=env, capture_output=True, text=True)
     assert done.stdout.strip() == bundle.weights_sha256(variables), done.stderr

@@ -161,14 +161,14 @@ def finetuned(shards, tmp_path_factory):
         return workdir, unread(config, workdir, monkeypatch)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_field_of_fine_tuning_is_read(finetuned):
     workdir, missed = finetuned
     assert (workdir / "best" / "bundle.json").is_file()
     assert missed == set()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_field_of_pretraining_is_read(shards, tmp_path, monkeypatch):
     config = config_of("pretrain_simmim_swin_b_100ep")
     tiny = {name: value for name, value in world.TINY.items() if "decoder" not in name}
@@ -177,7 +177,7 @@ def test_every_field_of_pretraining_is_read(shards, tmp_path, monkeypatch):
     assert unread(config, tmp_path / "run", monkeypatch) == set()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_field_of_an_evaluation_is_read(finetuned, shards, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "draw", lambda *_: None)
     config = config_of("evaluate")
@@ -186,7 +186,7 @@ def test_every_field_of_an_evaluation_is_read(finetuned, shards, tmp_path, monke
     assert (tmp_path / "run" / "metrics.json").is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_field_of_a_prediction_is_read(finetuned, tmp_path, monkeypatch):
     image = np.random.default_rng(0).integers(500, 3000, (6, 32, 32)).astype(np.int16)
     form = {"driver": "GTiff", "height": 32, "width": 32, "count": 6, "dtype": "int16", "nodata": -9999}

@@ -78,7 +78,9 @@ def test_all_biomes_and_one_biome_are_a_command_each(given, plain, root, tmp_pat
 @pytest.mark.slow
 def test_four_devices_score_as_one(given, plain, root, tmp_path):
     fields = (f"--config.bundle={given[0]}", f"--config.data.path={given[1]}", "--config.batch_size=3")
-    status, said = program(root, tmp_path, *fields, XLA_FLAGS="--xla_force_host_platform_device_count=4")
+    status, said = program(
+        root, tmp_path, *fields, XLA_FLAGS=os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"
+    )
     assert status == 0, said
     assert "batch_size 3 becomes 4: 4 devices" in said
     four = json.loads((tmp_path / "metrics.json").read_text())
@@ -91,7 +93,10 @@ def test_two_processes_score_as_one(given, plain, root, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(root)}
+    environment = os.environ | {
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2",
+        "PYTHONPATH": str(root),
+    }
     runs = [
         subprocess.Popen(
             [sys.executable, "-c", PROCESS, str(index), str(port), *map(str, given), str(tmp_path)],

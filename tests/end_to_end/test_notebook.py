@@ -137,7 +137,7 @@ def executed(tmp_path_factory):
     return out, {cell["id"]: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}, notebook
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_three_experiments_give_scores(executed):
     out, outputs, _ = executed
     (shown,) = outputs["few-scores"]
@@ -157,7 +157,7 @@ def test_three_experiments_give_scores(executed):
         assert (out / "notebook" / "few_shot_one" / name).stat().st_size
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_pictures_and_a_map_appear(executed):
     out, outputs, _ = executed
     for cell, count in {"all-pictures": 2, "few-curves": 1, "map-picture": 1}.items():
@@ -169,7 +169,7 @@ def test_pictures_and_a_map_appear(executed):
         assert np.ptp(made.read(1, masked=True)) > 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_memory_stays_small(executed):
     *_, notebook = executed
     own, largest, has_jax = notebook.cells[-1].outputs[0].text.split()

@@ -11,6 +11,8 @@ from tests.precision import float64
 
 SMALL = {"embed_dim": 4, "depths": (1, 2), "num_heads": (1, 2), "window_size": 3, "mlp_ratio": 2.0}
 TASKS = {"biomass": SMALL | {"decoder_channels": 4, "final_relu": False}, "simmim": SMALL}
+pytestmark = pytest.mark.slow  # each derivative is a program of its own to compile
+
 STEP = 1e-8  # so small that hardly a ReLU switches on the way; float64 still has eight digits then
 
 

@@ -165,7 +165,10 @@ def small_input():
 
 
 def test_draws_do_not_depend_on_where_they_lie(tmp_path, root):
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+    }
     subprocess.run([sys.executable, "-c", SHARDED, tmp_path], cwd=root, env=env, check=True)
     tables = []
     for kind in ("torch", "simmim"):

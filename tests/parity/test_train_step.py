@@ -17,6 +17,8 @@ from biomass_jax.training.optimizer import apply_updates, create_optimizer
 from tests.parity.torch_names import relative_error, to_variables
 from tests.precision import float64
 
+pytestmark = pytest.mark.slow  # compiles the step for two types
+
 LEARNING_RATE, WEIGHT_DECAY = 3.1406904191973693e-4, 0.03283253068408954
 # Gradients that are exactly 0 in truth: what is left of them is rounding, in float64 too.
 ZERO = 1e-9

@@ -161,7 +161,10 @@ assert "all-gather" not in text and "all-to-all" not in text, "chips travel betw
 
 
 def test_a_batch_split_over_eight_devices_gives_the_same_chips(root):
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+    }
     command = [sys.executable, "-c", SPLIT_OVER_DEVICES]
     done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,5 +1,6 @@
 """The predictor around stub models: what goes in, what comes out, at which sizes, on how many devices."""
 
+import os
 import pickle
 import re
 import subprocess
@@ -293,9 +294,9 @@ np.save({array!r}, predictor.predict_array(coded_image(50, 60)))
 
 def test_values_are_the_same_on_1_and_4_devices(tmp_path, monkeypatch, root):
     source = write_raster(tmp_path / "scene.tif", coded_image(460, 500))
-    results, arrays, sizes = [], [], []
+    results, arrays, sizes, flags = [], [], [], os.environ["XLA_FLAGS"]
     for devices in (1, 4):
-        monkeypatch.setenv("XLA_FLAGS", f"--xla_force_host_platform_device_count={devices}")
+        monkeypatch.setenv("XLA_FLAGS", f"{flags} --xla_force_host_platform_device_count={devices}")
         target, array = tmp_path / f"{devices}.tif", tmp_path / f"{devices}.npy"
         code = DEVICES.format(devices=devices, source=str(source), target=str(target), array=str(array))
         done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)

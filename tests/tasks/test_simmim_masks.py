@@ -101,7 +101,7 @@ np.save(sys.argv[2], mask)
 
 def test_one_and_eight_devices_draw_the_same_masks(tmp_path, root):
     for count in (1, 8):
-        flags = f"--xla_force_host_platform_device_count={count}"
+        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
         command = [sys.executable, "-c", _ON_DEVICES, str(count), str(tmp_path / f"{count}.npy")]
         environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
         subprocess.run(command, cwd=root, check=True, env=environment)

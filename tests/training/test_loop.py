@@ -70,7 +70,7 @@ def test_the_exported_model_has_the_score_that_the_run_printed(unbroken, shards)
     np.testing.assert_allclose(scores["val/loss"], np.sqrt(squares / count), rtol=1e-5)
 
 
-@pytest.mark.parametrize("when", [pytest.param(1, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow), 7])
+@pytest.mark.parametrize("when", [pytest.param(1, marks=pytest.mark.long), 5, pytest.param(7, marks=pytest.mark.long)])
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(unbroken, shards, tmp_path, when):
     calls = iter(range(1, 100))
     assert not train(config_of(shards), tmp_path / "run", stop=lambda: next(calls) == when)
@@ -83,7 +83,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize(
-    "place", [pytest.param("save", marks=pytest.mark.slow), "write", pytest.param("export", marks=pytest.mark.slow)]
+    "place", [pytest.param("save", marks=pytest.mark.long), "write", pytest.param("export", marks=pytest.mark.long)]
 )
 def test_a_run_killed_within_an_epochs_end_goes_on_as_if_it_had_not_been(
     unbroken, shards, tmp_path, monkeypatch, place
@@ -131,7 +131,7 @@ def test_early_stopping_ends_the_run(shards, tmp_path):
     assert np.argmin(losses) == len(losses) - 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_kill_9_at_random_moments(root, shards, unbroken, tmp_path):
     rng = np.random.default_rng(5)
     workdir = tmp_path / "run"
