@@ -52,6 +52,14 @@ XARRAY = [
     "rioxarray>=0.19",  # CRSs of DataArrays; older ones were not tried
     "dask>=2024.8",  # lazy ones; the first that works with NumPy 2
 ]
+REGIONAL = [
+    "exactextract>=0.2",  # means over polygons; the first of its Python releases that are on PyPI
+    "geopandas>=1.0",  # as above
+    "pandas>=2.2.2",  # as above
+    "pyproj>=3.7",  # as above
+    "shapely>=2.0.4",  # as above
+    "scipy>=1.13",  # Student's t; the first built for NumPy 2
+]
 DOCS = ["nbclient>=0.10", "ipykernel>=6.29"]  # runs the notebook as a test; the first that allow Python 3.12
 # `make docs`: the site with its API reference; older ones were not tried.
 SITE = ["mkdocs-material>=9.6", "mkdocstrings[python]>=1.0", "mkdocs-jupyter>=0.25"]
@@ -98,6 +106,7 @@ setup(
         "prep": PREP,
         "dask": ["distributed>=2024.8"],  # the first that works with NumPy 2; brings dask
         "xarray": XARRAY,
+        "regional": REGIONAL,
         "sweep": SWEEP,
         "hub": ["huggingface_hub>=0.23"],  # resumes broken downloads by itself
         # torch: the version behind the numeric references in tests/golden, for the model that ours races. rioxarray,
@@ -106,7 +115,7 @@ setup(
         "docs": DOCS,
         "site": SITE,
         "tools": TOOLS,
-        "dev": PREP + SWEEP + XARRAY + DOCS + TOOLS,
+        "dev": PREP + REGIONAL + SWEEP + XARRAY + DOCS + TOOLS,
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],  # bring-your-own CUDA 12: install jax[cuda12] instead
     },

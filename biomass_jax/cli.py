@@ -72,6 +72,11 @@ TOOLS = {
         "biomass_jax.convert.__main__",
         "--input biomass_model.ckpt --config config.yaml --output granite",
     ),
+    "validate": ToolCommand(
+        "maps beside field plots",
+        "biomass_jax.evaluation.__main__",
+        "--plots plots.gpkg --maps maps/*_agbd.tif --out validation",
+    ),
     "sweep": ToolCommand(
         "search for good settings by many trainings",
         "biomass_jax.launch.sweep",
@@ -119,6 +124,7 @@ _MGRS_TILE = re.compile(r"T?\d{2}[A-Z]{3}")
 # The programs that the tools name in their help when they are called by themselves.
 _OTHER_NAMES = {
     "python -m biomass_jax.convert": f"{PROGRAM} convert",
+    "python -m biomass_jax.evaluation": f"{PROGRAM} validate",
     "python -m launch.sweep": f"{PROGRAM} sweep",
     "python -m launch.demo": f"{PROGRAM} demo",
     "python -m data_prep": PROGRAM,

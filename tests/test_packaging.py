@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 import biomass_jax
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = {"prep", "dask", "sweep", "xarray", "hub", "bench", "docs", "site", "tools", "dev", "tpu", "cuda"}
+EXTRAS = {"prep", "regional", "dask", "sweep", "xarray", "hub", "bench", "docs", "site", "tools", "dev", "tpu", "cuda"}
 # Imported under another name than the distribution's, where the distribution need not be installed.
 OTHER_NAMES = {"absl": "absl-py", "yaml": "pyyaml", "orbax": "orbax-checkpoint", "grain": "grain"}
 
@@ -93,7 +93,7 @@ def test_jax_is_bounded_no_tighter_than_it_has_to_be(declared):
 
 def test_extras(declared):
     assert set(declared) == {None, *EXTRAS}
-    parts = [str(r) for part in ("prep", "sweep", "xarray", "docs", "tools") for r in declared[part]]
+    parts = [str(r) for part in ("prep", "regional", "sweep", "xarray", "docs", "tools") for r in declared[part]]
     assert sorted(str(r) for r in declared["dev"]) == sorted(parts)
     assert [str(r) for r in declared["bench"]] == ["torch==2.13.0", "rioxarray>=0.19"]
 
@@ -106,7 +106,7 @@ def test_neither_tensorflow_nor_torch_is_needed(declared):
 
 
 @pytest.mark.parametrize(
-    ("folder", "extras"), [("biomass_jax", ["hub", "prep", "xarray"]), ("data_prep", ["prep", "dask"])]
+    ("folder", "extras"), [("biomass_jax", ["hub", "prep", "regional", "xarray"]), ("data_prep", ["prep", "dask"])]
 )
 def test_whatever_is_imported_is_declared(declared, folder, extras):
     names = {canonicalize_name(r.name) for extra in [None, *extras] for r in declared[extra]}

@@ -11,6 +11,7 @@ from biomass_jax.figures.scores import (
     by_training_size,
     density_scatter,
     error_by_bin,
+    plot_scatter,
     residual_histogram,
     training_curves,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "error_by_bin",
     "map_style",
     "maps_side_by_side",
+    "plot_scatter",
     "quicklook",
     "reconstructions",
     "residual_histogram",

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from biomass_jax.errors import FigureError
-from biomass_jax.figures.style import COLOURS, GREY, new_figure, plot_axes
+from biomass_jax.figures.style import COLOURS, GREY, GRID, new_figure, plot_axes
 
 CELLS = 100  # of the density scatter, along each side
 MOST_SHOWN = 99.9  # percentile of labels and predictions that a scatter reaches to
@@ -65,6 +65,48 @@ def density_scatter(
     return figure
 
 
+def plot_scatter(
+    plots: np.ndarray,
+    maps: np.ndarray,
+    errors: np.ndarray,
+    small: np.ndarray,
+    *,
+    title: str,
+    line: tuple[float, float] | None = None,
+    unit: str = "Mg/ha",
+) -> Any:
+    """A map's means over field plots against the plots, with the plots' errors, the 1:1 line and the fitted one.
+
+    Args:
+        plots: (n,).
+        maps: (n,).
+        errors: (n,) standard errors of the plots, NaN where unknown.
+        small: bool (n,), plots smaller than a pixel, drawn open.
+        title: what is compared.
+        line: slope and intercept, or None.
+        unit: of both.
+    """
+    figure = new_figure(6.0, 6.0)
+    axes = figure.subplots()
+    plot_axes(axes, f"Biomass of the plot ({unit})", f"Biomass of the map ({unit})")
+    top = _round_up(float(max(plots.max(), maps.max())))
+    known = np.isfinite(errors)
+    axes.hlines(maps[known], (plots - errors)[known], (plots + errors)[known], color=GRID, linewidth=1)
+    for mine, face, name in ((~small, COLOURS[0], "Plots"), (small, "white", "Plots smaller than a pixel")):
+        if mine.any():
+            look = {"s": 22, "facecolor": face, "edgecolor": COLOURS[0], "zorder": 3}
+            axes.scatter(plots[mine], maps[mine], label=name, **look)
+    axes.plot([0, top], [0, top], color="black", linewidth=1, linestyle="--", label="1:1")
+    if line is not None:
+        ends = np.array([0, top])
+        axes.plot(ends, line[1] + line[0] * ends, color=COLOURS[1], linewidth=1.8, label="Errors of both counted")
+    axes.legend(loc="upper left", frameon=True, framealpha=0.85, edgecolor="none")
+    axes.set(xlim=(0, top), ylim=(min(0.0, float(maps.min())), top))
+    axes.set_box_aspect(1)
+    axes.set_title(title, fontsize=11, parse_math=False)
+    return figure
+
+
 def error_by_bin(
     tables: Mapping[str, Sequence[Mapping[str, Any]]],
     *,
@@ -72,6 +114,7 @@ def error_by_bin(
     scores: Mapping[str, Any],
     references: Mapping[str, float | None] | None = None,
     unit: str = "Mg/ha",
+    score_name: str = "RMSE",
 ) -> Any:
     """RMSE and bias of each bin, with intervals where there are any; a panel a table, side by side.
 
@@ -81,6 +124,7 @@ def error_by_bin(
         scores: n and rmse over all.
         references: name -> RMSE of horizontal lines, left out where None.
         unit: of the scores.
+        score_name: what RMSE is called where it is none of a model's.
     """
     figure = new_figure(5.2 * len(tables), 4.6)
     panels = figure.subplots(1, len(tables), sharey=True, squeeze=False)[0]
@@ -90,7 +134,7 @@ def error_by_bin(
         places = np.arange(len(rows))
         for score, shift, colour in (("rmse", -0.19, COLOURS[0]), ("bias", 0.19, COLOURS[1])):
             values = np.array([math.nan if row[score] is None else row[score] for row in rows], float)
-            axes.bar(places + shift, values, 0.36, color=colour, label={"rmse": "RMSE", "bias": "Bias"}[score])
+            axes.bar(places + shift, values, 0.36, color=colour, label={"rmse": score_name, "bias": "Bias"}[score])
             has = [i for i, row in enumerate(rows) if row[f"{score}_low"] is not None]
             if has:
                 low, high = ([rows[i][f"{score}{end}"] for i in has] for end in ("_low", "_high"))
@@ -103,7 +147,7 @@ def error_by_bin(
             axes.axhline(value, color=GREY, linewidth=1.2, linestyle=style, label=f"{text} {value:.3g}")
     handles, texts = panels[0].get_legend_handles_labels()
     figure.legend(handles, texts, loc="outside lower center", ncols=len(texts), frameon=False, fontsize=9)
-    figure.suptitle(f"{title}\n{summary(scores, unit)}", fontsize=11, parse_math=False)
+    figure.suptitle(f"{title}\n{summary(scores, unit, score_name)}", fontsize=11, parse_math=False)
     return figure
 
 
@@ -134,11 +178,11 @@ def residual_histogram(
     return figure
 
 
-def summary(scores: Mapping[str, Any], unit: str) -> str:
+def summary(scores: Mapping[str, Any], unit: str, score_name: str = "RMSE") -> str:
     """`n = 12,345, RMSE 50.8 Mg/ha, bias -3.1, R2 0.61`, without what is None or not given."""
     if not scores["n"]:
         return "n = 0: no labelled pixel"
-    parts = [f"n = {scores['n']:,}", f"RMSE {scores['rmse']:.1f} {unit}"]
+    parts = [f"n = {scores['n']:,}", f"{score_name} {scores['rmse']:.1f} {unit}"]
     if scores.get("bias") is not None:
         parts.append(f"bias {scores['bias']:+.1f}")
     if scores.get("r2") is not None:

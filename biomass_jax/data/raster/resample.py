@@ -1,9 +1,9 @@
-"""Rasters on another grid: finer images as means over larger pixels, land-cover masks by nearest neighbour."""
+"""Rasters on other shapes: means over larger pixels and over polygons, land-cover masks by nearest neighbour."""
 
 import os
 from collections.abc import Iterable
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from affine import Affine
@@ -15,6 +15,9 @@ from biomass_jax.data import bands
 from biomass_jax.data.raster.grid import Grid, grid_of, open_quietly, raster_errors
 from biomass_jax.data.raster.identity import identity_of
 from biomass_jax.errors import RasterError
+
+if TYPE_CHECKING:
+    from geopandas import GeoDataFrame
 
 FINEST, COARSEST = 25 / 30, 36 / 30  # of the size that the model was trained on: taken as it is
 _SNAP = 0.01  # 2.999 times is 3 times
@@ -176,3 +179,50 @@ def _turns(own: Grid, grid: Grid) -> list[float]:
     west, east = sorted((own.transform.c, own.transform.c + own.transform.a * own.width))
     most = 360.0 if grid.crs is not None and grid.crs.is_geographic else 180.0  # PROJ gives -180 to 180
     return [turn for turn in (0.0, -360.0, 360.0) if west + turn < most and east + turn > -180] or [0.0]
+
+
+class Covered(NamedTuple):
+    """Of each polygon: mean of the values inside, share of its area that has values, its area in pixels."""
+
+    mean: np.ndarray
+    cover: np.ndarray
+    pixels: np.ndarray
+
+
+def covered_means(path: str | os.PathLike[str], polygons: "GeoDataFrame") -> Covered:
+    """Means of a raster's first band over polygons.
+
+    Args:
+        path: the raster; its no-data value counts as none.
+        polygons: a GeoDataFrame with a CRS; empty outlines, and those elsewhere, get NaN and 0.
+
+    Returns:
+        float64 (n,) each.
+
+    Raises:
+        RasterError: the raster can't be read or has no CRS, or exactextract is missing.
+    """
+    try:
+        from exactextract import exact_extract
+    except ImportError as error:
+        raise RasterError(
+            f"means over polygons need exactextract: pip install 'biomass-jax[regional]' ({error})"
+        ) from error
+    found = Covered(np.full(len(polygons), np.nan), np.zeros(len(polygons)), np.zeros(len(polygons)))
+    with raster_errors(str(path)), open_quietly(os.fspath(path)) as dataset:
+        grid = grid_of(dataset)
+        if grid.crs is None:
+            raise RasterError(f"{path}: it has no CRS, so nothing tells which polygons lie on it")
+        outlines = polygons.geometry.to_crs(grid.crs.to_wkt())
+        pixel = abs(grid.transform.a * grid.transform.e - grid.transform.b * grid.transform.d)
+        found.pixels[:] = [outline.area / pixel if outline else 0 for outline in outlines]
+        left, bottom, right, top = dataset.bounds
+        bounds = outlines.bounds.to_numpy()
+        meets = (bounds[:, 0] < right) & (bounds[:, 2] > left) & (bounds[:, 1] < top) & (bounds[:, 3] > bottom)
+        places = np.flatnonzero(meets & (found.pixels > 0))
+        if len(places):
+            layer = outlines.iloc[places].to_frame("geometry").reset_index(drop=True)
+            table = exact_extract(dataset, layer, ["mean", "count"], output="pandas", progress=False)
+            found.cover[places] = table["count"].to_numpy(float) / found.pixels[places]
+            found.mean[places] = np.where(found.cover[places] > 0, table["mean"].to_numpy(float), np.nan)
+    return found
