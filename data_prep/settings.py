@@ -4,10 +4,10 @@ import dataclasses
 from typing import Literal
 
 from biomass_jax.data import records
-from biomass_jax.runtime.settings import Typed, group, setting
+from biomass_jax.runtime.settings import Range, Typed, group, setting
 
 SPLITS = ("train", "val", "test")
-SPLIT_KINDS = ("block", "tile", "random")
+SPLIT_KINDS = ("block", "tile", "folds", "random")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,12 +99,24 @@ class ChipSettings(Typed):
 class SplitSettings(Typed):
     """How chips go to splits."""
 
-    kind: str = setting("block", "what goes to one split as a whole: block, tile, random", choices=SPLIT_KINDS)
+    kind: str = setting(
+        "block",
+        "what goes to one split as a whole: block, tile, random; folds: blocks, each in test in one of so many runs",
+        choices=SPLIT_KINDS,
+    )
     block_km: float = setting(50.0, "edge of the blocks")
-    buffer_m: float = setting(0.0, "least distance between chips of two splits")
-    fractions: tuple[float, float, float] = setting((0.8, 0.1, 0.1), "of train, val, test")
+    # Biomass and images are alike over kilometres (Ploton et al. 2020): beside a train chip, a test chip is easy.
+    buffer_m: float = setting(
+        10_000.0, "least distance between chips of two splits; those too close are dropped and counted"
+    )
+    fractions: tuple[float, float, float] = setting(
+        (0.8, 0.1, 0.1), "of train, val, test; with folds or leave_out, the first two share what isn't test"
+    )
     seed: int = setting(0, "of the draw")
-    stratify: str = setting("biome", "a column of the index, or none")
+    stratify: str = setting("biome", "a column of the index each of whose values gets the fractions, or none")
+    folds: int = setting(5, "runs of kind folds, over which each chip is in test once", within=Range(2))
+    fold: int = setting(0, "which of the folds is test in this run, from 0 on", within=Range(0))
+    leave_out: str = setting("", "what alone is test: biome=SLUG, tile=10SFF, or another column of the index")
 
 
 @dataclasses.dataclass(frozen=True)

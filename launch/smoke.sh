@@ -37,7 +37,8 @@ devices=$("$python" -c 'import jax; print(jax.device_count())')
 stage "Training data of a synthetic forest"
 if [[ ! -f $world/report.json ]]; then
     "$python" -m data_prep.synthetic --world forest --size 900x1120 --out "$world"
-    "$python" -m data_prep.prepare --config configs/prepare.py --out "$world" --config.season=2020 --config.splits.block_km=7
+    "$python" -m data_prep.prepare --config configs/prepare.py --out "$world" --config.season=2020 --config.splits.block_km=7 \
+        --config.splits.buffer_m=0  # the default, 10 km, would leave nothing of so small a tile
 fi
 
 config=configs/finetune_all_biomes.py what=Swin-B

@@ -319,11 +319,36 @@ def summarize(
             "chips": len(scored.chip_ids),
             "biome": config.data.biome,
             "statistics": statistics,
+            "drawn": how_drawn(info.metadata),
         },
         "settings": {"reference": config.reference, "dtype": config.dtype, "matmul_precision": config.matmul_precision},
         "software": software_versions(),
         "tables": rows,
     }
+
+
+def how_drawn(metadata: dict[str, Any]) -> dict[str, Any] | None:
+    """How the chips went to splits, of a data set's metadata: kind, buffer_m, fold ..., medians; None where unknown."""
+    split = metadata.get("split")
+    if not isinstance(split, dict):
+        return None
+    names = ("kind", "block_km", "buffer_m", "folds", "fold", "leave_out", "seed")
+    return {name: split.get(name) for name in names} | dict(split.get("distances") or {})
+
+
+def _drawn_line(drawn: dict[str, Any] | None) -> str:
+    """`split: block, buffer 10,000 m; median distance to the nearest train chip: test chips 12.3 km, ...`."""
+    if drawn is None:
+        return "split: not known how it was drawn"
+    fold = f" (fold {drawn['fold']} of {drawn['folds']})" if drawn["kind"] == "folds" else ""
+    left_out = f", {drawn['leave_out']} left out" if drawn["leave_out"] else ""
+    buffer = "not known" if drawn["buffer_m"] is None else f"{drawn['buffer_m']:,.0f} m"
+    medians = [drawn.get(f"{what}_median_m") for what in ("test", "predicted")]
+    texts = ["not known" if one is None else f"{one / 1000:.1f} km" for one in medians]
+    return (
+        f"split: {drawn['kind']}{fold}{left_out}, buffer {buffer}; median distance to the nearest train chip: test "
+        f"chips {texts[0]}, chips of a map {texts[1]}"
+    )
 
 
 def noise_floor(metadata: dict[str, Any]) -> float | None:
@@ -374,6 +399,7 @@ def lines(result: dict[str, Any]) -> list[str]:
     """The table that the console shows."""
     unit = result["label"]["units"]
     made = [f"{result['experiment']} ({unit}): {result['n']:,} labelled pixels of {result['chips']:,} chips"]
+    made.append(_drawn_line(result["data"]["drawn"]))
     made.append(f"{'':24}{'RMSE':>8}{'95 % interval':>19}{'MAE':>8}{'bias':>8}{'R2':>9}{'n':>12}")
     prefixes = {"all": "", "label_bin": "label ", "biome": "biome "}
     for row in result["tables"]:

@@ -6,7 +6,7 @@ or `to_array`.
 
 from biomass_jax.figures.examples import ChipPanel, ReconstructionPanel, chip_panels, reconstructions
 from biomass_jax.figures.legend import map_style
-from biomass_jax.figures.maps import maps_side_by_side, quicklook
+from biomass_jax.figures.maps import chips_by_split, maps_side_by_side, quicklook
 from biomass_jax.figures.scores import (
     by_training_size,
     density_scatter,
@@ -22,6 +22,7 @@ __all__ = [
     "ReconstructionPanel",
     "by_training_size",
     "chip_panels",
+    "chips_by_split",
     "density_scatter",
     "error_by_bin",
     "map_style",

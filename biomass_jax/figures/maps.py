@@ -1,14 +1,29 @@
-"""A map beside the image it was made from."""
+"""Maps: one beside the image it was made from, several beside each other, chips by their split."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from biomass_jax.figures.legend import MAP_COLOURS
-from biomass_jax.figures.style import GREY, colour_bar, image_axes, limits, new_figure, save, stretch
+from biomass_jax.figures.style import (
+    COLOURS,
+    GREY,
+    GRID,
+    colour_bar,
+    image_axes,
+    limits,
+    new_figure,
+    plot_axes,
+    save,
+    stretch,
+)
+
+_SPLIT_COLOURS = {"": GRID, "dropped": "#9ca3af", "train": COLOURS[0], "val": COLOURS[4], "test": COLOURS[1]}
+_BINS = 25  # of the distances
+_MOST_SHOWN = 99  # percentile of the distances that the axis reaches to, for each kind of chips
 
 
 def quicklook(
@@ -76,3 +91,72 @@ def _summary(values: np.ndarray, unit: str) -> str:
     if not valid.size:
         return "No pixel with data"
     return f"Mean {valid.mean():.3g} {unit}, {valid.size / values.size:.0%} of pixels mapped"
+
+
+def chips_by_split(
+    outlines: Mapping[str, Sequence[np.ndarray]],
+    distances: Mapping[str, np.ndarray],
+    *,
+    title: str,
+    buffer_km: float = 0.0,
+) -> Any:
+    """Chips on a map, coloured by split, beside a histogram of how far chips lie from the nearest train chip.
+
+    Args:
+        outlines: `train`, `val`, `test`, `dropped`, or "" for cells that are no chips -> outlines (points, 2) in
+            longitude and latitude.
+        distances: what these chips are called -> (n,) km; compared with each other as shares of their numbers (the
+            nearest-neighbour distances of Milà et al. 2022, doi:10.1111/2041-210X.13851).
+        title: of the picture.
+        buffer_km: the distance that splits keep, drawn as a line; 0 for none.
+    """
+    figure = new_figure(12.0, 5.4)
+    left, right = figure.subplots(1, 2)
+    _draw_chips(left, outlines)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=5, frameon=False, fontsize=9)
+    plot_axes(right, "Distance to the nearest train chip, edge to edge (km)", "Chips (%)")
+    drawn = {name: values for name, values in distances.items() if len(values)}
+    top = (
+        max([buffer_km, *(float(np.percentile(values, _MOST_SHOWN)) for values in drawn.values())], default=0.0) or 1.0
+    )
+    edges = np.linspace(0, top, _BINS + 1)
+    for (name, values), colour in zip(drawn.items(), (COLOURS[1], GREY), strict=False):
+        counts, _ = np.histogram(values, edges)
+        shares = counts / len(values) * 100
+        right.stairs(shares, edges, fill=True, color=colour, alpha=0.35)
+        right.stairs(shares, edges, color=colour, linewidth=1.6, label=f"{name}, n = {len(values):,}")
+        median = float(np.median(values))
+        right.axvline(median, color=colour, linestyle="--", linewidth=1.4, label=f"their median, {median:.1f} km")
+    if buffer_km:
+        right.axvline(buffer_km, color="black", linestyle=":", linewidth=1.4, label=f"buffer, {buffer_km:g} km")
+    right.set_xlim(0, top)
+    if drawn:
+        right.legend(frameon=True, framealpha=0.85, edgecolor="none", fontsize=8)
+    else:
+        right.set_title("No test chips, or no train chips", fontsize=10)
+    figure.suptitle(title, fontsize=11, parse_math=False)
+    return figure
+
+
+def _draw_chips(axes: Any, outlines: Mapping[str, Sequence[np.ndarray]]) -> None:
+    from matplotlib.collections import PolyCollection
+
+    points = np.concatenate([np.empty((0, 2)), *(ring for rings in outlines.values() for ring in rings)])
+    plot_axes(axes, "Longitude", "Latitude")
+    if not len(points):
+        return
+    turn = np.ptp(points[:, 0]) > 180 > np.ptp(points[:, 0] % 360)  # across the antimeridian
+    for name, colour in _SPLIT_COLOURS.items():
+        rings = outlines.get(name, ())
+        if not len(rings):
+            continue
+        shown = [np.column_stack([ring[:, 0] % 360, ring[:, 1]]) for ring in rings] if turn else rings
+        # An edge as well: on a map of the world a chip is smaller than a pixel.
+        axes.add_collection(
+            PolyCollection(
+                shown, facecolor=colour, edgecolor="white" if len(points) < 20_000 else colour, linewidth=0.4
+            )
+        )
+        axes.plot([], [], "s", color=colour, label=name or "no chip")
+    axes.autoscale_view()
+    axes.set_aspect(1 / max(np.cos(np.radians(points[:, 1].mean())), 0.05))

@@ -1,6 +1,7 @@
 """Chips to train, val and test by the ground they lie on, never by file.
 
-`python -m data_prep splits --out OUT` draws the splits of `OUT/chips/chips.parquet` and writes them into it.
+`python -m data_prep splits --out OUT` draws the splits of `OUT/chips/chips.parquet` and writes them into it, and draws
+`OUT/chips/splits.png`: where they lie, and how far test chips and the chips of a map are from those of training.
 """
 
 import argparse
@@ -8,13 +9,16 @@ import dataclasses
 import hashlib
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import shapely
 
-from biomass_jax.errors import PrepError
+from biomass_jax import figures
+from biomass_jax.data.raster.grid import epsg_code, grid_of, open_quietly, raster_errors
+from biomass_jax.errors import PrepError, name_list
 from biomass_jax.runtime.settings import add_options, options_of
 from data_prep import ground
 from data_prep.chips import index as chip_index
@@ -22,21 +26,27 @@ from data_prep.commands import alone_in, command
 from data_prep.settings import SPLIT_KINDS, SPLITS, SplitSettings
 
 DROPPED = "dropped"
+PICTURE = "splits.png"  # beside the index
+_FIRST_SERVED = ("train", "test", "val")  # where blocks are too few for all
 
 
 def split_by_blocks(chips: Any, settings: SplitSettings) -> tuple[np.ndarray, dict[str, int]]:
     """Draw each chip's split.
 
-    All chips of a block go to one split. Blocks are drawn in an order given by the seed, stratum by stratum, each to
-    the split that lacks most chips. Then a chip that meets ground of a test chip leaves train and val, and one that
-    meets a val chip leaves train: neighbouring tiles show the same ground.
+    All chips of a block go to one split. Stratum by stratum, blocks are drawn in an order given by the seed, each to
+    the split that lacks most chips there; of two blocks one goes to train and one to test, and with three or more no
+    split goes without. With `folds` or `leave_out`, test is given, and the rest is drawn so between train and val. Then
+    a chip that meets ground of a test chip leaves train and val, and one that meets a val chip leaves train:
+    neighbouring tiles show the same ground. A warning says which strata a split has no chips of.
 
     Args:
         chips: GeoDataFrame of the index: geometry (EPSG:4326), chip_id, tile and the column `stratify`.
-        settings: of `kind`, `block` has equal-area blocks of edge `block_km`, `tile` takes a tile for a block, and
-            `random` each chip by itself, as the reference (it leaks, and nothing is dropped). `buffer_m` says how far
-            outlines are grown before they are compared; with 0, chips that only share an edge may lie in two splits.
-            The values of the column `stratify` get the `fractions` each, as far as blocks allow.
+        settings: of `kind`, `block` has equal-area blocks of edge `block_km`, `tile` takes a tile for a block,
+            `folds` deals the blocks to `folds` folds of which `fold` is test, and `random` takes each chip by itself,
+            as the reference (it leaks, and nothing is dropped). `buffer_m` says how far outlines are grown before they
+            are compared; with 0, chips that only share an edge may lie in two splits. The values of the column
+            `stratify` get the `fractions` each, as far as blocks allow. `leave_out`, as `biome=taiga`, makes the
+            chips of one value of a column test.
 
     Returns:
         (n,) text `train`, `val`, `test` or `dropped`, and how many were dropped: `train_meets_test`,
@@ -45,37 +55,122 @@ def split_by_blocks(chips: Any, settings: SplitSettings) -> tuple[np.ndarray, di
     Raises:
         PrepError: a setting is none of those above.
     """
-    kind, block_km, buffer_m = settings.kind, settings.block_km, settings.buffer_m
+    drawn, outlines = _drawn(chips, settings), np.asarray(chips.geometry, object)
+    split, dropped = _without_shared_ground(drawn, outlines, settings.buffer_m)
+    if settings.kind == "random":
+        warnings.warn(
+            f"a random split leaks: neighbours of train chips are tested, and {sum(dropped.values())} of {len(split)} "
+            "chips share ground with one of another split, or lie closer than buffer_m. Its scores are too good; use "
+            "kind block or tile",
+            stacklevel=2,
+        )
+        split, dropped = drawn, dict.fromkeys(dropped, 0)
+    wanted = _wanted(settings)
+    empty = [name for name in wanted if not (split == name).any()]
+    if empty:
+        warnings.warn(
+            f"no chip is left for {', '.join(empty)}: {len(split)} chips are too few for kind {settings.kind} with "
+            f"block_km {settings.block_km:g} and buffer_m {settings.buffer_m:g}; take a smaller buffer_m, smaller "
+            "blocks that are still larger than it, or more tiles",
+            stacklevel=2,
+        )
+    _tell_strata(by_stratum(chips, split, settings), [name for name in wanted if name not in empty], settings)
+    return split, dropped
+
+
+def _drawn(chips: Any, settings: SplitSettings) -> np.ndarray:
+    """The split of each chip (n,) before any is dropped. PrepError as for `split_by_blocks`."""
+    fractions = _checked(settings)
+    outlines = np.asarray(chips.geometry, object)
+    names = _block_names(chips, outlines, settings)
+    strata = np.full(len(names), "all", object)
+    if settings.stratify != "none":
+        strata = _column(chips, settings.stratify, "stratify")
+    if settings.leave_out:
+        test = _left_out(chips, settings.leave_out)
+    elif settings.kind == "folds":
+        test = _folds(names, strata, settings.folds, settings.seed) == settings.fold
+    else:
+        return _draw(names, strata, fractions, settings.seed)
+    rest = fractions["train"] + fractions["val"]
+    if not rest > 0:
+        raise PrepError(f"fractions: found {settings.fractions}, expected a share above 0 for train: test is given")
+    shares = {"train": fractions["train"] / rest, "val": fractions["val"] / rest, "test": 0.0}
+    split = np.full(len(names), "test", object)
+    split[~test] = _draw(names[~test], strata[~test], shares, settings.seed)
+    return split
+
+
+def _checked(settings: SplitSettings) -> dict[str, float]:
+    """The fractions by split. PrepError for settings that are wrong whatever the chips are."""
     fractions = dict(zip(SPLITS, settings.fractions, strict=False))
     if len(settings.fractions) != len(SPLITS) or min(fractions.values()) < 0 or abs(sum(fractions.values()) - 1) > 1e-6:
         raise PrepError(
             f"fractions: found {settings.fractions}, expected shares from 0 on for {', '.join(SPLITS)} that add up to 1"
         )
-    if kind not in SPLIT_KINDS:
-        raise PrepError(f"kind: found {kind!r}, expected one of {', '.join(SPLIT_KINDS)}")
-    if not (np.isfinite(buffer_m) and buffer_m >= 0):
-        raise PrepError(f"buffer_m: found {buffer_m}, expected metres from 0 on")
-    outlines = np.asarray(chips.geometry, object)
-    strata = np.full(len(outlines), "all", object)
-    if settings.stratify != "none":
-        strata = _column(chips, settings.stratify)
-    drawn = _draw(_block_names(chips, outlines, kind, block_km), strata, fractions, settings.seed)
-    split, dropped = _without_shared_ground(drawn, outlines, buffer_m)
-    if kind == "random":
-        warnings.warn(
-            f"a random split leaks: neighbours of train chips are tested, and {sum(dropped.values())} of {len(split)} "
-            "chips share ground with one of another split. Its scores are too good; use kind block or tile",
-            stacklevel=2,
+    if settings.kind not in SPLIT_KINDS:
+        raise PrepError(f"kind: found {settings.kind!r}, expected one of {', '.join(SPLIT_KINDS)}")
+    if not (np.isfinite(settings.buffer_m) and settings.buffer_m >= 0):
+        raise PrepError(f"buffer_m: found {settings.buffer_m}, expected metres from 0 on")
+    if settings.kind == "folds" and not (settings.folds >= 2 and 0 <= settings.fold < settings.folds):
+        raise PrepError(
+            f"fold: found {settings.fold} of folds {settings.folds}, expected 2 folds or more, and one of them by its "
+            "number from 0 on"
         )
-        return drawn, dict.fromkeys(dropped, 0)
-    empty = [name for name in SPLITS if fractions[name] > 0 and not (split == name).any()]
-    if empty:
-        warnings.warn(
-            f"no chip is left for {', '.join(empty)}: {len(split)} chips are too few for kind {kind} with block_km "
-            f"{block_km:g} and buffer_m {buffer_m:g}; take smaller blocks or more tiles",
-            stacklevel=2,
+    if settings.leave_out and settings.kind not in ("block", "tile"):
+        raise PrepError(
+            f"leave_out: found {settings.leave_out!r} with kind {settings.kind}, expected kind block or tile, by which "
+            "the other chips go to train and val"
         )
-    return split, dropped
+    return fractions
+
+
+def _wanted(settings: SplitSettings) -> list[str]:
+    """The splits that get chips."""
+    given = settings.leave_out or settings.kind == "folds"
+    return [
+        name for name, share in zip(SPLITS, settings.fractions, strict=False) if share > 0 or (given and name == "test")
+    ]
+
+
+def _left_out(chips: Any, text: str) -> np.ndarray:
+    """bool (n,): the chips of `COLUMN=VALUE`. PrepError where there are none."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise PrepError(f"leave_out: found {text!r}, expected COLUMN=VALUE, as biome=SLUG or tile=10SFF")
+    values = _column(chips, name, "leave_out")
+    if not (values == value).any():
+        there = name_list(f"{one} ({number})" for one, number in sorted(Counter(values).items()))
+        raise PrepError(f"leave_out: no chip of {name} {value!r}; found {there}")
+    return values == value
+
+
+def by_stratum(chips: Any, split: np.ndarray, settings: SplitSettings) -> dict[str, dict[str, int]]:
+    """Chips of each split and `dropped` by value of the column `stratify`; {} without one."""
+    if settings.stratify == "none":
+        return {}
+    counts = Counter(zip(_column(chips, settings.stratify, "stratify"), split.tolist(), strict=True))
+    values = sorted({value for value, _ in counts})
+    return {value: {name: counts[value, name] for name in (*SPLITS, DROPPED)} for value in values}
+
+
+def _tell_strata(counts: Mapping[str, Mapping[str, int]], wanted: Sequence[str], settings: SplitSettings) -> None:
+    """A warning that names the strata which lack a split that others have."""
+    if settings.leave_out:  # what is left out is for test alone, and nothing else is for test
+        wanted = [name for name in wanted if name != "test"]
+        held = settings.leave_out.removeprefix(f"{settings.stratify}=")
+        counts = {value: found for value, found in counts.items() if value != held}
+    lacking = {
+        name: [f"{value} ({sum(found.values())})" for value, found in counts.items() if not found[name]]
+        for name in wanted
+    }
+    told = [f"no {name} chips of {name_list(values)}" for name, values in lacking.items() if values]
+    if len(counts) > 1 and told:
+        warnings.warn(
+            f"{settings.stratify} (and its chips): {'; '.join(told)}: too few blocks, or too close to those of another "
+            "split; take smaller blocks, a smaller buffer_m or more tiles, or read scores of these with care",
+            stacklevel=3,
+        )
 
 
 def _without_shared_ground(
@@ -92,52 +187,166 @@ def _without_shared_ground(
     return split, dropped
 
 
-def _column(chips: Any, name: str) -> np.ndarray:
+def _lost_to_buffer(chips: Any, settings: SplitSettings, dropped: Mapping[str, int]) -> int:
+    """How many of the chips dropped would stay with `buffer_m` 0."""
+    if not (settings.buffer_m and sum(dropped.values())):
+        return 0
+    _, without = _without_shared_ground(_drawn(chips, settings), np.asarray(chips.geometry, object), 0.0)
+    return sum(dropped.values()) - sum(without.values())
+
+
+def _column(chips: Any, name: str, setting: str) -> np.ndarray:
     if name not in chips.columns:
-        raise PrepError(f"stratify: found no column {name!r} in the index, expected one of {', '.join(chips.columns)}")
+        raise PrepError(f"{setting}: found no column {name!r} in the index, expected one of {', '.join(chips.columns)}")
     return np.array([str(value) for value in chips[name]], object)
 
 
-def _block_names(chips: object, outlines: np.ndarray, kind: str, block_km: float) -> np.ndarray:
-    if kind == "block":
+def _block_names(chips: object, outlines: np.ndarray, settings: SplitSettings) -> np.ndarray:
+    if settings.kind in ("block", "folds"):
         lon, lat = ground.centres(outlines).T
-        return ground.block_names(lon, lat, block_km)
-    return _column(chips, "tile" if kind == "tile" else "chip_id")
+        return ground.block_names(lon, lat, settings.block_km)
+    return _column(chips, "tile" if settings.kind == "tile" else "chip_id", "kind")
+
+
+def _blocks_by_stratum(names: np.ndarray, strata: np.ndarray, seed: int) -> dict[str, list[str]]:
+    """Blocks of each stratum, that of most of a block's chips, in the order in which the seed draws them."""
+    members: dict[str, Counter[str]] = {}
+    for name, stratum in zip(names, strata, strict=True):
+        members.setdefault(name, Counter())[stratum] += 1
+    found: dict[str, list[str]] = {}
+    for name in _in_order(members, seed):
+        counts = members[name]
+        found.setdefault(min(counts, key=lambda s: (-counts[s], s)), []).append(name)
+    return dict(sorted(found.items()))
+
+
+def _in_order(names: Iterable[str], seed: int) -> list[str]:
+    """Blocks in the order in which they are drawn; by hash, so that of two blocks it stays when others are added."""
+    return sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
 
 
 def _draw(names: np.ndarray, strata: np.ndarray, fractions: Mapping[str, float], seed: int) -> np.ndarray:
     """The split of each chip: (n,) block names, (n,) strata -> (n,) split names."""
     chips_of = Counter(names)
-    by_stratum: dict[str, list[str]] = {}
-    members: dict[str, Counter[str]] = {}
-    for name, stratum in zip(names, strata, strict=True):
-        members.setdefault(name, Counter())[stratum] += 1
-    for name, counts in members.items():  # a block belongs to the stratum of most of its chips
-        by_stratum.setdefault(min(counts, key=lambda s: (-counts[s], s)), []).append(name)
-    order: list[str] = []
     split_of: dict[str, str] = {}
-    filled: Counter[str] = Counter()
-    total = 0
-    for stratum in sorted(by_stratum):
-        # By hash, not by position: the order of two blocks stays when others are added.
-        drawn = sorted(by_stratum[stratum], key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
-        total += sum(chips_of[name] for name in drawn)
-        for name in drawn:
-            split = max(SPLITS, key=lambda s: fractions[s] * total - filled[s])
-            split_of[name] = split
-            filled[split] += chips_of[name]
-        order += drawn
-    _fill_empty(split_of, order, fractions)
+    for blocks in _blocks_by_stratum(names, strata, seed).values():
+        # Each stratum counts for itself: fractions that only hold over all leave some without test chips.
+        total = sum(chips_of[name] for name in blocks)
+        filled: Counter[str] = Counter()
+        drawn = {}
+        for name in blocks:
+            drawn[name] = max(SPLITS, key=lambda s: fractions[s] * total - filled[s])
+            filled[drawn[name]] += chips_of[name]
+        _fill_empty(drawn, fractions)
+        split_of |= drawn
+    split_of = {name: split_of[name] for name in _in_order(split_of, seed)}
+    _fill_empty(split_of, fractions)  # one of strata with a block each
     return np.array([split_of[name] for name in names], object)
 
 
-def _fill_empty(split_of: dict[str, str], order: Sequence[str], fractions: Mapping[str, float]) -> None:
-    """Give a split that got nothing one block of the split that has most, where that one has two."""
-    for empty in SPLITS:
+def _fill_empty(split_of: dict[str, str], fractions: Mapping[str, float]) -> None:
+    """Give a split that got nothing a block of the split that has most; a last one only of a split served after it."""
+    for place, empty in enumerate(_FIRST_SERVED):
         counts = Counter(split_of.values())
-        most = max(SPLITS, key=lambda s: counts[s])
-        if fractions[empty] > 0 and not counts[empty] and counts[most] > 1:
-            split_of[[name for name in order if split_of[name] == most][-1]] = empty
+        giver = max(SPLITS, key=lambda s: counts[s])
+        if counts[giver] < 2:
+            giver = next((s for s in reversed(_FIRST_SERVED[place:]) if counts[s]), empty)
+        if fractions[empty] > 0 and not counts[empty] and giver != empty:
+            split_of[[name for name, split in split_of.items() if split == giver][-1]] = empty
+
+
+def _folds(names: np.ndarray, strata: np.ndarray, folds: int, seed: int) -> np.ndarray:
+    """The fold of each chip (n,), from 0 on: a block goes to the fold with fewest chips of its stratum, then of all.
+
+    Raises:
+        PrepError: fewer blocks than folds.
+    """
+    chips_of = Counter(names)
+    if len(chips_of) < folds:
+        raise PrepError(f"folds: found {len(chips_of)} blocks for {folds} folds; take fewer, or a smaller block_km")
+    fold_of: dict[str, int] = {}
+    filled = [0] * folds
+    for blocks in _blocks_by_stratum(names, strata, seed).values():
+        here = [0] * folds
+        for name in blocks:
+            fold = min(range(folds), key=lambda f: (here[f], filled[f]))
+            fold_of[name] = fold
+            here[fold] += chips_of[name]
+            filled[fold] += chips_of[name]
+    return np.array([fold_of[name] for name in names])
+
+
+def chips_to_predict(index: Path, chips: Any) -> np.ndarray:
+    """Outlines (n,) of all cells of the index's composites, with labels or without: what a map of them consists of.
+
+    Args:
+        index: chips.parquet in its folder of prepared data. Of a composite that isn't there (any more), the cells in
+            the index count, with a warning.
+        chips: the index, as `chip_index.read_index` gives it.
+
+    Raises:
+        RasterError: a composite can't be opened.
+    """
+    root, about = index.absolute().parent.parent, chip_index.read_metadata(index).get("chips", {})
+    size = int(about.get("size") or (chips["size"].iloc[0] if len(chips) else 0))
+    found, lost = [np.empty(0, object)], []
+    for name in sorted({*about.get("counts", {}), *chips["composite"]}):
+        path = root / name
+        if not path.is_file():
+            lost.append(name)
+            found.append(np.asarray(chips.geometry[chips["composite"] == name], object))
+            continue
+        with raster_errors(str(path)), open_quietly(str(path)) as source:
+            grid = grid_of(source)
+        rows, cols = (np.arange(0, side - size + 1, size) for side in (grid.height, grid.width))
+        places = np.stack(np.meshgrid(rows, cols, indexing="ij"), -1).reshape(-1, 2)
+        if len(places):
+            epsg = epsg_code(grid.crs, str(path))
+            found.append(ground.chip_outlines(epsg, tuple(grid.transform)[:6], places, size))
+    if lost:
+        warnings.warn(
+            f"{name_list(lost)}: no such composite; of its cells those of the index count alone", stacklevel=2
+        )
+    return np.concatenate(found)
+
+
+def _about_distances(test: np.ndarray, predicted: np.ndarray) -> dict[str, Any]:
+    """Numbers and medians of distances to the nearest train chip (m); None without test, other or train chips."""
+
+    def median(distances: np.ndarray) -> float | None:
+        return round(float(np.median(distances)), 1) if len(distances) and np.isfinite(distances).all() else None
+
+    return {
+        "test_chips": len(test),
+        "test_median_m": median(test),
+        "test_touching": int((test == 0).sum()),
+        "predicted_chips": len(predicted),
+        "predicted_median_m": median(predicted),
+    }
+
+
+def _draw_picture(
+    path: Path, outlines: Mapping[str, np.ndarray], test: np.ndarray, predicted: np.ndarray, settings: SplitSettings
+) -> None:
+    """The map and the histogram as PNG. PrepError where it can't be written."""
+    rings = {
+        name: [shapely.get_coordinates(part) for part in shapely.get_parts(found)] for name, found in outlines.items()
+    }
+    finite = [one / 1000 for one in (test, predicted) if np.isfinite(one).all()]
+    distances = dict(zip(("test chips", "chips of the map"), finite, strict=False))
+    picture = figures.chips_by_split(rings, distances, title=described(settings), buffer_km=settings.buffer_m / 1000)
+    try:
+        figures.save(path, picture, described(settings))
+    except OSError as error:
+        raise PrepError(f"{path}: can't write: {error}") from error
+
+
+def described(settings: SplitSettings) -> str:
+    """The split in words: `block of 50 km, buffer 10,000 m`."""
+    block = f" of {settings.block_km:g} km" if settings.kind in ("block", "folds") else ""
+    fold = f", fold {settings.fold} of {settings.folds}" if settings.kind == "folds" else ""
+    left_out = f", {settings.leave_out} left out" if settings.leave_out else ""
+    return f"{settings.kind}{block}{fold}{left_out}, buffer {settings.buffer_m:,.0f} m"
 
 
 def label_histograms(chips: Any, split: np.ndarray) -> dict[str, list[int]]:
@@ -156,7 +365,17 @@ def _report(metadata: Mapping[str, Any], histograms: Mapping[str, Sequence[int]]
         numbers = " ".join(f"{count:8d}" for count in counts)
         lines.append(f"{name:8} {metadata['counts'][name]:7d} {sum(counts):9d}  {'':17}{numbers}")
     gone = ", ".join(f"{number} {reason.replace('_', ' ')}" for reason, number in metadata["dropped"].items())
-    return "\n".join([*lines, f"dropped for shared ground: {gone}"])
+    lines.append(f"dropped for shared ground: {gone}")
+    chips, lost = sum(metadata["counts"].values()), metadata["lost_to_buffer"]
+    share = lost / max(chips, 1)
+    lines.append(f"of these by buffer_m {metadata['buffer_m']:,.0f} alone: {lost} of {chips} chips ({share:.1%})")
+    about = metadata["distances"]
+    for what, name in (("test", "test chips"), ("predicted", "chips of a map")):
+        median = about[f"{what}_median_m"]
+        text = "none" if median is None else f"{median / 1000:.1f} km"
+        lines.append(f"median distance of {about[f'{what}_chips']} {name} to the nearest train chip: {text}")
+    lines.append(f"test chips that touch a train chip: {about['test_touching']}")
+    return "\n".join(lines)
 
 
 def as_metadata(settings: SplitSettings) -> dict[str, Any]:
@@ -174,22 +393,37 @@ def run(index: Path, settings: SplitSettings) -> dict[str, Any]:
         settings: see `split_by_blocks`.
 
     Returns:
-        the metadata written: kind, block_km, buffer_m, seed, fractions, stratify, counts, dropped, label_edges,
-        label_histograms.
+        the metadata written: the settings, counts, dropped, lost_to_buffer (those that `buffer_m` 0 would have left),
+        strata (counts by value of `stratify`), distances to the nearest train chip (numbers and medians in m of test
+        chips and of all cells of the composites, from edge to edge), label_edges, label_histograms.
+
+    Raises:
+        PrepError: see `split_by_blocks`; the picture can't be written.
+        RasterError: a composite can't be opened.
     """
     chips = chip_index.read_index(index)
     split, dropped = split_by_blocks(chips, settings)
     histograms = label_histograms(chips, split)
     found = Counter(split.tolist())
+    geometry = np.asarray(chips.geometry, object)
+    outlines = {name: geometry[split == name] for name in (*SPLITS, DROPPED)}
+    cells = chips_to_predict(index, chips)
+    test, predicted = (ground.nearest(some, outlines["train"]) for some in (outlines["test"], cells))
     metadata = {
         **as_metadata(settings),
         "counts": {name: found[name] for name in (*SPLITS, DROPPED)},
         "dropped": dropped,
+        "lost_to_buffer": _lost_to_buffer(chips, settings, dropped),
+        "strata": by_stratum(chips, split, settings),
+        "distances": _about_distances(test, predicted),
         "label_edges": list(chip_index.LABEL_EDGES),
         "label_histograms": histograms,
     }
+    others = cells[~np.isin(shapely.to_wkb(cells), shapely.to_wkb(geometry))]
+    _draw_picture(index.with_name(PICTURE), {"": others, **outlines}, test, predicted, settings)
     chip_index.set_split(index, split.tolist(), metadata)
     print(_report(metadata, histograms))
+    print(f"where they lie, and how far apart: {index.with_name(PICTURE)}")
     return metadata
 
 

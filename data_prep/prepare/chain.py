@@ -14,7 +14,7 @@ from data_prep.archive.download import log_in, plan_gedi, plan_hls
 from data_prep.archive.fetch import fetch_all
 from data_prep.archive.search import GEDI_COVERAGE, Area, search_archive, search_gedi, search_hls
 from data_prep.chips import index as chip_index
-from data_prep.chips.splits import as_metadata
+from data_prep.chips.splits import PICTURE, as_metadata
 from data_prep.gedi.filters import as_dict
 from data_prep.gedi.labels import Composite, open_composite
 from data_prep.gedi.names import EXAMPLE, other_product, product_of
@@ -253,9 +253,10 @@ class Chain:
         chips = {**self.config["chips"], "biomes": Path(self.config["chips"]["biomes"]).name}
         splits = self.config["splits"]
         index = chip_index.path_in(self.out)
+        outputs = (index, index.with_name(PICTURE))
         arguments = {"parts": parts, "index": index, "settings": chips, "splits": splits}
         chosen = {"chips": chips, "splits": as_metadata(SplitSettings(**splits)), "parts": list(parts)}
-        job = StepJob("splits", WHOLE, steps.index_with_splits, arguments, chosen, tuple(parts.values()), (index,))
+        job = StepJob("splits", WHOLE, steps.index_with_splits, arguments, chosen, tuple(parts.values()), outputs)
         self.runner.run("splits", [job], _counts, here=True)
         if not self.done["splits"]:
             return

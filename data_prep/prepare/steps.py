@@ -97,7 +97,7 @@ def chips_of_tile(out: Path, image: Path, label: Path, index: Path, settings: Ma
 def index_with_splits(
     parts: Mapping[str, Path], index: Path, settings: Mapping[str, Any], splits: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """`splits`: the tiles' parts to one index, with the splits drawn.
+    """`splits`: the tiles' parts to one index, with the splits drawn, and their picture beside it.
 
     Args:
         parts: composite, as path in the folder -> that tile's part of the index.
@@ -121,7 +121,8 @@ def index_with_splits(
     by_tile: dict[str, Counter[str]] = defaultdict(Counter)
     for row, split in zip(rows, chip_index.read_index(index)["split"], strict=True):
         by_tile[row["tile"]][split] += 1
-    return {"counts": made["counts"], "dropped": made["dropped"], "tiles": by_tile}
+    names = ("counts", "dropped", "lost_to_buffer", "strata", "distances")
+    return {**{name: made[name] for name in names}, "tiles": by_tile}
 
 
 def shards_of_index(

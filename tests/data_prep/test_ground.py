@@ -53,3 +53,52 @@ def test_outlines_across_the_antimeridian_are_cut_in_two():
     lon, lat = ground.centres([outline])[0]
     expected = pyproj.Transformer.from_crs(32760, 4326, always_xy=True).transform(x - 160 + 240, y - 240)
     assert (lon % 360, lat) == pytest.approx((expected[0] % 360, expected[1]), abs=1e-7)
+
+
+def chip_at(lon, lat):
+    """A chip of 6.72 km around a place, in the place's UTM zone."""
+    epsg = (32600 if lat >= 0 else 32700) + int((lon + 180) // 6) + 1
+    x, y = pyproj.Transformer.from_crs(4326, epsg, always_xy=True).transform(lon, lat)
+    return ground.chip_outlines(epsg, (30, 0, x - 3360, 0, -30, y + 3360), np.array([(0, 0)]), 224)[0]
+
+
+def along_the_ellipsoid(one, other):
+    """Metres between two outlines by geodesics between points on both, about 200 m apart."""
+    points = [shapely.get_coordinates(shapely.segmentize(outline, 0.002)) for outline in (one, other)]
+    i, j = (grid.ravel() for grid in np.meshgrid(*(np.arange(len(found)) for found in points)))
+    return pyproj.Geod(ellps="WGS84").inv(*points[0][i].T, *points[1][j].T)[2].min()
+
+
+@pytest.mark.parametrize(
+    ("place", "other", "within"),
+    [
+        ((-121.0, 37.0), (-120.9, 37.1), 2.0),
+        ((-120.1, 61.0), (-119.7, 61.1), 2.0),  # in two zones
+        ((30.0, -3.0), (30.8, -2.4), 2.0),
+        ((179.9, -17.0), (-179.8, -17.2), 2.0),  # across the antimeridian
+        ((10.0, 50.0), (14.0, 53.0), 10.0),
+        ((-60.0, -10.0), (20.0, 40.0), 15_000.0),
+    ],
+)
+def test_distances_are_those_along_the_ellipsoid(place, other, within):
+    one, two = chip_at(*place), chip_at(*other)
+    expected = along_the_ellipsoid(one, two)
+    assert ground.nearest([one], [two])[0] == pytest.approx(expected, abs=within)
+    assert ground.nearest([two], [one])[0] == pytest.approx(expected, abs=within)
+
+
+def test_the_nearest_of_many_is_that_of_a_loop_over_all_pairs():
+    rng = np.random.default_rng(2)
+    some = np.array([chip_at(*place) for place in rng.uniform((-119.5, 40), (-118, 41), (15, 2))], object)
+    others = np.array([chip_at(*place) for place in rng.uniform((-119, 40), (-117, 41), (20, 2))], object)
+    expected = [min(ground.nearest([one], [other])[0] for other in others) for one in some]
+    assert min(expected) == 0 < max(expected)
+    np.testing.assert_allclose(ground.nearest(some, others), expected, atol=1e-6)
+    assert ground.nearest(some, others[:0]).tolist() == [np.inf] * 15
+    assert ground.nearest(some[:0], others).tolist() == []
+
+
+def test_neighbours_in_a_grid_touch_and_those_after_are_a_chip_away():
+    places = np.array([(0, c * 224) for c in range(4)])
+    row = ground.chip_outlines(32610, (30, 0, 5e5, 0, -30, 4.2e6), places, 224)
+    np.testing.assert_allclose(ground.nearest(row, row[:1]), [0, 0, 6720 / 0.9996, 13440 / 0.9996], atol=1.0)

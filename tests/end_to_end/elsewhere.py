@@ -117,7 +117,7 @@ def prepare(folder):
         ["gedi", "--out", folder, "--tile", "10SFF", *season],
         ["labels", "--out", folder],
         ["chips", "--out", folder, *chips],
-        ["splits", "--out", folder, "--block-km", "2"],
+        ["splits", "--out", folder, "--block-km", "2", "--buffer-m", "0"],
         ["shards", "--out", folder],
     ):
         assert main([str(word) for word in step]) == 0, step

@@ -103,7 +103,8 @@ def run_chain(out: Path, *, shape: tuple[int, int], size: int, block_km: float, 
     write_ruler_world(out, shape=shape, seed=5)
     chain = Chain(out, size, block_km, min_labels)
     run_tiles(chain)
-    shares = ["--fractions", "0.5", "0.25", "0.25"]
+    # A world of a few chips: a buffer would leave none.
+    shares = ["--buffer-m", "0", "--fractions", "0.5", "0.25", "0.25"]
     ran(splits.main(["--out", str(out), "--block-km", str(block_km), *shares]))
     ran(shards.main(["--out", str(out), "--records-per-shard", "5"]))
     return chain

@@ -182,8 +182,8 @@ def test_commands_of_the_pages_run_as_they_stand(tmp_path, root):
     for words in commands("docs/data.md"):
         if words[1] in ("prepare", "download", "stream"):  # all steps in one, which the demo runs; from NASA's archives
             continue
-        # Blocks as small as this piece of a tile asks for.
-        run(*words, *(["--block-km", "5"] if words[1] == "splits" else []))
+        # Blocks as small as this piece of a tile asks for, without a buffer, which would leave nothing of it.
+        run(*words, *(["--block-km", "5", "--buffer-m", "0"] if words[1] == "splits" else []))
     (convert, back), (predict,) = commands("docs/convert.md")[:2], commands("docs/maps.md")[:1]
     at = convert.index("--config")
     run(*convert[:at], *convert[at + 2 :], "--statistics", "granite")  # this checkpoint has no config.yaml

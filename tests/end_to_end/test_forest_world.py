@@ -37,7 +37,7 @@ def prepared(tmp_path_factory) -> Path:
     assert gedi.main([str(out / "granules" / "gedi"), "--out", folder, "--season", "2020-05-01/2020-10-01"]) == 0
     assert labels.main(["--out", folder]) == 0
     assert chips.main(["--out", folder]) == 0
-    assert splits.main(["--out", folder, "--block-km", "7", "--fractions", "0.6", "0.2", "0.2"]) == 0
+    assert splits.main(["--out", folder, "--block-km", "7", "--buffer-m", "0", "--fractions", "0.6", "0.2", "0.2"]) == 0
     assert shards.main(["--out", folder]) == 0
     return out
 

@@ -313,7 +313,7 @@ def test_prepare_makes_the_same_records(chain, tmp_path, root):
     granules = chain.out / "granules"
     fields = {"season": "2020", "granules.hls": granules / "hls", "granules.gedi": granules / "gedi"}
     fields |= {"chips.size": chain.size, "chips.min_labels": chain.min_labels, "chips.label_max": 1e9}
-    fields |= {"splits.block_km": chain.block_km}
+    fields |= {"splits.block_km": chain.block_km, "splits.buffer_m": 0}
     fields |= {"splits.fractions": "(0.5,0.25,0.25)", "shards.records_per_shard": 5}
     given = [f"--config.{name}={value}" for name, value in fields.items()]
     config = str(root / "configs" / "prepare.py")

@@ -230,6 +230,29 @@ def test_a_folder_of_scores_holds_those_of_one_evaluation(result, model, world, 
     assert not (folder / "chips.png").exists()
 
 
+def test_the_table_says_how_the_test_chips_were_drawn(model, world, tmp_path):
+    split = {"kind": "folds", "block_km": 50.0, "buffer_m": 10000.0, "folds": 5, "fold": 2, "leave_out": "", "seed": 1}
+    apart = {"test_chips": 9, "test_median_m": 12345.6, "test_touching": 0}
+    apart |= {"predicted_chips": 256, "predicted_median_m": 0.0}
+    assert evaluate.how_drawn({"split": {**split, "counts": {}, "distances": apart}}) == split | apart
+    found = run(model, world, tmp_path)
+    said = "split: folds (fold 2 of 5), buffer 10,000 m; median distance to the nearest train chip: test chips 12.3 km"
+    lines = evaluate.lines(found | {"data": found["data"] | {"drawn": split | apart}})
+    assert f"{said}, chips of a map 0.0 km" in lines
+    left_out = split | apart | {"kind": "block", "leave_out": "biome=taiga", "test_median_m": None}
+    lines = evaluate.lines(found | {"data": found["data"] | {"drawn": left_out}})
+    assert any("split: block, biome=taiga left out, buffer 10,000 m; " in line for line in lines)
+    # Shards of before, and folders of GeoTIFFs, of which less or nothing is known.
+    for old in ({"kind": "block", "block_km": 50.0, "buffer_m": 0.0, "seed": 0, "counts": {}}, {"kind": "published"}):
+        drawn = evaluate.how_drawn({"split": old})
+        lines = evaluate.lines(found | {"data": found["data"] | {"drawn": drawn}})
+        assert any(
+            line.startswith(f"split: {old['kind']}, buffer ") and "test chips not known" in line for line in lines
+        )
+    assert evaluate.how_drawn({}) is None
+    assert found["data"]["drawn"] is None and "split: not known how it was drawn" in evaluate.lines(found)
+
+
 def test_the_noise_floor_comes_from_the_metadata():
     assert evaluate.noise_floor({"gedi": {"mean_agbd_se": 8.25}}) == 8.25
     assert evaluate.noise_floor({"gedi": [{"mean_agbd_se": 8.25}]}) is None  # rasters made differently

@@ -31,6 +31,51 @@ def test_stretch_of_nothing_or_of_one_value(image):
     assert (out[..., 3] == np.isfinite(image[..., 0])).all()
 
 
+SQUARE = np.array([(0.0, 0.0), (1.0, 0.0), (1.0, 1.0), (0.0, 1.0)])
+SPLIT_COLOURS = {"train": (0, 114, 178), "val": (230, 159, 0), "test": (213, 94, 0)}
+
+
+def split_picture(outlines, distances, **changes):
+    return figures.chips_by_split(outlines, distances, title="block of 50 km", **changes)
+
+
+@pytest.mark.parametrize("east", [10.0, 180.0])  # across the antimeridian too, where half the chips lie at -180
+def test_chips_lie_on_the_map_in_their_splits_colours(east):
+    places = {"train": -3.0, "val": -1.0, "test": 1.0, "": 3.0}
+    outlines = {}
+    for name, shift in places.items():
+        ring = SQUARE + (east + shift, 50)
+        outlines[name] = [np.column_stack([(ring[:, 0] + 180) % 360 - 180, ring[:, 1]])]
+    figure = split_picture(outlines, {})
+    pixels = figures.to_array(figure).astype(int)
+    axes = figure.axes[0]
+    for name, colour in SPLIT_COLOURS.items():
+        x, y = axes.transData.transform((east + places[name] + 0.5, 50.5))
+        assert abs(pixels[-1 - int(y), int(x)] - colour).max() <= 2, name
+    kilometres = [np.ptp(axes.transData.transform([(east, 50.5), (east + 1, 50.5)])[:, 0])]
+    kilometres += [np.ptp(axes.transData.transform([(east, 50), (east, 51)])[:, 1])]
+    assert kilometres[0] / kilometres[1] == pytest.approx(np.cos(np.radians(50.5)), rel=0.01)
+    assert figure.axes[1].get_title() == "No test chips, or no train chips"
+
+
+def test_distances_are_shares_of_their_own_number_with_medians_and_the_buffer():
+    distances = {"test chips": np.array([11.0, 12, 13, 49]), "chips of the map": np.repeat([0.0, 30], [6, 4])}
+    right = split_picture({"train": [SQUARE]}, distances, buffer_km=10.0).axes[1]
+    texts = [text.get_text() for text in right.get_legend().get_texts()]
+    assert texts == [
+        "test chips, n = 4",
+        "their median, 12.5 km",
+        "chips of the map, n = 10",
+        "their median, 0.0 km",
+        "buffer, 10 km",
+    ]
+    outlined = [patch.get_data() for patch in right.patches if not patch.get_fill()]
+    (test, edges, _), (mapped, _, _) = outlined
+    assert edges[0] == 0 and edges[-1] == pytest.approx(np.percentile(distances["test chips"], 99))
+    assert mapped[0] == 60 and mapped.sum() == 100 and test.sum() == 75  # 49 km lies beyond the 99th percentile
+    assert [line.get_xdata()[0] for line in right.lines] == [12.5, 0.0, 10.0]
+
+
 def draw(tmp_path, values, rgb=None, **changes):
     rgb = np.repeat(np.arange(values.size, dtype=float).reshape(values.shape)[..., None], 3, -1) if rgb is None else rgb
     arguments = {"title": "scene", "name": "Above-ground biomass", "unit": "Mg/ha"} | changes

@@ -1,4 +1,4 @@
-"""Faults of data preparation, each noticed by the ruler world."""
+"""Faults of data preparation, most of them noticed by the ruler world."""
 
 from tests.mutation.fault import Mutation, in_file
 
@@ -13,6 +13,14 @@ SHOTS = RULER + "test_shot_numbers_of_chips_are_exact_and_disjoint_between_split
 GROUND = RULER + "test_ground_of_splits_is_disjoint[small]"
 STATISTICS = RULER + "test_statistics_are_of_train_alone[small]"
 SENTINEL = RULER + "test_other_sensor_by_its_own_band_numbers[small-10SFF]"
+
+DRAWS = "tests/data_prep/chips/test_splits_draws.py::"
+FILLED_BEFORE = (
+    "    chips_of = Counter(names)\n    split_of: dict[str, str] = {}\n"
+    "    filled: Counter[str] = Counter()\n    total = 0\n"
+)
+TOTAL_OF_ALL = "total += sum(chips_of[name] for name in blocks)\n"
+BY_CENTRES = "    return np.linalg.norm(corners.mean(axis=1) - others.mean(axis=1), axis=-1)"
 
 _CLEAR_BITS = "keep &= fmask & (_MASKED | (WATER if drop_water else 0)) == 0"
 _CLEAR_BANDS = "keep &= image[..., index] != bands.FILL"
@@ -136,6 +144,49 @@ MUTATIONS = (
             ("return ground.block_names(lon, lat, block_km)", 'return _column(chips, "chip_id")'),
             ("split[met] = DROPPED", "pass"),
         ),
+    ),
+    Mutation(
+        "fractions_over_all_strata",
+        DRAWS + "test_no_biome_goes_without_a_split[10 of 8 blocks]",
+        in_file(
+            "data_prep/chips/splits.py",
+            ("    chips_of = Counter(names)\n    split_of: dict[str, str] = {}\n", FILLED_BEFORE),
+            (
+                "total = sum(chips_of[name] for name in blocks)\n        filled: Counter[str] = Counter()\n",
+                TOTAL_OF_ALL,
+            ),
+            ("        _fill_empty(drawn, fractions)\n", ""),
+        ),
+    ),
+    Mutation(
+        "two_blocks_without_test",
+        DRAWS + "test_of_two_blocks_one_is_for_train_and_one_for_test_and_a_single_one_trains",
+        in_file("data_prep/chips/splits.py", ('_FIRST_SERVED = ("train", "test", "val")', "_FIRST_SERVED = SPLITS")),
+    ),
+    Mutation(
+        "folds_by_all_chips_alone",
+        DRAWS + "test_blocks_stay_whole_in_folds_and_small_strata_are_dealt_out",
+        in_file("data_prep/chips/splits.py", ("key=lambda f: (here[f], filled[f])", "key=lambda f: here[f]")),
+    ),
+    Mutation(
+        "the_left_out_trains",
+        DRAWS + "test_one_biome_or_one_tile_alone_is_test[biome=wet]",
+        in_file("data_prep/chips/splits.py", ("    return values == value\n", "    return values != value\n")),
+    ),
+    Mutation(
+        "buffer_not_kept",
+        DRAWS + "test_by_default_chips_of_two_splits_lie_10_km_apart",
+        in_file("data_prep/ground.py", ("distance < buffer_m + TOLERANCE_M", "distance < TOLERANCE_M")),
+    ),
+    Mutation(
+        "distances_of_chips_with_labels_alone",
+        DRAWS + "test_distances_are_of_test_chips_and_of_all_cells_of_the_composite",
+        in_file("data_prep/chips/splits.py", ("if not path.is_file():", "if True:")),
+    ),
+    Mutation(
+        "nearest_by_centres",
+        "tests/data_prep/test_ground.py::test_neighbours_in_a_grid_touch_and_those_after_are_a_chip_away",
+        in_file("data_prep/ground.py", ("    return np.where(along < TOLERANCE_M, 0.0, along)", BY_CENTRES)),
     ),
     Mutation(
         "std_of_all_splits",

@@ -184,7 +184,7 @@ def world(tmp_path_factory):
         bands = np.concatenate([np.moveaxis(image, -1, 0), np.ones((1, 48, 64), np.int16)])
         write_tile(root, tile, image=bands, shots=shots, origin=(600000.0 + 90000 * number, 4200000.0))
     chips.index_folder(root, ChipSettings(size=SIZE))
-    splits.run(chip_index.path_in(root), SplitSettings(block_km=0.5, fractions=(0.6, 0.2, 0.2)))
+    splits.run(chip_index.path_in(root), SplitSettings(block_km=0.5, buffer_m=0, fractions=(0.6, 0.2, 0.2)))
     return root
 
 

@@ -27,7 +27,7 @@ def world(tmp_path_factory):
     image[:, 20:24, 20:30] = -9999
     write_tile(root, TILE, image=image, shots=[s for s in SHOTS if not (20 <= s[1] < 24 and 20 <= s[2] < 30)])
     chips.index_folder(root, ChipSettings(size=SIZE, max_nodata=0.2))
-    splits.run(chip_index.path_in(root), SplitSettings(block_km=0.5, fractions=(0.6, 0.2, 0.2)))
+    splits.run(chip_index.path_in(root), SplitSettings(block_km=0.5, buffer_m=0, fractions=(0.6, 0.2, 0.2)))
     return root
 
 

@@ -37,7 +37,7 @@ def world(tmp_path_factory):
 
 def command(out, *more):
     settings = ["season=2020", "chips.size=64", "chips.min_labels=5", "chips.max_nodata=0.3"]
-    settings += ["splits.block_km=2", "shards.records_per_shard=4"]
+    settings += ["splits.block_km=2", "splits.buffer_m=0", "shards.records_per_shard=4"]
     return ["--config", str(CONFIG), "--out", str(out), *(f"--config.{text}" for text in settings), *map(str, more)]
 
 
