@@ -5,7 +5,7 @@
 Reads OUT/granules/hls and OUT/granules/gedi unless other folders are named, and leaves training shards in OUT/shards.
 What is finished is kept, so that a stopped run resumes where it was when the same command is given again.
 
-Chips of two splits lie 10,000 m apart or more (`splits.buffer_m`), which costs about a quarter of the chips of a single
+Chips of two splits lie 10,000 m apart or more (`splits.buffer_m`), which costs about a fifth of the chips of a single
 tile; the run says how many. A world of a tile or less, as the demo's, is too small for it and sets 0.
 """
 

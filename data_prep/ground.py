@@ -131,7 +131,7 @@ def meets(outlines: Any, others: Any, *, buffer_m: float = 0.0) -> np.ndarray:
     return met
 
 
-def nearest(outlines: Any, others: Any) -> np.ndarray:
+def nearest(outlines: Sequence[object] | np.ndarray, others: Sequence[object] | np.ndarray) -> np.ndarray:
     """How far each outline lies from the nearest of the others, from edge to edge.
 
     Args:

@@ -11,7 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import shapely
@@ -25,12 +25,15 @@ from data_prep.chips import index as chip_index
 from data_prep.commands import alone_in, command
 from data_prep.settings import SPLIT_KINDS, SPLITS, SplitSettings
 
+if TYPE_CHECKING:
+    from geopandas import GeoDataFrame
+
 DROPPED = "dropped"
 PICTURE = "splits.png"  # beside the index
 _FIRST_SERVED = ("train", "test", "val")  # where blocks are too few for all
 
 
-def split_by_blocks(chips: Any, settings: SplitSettings) -> tuple[np.ndarray, dict[str, int]]:
+def split_by_blocks(chips: "GeoDataFrame", settings: SplitSettings) -> tuple[np.ndarray, dict[str, int]]:
     """Draw each chip's split.
 
     All chips of a block go to one split. Stratum by stratum, blocks are drawn in an order given by the seed, each to
@@ -78,7 +81,7 @@ def split_by_blocks(chips: Any, settings: SplitSettings) -> tuple[np.ndarray, di
     return split, dropped
 
 
-def _drawn(chips: Any, settings: SplitSettings) -> np.ndarray:
+def _drawn(chips: "GeoDataFrame", settings: SplitSettings) -> np.ndarray:
     """The split of each chip (n,) before any is dropped. PrepError as for `split_by_blocks`."""
     fractions = _checked(settings)
     outlines = np.asarray(chips.geometry, object)
@@ -133,7 +136,7 @@ def _wanted(settings: SplitSettings) -> list[str]:
     ]
 
 
-def _left_out(chips: Any, text: str) -> np.ndarray:
+def _left_out(chips: "GeoDataFrame", text: str) -> np.ndarray:
     """bool (n,): the chips of `COLUMN=VALUE`. PrepError where there are none."""
     name, equals, value = text.partition("=")
     if not equals:
@@ -145,7 +148,7 @@ def _left_out(chips: Any, text: str) -> np.ndarray:
     return values == value
 
 
-def by_stratum(chips: Any, split: np.ndarray, settings: SplitSettings) -> dict[str, dict[str, int]]:
+def by_stratum(chips: "GeoDataFrame", split: np.ndarray, settings: SplitSettings) -> dict[str, dict[str, int]]:
     """Chips of each split and `dropped` by value of the column `stratify`; {} without one."""
     if settings.stratify == "none":
         return {}
@@ -187,7 +190,7 @@ def _without_shared_ground(
     return split, dropped
 
 
-def _lost_to_buffer(chips: Any, settings: SplitSettings, dropped: Mapping[str, int]) -> int:
+def _lost_to_buffer(chips: "GeoDataFrame", settings: SplitSettings, dropped: Mapping[str, int]) -> int:
     """How many of the chips dropped would stay with `buffer_m` 0."""
     if not (settings.buffer_m and sum(dropped.values())):
         return 0
@@ -195,13 +198,13 @@ def _lost_to_buffer(chips: Any, settings: SplitSettings, dropped: Mapping[str, i
     return sum(dropped.values()) - sum(without.values())
 
 
-def _column(chips: Any, name: str, setting: str) -> np.ndarray:
+def _column(chips: "GeoDataFrame", name: str, setting: str) -> np.ndarray:
     if name not in chips.columns:
         raise PrepError(f"{setting}: found no column {name!r} in the index, expected one of {', '.join(chips.columns)}")
     return np.array([str(value) for value in chips[name]], object)
 
 
-def _block_names(chips: object, outlines: np.ndarray, settings: SplitSettings) -> np.ndarray:
+def _block_names(chips: "GeoDataFrame", outlines: np.ndarray, settings: SplitSettings) -> np.ndarray:
     if settings.kind in ("block", "folds"):
         lon, lat = ground.centres(outlines).T
         return ground.block_names(lon, lat, settings.block_km)
@@ -276,7 +279,7 @@ def _folds(names: np.ndarray, strata: np.ndarray, folds: int, seed: int) -> np.n
     return np.array([fold_of[name] for name in names])
 
 
-def chips_to_predict(index: Path, chips: Any) -> np.ndarray:
+def chips_to_predict(index: Path, chips: "GeoDataFrame") -> np.ndarray:
     """Outlines (n,) of all cells of the index's composites, with labels or without: what a map of them consists of.
 
     Args:
@@ -349,7 +352,7 @@ def described(settings: SplitSettings) -> str:
     return f"{settings.kind}{block}{fold}{left_out}, buffer {settings.buffer_m:,.0f} m"
 
 
-def label_histograms(chips: Any, split: np.ndarray) -> dict[str, list[int]]:
+def label_histograms(chips: "GeoDataFrame", split: np.ndarray) -> dict[str, list[int]]:
     """Labels of each split in the bins `chip_index.LABEL_EDGES`, summed over its chips' `label_counts`."""
     counts = np.array([np.asarray(one) for one in chips["label_counts"]], np.int64)
     counts = counts.reshape(len(split), len(chip_index.LABEL_EDGES))

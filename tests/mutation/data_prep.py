@@ -141,7 +141,7 @@ MUTATIONS = (
         GROUND,
         in_file(
             "data_prep/chips/splits.py",
-            ("return ground.block_names(lon, lat, block_km)", 'return _column(chips, "chip_id")'),
+            ("return ground.block_names(lon, lat, settings.block_km)", 'return _column(chips, "chip_id", "kind")'),
             ("split[met] = DROPPED", "pass"),
         ),
     ),

@@ -441,10 +441,7 @@ def test_the_reference_layout(world, capsys):
     index(world)
     with pytest.raises(PrepError, match="no split drawn"):
         chip_folders.write_folders(world, world / "published")
-    splits.run(
-        chip_index.path_in(world),
-        SplitSettings(kind="block", block_km=0.5, buffer_m=0, seed=1, fractions=(0.6, 0.2, 0.2)),
-    )
+    splits.run(chip_index.path_in(world), SplitSettings(block_km=0.5, buffer_m=0, seed=1, fractions=(0.6, 0.2, 0.2)))
     assert chip_folders.main(["--out", str(world), "--folders", str(world / "published")]) == 0
     frame = chip_index.read_index(chip_index.path_in(world))
     assert set(frame["split"]) == {"train", "val", "test"}

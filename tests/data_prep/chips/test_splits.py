@@ -326,26 +326,9 @@ def world(tmp_path):
 def test_the_command_writes_splits_into_the_index(world, capsys):
     root, _ = world
     path = chip_index.path_in(root)
+    given = f"--out {root} --block-km 0.7 --buffer-m 0 --seed 2 --fractions 0.6 0.2 0.2".split()
     before = chip_index.read_index(path)
-    assert (
-        splits.main(
-            [
-                "--out",
-                str(root),
-                "--block-km",
-                "0.7",
-                "--buffer-m",
-                "0",
-                "--seed",
-                "2",
-                "--fractions",
-                "0.6",
-                "0.2",
-                "0.2",
-            ]
-        )
-        == 0
-    )
+    assert splits.main(given) == 0
     out = capsys.readouterr().out
     after = chip_index.read_index(path)
     assert set(after["split"]) == {"train", "val", "test"}
@@ -366,25 +349,7 @@ def test_the_command_writes_splits_into_the_index(world, capsys):
     assert "of these by buffer_m 0 alone: 0 of 20 chips (0.0%)" in out
     assert f"{counts['test']} test chips to the nearest train chip: 0.0 km" in out
     written = path.read_bytes()
-    assert (
-        splits.main(
-            [
-                "--out",
-                str(root),
-                "--block-km",
-                "0.7",
-                "--buffer-m",
-                "0",
-                "--seed",
-                "2",
-                "--fractions",
-                "0.6",
-                "0.2",
-                "0.2",
-            ]
-        )
-        == 0
-    )
+    assert splits.main(given) == 0
     assert path.read_bytes() == written
 
 

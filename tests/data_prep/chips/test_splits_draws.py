@@ -9,6 +9,8 @@ import pytest
 import shapely
 from PIL import Image
 
+from biomass_jax.data.shards import read_metadata
+from biomass_jax.data.sources import ShardSource
 from biomass_jax.runtime.settings import to_config
 from data_prep import ground
 from data_prep.chips import cells as chips
@@ -16,7 +18,8 @@ from data_prep.chips import index as chip_index
 from data_prep.chips import splits
 from data_prep.prepare.steps import index_with_splits
 from data_prep.settings import SPLITS, ChipSettings, Prepare, SplitSettings
-from data_prep.shards.items import index_metadata
+from data_prep.shards.items import index_metadata, items_of
+from data_prep.shards.write import write_shards
 from tests.data_prep.chip_world import SIZE, ramp, scattered, write_tile
 
 TENTHS = {"train": 0.8, "val": 0.1, "test": 0.1}
@@ -256,3 +259,20 @@ def test_without_its_composite_the_cells_of_the_index_count(world, tmp_path):
     with pytest.warns(UserWarning, match="10SFF_.*tif: no such composite; of its cells those of the index count"):
         written = splits.run(index, SplitSettings(**SMALL))
     assert written["distances"]["predicted_chips"] == 192
+
+
+@pytest.mark.slow
+def test_the_shards_of_all_folds_together_test_every_chip_once(world):
+    index = chip_index.path_in(world)
+    tested, everything = [], set(chip_index.read_index(index)["chip_id"])
+    for fold in range(3):
+        settings = SplitSettings(kind="folds", folds=3, fold=fold, block_km=1.5, buffer_m=0)
+        splits.run(index, settings)
+        folder = world / f"shards{fold}"
+        write_shards(items_of(index), folder, metadata=index_metadata(index))
+        source = ShardSource(folder, "test")
+        tested += [chip.chip_id for chip in source.chips()]
+        told = read_metadata(folder)["split"]
+        assert (told["kind"], told["fold"], told["buffer_m"]) == ("folds", fold, 0.0)
+        assert told["distances"]["test_chips"] == len(source)
+    assert sorted(tested) == sorted(everything)
