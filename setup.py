@@ -25,6 +25,7 @@ CORE = [
     "ml_collections>=1.1.0",  # typed, locked configs
     "numpy>=2.0",  # JAX 0.10's own floor
     "ml_dtypes>=0.5",  # bfloat16 in NumPy, for checkpoints that hold it; JAX 0.10's own floor
+    "scipy>=1.14",  # Student's t; the first tried, and JAX brings a newer one
     "rasterio>=1.4.3",  # GDAL 3.9 in its wheels; the COG driver of older ones was not tried
     "affine>=2.4",  # a raster's transform; the oldest tried
     "matplotlib>=3.9",  # the first built for NumPy 2

@@ -13,6 +13,7 @@ import shapely
 from pyproj import Transformer
 from shapely.geometry.polygon import orient
 
+from biomass_jax.data.raster.grid import equal_area_blocks
 from biomass_jax.errors import PrepError
 
 TOLERANCE_M = 0.5  # chips that share an edge touch but share no ground; projections agree to about 1 cm
@@ -100,9 +101,7 @@ def block_names(lon: np.ndarray, lat: np.ndarray, block_km: float) -> np.ndarray
     """
     if not block_km > 0:
         raise PrepError(f"block_km: found {block_km}, expected kilometres above 0")
-    places = Transformer.from_crs(4326, 6933, always_xy=True).transform(lon, lat)
-    x, y = (np.floor(np.asarray(place) / (block_km * 1000)).astype(int) for place in places)
-    return np.array([f"{i}_{j}" for i, j in zip(x, y, strict=True)], object)
+    return np.array(equal_area_blocks(4326, lon, lat, block_km), object)
 
 
 def meets(outlines: Any, others: Any, *, buffer_m: float = 0.0) -> np.ndarray:

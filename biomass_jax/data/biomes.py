@@ -3,16 +3,26 @@
 Polygons need the libraries of the extra `prep` (geopandas, shapely, pyproj), which are loaded when they are asked for.
 """
 
+import dataclasses
+import logging
 import os
 import re
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from biomass_jax.data import records
+from biomass_jax.data.records import Record
+from biomass_jax.data.sources import Source
 from biomass_jax.errors import BiomeError
 
+log = logging.getLogger(__name__)
+
+_READERS = 8  # threads
 _ALL = "all_ecos"  # the published folder that holds every biome
 
 
@@ -100,3 +110,89 @@ def centre(epsg: int, transform: np.ndarray, shape: tuple[int, int]) -> tuple[fl
     x, y = a * col + b * row + c, d * col + e * row + f
     lon, lat = Transformer.from_crs(int(epsg), 4326, always_xy=True).transform(x, y)
     return float(lon), float(lat)
+
+
+class NamedSource(Source):
+    """Chips of a source with biomes from elsewhere; all of them, or a choice.
+
+    Args:
+        source: the chips.
+        kept: numbers of those to keep, in order.
+        biomes: of all chips; None for what the records say.
+        default: for chips that are `unknown`.
+    """
+
+    def __init__(self, source: Source, kept: Sequence[int], biomes: list[str] | None, default: str) -> None:
+        self._source, self._kept, self._biomes, self._default = source, kept, biomes, default
+        self.info = dataclasses.replace(source.info, chips=len(kept))
+
+    def _read(self, index: int) -> Record:
+        number = self._kept[index]
+        record = self._source[number]
+        biome = record["biome"] if self._biomes is None else self._biomes[number]
+        return {**record, "biome": self._default if biome == records.UNKNOWN_BIOME else biome}
+
+    def digest(self) -> str:
+        """See Source: that of the chips that these are chosen from."""
+        return self._source.digest()
+
+
+def with_biomes(
+    source: Source,
+    path: str | os.PathLike[str],
+    *,
+    biome: str | None = None,
+    polygons: str | os.PathLike[str] | None = None,
+    field: str | None = None,
+) -> Source:
+    """A source whose chips know their biomes, of one biome where one is asked for.
+
+    Polygons count before the records, and these before the name of a published folder (`taiga_datasplit`). Polygons
+    and the choice of one biome read every chip once before scoring begins.
+
+    Args:
+        source: as `data.sources.open_source` gives it.
+        path: of the data set.
+        biome: slug of the only biome to keep; None for all chips.
+        polygons: file of polygons that name biomes; the one at a chip's centre counts.
+        field: the file's column of names.
+
+    Raises:
+        BiomeError: the biome that was asked for isn't there, or can't be known; chips without a place in polygons;
+            see `Biomes` too.
+    """
+    if bool(polygons) != bool(field):
+        raise BiomeError("config.data.biomes and config.data.biome_field go together: a polygon file, and its column")
+    default = records.UNKNOWN_BIOME if polygons else folder_biome(path)
+    if not (polygons or biome):
+        return source if default == records.UNKNOWN_BIOME else NamedSource(source, range(len(source)), None, default)
+    log.info("%s: finding the biomes of %d chips", path, len(source))
+    if polygons:
+        found = Biomes(polygons, str(field)).at(_centres(source, path))
+    else:
+        found = [default if chip.biome == records.UNKNOWN_BIOME else chip.biome for chip in source.chips()]
+    counts = Counter(found)
+    if biome and set(counts) <= {records.UNKNOWN_BIOME}:
+        raise BiomeError(
+            f"{path}: no chip's biome is known, so {biome!r} can't be chosen; give polygons (config.data.biomes=FILE "
+            "and config.data.biome_field=COLUMN), or a folder named after its biome, such as taiga_datasplit"
+        )
+    if biome and biome not in counts:
+        there = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
+        raise BiomeError(f"{path}: no chip of biome {biome!r}; found {there}")
+    kept = [number for number, name in enumerate(found) if not biome or name == biome]
+    return NamedSource(source, kept, found, records.UNKNOWN_BIOME)
+
+
+def _centres(source: Source, path: str | os.PathLike[str]) -> np.ndarray:
+    """(n, 2) longitudes and latitudes of the chips' centres."""
+
+    def place(index: int) -> tuple[float, float]:
+        record = source[index]
+        if not record["epsg"]:
+            raise BiomeError(f"{path}: chip {record['chip_id']} has no coordinates, so no polygon tells its biome")
+        height, width = record["label"].shape
+        return centre(record["epsg"], record["transform"], (height, width))
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        return np.array(list(pool.map(place, range(len(source)))), np.float64).reshape(-1, 2)

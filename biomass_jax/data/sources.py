@@ -32,12 +32,21 @@ _SHOWN = 10  # names in a warning
 _SENSORS = "L30"  # of the published chips, whose files don't tell
 
 
+class Place(NamedTuple):
+    """Where a chip's centre lies: x and y in the CRS of an EPSG code, 0 where that isn't known."""
+
+    epsg: int = 0
+    x: float = 0.0
+    y: float = 0.0
+
+
 class Chip(NamedTuple):
-    """What is known of a chip besides its pixels; all empty for padding."""
+    """What is known of a chip besides its pixels; all empty for padding, the place also where no record was read."""
 
     chip_id: str
     tile: str
     biome: str
+    place: Place = Place()
 
 
 @dataclass(frozen=True)
@@ -118,8 +127,13 @@ class Source(ABC):
 
 
 def chip_of(record: Record) -> Chip:
-    """Name, tile and biome of a record."""
-    return Chip(record["chip_id"], record["tile"], record["biome"])
+    """Name, tile, biome and place of a record."""
+    a, b, c, d, e, f = (float(value) for value in record["transform"])
+    row, column = (size / 2 for size in record["label"].shape)
+    place = (
+        Place(int(record["epsg"]), a * column + b * row + c, d * column + e * row + f) if record["epsg"] else Place()
+    )
+    return Chip(record["chip_id"], record["tile"], record["biome"], place)
 
 
 def open_source(

@@ -41,10 +41,18 @@ class Evaluate:
     """Fields of an evaluation."""
 
     bundle: str | None = setting(None, "folder of the model")
+    against: str | None = setting(None, "folder of another model, to be compared with on the same pixels")
     data: EvaluationData = group(EvaluationData)
     reference: bool = setting(False, "score labels on pixels without data too, as the reference did")
-    resamples: int = setting(1000, "draws of tiles for the intervals; 0 gives none", within=Range(0))
-    seed: int = setting(0, "of the draws", within=Range(0))
+    block_km: float | None = setting(
+        None,
+        "edge of the blocks of ground that intervals leave out; not given, that of the data set's split, else 50",
+        within=Range(0, ends="()"),
+    )
+    resamples: int | None = setting(
+        None, "of earlier versions, whose intervals were drawn; changes nothing, and says so"
+    )
+    seed: int | None = setting(None, "likewise")
     experiment: str | None = setting(None, "name in tables and titles; not given, model and data")
     figures: EvaluationFigures = group(EvaluationFigures)
     batch_size: int | None = setting(

@@ -1,15 +1,12 @@
 """`config.mode = 'evaluate'`: scores of a bundle on a data set, as tables and pictures in the workdir."""
 
-import dataclasses
+import functools
 import json
 import logging
-import os
 import pickle
-from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,10 +16,9 @@ from biomass_jax import bundle as bundles
 from biomass_jax import figures
 from biomass_jax.bundle import software_versions
 from biomass_jax.data import bands, records, sources
-from biomass_jax.data.biomes import Biomes, centre, folder_biome
-from biomass_jax.data.records import UNKNOWN_BIOME, Record
+from biomass_jax.data.biomes import with_biomes
 from biomass_jax.data.sources import Source
-from biomass_jax.errors import BiomeError, EvaluationError, name_list
+from biomass_jax.errors import EvaluationError, name_list
 from biomass_jax.evaluation import tables
 from biomass_jax.evaluation.intervals import LEVEL
 from biomass_jax.pipeline import batches as pipeline
@@ -35,7 +31,7 @@ from biomass_jax.tasks.scores import SCORES
 
 log = logging.getLogger(__name__)
 
-READERS = 8  # threads
+DIFFERENCE = "the score of config.bundle less that of config.against, on the same pixels: below 0, its error is smaller"
 BEST_CONSTANT = "the mean label of the scored pixels, predicted everywhere"
 NOISE_FLOOR = "the mean standard error (agbd_se) of the footprints behind the labels, from the data set's metadata"
 
@@ -65,30 +61,17 @@ def run(config: ConfigDict, workdir: Path, *, shardings: Callable[[], dict[str, 
     source = sources.open_source(group.path, group.split, **chosen)
     source = with_biomes(source, group.path, biome=group.biome, polygons=group.biomes, field=group.biome_field)
     placement = shardings()
-    bundle = bundles.load(config.bundle, placement["replicated"])
-    check_units(bundle, source.info)
-    check_bands(bundle)
-    means, stds, statistics = choose_statistics(
-        group,
-        bundle.bands,
-        loaded=bundle,
-        training=lambda: sources.open_source(group.path, "train", **chosen),
-        reference=config.reference,
-    )
-    forward = Forward(
-        bundle, means=means, stds=stds, dtype=config.dtype, matmul_precision=config.matmul_precision, **placement
-    )
-    wanted = chosen_chips(config.figures, source)
-    on_chips = chip_forward(forward, bundle.bands, fill=source.info.fill, keep_labels=config.reference)
-    part = score(source, on_chips, batch_size(forward, config.batch_size), group.threads, wanted)
-    parts = [part]
-    if jax.process_count() > 1:  # pickled: JAX would round float64
-        parts = [pickle.loads(data) for data in processes.gather(pickle.dumps(part))]
-    scored, pictures = tables.join(parts)
+    train = functools.partial(sources.open_source, group.path, "train", **chosen)
+    paths = dict.fromkeys((config.bundle, config.against or config.bundle))
+    ready = [_made_ready(path, config, source.info, train, placement) for path in paths]  # both, before either works
+    models = [_scored_by(*made, config, source, drawn=number == 0) for number, made in enumerate(ready)]
+    scored, pictures = models[0].scored, models[0].pictures
     if not len(scored.label):
         raise EvaluationError(f"{group.path}: split {group.split!r} has no labelled pixel in {len(source)} chips")
-    result = summarize(scored, config, bundle, source.info, statistics)
-    result["data"] |= {"means": means.tolist(), "stds": stds.tolist()}
+    blocks = tables.blocks_of(scored, config.block_km or split_block_km(source.info.metadata))
+    result = summarize(models[0], config, source.info, blocks)
+    if config.against:
+        result["against"] = compare(models[0], models[-1], blocks)
     if jax.process_index() == 0:
         result["data"]["sha256"] = source.digest()
         write(workdir, result, scored, pictures)
@@ -101,15 +84,79 @@ def run(config: ConfigDict, workdir: Path, *, shardings: Callable[[], dict[str, 
     return result
 
 
+class ScoredModel(NamedTuple):
+    """A model, what it gave at the labelled pixels, and the statistics that it took.
+
+    Attributes:
+        bundle: the model.
+        scored: see `tables.Scored`.
+        pictures: of the chips that are drawn.
+        statistics: where means and stds come from, and both.
+    """
+
+    bundle: bundles.Bundle
+    scored: tables.Scored
+    pictures: list[figures.ChipPanel]
+    statistics: dict[str, Any]
+
+
+def _made_ready(
+    path: str, config: ConfigDict, info: sources.DatasetInfo, train: Callable[[], Source], placement: dict[str, Any]
+) -> tuple[Forward, dict[str, Any]]:
+    """A model that fits the data, and its statistics as `ScoredModel` has them; `train` opens the training split."""
+    bundle = bundles.load(path, placement["replicated"])
+    check_units(bundle, info)
+    check_bands(bundle)
+    means, stds, kind = choose_statistics(
+        config.data, bundle.bands, loaded=bundle, training=train, reference=config.reference
+    )
+    forward = Forward(
+        bundle, means=means, stds=stds, dtype=config.dtype, matmul_precision=config.matmul_precision, **placement
+    )
+    return forward, {"bundle": bundle, "statistics": kind, "means": means.tolist(), "stds": stds.tolist()}
+
+
+def _scored_by(
+    forward: Forward, known: dict[str, Any], config: ConfigDict, source: Source, *, drawn: bool
+) -> ScoredModel:
+    """A model on all chips, by all processes; `drawn` keeps chips for pictures."""
+    bundle = known.pop("bundle")
+    wanted = chosen_chips(config.figures, source) if drawn else []
+    on_chips = chip_forward(forward, bundle.bands, fill=source.info.fill, keep_labels=config.reference)
+    part = score(source, on_chips, batch_size(forward, config.batch_size), config.data.threads, wanted)
+    parts = [part]
+    if jax.process_count() > 1:  # pickled: JAX would round float64
+        parts = [pickle.loads(data) for data in processes.gather(pickle.dumps(part))]
+    return ScoredModel(bundle, *tables.join(parts), known)
+
+
 def check_given(config: ConfigDict) -> None:
-    """Refuse a config without a bundle or data, before anything is read. EvaluationError or BundleError."""
+    """Refuse a config without a bundle or data, before anything is read. EvaluationError or BundleError.
+
+    Fields of earlier versions are told of.
+    """
+    for field in ("resamples", "seed"):
+        if config[field] is not None:
+            log.warning(
+                "config.%s is %s, but intervals are no longer drawn: blocks of ground are left out one at a time, and "
+                "config.block_km is their size; leave config.%s out",
+                *(field, config[field], field),
+            )
     for field, value, what in (
         ("bundle", config.bundle, "the model bundle's folder"),
         ("data.path", config.data.path, "shards, or folders of GeoTIFFs as published"),
     ):
         if not value:
             raise EvaluationError(f"config.{field} is not given; add --config.{field}=PATH, {what}")
-    bundles.read_meta(config.bundle)
+    meta = bundles.read_meta(config.bundle)
+    if config.against:
+        other = bundles.read_meta(config.against)
+        ours, theirs = (one["output"].get("units") for one in (meta, other))
+        if ours != theirs:
+            raise EvaluationError(
+                f"config.against {config.against} gives {theirs}, config.bundle {config.bundle} {ours}; models are "
+                "compared in the same units"
+            )
 
 
 def batch_size(forward: Forward, given: int | None) -> int:
@@ -202,123 +249,38 @@ def _matches(chip_id: str, name: str) -> bool:
     return chip_id == name or chip_id.startswith(f"{name}_")
 
 
-class NamedSource(Source):
-    """Chips of a source with biomes from elsewhere; all of them, or a choice.
-
-    Args:
-        source: the chips.
-        kept: numbers of those to keep, in order.
-        biomes: of all chips; None for what the records say.
-        default: for chips that are `unknown`.
-    """
-
-    def __init__(self, source: Source, kept: Sequence[int], biomes: list[str] | None, default: str) -> None:
-        self._source, self._kept, self._biomes, self._default = source, kept, biomes, default
-        self.info = dataclasses.replace(source.info, chips=len(kept))
-
-    def _read(self, index: int) -> Record:
-        number = self._kept[index]
-        record = self._source[number]
-        biome = record["biome"] if self._biomes is None else self._biomes[number]
-        return {**record, "biome": self._default if biome == UNKNOWN_BIOME else biome}
-
-    def digest(self) -> str:
-        """See Source: that of the chips that these are chosen from."""
-        return self._source.digest()
-
-
-def with_biomes(
-    source: Source,
-    path: str | os.PathLike[str],
-    *,
-    biome: str | None = None,
-    polygons: str | os.PathLike[str] | None = None,
-    field: str | None = None,
-) -> Source:
-    """A source whose chips know their biomes, of one biome where one is asked for.
-
-    Polygons count before the records, and these before the name of a published folder (`taiga_datasplit`). Polygons
-    and the choice of one biome read every chip once before scoring begins.
-
-    Args:
-        source: as `data.sources.open_source` gives it.
-        path: of the data set.
-        biome: slug of the only biome to keep; None for all chips.
-        polygons: file of polygons that name biomes; the one at a chip's centre counts.
-        field: the file's column of names.
-
-    Raises:
-        BiomeError: the biome that was asked for isn't there, or can't be known; chips without a place in polygons;
-            see `Biomes` too.
-    """
-    if bool(polygons) != bool(field):
-        raise BiomeError("config.data.biomes and config.data.biome_field go together: a polygon file, and its column")
-    default = UNKNOWN_BIOME if polygons else folder_biome(path)
-    if not (polygons or biome):
-        return source if default == UNKNOWN_BIOME else NamedSource(source, range(len(source)), None, default)
-    log.info("%s: finding the biomes of %d chips", path, len(source))
-    if polygons:
-        found = Biomes(polygons, str(field)).at(_centres(source, path))
-    else:
-        found = [default if chip.biome == UNKNOWN_BIOME else chip.biome for chip in source.chips()]
-    counts = Counter(found)
-    if biome and set(counts) <= {UNKNOWN_BIOME}:
-        raise BiomeError(
-            f"{path}: no chip's biome is known, so {biome!r} can't be chosen; give polygons (config.data.biomes=FILE "
-            "and config.data.biome_field=COLUMN), or a folder named after its biome, such as taiga_datasplit"
-        )
-    if biome and biome not in counts:
-        there = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
-        raise BiomeError(f"{path}: no chip of biome {biome!r}; found {there}")
-    kept = [number for number, name in enumerate(found) if not biome or name == biome]
-    return NamedSource(source, kept, found, UNKNOWN_BIOME)
-
-
-def _centres(source: Source, path: str | os.PathLike[str]) -> np.ndarray:
-    """(n, 2) longitudes and latitudes of the chips' centres."""
-
-    def place(index: int) -> tuple[float, float]:
-        record = source[index]
-        if not record["epsg"]:
-            raise BiomeError(f"{path}: chip {record['chip_id']} has no coordinates, so no polygon tells its biome")
-        height, width = record["label"].shape
-        return centre(record["epsg"], record["transform"], (height, width))
-
-    with ThreadPoolExecutor(READERS) as pool:
-        return np.array(list(pool.map(place, range(len(source)))), np.float64).reshape(-1, 2)
+def split_block_km(metadata: dict[str, Any]) -> float:
+    """Edge of the blocks by which a data set was split, `tables.BLOCK_KM` where its metadata don't tell."""
+    split = metadata.get("split")
+    value = split.get("block_km") if isinstance(split, dict) else None
+    return float(value) if value else tables.BLOCK_KM
 
 
 def summarize(
-    scored: tables.Scored, config: ConfigDict, bundle: bundles.Bundle, info: sources.DatasetInfo, statistics: str
+    model: ScoredModel, config: ConfigDict, info: sources.DatasetInfo, blocks: tables.Blocks
 ) -> dict[str, Any]:
-    """What `metrics.json` holds; `info` is of the scored chips, `statistics` says where means and stds come from."""
-    rows = tables.tables(scored, resamples=config.resamples, seed=config.seed)
-    whole = rows[0]
+    """What `metrics.json` holds of one model; `info` is of the scored chips."""
+    bundle, rows = model.bundle, tables.tables(model.scored, blocks=blocks)
     name, folder = Path(config.bundle).absolute().name, Path(config.data.path).absolute().name
     what = ", ".join(part for part in (f"{name} on {folder}", info.split, config.data.biome) if part)
-    has_interval = whole["rmse_low"] is not None
     return {
         "experiment": config.experiment or what,
-        **{key: whole[key] for key in ("n", "chips", "tiles")},
-        **{f"{score}{end}": whole[f"{score}{end}"] for score in SCORES for end in ("", "_low", "_high")},
-        "best_constant": {"value": whole["best_constant"], "rmse": whole["best_constant_rmse"], "is": BEST_CONSTANT},
-        "noise_floor": {"rmse": noise_floor(info.metadata), "is": NOISE_FLOOR},
-        "interval": {
-            "level": LEVEL,
-            "resamples": config.resamples,
-            "seed": config.seed,
-            "is": f"percentiles over resampled tiles ({whole['tiles']} with labels)"
-            if has_interval
-            else f"none: {whole['tiles']} tile(s) with labels and {config.resamples} resamples; it takes two tiles",
+        **_over_all(rows),
+        "best_constant": {
+            "value": rows[0]["best_constant"],
+            "rmse": rows[0]["best_constant_rmse"],
+            "is": BEST_CONSTANT,
         },
+        "noise_floor": {"rmse": noise_floor(info.metadata), "is": NOISE_FLOOR},
+        "interval": {"level": LEVEL, "blocks": rows[0]["blocks"], "blocks_are": blocks.are, "is": interval_of(rows[0])},
         "label": {"name": bundle.meta["output"]["bands"][0], "units": bundle.meta["output"]["units"]},
         "bundle": {"path": str(config.bundle), "weights_sha256": bundle.weights_sha256},
         "data": {
             "path": str(config.data.path),
             "split": info.split,
-            "chips": len(scored.chip_ids),
+            "chips": len(model.scored.chip_ids),
             "biome": config.data.biome,
-            "statistics": statistics,
+            **model.statistics,
             "drawn": how_drawn(info.metadata),
         },
         "settings": {"reference": config.reference, "dtype": config.dtype, "matmul_precision": config.matmul_precision},
@@ -351,6 +313,32 @@ def _drawn_line(drawn: dict[str, Any] | None) -> str:
     )
 
 
+def compare(model: ScoredModel, other: ScoredModel, blocks: tables.Blocks) -> dict[str, Any]:
+    """What `metrics.json` holds of `config.against`: its scores, and the first model's less these, pixel by pixel."""
+    rows = tables.tables(other.scored, blocks=blocks)
+    less = tables.differences(model.scored, other.scored, blocks=blocks)
+    return {
+        **_over_all(rows),
+        "bundle": {"path": str(other.bundle.path), "weights_sha256": other.bundle.weights_sha256},
+        **other.statistics,
+        "tables": rows,
+        "differences": {"is": DIFFERENCE, **_over_all(less), "interval": interval_of(less[0]), "tables": less},
+    }
+
+
+def _over_all(rows: Sequence[tables.Row]) -> dict[str, Any]:
+    """Counts and scores of the first row, which is of all pixels."""
+    names = [f"{score}{end}" for score in SCORES for end in ("", "_low", "_high")]
+    return {name: rows[0][name] for name in ("n", "chips", "tiles", *names)}
+
+
+def interval_of(row: tables.Row) -> str:
+    """How the intervals of a row come about, or why it has none."""
+    if row["no_interval"]:
+        return f"none: {row['no_interval']}"
+    return f"a jackknife that leaves out one of {row['blocks']} blocks at a time, with Student's t"
+
+
 def noise_floor(metadata: dict[str, Any]) -> float | None:
     """Mean agbd_se in Mg/ha where a data set's metadata has it (`gedi.mean_agbd_se`), else None."""
     gedi = metadata.get("gedi")
@@ -363,6 +351,14 @@ def write(workdir: Path, result: dict[str, Any], scored: tables.Scored, pictures
     rows = result["tables"]
     tables.write_reference_table(workdir / "binwise_rmse.csv", rows, result["experiment"])
     tables.write_csv(workdir / "scores.csv", tables.COLUMNS, rows)
+    compared = {"scores_against.csv": tables.COLUMNS, "differences.csv": tables.DIFFERENCE_COLUMNS}
+    if "against" in result:
+        other = result["against"]
+        for (name, columns), mine in zip(compared.items(), (other, other["differences"]), strict=True):
+            tables.write_csv(workdir / name, columns, mine["tables"])
+    else:
+        for name in compared:
+            (workdir / name).unlink(missing_ok=True)  # of an earlier run
     write_json(workdir / "metrics.json", result)
     for line in lines(result):
         log.info("%s", line)
@@ -396,25 +392,34 @@ def draw(workdir: Path, result: dict[str, Any], scored: tables.Scored, pictures:
 
 
 def lines(result: dict[str, Any]) -> list[str]:
-    """The table that the console shows."""
+    """The tables that the console shows."""
     unit = result["label"]["units"]
     made = [f"{result['experiment']} ({unit}): {result['n']:,} labelled pixels of {result['chips']:,} chips"]
     made.append(_drawn_line(result["data"]["drawn"]))
-    made.append(f"{'':24}{'RMSE':>8}{'95 % interval':>19}{'MAE':>8}{'bias':>8}{'R2':>9}{'n':>12}")
+    made += _table_lines(result["tables"])
+    constant, floor = result["best_constant"], result["noise_floor"]["rmse"]
+    made.append(f"best constant {constant['value']:.2f}: RMSE {constant['rmse']:.2f} ({constant['is']})")
+    made.append(f"noise floor: {'not known' if floor is None else f'{floor:.2f}'} ({result['noise_floor']['is']})")
+    if "against" in result:
+        other = result["against"]
+        made += [f"against {other['bundle']['path']}:", *_table_lines(other["tables"])]
+        made += [f"difference ({other['differences']['is']}):", *_table_lines(other["differences"]["tables"])]
+    made.append(f"interval: {result['interval']['is']} ({result['interval']['blocks_are']})")
+    return made
+
+
+def _table_lines(rows: Sequence[tables.Row]) -> list[str]:
+    made = [f"{'':24}{'RMSE':>8}{'95 % interval':>19}{'MAE':>8}{'bias':>8}{'R2':>9}{'n':>12}{'blocks':>8}"]
     prefixes = {"all": "", "label_bin": "label ", "biome": "biome "}
-    for row in result["tables"]:
+    for row in rows:
         if row["table"] in prefixes:
             label = prefixes[row["table"]] + row["group"]
             ends = f"{row['rmse_low']:.2f} to {row['rmse_high']:.2f}" if row["rmse_low"] is not None else ""
             cells = [_cell(row[score], 2) for score in ("mae", "bias")]
             made.append(
                 f"{label:24}{_cell(row['rmse'], 2):>8}{ends:>19}{cells[0]:>8}{cells[1]:>8}{_cell(row['r2'], 3):>9}"
-                f"{row['n']:>12,}"
+                f"{row['n']:>12,}{row['blocks']:>8,}"
             )
-    constant, floor = result["best_constant"], result["noise_floor"]["rmse"]
-    made.append(f"best constant {constant['value']:.2f}: RMSE {constant['rmse']:.2f} ({constant['is']})")
-    made.append(f"noise floor: {'not known' if floor is None else f'{floor:.2f}'} ({result['noise_floor']['is']})")
-    made.append(f"interval: {result['interval']['is']}")
     return made
 
 

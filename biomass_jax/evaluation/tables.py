@@ -9,17 +9,18 @@ import csv
 import io
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from biomass_jax.data.bands import BAND_NAMES
-from biomass_jax.data.sources import Chip
+from biomass_jax.data.raster.grid import equal_area_blocks
+from biomass_jax.data.sources import Chip, Place
 from biomass_jax.errors import EvaluationError
-from biomass_jax.evaluation.intervals import tile_intervals
+from biomass_jax.evaluation.intervals import block_intervals
 from biomass_jax.figures import ChipPanel
 from biomass_jax.prediction.stream import one_ahead
 from biomass_jax.runtime.files import write_text
@@ -32,16 +33,18 @@ Bin = tuple[float, float]
 BINS: tuple[Bin, ...] = ((0, 100), (100, 200), (200, 300), (0, 300), (300, math.inf))
 BELOW_ZERO: Bin = (-math.inf, 0)  # only predictions, of a model without a final ReLU
 UNKNOWN = "unknown"
-COLUMNS = (
+BLOCK_KM = 50.0  # as data preparation splits by, where a data set doesn't tell
+DIFFERENCE_COLUMNS = (
     "table",
     "group",
     "n",
     "chips",
     "tiles",
+    "blocks",
     *(f"{score}{end}" for score in SCORES for end in ("", "_low", "_high")),
-    "best_constant",
-    "best_constant_rmse",
+    "no_interval",
 )
+COLUMNS = (*DIFFERENCE_COLUMNS, "best_constant", "best_constant_rmse")
 Row = dict[str, Any]
 
 
@@ -56,6 +59,7 @@ class Scored:
         chip_ids: of each chip, also of those without labels.
         tiles: of each chip, "" where unknown.
         biomes: of each chip.
+        places: of each chip.
     """
 
     prediction: np.ndarray
@@ -64,6 +68,7 @@ class Scored:
     chip_ids: tuple[str, ...]
     tiles: tuple[str, ...]
     biomes: tuple[str, ...]
+    places: tuple[Place, ...]
 
 
 # (images as stored, labels) -> predictions, labels that count, no-data; see `evaluate.chip_forward`.
@@ -142,7 +147,7 @@ def join(parts: Sequence[ScoredPart]) -> tuple[Scored, list[ChipPanel]]:
         np.concatenate([empty, *(values for part in parts for values in part.prediction)]),
         np.concatenate([empty, *(values for part in parts for values in part.label)]),
         np.concatenate([np.zeros(0, np.int32), *numbers]).astype(np.int32),
-        *(tuple(texts) for texts in (zip(*chips, strict=True) if chips else ((), (), ()))),
+        *(tuple(texts) for texts in (zip(*chips, strict=True) if chips else ((), (), (), ()))),
     )
     if len(set(scored.chip_ids)) < len(chips):
         again = next(name for name in scored.chip_ids if scored.chip_ids.count(name) > 1)
@@ -156,38 +161,131 @@ def bin_name(limits: Bin) -> str:
     return f"below {high:g}" if low == -math.inf else f"{low:g}-{high:g}"
 
 
-def tables(scored: Scored, *, resamples: int = 1000, seed: int = 0) -> list[Row]:
+class Blocks(NamedTuple):
+    """What intervals leave out one at a time.
+
+    Attributes:
+        of_chip: (chips,) text, the block of each chip.
+        are: what they are, in words.
+    """
+
+    of_chip: np.ndarray
+    are: str
+
+
+def blocks_of(scored: Scored, block_km: float = BLOCK_KM) -> Blocks:
+    """Blocks of ground, `block_km` on a side; tiles where some labelled chip's place isn't known.
+
+    Raises:
+        RasterError: a chip's EPSG code or place can't be.
+    """
+    labelled = np.unique(scored.chip)
+    lost = [number for number in labelled.tolist() if not scored.places[number].epsg]
+    if lost:
+        tiles = np.array([tile or UNKNOWN for tile in scored.tiles], dtype=object)
+        unknown = "; chips of unknown tile are one block" if UNKNOWN in tiles[labelled] else ""
+        return Blocks(
+            tiles,
+            f"MGRS tiles, since {len(lost)} of {len(labelled)} chips have no coordinates (chip "
+            f"{scored.chip_ids[lost[0]]}); tiles that lie side by side overlap and err together{unknown}",
+        )
+    names = np.full(len(scored.places), UNKNOWN, dtype=object)
+    epsg, x, y = (np.array(values) for values in zip(*scored.places, strict=True)) if scored.places else (names,) * 3
+    for code in np.unique(epsg[labelled]).tolist():
+        mine = epsg == code
+        names[mine] = equal_area_blocks(code, x[mine], y[mine], block_km)
+    return Blocks(names, f"blocks of ground, {block_km:g} km on a side")
+
+
+def tables(scored: Scored, *, blocks: Blocks | None = None) -> list[Row]:
     """Every table, one row a group, with `COLUMNS` as keys and None where there is nothing to say.
 
-    Groups of the table `biome` and `tile` are those that occur; bins are always there. Intervals draw from the tiles
-    that have labels in the group, and need two; chips of unknown tile count as one tile. `resamples` and `seed` are
-    those of `tile_intervals`.
+    Groups of the table `biome` and `tile` are those that occur; bins are always there. Intervals are of the blocks that
+    have labels in the group; see `block_intervals`.
+
+    Args:
+        scored: labelled pixels.
+        blocks: see `blocks_of`; those of the default size where none are given.
     """
-    tiles = np.array([tile or UNKNOWN for tile in scored.tiles], dtype=object)
-    biomes = np.array([biome or UNKNOWN for biome in scored.biomes], dtype=object)
-
-    def row(table: str, group: str, chosen: np.ndarray) -> Row:
-        chips = scored.chip[chosen]
-        parts = sums_by(tiles[chips], scored.prediction[chosen], scored.label[chosen])
-        whole = RegressionSums()
-        for part in parts.values():
-            whole.merge(part)
+    blocks = blocks or blocks_of(scored)
+    bins = [("prediction_bin", bin_name(limits), within(scored.prediction, limits)) for limits in (BELOW_ZERO, *BINS)]
+    rows = []
+    for table, group, chosen in _groups(scored, bins):
+        made, (parts,) = _row(COLUMNS, table, group, chosen, blocks, scored)
+        whole = _whole(parts)
         constant = whole.best_constant()
-        made: Row = dict.fromkeys(COLUMNS)
-        made |= {"table": table, "group": group, "chips": len(np.unique(chips)), "tiles": len(parts)}
         made |= whole.results() | {"best_constant": constant["value"], "best_constant_rmse": constant["rmse"]}
-        intervals = tile_intervals(list(parts.values()), resamples=resamples, seed=seed) or {}
-        for score, (low, high) in intervals.items():
-            made |= {f"{score}_low": low, f"{score}_high": high}
-        return made
+        rows.append(made)
+    return rows
 
-    rows = [row("all", "all", np.ones(scored.label.shape, bool))]
-    rows += [row("label_bin", bin_name(limits), within(scored.label, limits)) for limits in BINS]
-    rows += [
-        row("prediction_bin", bin_name(limits), within(scored.prediction, limits)) for limits in (BELOW_ZERO, *BINS)
-    ]
-    rows += [row("biome", name, (biomes == name)[scored.chip]) for name in sorted(set(biomes))]
-    return rows + [row("tile", name, (tiles == name)[scored.chip]) for name in sorted(set(tiles))]
+
+def differences(scored: Scored, against: Scored, *, blocks: Blocks | None = None) -> list[Row]:
+    """Scores of one model less those of another on the same pixels, a row a group, with `DIFFERENCE_COLUMNS` as keys.
+
+    Groups are those of `tables` without bins of the prediction, in which two models have other pixels.
+
+    Args:
+        scored: of one model.
+        against: of the other.
+        blocks: as for `tables`.
+
+    Raises:
+        EvaluationError: they are not of the same pixels.
+    """
+    if scored.chip_ids != against.chip_ids or not (
+        np.array_equal(scored.chip, against.chip) and np.array_equal(scored.label, against.label)
+    ):
+        raise EvaluationError(
+            f"two models were scored on {len(scored.label)} and {len(against.label)} labelled pixels that are not the "
+            "same; scores can only be compared pixel by pixel"
+        )
+    blocks = blocks or blocks_of(scored)
+    rows = []
+    for table, group, chosen in _groups(scored, []):
+        made, parts = _row(DIFFERENCE_COLUMNS, table, group, chosen, blocks, scored, against)
+        mine, theirs = (_whole(part).results() for part in parts)
+        made["n"] = mine["n"]
+        for score in SCORES:
+            one, other = mine[score], theirs[score]
+            made[score] = None if one is None or other is None else one - other
+        rows.append(made)
+    return rows
+
+
+def _groups(scored: Scored, between: Iterable[tuple[str, str, np.ndarray]]) -> Iterator[tuple[str, str, np.ndarray]]:
+    """Table, group and bool (n,) of its pixels, `between` after the bins of labels."""
+    yield "all", "all", np.ones(scored.label.shape, bool)
+    for limits in BINS:
+        yield "label_bin", bin_name(limits), within(scored.label, limits)
+    yield from between
+    for table, given in (("biome", scored.biomes), ("tile", scored.tiles)):
+        names = np.array([name or UNKNOWN for name in given], dtype=object)
+        for name in sorted(set(names)):
+            yield table, name, (names == name)[scored.chip]
+
+
+def _row(
+    columns: Sequence[str], table: str, group: str, chosen: np.ndarray, blocks: Blocks, *models: Scored
+) -> tuple[Row, list[list[RegressionSums]]]:
+    """What rows of one model and of two share, intervals among it; and each model's sums by block."""
+    chips = models[0].chip[chosen]
+    names = blocks.of_chip[chips]
+    parts = [list(sums_by(names, one.prediction[chosen], one.label[chosen]).values()) for one in models]
+    read = np.unique(chips)
+    made: Row = dict.fromkeys(columns)
+    made |= {"table": table, "group": group, "chips": len(read), "blocks": len(parts[0])}
+    made["tiles"] = len({models[0].tiles[chip] for chip in read.tolist()})
+    intervals, why = block_intervals(*parts)
+    for score, (low, high) in intervals.items():
+        made |= {f"{score}_low": low, f"{score}_high": high}
+    return made | {"no_interval": why or None}, parts
+
+
+def _whole(parts: Sequence[RegressionSums]) -> RegressionSums:
+    whole = RegressionSums()
+    for part in parts:
+        whole.merge(part)
+    return whole
 
 
 def within(values: np.ndarray, limits: Bin) -> np.ndarray:

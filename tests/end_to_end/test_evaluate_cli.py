@@ -24,7 +24,7 @@ assert (jax.device_count(), jax.local_device_count()) == (4, 2)
 from biomass_jax.evaluation.evaluate import run
 from biomass_jax.runtime.mesh import local_placement
 from tests.evaluation.worlds import make_config
-fields = {"batch_size": 3, "resamples": 1000, "figures.chips": ("10SFF_0", "36NXF_6")}
+fields = {"batch_size": 3, "figures.chips": ("10SFF_0", "36NXF_6")}
 run(make_config(bundle, data, **fields), Path(out), shardings=local_placement)
 """
 

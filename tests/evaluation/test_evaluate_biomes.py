@@ -6,9 +6,9 @@ import pytest
 import shapely
 
 from biomass_jax.data import sources
+from biomass_jax.data.biomes import with_biomes
 from biomass_jax.data.sources import DatasetInfo, Source
 from biomass_jax.errors import BiomeError
-from biomass_jax.evaluation.evaluate import with_biomes
 from biomass_jax.pipeline import batches as pipeline
 from tests.evaluation.worlds import BIOMES, chip, write_world
 

@@ -1,14 +1,17 @@
 """Tables and intervals against plain loops over pixels."""
 
 import csv
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 
+from biomass_jax.data.sources import Place
+from biomass_jax.errors import EvaluationError, RasterError
 from biomass_jax.evaluation import tables as binwise
-from biomass_jax.evaluation.intervals import tile_intervals
-from biomass_jax.evaluation.tables import BINS, Scored, tables
+from biomass_jax.evaluation.intervals import block_intervals
+from biomass_jax.evaluation.tables import BINS, Scored, blocks_of, differences, tables
 from biomass_jax.tasks.scores import RegressionSums
 
 TILES = ("10SFF", "10SGF", "10SGF", "36NXF", "", "10SFF", "55KDV")
@@ -24,7 +27,7 @@ def synthetic_scores(seed=0, n=4000, empty_chip=6):
     label[: len(edges)] = edges
     prediction[20 : 20 + len(edges)] = edges
     chip = rng.integers(0, empty_chip, n).astype(np.int32)
-    return Scored(prediction, label, chip, tuple(f"chip_{i}" for i in range(7)), TILES, BIOMES)
+    return Scored(prediction, label, chip, tuple(f"chip_{i}" for i in range(7)), TILES, BIOMES, (Place(),) * 7)
 
 
 def plain(prediction, label):
@@ -75,7 +78,7 @@ def loop_rows(scored):
 @pytest.mark.parametrize("seed", range(3))
 def test_every_row_equals_plain_numpy(seed):
     scored = synthetic_scores(seed)
-    rows = tables(scored, resamples=20)
+    rows = tables(scored)
     expected = loop_rows(scored)
     assert {(row["table"], row["group"]) for row in rows} == set(expected)
     assert len(rows) == len(expected)
@@ -97,64 +100,82 @@ def test_every_row_equals_plain_numpy(seed):
 def test_bins_hold_their_lower_edge_and_not_their_upper():
     label = np.array([0, 99.99999, 100, 199, 200, 299.9999, 300, 1296], np.float32)
     n = len(label)
-    scored = Scored(label + 1, label, np.zeros(n, np.int32), ("a",), ("10SFF",), ("taiga",))
+    scored = Scored(label + 1, label, np.zeros(n, np.int32), ("a",), ("10SFF",), ("taiga",), (Place(),))
     found = {row["group"]: row["n"] for row in tables(scored) if row["table"] == "label_bin"}
     assert found == {"0-100": 2, "100-200": 2, "200-300": 2, "0-300": 6, "300-inf": 2}
 
 
-def drawn_by_hand(scored, tiles, resamples, seed):
-    """Percentiles over resamples whose pixels are really put together."""
-    rng = np.random.default_rng(seed)
-    pixels = [np.flatnonzero([TILES[chip] == tile for chip in scored.chip]) for tile in tiles]
-    found = []
-    for _ in range(resamples):
-        chosen = np.concatenate([pixels[i] for i in rng.integers(len(tiles), size=len(tiles))])
-        found.append(plain(scored.prediction[chosen], scored.label[chosen]))
-    return {name: np.percentile([scores[name] for scores in found], [2.5, 97.5]) for name in ("rmse", "mae", "r2")}
-
-
-def test_the_interval_equals_one_from_pixels_put_together():
-    scored = synthetic_scores(5)
-    (row,) = [row for row in tables(scored, resamples=200, seed=11) if row["table"] == "all"]
-    expected = drawn_by_hand(scored, sorted({TILES[c] for c in scored.chip}, key=lambda t: t or "unknown"), 200, 11)
-    for name, (low, high) in expected.items():
-        assert row[f"{name}_low"] == pytest.approx(low, rel=1e-12)
-        assert row[f"{name}_high"] == pytest.approx(high, rel=1e-12)
+def test_blocks_are_ground_and_not_tiles():
+    """Two tiles of two zones that show the same ground are one block; one tile is many."""
+    places = (
+        Place(32610, 750_000, 4_100_000),
+        Place(32611, 217_000, 4_103_000),
+        *(Place(32610, 4e5 + 6e4 * i, 4.2e6) for i in range(5)),
+    )
+    scored = dataclasses.replace(synthetic_scores(5), places=places)
+    blocks = blocks_of(scored)
+    assert blocks.are == "blocks of ground, 50 km on a side"
+    assert blocks.of_chip[0] == blocks.of_chip[1]
+    assert len(set(blocks.of_chip[1:6])) == 5
+    assert blocks_of(scored, 1).of_chip[0] != blocks_of(scored, 1).of_chip[1]
+    (row,) = [row for row in tables(scored) if row["table"] == "all"]
+    assert (row["blocks"], row["no_interval"], row["tiles"]) == (5, None, 4)
+    parts = [np.isin(scored.chip, chips) for chips in ((0, 1), (2,), (3,), (4,), (5,))]
+    expected, _ = block_intervals([RegressionSums().add(scored.prediction[m], scored.label[m]) for m in parts])
+    for name, ends in expected.items():
+        assert (row[f"{name}_low"], row[f"{name}_high"]) == pytest.approx(ends, rel=1e-12)
         assert row[f"{name}_low"] < row[name] < row[f"{name}_high"]
-    again = [row for row in tables(scored, resamples=200, seed=12) if row["table"] == "all"][0]
-    assert again["rmse_low"] != row["rmse_low"]
+    (row,) = [row for row in tables(scored) if (row["table"], row["group"]) == ("biome", "taiga")]
+    assert (row["blocks"], row["rmse_low"], row["no_interval"]) == (1, None, "1 block with labels; it takes 5")
 
 
-def test_one_tile_has_no_interval_and_a_biome_draws_from_its_own_tiles():
+def test_tiles_are_the_blocks_where_a_place_is_not_known():
     scored = synthetic_scores(6)
-    rows = {(row["table"], row["group"]): row for row in tables(scored, resamples=50)}
-    assert rows["biome", "desert"]["tiles"] == 1  # its second tile has no label
-    assert rows["biome", "desert"]["rmse_low"] is None
-    assert rows["tile", "10SGF"]["rmse_low"] is None
-    assert rows["biome", "savanna"]["rmse_low"] < rows["biome", "savanna"]["rmse_high"]
-    one = RegressionSums().add(np.array([1.0, 3.0]), np.array([2.0, 2.5]))
-    assert tile_intervals([one, RegressionSums()], resamples=10, seed=0) is None
-    assert tile_intervals([one, one], resamples=0, seed=0) is None
+    places = (Place(), *[Place(32610, 4e5, 4.2e6)] * 5, Place())
+    blocks = blocks_of(dataclasses.replace(scored, places=places))
+    assert blocks.are == (
+        "MGRS tiles, since 1 of 6 chips have no coordinates (chip chip_0); tiles that lie side by side overlap and err "
+        "together; chips of unknown tile are one block"
+    )
+    assert blocks.of_chip.tolist() == [tile or "unknown" for tile in TILES]
+    (row,) = [row for row in tables(scored) if row["table"] == "all"]  # no place at all
+    assert (row["blocks"], row["no_interval"]) == (4, "4 blocks with labels; it takes 5")
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says():
-    rng = np.random.default_rng(0)
-    inside = 0
-    for trial in range(200):
-        bias = rng.normal(0, 10, 60)  # a tile's pixels err together: the mean bias is 0, its spread a tile's
-        parts = [RegressionSums().add(100 + b + rng.normal(0, 5, 30), np.full(30, 100.0)) for b in bias]
-        low, high = tile_intervals(parts, resamples=200, seed=trial)["bias"]
-        inside += low <= 0 <= high
-    assert 180 <= inside <= 198  # 95 % of 200, a little fewer for 60 tiles; pixels as draws would give about 60
+def test_a_place_that_can_not_be_is_told():
+    with pytest.raises(RasterError, match="EPSG:999999: can't be brought to EPSG:6933"):
+        blocks_of(dataclasses.replace(synthetic_scores(), places=(Place(999999, 1, 2),) * 7))
+    with pytest.raises(RasterError, match="EPSG:32610: found x inf"):
+        blocks_of(dataclasses.replace(synthetic_scores(), places=(Place(32610, float("inf"), 2),) * 7))
+
+
+def test_differences_are_of_the_same_pixels():
+    scored = dataclasses.replace(synthetic_scores(3), places=tuple(Place(32610, 1e5 * i, 4e6) for i in range(2, 9)))
+    other = dataclasses.replace(scored, prediction=scored.prediction * np.float32(0.9))
+    rows = differences(scored, other)
+    mine, theirs = ({(r["table"], r["group"]): r for r in tables(one)} for one in (scored, other))
+    assert {(r["table"], r["group"]) for r in rows} == {key for key in mine if key[0] != "prediction_bin"}
+    for row in rows:
+        one, another = (found[row["table"], row["group"]] for found in (mine, theirs))
+        assert set(row) == set(binwise.DIFFERENCE_COLUMNS)
+        assert {name: row[name] for name in ("n", "chips", "tiles", "blocks")} == {
+            name: one[name] for name in ("n", "chips", "tiles", "blocks")
+        }
+        for score in ("rmse", "mae", "bias", "r2"):
+            assert row[score] == (None if one[score] is None else one[score] - another[score])
+    assert rows[0]["rmse_low"] < rows[0]["rmse"] < rows[0]["rmse_high"]
+    fewer = dataclasses.replace(other, label=other.label + 1)
+    with pytest.raises(EvaluationError, match="4000 and 4000 labelled pixels that are not the same"):
+        differences(scored, fewer)
 
 
 def test_csv_has_the_references_columns_and_empty_cells(tmp_path):
     scored = synthetic_scores(1)
     few = scored.label < 200
-    scored = Scored(
-        scored.prediction[few], scored.label[few], scored.chip[few], scored.chip_ids, scored.tiles, scored.biomes
+    scored = dataclasses.replace(
+        scored, prediction=scored.prediction[few], label=scored.label[few], chip=scored.chip[few]
     )
-    rows = tables(scored, resamples=10)
+    rows = tables(scored)
     path = binwise.write_reference_table(tmp_path / "binwise_rmse.csv", rows, "zero-shot, taiga")
     with path.open() as file:
         (line,) = csv.DictReader(file)

@@ -5,6 +5,7 @@ import pickle
 import numpy as np
 import pytest
 
+from biomass_jax.data.sources import Place
 from biomass_jax.errors import EvaluationError
 from biomass_jax.evaluation import tables as stream
 from biomass_jax.pipeline.batches import Batch, Chip
@@ -22,7 +23,7 @@ def batches(start=0, count=7, size=3, rows=4):
             number = int(first + row)
             image[row] = number + 1
             label[row, 0, number % size] = 10 * number
-            chips[row] = Chip(f"chip_{number}", f"tile_{number % 2}", "taiga")
+            chips[row] = Chip(f"chip_{number}", f"tile_{number % 2}", "taiga", Place(32610, number, 2))
         label[~valid, 1, 1] = 99  # a label on padding must not count
         made.append(Batch({"image": image, "label": label, "valid": valid}, chips))
     return made
@@ -42,6 +43,7 @@ def test_each_labelled_pixel_is_kept_once_with_its_chip():
     assert scored.chip.tolist() == list(range(7))
     assert scored.chip_ids == tuple(f"chip_{i}" for i in range(7))
     assert scored.tiles[:2] == ("tile_0", "tile_1")
+    assert [place.x for place in scored.places] == list(range(7))
     assert pictures == []
     assert (scored.prediction.dtype, scored.chip.dtype) == (np.float32, np.int32)
 

@@ -26,6 +26,7 @@ from biomass_jax.errors import RasterError
 from biomass_jax.runtime import environment
 from biomass_jax.runtime.content import TIFF, mistaken
 
+_EQUAL_AREA = 6933  # EASE-Grid 2.0, the whole Earth but the poles
 CACHE_BYTES = 256 * 2**20  # GDAL's block cache; its default is a share of the machine's memory
 # What bears on results is set here, so that it is the same whatever the shell says. First where GDAL does otherwise:
 SETTINGS: dict[str, Any] = {
@@ -175,6 +176,29 @@ def utm_zone(crs: CRS | None) -> tuple[int, float] | None:
     if fields.get("k", fields.get("k_0")) != 0.9996 or fields.get("x_0") != 500000 or zone != int(zone):
         return None
     return int(zone), float(fields.get("y_0", 0))
+
+
+def equal_area_blocks(epsg: int, x: np.ndarray, y: np.ndarray, block_km: float) -> list[str]:
+    """Names `column_row` of the blocks of an equal-area grid (EPSG:6933) in which places lie.
+
+    Args:
+        epsg: code of the places' CRS; 4326 for longitudes and latitudes.
+        x: (n,) in it, or longitudes.
+        y: (n,) in it, or latitudes.
+        block_km: square root of a block's area; on the ground blocks are square at 30 degrees of latitude.
+
+    Raises:
+        RasterError: no such CRS, or a place that can't be on the Earth.
+    """
+    try:
+        places = warp.transform(CRS.from_epsg(epsg), CRS.from_epsg(_EQUAL_AREA), [*map(float, x)], [*map(float, y)])
+    except (CRSError, CPLE_BaseError) as error:
+        raise RasterError(f"EPSG:{epsg}: can't be brought to EPSG:{_EQUAL_AREA}: {error}") from error
+    columns, rows = (np.floor(np.array(place) / (block_km * 1000)) for place in places[:2])
+    if (lost := ~np.isfinite(columns + rows)).any():
+        first = int(np.argmax(lost))
+        raise RasterError(f"EPSG:{epsg}: found x {x[first]}, y {y[first]}, expected a place on the Earth")
+    return [f"{column:.0f}_{row:.0f}" for column, row in zip(columns, rows, strict=True)]
 
 
 def epsg_code(crs: Any, path: str) -> int:
