@@ -10,7 +10,7 @@ import pytest
 from biomass_jax.data import records, sources
 from biomass_jax.data import statistics as stats
 from biomass_jax.data.shards import read_metadata
-from biomass_jax.data.sources import Chip
+from biomass_jax.data.sources import Chip, Place
 from biomass_jax.errors import DataError
 from data_prep.shards import write as shards
 from tests.data.chip_sources import Memory
@@ -58,7 +58,14 @@ def test_records_come_back_from_shards(written):
             record = make_record(n)
             for name, value in record.items():
                 np.testing.assert_array_equal(found[record["chip_id"]][name], value, err_msg=name)
-        assert source.chips() == [Chip(source[i]["chip_id"], "10SFF", "taiga") for i in range(len(source))]
+        for chip, record in zip(source.chips(), source, strict=True):
+            place = Place(32610, 600000 + 4 * 30, record["transform"][5] - 4 * 30)  # of its centre
+            assert chip == Chip(record["chip_id"], "10SFF", "taiga", place)
+
+
+def test_a_chip_without_coordinates_has_no_place():
+    record = make_record(0)
+    assert sources.chip_of(record | {"epsg": 0, "transform": np.zeros(6)}).place == Place(0, 0, 0)
 
 
 def test_info_of_shards(written):

@@ -54,7 +54,9 @@ def test_a_missing_field_is_one_line(root, tmp_path):
 def plain(given, root, tmp_path_factory):
     """All chips on one device."""
     workdir = tmp_path_factory.mktemp("plain")
-    status, said = program(root, workdir, f"--config.bundle={given[0]}", f"--config.data.path={given[1]}")
+    status, said = program(
+        root, workdir, f"--config.bundle={given[0]}", f"--config.data.path={given[1]}", "--config.block_km=2"
+    )
     assert status == 0, said
     return json.loads((workdir / "metrics.json").read_text()), said, workdir
 
@@ -62,11 +64,17 @@ def plain(given, root, tmp_path_factory):
 @pytest.mark.slow
 def test_all_biomes_and_one_biome_are_a_command_each(given, plain, root, tmp_path):
     found, said, workdir = plain
+    assert found["rmse_low"] < found["rmse"] < found["rmse_high"]
     assert f"all                     {found['rmse']:>8.2f}" in said
     assert {"binwise_rmse.csv", "scores.csv", "chips.png", "density_scatter.png", "config.json"} <= {
         path.name for path in workdir.iterdir()
     }
-    fields = (f"--config.bundle={given[0]}", f"--config.data.path={given[1]}", "--config.data.biome=taiga")
+    fields = (
+        f"--config.bundle={given[0]}",
+        f"--config.data.path={given[1]}",
+        "--config.block_km=2",
+        "--config.data.biome=taiga",
+    )
     status, said = program(root, tmp_path, *fields, "--config.figures.chips=('10SFF_1',)", "--config.batch_size=2")
     assert status == 0, said
     one = json.loads((tmp_path / "metrics.json").read_text())
@@ -77,7 +85,12 @@ def test_all_biomes_and_one_biome_are_a_command_each(given, plain, root, tmp_pat
 
 @pytest.mark.slow
 def test_four_devices_score_as_one(given, plain, root, tmp_path):
-    fields = (f"--config.bundle={given[0]}", f"--config.data.path={given[1]}", "--config.batch_size=3")
+    fields = (
+        f"--config.bundle={given[0]}",
+        f"--config.data.path={given[1]}",
+        "--config.block_km=2",
+        "--config.batch_size=3",
+    )
     status, said = program(
         root, tmp_path, *fields, XLA_FLAGS=os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"
     )

@@ -13,7 +13,7 @@ import pytest
 from biomass_jax import bundle as bundles
 from biomass_jax.data import bands, sources
 from biomass_jax.errors import BundleError, ConfigError, DataError, EvaluationError, PredictionError
-from biomass_jax.evaluation import evaluate
+from biomass_jax.evaluation import evaluate, tables
 from biomass_jax.prediction.forward import Forward
 from biomass_jax.runtime.mesh import local_placement
 from tests.data_prep.shards.test_geotiff import write_pair
@@ -225,9 +225,87 @@ def test_a_folder_of_scores_holds_those_of_one_evaluation(result, model, world, 
     with pytest.raises(DataError, match="split 'val' is not there"):  # refused: nothing of the earlier one is lost
         run(model, world, folder, **{"data.split": "val"})
     assert json.loads((folder / "config.json").read_text())["data"]["split"] == "test"
+    others = ("chips.png", "scores_against.csv", "differences.csv")  # no chips are to be drawn, nothing to be compared
+    for name in others[1:]:
+        (folder / name).touch()
     assert (folder / "chips.png").exists()
-    run(model, world, folder, batch_size=3)  # no chips are to be drawn
-    assert not (folder / "chips.png").exists()
+    run(model, world, folder, batch_size=3)
+    assert not any((folder / name).exists() for name in others)
+
+
+@pytest.fixture(scope="module")
+def second(tmp_path_factory):
+    return random_bundle(tmp_path_factory.mktemp("second") / "other", seed=5)
+
+
+def test_two_models_are_compared_on_the_same_pixels(model, second, world, result, tmp_path):
+    found = run(model, world, tmp_path, against=str(second), batch_size=3)
+    alone = run(second, world, tmp_path / "alone", batch_size=3)
+    same(found, result[0])  # the first model's scores are what they are without another
+    other, less = found["against"], found["against"]["differences"]
+    same(other, alone)
+    assert other["bundle"] == {"path": str(second), "weights_sha256": alone["bundle"]["weights_sha256"]}
+    assert other["statistics"] == "bundle"
+    for score in ("rmse", "mae", "bias", "r2"):
+        assert less[score] == found[score] - other[score]
+        assert less[f"{score}_low"] < less[score] < less[f"{score}_high"]
+    assert less["interval"] == "a jackknife that leaves out one of 7 blocks at a time, with Student's t"
+    for name, columns, rows in (
+        ("scores", tables.COLUMNS, found["tables"]),
+        ("scores_against", tables.COLUMNS, other["tables"]),
+        ("differences", tables.DIFFERENCE_COLUMNS, less["tables"]),
+    ):
+        with (tmp_path / f"{name}.csv").open() as file:
+            read = list(csv.DictReader(file))
+        assert tuple(read[0]) == columns
+        assert [line["rmse"] for line in read] == ["" if row["rmse"] is None else str(row["rmse"]) for row in rows]
+    said = "\n".join(evaluate.lines(found))
+    assert f"against {second}:" in said
+    assert f"{less['rmse']:.2f}" in said
+    assert json.loads((tmp_path / "metrics.json").read_text()) == found
+
+
+def test_both_models_are_looked_at_before_one_works(model, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "score", lambda *_: pytest.fail("a model works"))
+    with pytest.raises(BundleError, match="none: not a model bundle"):
+        run(model, world, tmp_path, against="none")
+    metres = random_bundle(tmp_path / "metres")
+    meta = json.loads((metres / "bundle.json").read_text())
+    meta["output"]["units"] = "m"
+    (metres / "bundle.json").write_text(json.dumps(meta))
+    with pytest.raises(EvaluationError, match=r"config.against .*metres gives m, config.bundle .*tiny Mg ha-1; models"):
+        run(model, world, tmp_path, against=str(metres))
+
+
+def test_scores_tell_which_blocks_their_intervals_leave_out(result):
+    told = result[0]["interval"]
+    assert told == {
+        "level": 0.95,
+        "blocks": 7,
+        "blocks_are": "blocks of ground, 2 km on a side",
+        "is": "a jackknife that leaves out one of 7 blocks at a time, with Student's t",
+    }
+    assert f"interval: {told['is']} ({told['blocks_are']})" in evaluate.lines(result[0])
+    assert all(row["no_interval"] for row in result[0]["tables"] if row["table"] == "tile")
+    (row, *_) = [row for row in result[0]["tables"] if row["table"] == "tile"]
+    assert evaluate.interval_of(row) == "none: 2 blocks with labels; it takes 5"
+
+
+def test_blocks_are_those_of_the_data_sets_split():
+    assert evaluate.split_block_km({"split": {"kind": "block", "block_km": 10.0}}) == 10
+    assert evaluate.split_block_km({"split": [{"block_km": 10.0}]}) == 50  # data sets made differently
+    assert evaluate.split_block_km({"split": None}) == evaluate.split_block_km({}) == 50
+
+
+def test_settings_of_earlier_versions_are_taken_and_told_of(model, world, caplog):
+    with caplog.at_level("WARNING", "biomass_jax"):
+        evaluate.check_given(make_config(model, world, resamples=1000, seed=3))
+    said = [record.getMessage() for record in caplog.records]
+    assert [text.split(",")[0] for text in said] == ["config.resamples is 1000", "config.seed is 3"]
+    assert "leave config.resamples out" in said[0]
+    caplog.clear()
+    evaluate.check_given(make_config(model, world))
+    assert not caplog.records
 
 
 def test_the_table_says_how_the_test_chips_were_drawn(model, world, tmp_path):

@@ -43,7 +43,9 @@ def write_world(folder: Path, *, metadata=None, **changes) -> Path:
 
 
 def make_config(model: Path, path: Path, **fields):
-    """configs/evaluate.py for a world, with dotted fields changed; no pictures of chips."""
+    """configs/evaluate.py for a world, each chip a block, with dotted fields changed; no pictures of chips."""
     config = evaluate.get_config()
-    config.update_from_flattened_dict({"bundle": str(model), "data.path": str(path), "figures.count": 0} | fields)
+    config.update_from_flattened_dict(
+        {"bundle": str(model), "data.path": str(path), "block_km": 2.0, "figures.count": 0} | fields
+    )
     return config

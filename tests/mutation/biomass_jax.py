@@ -248,6 +248,8 @@ CONVERTER = (
     ),
 )
 
+INTERVALS = "biomass_jax/evaluation/intervals.py"
+JACKKNIFE = "tests/evaluation/test_intervals.py::test_intervals_equal_a_loop_that_leaves_blocks_out"
 EVALUATION = (
     Mutation(
         "bins_hold_their_upper_edge",
@@ -270,11 +272,34 @@ EVALUATION = (
         in_file(SCORES, ("chosen = label >= 0", "chosen = label > 0")),
     ),
     Mutation(
-        "every_tile_drawn_once",
-        "tests/evaluation/test_tables.py::test_the_interval_covers_the_truth_about_as_often_as_it_says",
+        "students_t_is_normal",
+        JACKKNIFE,
+        in_file(INTERVALS, ("stdtrit(freedom, (1 + LEVEL) / 2) * error", "1.959964 * error")),
+    ),
+    Mutation(
+        "unequal_blocks_count_alike",
+        JACKKNIFE,
+        in_file(INTERVALS, ("LEAST_THAT_COUNT, np.nan, counting - 1)", "LEAST_THAT_COUNT, np.nan, blocks - 1)")),
+    ),
+    Mutation(
+        "blocks_of_two_models_not_paired",
+        JACKKNIFE,
+        in_file(INTERVALS, ("without - others", "without - others[..., ::-1]")),
+    ),
+    Mutation(
+        "four_blocks_have_an_interval",
+        "tests/evaluation/test_intervals.py::test_fewer_than_five_blocks_have_no_interval",
+        in_file(INTERVALS, ("LEAST_BLOCKS = 5", "LEAST_BLOCKS = 4")),
+    ),
+    Mutation(
+        "every_file_a_block",
+        "tests/evaluation/test_tables.py::test_blocks_are_ground_and_not_tiles",
         in_file(
-            "biomass_jax/evaluation/intervals.py",
-            ("rng.integers(len(used), size=len(used))", "rng.permutation(len(used))"),
+            "biomass_jax/evaluation/tables.py",
+            (
+                "names[mine] = equal_area_blocks(code, x[mine], y[mine], block_km)",
+                "names[mine] = np.array(scored.chip_ids, dtype=object)[mine]",
+            ),
         ),
     ),
 )

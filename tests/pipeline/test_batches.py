@@ -105,7 +105,7 @@ def test_evaluation_sees_each_chip_once_and_pads(count, processes):
                     seen.append(int(label[0, 0]))
                     assert (image == seen[-1] + 1).all() and batch.chips[row].chip_id == f"chip_{seen[-1]}"
                 else:
-                    assert (label == -1).all() and (image == 0).all() and batch.chips[row] == ("", "", "")
+                    assert (label == -1).all() and (image == 0).all() and batch.chips[row] == Chip("", "", "")
     assert seen == list(range(count))
     assert len(per_process[0]) == 2 and per_process[0][0].arrays["valid"].dtype == bool
 
