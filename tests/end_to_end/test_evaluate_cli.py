@@ -79,8 +79,9 @@ def test_all_biomes_and_one_biome_are_a_command_each(given, plain, root, tmp_pat
     assert status == 0, said
     one = json.loads((tmp_path / "metrics.json").read_text())
     (row,) = [row for row in found["tables"] if (row["table"], row["group"]) == ("biome", "taiga")]
-    for score in SCORES:
+    for score in ("n", "rmse", "mae", "bias", "r2"):
         assert one[score] == pytest.approx(row[score], rel=1e-5), score
+    assert one["interval"]["is"] == f"none: {row['no_interval']}" == "none: 3 blocks with labels; it takes 5"
 
 
 @pytest.mark.slow
