@@ -59,7 +59,6 @@ REGIONAL = [
     "pandas>=2.2.2",  # as above
     "pyproj>=3.7",  # as above
     "shapely>=2.0.4",  # as above
-    "scipy>=1.13",  # Student's t; the first built for NumPy 2
 ]
 DOCS = ["nbclient>=0.10", "ipykernel>=6.29"]  # runs the notebook as a test; the first that allow Python 3.12
 # `make docs`: the site with its API reference; older ones were not tried.
