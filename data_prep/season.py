@@ -24,12 +24,16 @@ class SeasonRow(NamedTuple):
     stop_year: int = 0  # the same for `stop`; 1 where it ends in the year after
 
 
-# Leaf-on by latitude. The reference says no months: boreal May is snow and leaf-out, the tropics have none,
-# and the southern season spans two years. The line at -23.5 includes that latitude itself.
+# Leaf-on by latitude, in the tropics the dry months. The reference says no months: boreal May is snow and leaf-out, and
+# the southern summer spans two years. The tropics have no leaf-on months; the rain belt lies in the southern ones from
+# about November to March, in the northern ones from May to September (Nicholson 2018, BAMS 99, 337), and clouds with
+# it. It crosses the equator twice, so there the year stays whole. A line's latitude belongs to it.
 DEFAULT_TABLE: tuple[SeasonRow, ...] = (
     SeasonRow(50.0, "06-01", "09-16"),
     SeasonRow(23.5, "05-01", "10-01"),
-    SeasonRow(-23.5, "01-01", "01-01", 0, 1),
+    SeasonRow(5.0, "12-01", "04-01", -1, 0),
+    SeasonRow(-5.0, "01-01", "01-01", 0, 1),
+    SeasonRow(-23.5, "06-01", "10-01"),
     SeasonRow(-90.0, "11-01", "04-01", -1, 0),
 )
 
@@ -127,7 +131,7 @@ def season_of_year(year: int, latitude: float, table: Iterable[Sequence] = DEFAU
     """The season of a year at a latitude.
 
     Args:
-        year: the season's year; a southern summer belongs to the year it ends in.
+        year: the season's year; one that spans two, as a southern summer, belongs to the year it ends in.
         latitude: of the tile's centre in degrees north.
         table: SeasonRows, or lists of their fields, in any order; the first at or south of the latitude holds.
 

@@ -38,7 +38,7 @@ class CompositeSettings(Typed):
 
 @dataclasses.dataclass(frozen=True)
 class Filters(Typed):
-    """Which GEDI shots are kept; the defaults are the recommended ones."""
+    """Which GEDI shots are kept; the defaults are the recommended ones, whose sources docs/data.md names."""
 
     algorithm_run_flag: bool = setting(True, "want 1")
     l4_quality_flag: bool = setting(True, "want 1 (version 3: l2a_quality_flag_rel3 too)")
@@ -51,7 +51,17 @@ class Filters(Typed):
         "auto", "auto: drop it in release 002_01, where its agbd is wrong", choices=("auto", "drop", "keep")
     )
     leaf_off_flag: bool = setting(True, "want anything but 1; 255 is not applicable (evergreen, grass)")
-    sensitivity_min: float | None = setting(None, "least sensitivity")
+    water_persistence_below: float | None = setting(
+        10.0,
+        "percent of Landsat's observations that saw water (land_cover_data/landsat_water_persistence); 0: no filter",
+    )
+    urban_proportion_below: float | None = setting(
+        50.0, "percent of built-up land around the shot (land_cover_data/urban_proportion); 0: no filter"
+    )
+    sensitivity_min: float | None = setting(0.95, "least sensitivity; 0: no filter")
+    sensitivity_min_tropical_evergreen: float | None = setting(
+        0.98, "the same of evergreen broadleaf forest (pft_class 2) between 23.5 S and 23.5 N; 0: no filter"
+    )
     full_power_only: bool = setting(False, "no coverage beams")
     night_only: bool = setting(False, "want the sun below the horizon")
     max_relative_se: float | None = setting(

@@ -14,6 +14,8 @@ from data_prep.settings import Filters
 Table = dict[str, np.ndarray]
 EPOCH = date(2018, 1, 1)  # of delta_time; no leap second has been since, so UTC counts its seconds
 WRONG_RELEASE, WRONG_ALGORITHM = "002_01", 10  # agbd of this algorithm setting is wrong in this release
+EVERGREEN_BROADLEAF = 2  # of pft_class
+TROPIC = 23.5  # degrees: how far from the equator the tropics reach
 BEYOND = 1e9  # Mg/ha that nothing reaches: the fill values of other libraries are greater
 DEFAULT = Filters()
 
@@ -58,12 +60,21 @@ def _all_steps(f: Filters, naming: int, release: str, seasons: Sequence[Season] 
     if f.algorithm_10 == "drop" or (f.algorithm_10 == "auto" and release == WRONG_RELEASE):
         yield _differs("selected_algorithm", WRONG_ALGORITHM)
     yield _differs("leaf_off_flag", 1) if f.leaf_off_flag else None
+    yield _below("water_persistence", f.water_persistence_below) if f.water_persistence_below else None
+    yield _below("urban_proportion", f.urban_proportion_below) if f.urban_proportion_below else None
     if seasons is not None:
         spans = [((one.start - EPOCH).days * 86400.0, (one.stop - EPOCH).days * 86400.0) for one in seasons]
         yield Step("season", ("delta_time",), lambda t: inside(t["delta_time"], spans))
-    if f.sensitivity_min is not None:
-        least = np.float32(f.sensitivity_min)
-        yield Step("sensitivity_min", ("sensitivity",), lambda t: (t["sensitivity"] >= least) & (t["sensitivity"] <= 1))
+    if f.sensitivity_min:
+        least = f.sensitivity_min
+        yield Step("sensitivity_min", ("sensitivity",), lambda t: _sensitive(t, least))
+    if f.sensitivity_min_tropical_evergreen:
+        bar = f.sensitivity_min_tropical_evergreen
+        yield Step(
+            "sensitivity_min_tropical_evergreen",
+            ("sensitivity", "pft_class"),
+            lambda t: _sensitive(t, bar) | (t["pft_class"] != EVERGREEN_BROADLEAF) | (np.abs(t["lat"]) > TROPIC),
+        )
     if f.full_power_only:
         yield Step("full_power_only", (), lambda t: np.isin(t["beam"], FULL_POWER_BEAMS))
     if f.night_only:
@@ -76,6 +87,16 @@ def _all_steps(f: Filters, naming: int, release: str, seasons: Sequence[Season] 
     if f.max_agbd is not None:
         top = np.float32(f.max_agbd)
         yield Step("max_agbd", (), lambda t: t["agbd"] <= top)
+
+
+def _below(field: str, bar: float) -> Step:
+    """Percents below a bar; a fill value is none, being greater than any percent."""
+    return Step(f"{field}_below", (field,), lambda t: t[field] < bar)
+
+
+def _sensitive(t: Table, least: float) -> np.ndarray:
+    """Whether sensitivity is a share, and this high; NaN and other fill values are neither."""
+    return (t["sensitivity"] >= np.float32(least)) & (t["sensitivity"] <= 1)
 
 
 def _se_within(agbd: np.ndarray, se: np.ndarray, most: float) -> np.ndarray:

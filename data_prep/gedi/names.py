@@ -57,6 +57,8 @@ FIELDS: dict[str, Field] = {
     "pft_class": _field("u1", 255, "land_cover_data/pft_class"),
     "leaf_off_flag": _field("u1", 255, "land_cover_data/leaf_off_flag"),
     # read for filters only
+    "water_persistence": _field("u1", 255, "land_cover_data/landsat_water_persistence"),
+    "urban_proportion": _field("u1", 255, "land_cover_data/urban_proportion"),
     "algorithm_run_flag": _field("u1", 255, "algorithm_run_flag", "l2_algrunflag"),
     "l2a_quality_flag": _field("u1", 255, None, "l2a_quality_flag_rel3"),
     "degrade_include_flag": _field("u1", 255, None, "degrade_include_flag"),

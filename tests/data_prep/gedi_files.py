@@ -28,6 +28,8 @@ GOOD = {
     "predictor_limit_flag": ("u1", 255),
     "response_limit_flag": ("u1", 255),
     "land_cover_data/pft_class": ("u1", 4),
+    "land_cover_data/landsat_water_persistence": ("u1", 0),
+    "land_cover_data/urban_proportion": ("u1", 0),
     "land_cover_data/leaf_off_flag": ("u1", 0),
 }
 

@@ -35,9 +35,16 @@ def test_moments_are_compared_in_utc():
         (50.0, "2020-06-01/2020-09-16"),
         (49.999, "2020-05-01/2020-10-01"),
         (23.5, "2020-05-01/2020-10-01"),
-        (23.499, "2020-01-01/2021-01-01"),
+        # dry in the tropics, while the rain belt is beyond the equator
+        (23.499, "2019-12-01/2020-04-01"),
+        (12.0, "2019-12-01/2020-04-01"),
+        (5.0, "2019-12-01/2020-04-01"),
+        (4.999, "2020-01-01/2021-01-01"),
         (0.0, "2020-01-01/2021-01-01"),
-        (-23.5, "2020-01-01/2021-01-01"),
+        (-5.0, "2020-01-01/2021-01-01"),
+        (-5.001, "2020-06-01/2020-10-01"),
+        (-17.0, "2020-06-01/2020-10-01"),
+        (-23.5, "2020-06-01/2020-10-01"),
         (-23.501, "2019-11-01/2020-04-01"),
         (-80.0, "2019-11-01/2020-04-01"),
     ],
@@ -45,6 +52,15 @@ def test_moments_are_compared_in_utc():
 def test_season_of_a_year_by_latitude(latitude, expected):
     assert season_of_year(2020, latitude).text == expected
     assert resolve_season("2020", latitude).text == expected
+
+
+def test_the_whole_year_in_the_tropics_is_a_table_away():
+    table = [(50, "06-01", "09-16"), (23.5, "05-01", "10-01"), (-23.5, "01-01", "01-01", 0, 1)]
+    table += [(-90, "11-01", "04-01", -1, 0)]
+    for latitude in (-23.5, -10.0, 10.0, 23.499):
+        assert season_of_year(2020, latitude, table).text == "2020-01-01/2021-01-01"
+    for latitude in (-60.0, -23.501, 23.5, 49.0, 50.0):
+        assert season_of_year(2020, latitude, table) == season_of_year(2020, latitude)
 
 
 def test_a_table_of_ones_own_in_any_order():

@@ -27,6 +27,10 @@ SHOT_POISONS = {
     "season": 1500,
     "other_year": 1600,
     "outside": 1700,
+    "water_persistence_below": 1800,
+    "urban_proportion_below": 1900,
+    "sensitivity_min": 2000,
+    "sensitivity_min_tropical_evergreen": 2100,
 }
 # Filters in their order; `other_year` is one of `season`.
 FILTERS = (
@@ -36,14 +40,25 @@ FILTERS = (
     "degrade_flag",
     "selected_algorithm",
     "leaf_off_flag",
+    "water_persistence_below",
+    "urban_proportion_below",
     "season",
+    "sensitivity_min",
+    "sensitivity_min_tropical_evergreen",
 )
 # What a pixel is there for, in turn. `kept` is one good shot, `corners` four of them.
 KINDS = (
     "corners", "l4_quality_flag", "kept", "zero", "degrade_flag", "algorithm_10", "leaf_off_flag", "corners", "season",
     "kept", "other_year", "algorithm_run_flag", "kept", "selected_algorithm", "agbd_valid", "degraded", "kept", "alone",
+    "water_persistence_below", "urban_proportion_below", "sensitivity_min", "sensitivity_min_tropical_evergreen",
 )  # fmt: skip
 _LEAF_OFF = "land_cover_data/leaf_off_flag"
+_WATER, _URBAN = "land_cover_data/landsat_water_persistence", "land_cover_data/urban_proportion"
+_PFT, _EVERGREEN = "land_cover_data/pft_class", 2  # evergreen broadleaf trees
+_HARDLY = {
+    "water_persistence_below": {_WATER: 9},
+    "urban_proportion_below": {_URBAN: 49},
+}  # good ones, close to the bar
 # One file each for every group of tiles: product version and beams that it lacks.
 FILES = {
     "new": ("002_02", ()),
@@ -75,7 +90,7 @@ def tile_shots(tile: RulerTile, tiles: list[RulerTile], seen: NDArray[np.bool_],
 
     `seen` (H, W) says whether any scene of the season sees a pixel clear; another seed, other pixels.
     """
-    shots = list(_edge_shots(tile)) + list(_pixel_shots(_pixels(tile, tiles, seen, seed), tile.name, seen))
+    shots = list(_edge_shots(tile)) + list(_pixel_shots(_pixels(tile, tiles, seen, seed), tile, seen))
     rows, cols, dx, dy = np.array([(s.row, s.col, *s.corner) for s in shots], np.float64).T
     lon, lat = tile.places(rows, cols, dx, dy)
     held = np.any([other.inside(lon, lat) for other in tiles], axis=0)
@@ -112,14 +127,15 @@ def _pixels(tile: RulerTile, tiles: list[RulerTile], seen: NDArray[np.bool_], se
     return [(int(row), int(col)) for row, col in zip(r[owned], c[owned], strict=True)]
 
 
-def _pixel_shots(pixels: list[tuple[int, int]], tile: str, seen: NDArray[np.bool_]) -> Iterator[Shot]:
+def _pixel_shots(pixels: list[tuple[int, int]], tile: RulerTile, seen: NDArray[np.bool_]) -> Iterator[Shot]:
     """Make the shots of each pixel; kinds, corners and flags take turns."""
     kinds, corners, leaf = cycle(KINDS), cycle(CORNERS), cycle((255, 0, 255))
     degrade, degraded, invalid = cycle((4, 34, 74)), cycle((38, 3, 8, 10, 68)), cycle((np.nan, -9999.0, -1.0, np.inf))
     good_files = cycle(("new", "new", "old"))
+    water, urban, tropical = cycle((10, 80, 255)), cycle((50, 100)), abs(tile.centre[1]) < 23.5
 
     def shot(file: str, agbd: float, fate: str = "kept", flags: dict[str, int] | None = None) -> Shot:
-        return Shot(tile, row, col, next(corners), file, agbd, fate, {_LEAF_OFF: next(leaf)} | (flags or {}))
+        return Shot(tile.name, row, col, next(corners), file, agbd, fate, {_LEAF_OFF: next(leaf)} | (flags or {}))
 
     for row, col in pixels:
         code = 4096.0 * row + col
@@ -140,7 +156,7 @@ def _pixel_shots(pixels: list[tuple[int, int]], tile: str, seen: NDArray[np.bool
         elif kind == "alone":  # a poison without a good shot beside it
             yield shot("new", SHOT_POISONS["l4_quality_flag"], "l4_quality_flag", {"l4_quality_flag": 0})
         else:
-            yield shot(next(good_files), code)
+            yield shot(next(good_files), code, flags=_HARDLY.get(kind))
         if kind == "l4_quality_flag":
             yield shot("old", poison, kind, {kind: 0})
         elif kind == "degrade_flag":
@@ -153,6 +169,15 @@ def _pixel_shots(pixels: list[tuple[int, int]], tile: str, seen: NDArray[np.bool
             yield shot("new", -9999.0, kind, {kind: 0, "l4_quality_flag": 0, "l2_quality_flag": 0})
         elif kind == "agbd_valid":
             yield shot("new", next(invalid), kind)
+        elif kind == "water_persistence_below":
+            yield shot("new", poison, kind, {_WATER: next(water)})
+        elif kind == "urban_proportion_below":
+            yield shot("new", poison, kind, {_URBAN: next(urban)})
+        elif kind == "sensitivity_min":
+            yield shot("new", poison, kind, {"sensitivity": 0.94})
+        elif kind == "sensitivity_min_tropical_evergreen":  # elsewhere such a shot is a good one
+            flags = {"sensitivity": 0.97, _PFT: _EVERGREEN}
+            yield shot("new", *((poison, kind) if tropical else (code,)), flags=flags)
         elif kind in ("season", "other_year"):
             yield shot(kind, poison, "season")
 
@@ -208,17 +233,21 @@ def _beam(shots: list[Shot], numbers: NDArray[np.uint64], seconds: list[float]) 
     """The arrays of one beam's shots, whose numbers are set."""
     for shot, number in zip(shots, numbers, strict=True):
         shot.number = int(number)
-    flags = sorted({name for shot in shots for name in shot.flags})
-    standing = {"selected_algorithm": 1, "l4_quality_flag": 1, "l2_quality_flag": 1, "algorithm_run_flag": 1}
-    arrays = {name: [shot.flags.get(name, standing.get(name, 0)) for shot in shots] for name in flags}
-    turns = np.arange(len(shots))
+    turns, ones = np.arange(len(shots)), np.ones(len(shots))
+    classes = np.array([1, _EVERGREEN, 4, 5, 6, 11])[turns % 6]
+    flagged = ("selected_algorithm", "l4_quality_flag", "l2_quality_flag", "algorithm_run_flag")
+    arrays = dict.fromkeys(flagged, ones) | {
+        "sensitivity": np.where(classes == _EVERGREEN, 0.981, 0.951 + 0.004 * (turns % 10)),
+        _PFT: classes,
+    }
+    for name in sorted({name for shot in shots for name in shot.flags}):
+        usual = arrays.get(name, 0 * ones)
+        arrays[name] = np.array([shot.flags.get(name, usual[k]) for k, shot in enumerate(shots)])
     return arrays | {
         "shot_number": numbers,
         "delta_time": np.array(seconds),
         "lat_lowestmode": np.array([shot.lat for shot in shots]),
         "lon_lowestmode": np.array([shot.lon for shot in shots]),
         "agbd": np.array([shot.agbd for shot in shots], np.float32),
-        "sensitivity": 0.951 + 0.004 * (turns % 10),
         "solar_elevation": np.where(turns % 2, 35.0, -25.0),
-        "land_cover_data/pft_class": np.array([1, 2, 4, 5, 6, 11])[turns % 6],
     }

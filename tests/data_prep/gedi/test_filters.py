@@ -6,10 +6,12 @@ from datetime import date
 import numpy as np
 import pytest
 
+from biomass_jax.errors import PrepError
 from data_prep.gedi.orbits import Filters
 from data_prep.season import Season
 from tests.data_prep.gedi_files import DAY, FIRST, NEW, OLD, read_granule, whole, write
 
+EVERGREEN = {"land_cover_data/pft_class": 2, "lat_lowestmode": -3.0, "sensitivity": 0.9799}
 TRAPS = [
     # (what is unlike a good shot, filter that drops it or None)
     ({}, None),
@@ -27,12 +29,36 @@ TRAPS = [
     ({"selected_algorithm": 10}, "selected_algorithm"),
     ({"land_cover_data/leaf_off_flag": 255}, None),
     ({"land_cover_data/leaf_off_flag": 1}, "leaf_off_flag"),
+    ({"land_cover_data/landsat_water_persistence": 9}, None),
+    *(({"land_cover_data/landsat_water_persistence": share}, "water_persistence_below") for share in (10, 100, 255)),
+    ({"land_cover_data/urban_proportion": 49}, None),
+    *(({"land_cover_data/urban_proportion": share}, "urban_proportion_below") for share in (50, 100, 255)),
     ({"delta_time": DAY - 30 * 86400.0}, None),
     ({"delta_time": np.nextafter(DAY - 30 * 86400.0, 0)}, "season"),
     ({"delta_time": DAY + 77 * 86400.0}, "season"),
     ({"delta_time": np.nextafter(DAY + 77 * 86400.0, 0)}, None),
+    *(({"sensitivity": share}, None) for share in (np.float32(0.95), 1.0)),
+    *(({"sensitivity": share}, "sensitivity_min") for share in (0.9499, np.nan, -9999.0, 1.001)),
+    # Evergreen broadleaf forest of the tropics has to be seen through better than elsewhere, and than others there.
+    *((EVERGREEN | {"sensitivity": share}, None) for share in (np.float32(0.98), 1.0)),
+    *((EVERGREEN | {"lat_lowestmode": lat}, "sensitivity_min_tropical_evergreen") for lat in (-23.5, 0.1, 23.5)),
+    *((EVERGREEN | {"lat_lowestmode": lat}, None) for lat in (-23.51, 23.51)),
+    *((EVERGREEN | {"land_cover_data/pft_class": pft}, None) for pft in (1, 3, 4, 5)),
 ]
-ORDER = ("algorithm_run_flag", "l4_quality_flag", "agbd_valid", "degrade_flag", "selected_algorithm", "leaf_off_flag")
+ORDER = (
+    "algorithm_run_flag",
+    "l4_quality_flag",
+    "agbd_valid",
+    "degrade_flag",
+    "selected_algorithm",
+    "leaf_off_flag",
+    "water_persistence_below",
+    "urban_proportion_below",
+    "season",
+    "sensitivity_min",
+    "sensitivity_min_tropical_evergreen",
+)
+DEFAULT = tuple(step for step in ORDER if step != "season")
 SEASON = Season(date(2020, 6, 1), date(2020, 9, 16))
 
 
@@ -43,7 +69,7 @@ def test_every_trap_falls_to_its_filter(tmp_path, name, wrong_algorithm):
     table, counts = read_granule(path, season=[SEASON])
     expected = [FIRST + k for k, fate in enumerate(fates) if fate is None]
     assert table["shot_number"].tolist() == expected
-    left, chain = len(TRAPS), [*ORDER, "season"]
+    left, chain = len(TRAPS), list(ORDER)
     if not wrong_algorithm:
         chain.remove("selected_algorithm")
     assert list(counts) == ["shots", *chain]
@@ -55,7 +81,6 @@ def test_every_trap_falls_to_its_filter(tmp_path, name, wrong_algorithm):
 @pytest.mark.parametrize(
     ("setting", "value", "shot"),
     [
-        ("sensitivity_min", 0.98, {"sensitivity": 0.97}),
         ("full_power_only", True, {}),  # the odd one out lies in a coverage beam
         ("night_only", True, {"solar_elevation": 0.5}),
         ("max_relative_se", 0.5, {"agbd": 9.9}),
@@ -78,9 +103,10 @@ def test_filters_off_by_default(tmp_path, setting, value, shot):
 def test_each_default_filter_can_be_turned_off(tmp_path):
     path = write(tmp_path / OLD, whole([trap for trap, _ in TRAPS]))
     off = {"degrade_flag": {"degrade_tens": (), "degrade_ones": ()}, "selected_algorithm": {"algorithm_10": "keep"}}
-    for step in ORDER:
-        counts = read_granule(path, filters=Filters(**off.get(step, {step: False})))[1]
-        assert list(counts) == ["shots", *(name for name in ORDER if name != step)]
+    for step in DEFAULT:
+        for value in (0, None) if step.endswith("_below") or "sensitivity" in step else (False,):
+            counts = read_granule(path, filters=Filters(**off.get(step, {step: value})))[1]
+            assert list(counts) == ["shots", *(name for name in DEFAULT if name != step)]
     assert (
         "selected_algorithm"
         in read_granule(write(tmp_path / NEW, whole([{}])), filters=Filters(algorithm_10="drop"))[1]
@@ -92,6 +118,25 @@ def test_an_orbit_that_a_filter_empties_is_a_warning_that_names_both(tmp_path):
     with pytest.warns(UserWarning, match=f"{NEW}: filter degrade_flag drops all of the 3 shots"):
         table, counts = read_granule(path)
     assert len(table["agbd"]) == counts["leaf_off_flag"] == 0
+
+
+@pytest.mark.parametrize(
+    ("lacking", "step"),
+    [
+        ("land_cover_data/landsat_water_persistence", "water_persistence_below"),
+        ("land_cover_data/urban_proportion", "urban_proportion_below"),
+        ("sensitivity", "sensitivity_min"),
+        ("land_cover_data/pft_class", "sensitivity_min_tropical_evergreen"),
+    ],
+)
+def test_a_subset_that_lacks_what_a_default_filter_needs_is_refused_until_that_is_off(tmp_path, lacking, step):
+    path = write(tmp_path / NEW, whole([{}]), lacking=(lacking,))
+    with pytest.raises(PrepError, match=f"no dataset {lacking}, which filter {step} needs; .* turn that filter off"):
+        read_granule(path)
+    off = {step: 0} | ({"sensitivity_min_tropical_evergreen": 0} if lacking == "sensitivity" else {})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=f".*no dataset {lacking}")  # a column of the table holds no value
+        assert read_granule(path, filters=Filters(**off))[0]["shot_number"].tolist() == [FIRST]
 
 
 def test_several_seasons_widen_the_shots(tmp_path):
@@ -125,7 +170,8 @@ def test_version_3_names(tmp_path):
     assert table["shot_number"].tolist() == [FIRST]
     assert (table["l4_quality_flag"][0], table["degrade_flag"][0]) == (1, 4)
     steps = ["algorithm_run_flag", "l4_quality_flag", "outlier_flag", "agbd_valid", "degrade_flag", "leaf_off_flag"]
-    assert list(counts.items()) == list(zip(["shots", *steps], [8, 7, 5, 4, 3, 2, 1], strict=True))
+    assert list(counts.items())[:7] == list(zip(["shots", *steps], [8, 7, 5, 4, 3, 2, 1], strict=True))
+    assert list(counts)[7:] == list(DEFAULT[-4:])
 
 
 @pytest.mark.parametrize(

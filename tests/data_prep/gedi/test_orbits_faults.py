@@ -54,8 +54,8 @@ def a_dataset(beam):
         (without("agbd"), "BEAM0110 has no dataset agbd, which is needed"),
         (without("lon_lowestmode", "lat_lowestmode"), "BEAM0110 has no dataset lon_lowestmode, which is needed"),
         (without("l4_quality_flag"), "BEAM0110 has no dataset l4_quality_flag, which filter l4_quality_flag needs"),
-        (without("land_cover_data"), "BEAM0110 has no dataset land_cover_data/leaf_off_flag, which filter leaf_off"),
-        (instead("land_cover_data", np.zeros(3)), "BEAM0110 has no dataset land_cover_data/leaf_off_flag, which"),
+        (without("land_cover_data"), "BEAM0110 has no dataset land_cover_data/pft_class, which filter sensitivity"),
+        (instead("land_cover_data", np.zeros(3)), "BEAM0110 has no dataset land_cover_data/pft_class, which"),
         (instead("agbd", np.zeros(2, "f4")), r"BEAM0110/agbd has shape \(2,\), shot_number \(3,\)"),
         (instead("agbd_se", np.zeros((3, 2), "f4")), r"BEAM0110/agbd_se has shape \(3, 2\), shot_number \(3,\)"),
         (instead("shot_number", np.uint64(FIRST)), r"BEAM0110/shot_number has shape \(\), shot_number \(\)"),
@@ -179,7 +179,7 @@ def test_the_fill_in_a_wider_type_drops_the_shot_where_a_filter_asks(tmp_path):
             values[1 if "leaf" in name else 2] = -9999
             instead(name, values)(file["BEAM0101"])
     with pytest.warns(UserWarning, match="1 of 3 in BEAM0101"):
-        table, counts = read_granule(path)
+        table, counts = read_granule(path, filters=Filters(sensitivity_min_tropical_evergreen=0))
     assert (counts["placed"], table["shot_number"].tolist()) == (2, [FIRST, FIRST + 2])
     assert table["pft_class"].tolist() == [4, 255]
 

@@ -199,7 +199,9 @@ def test_the_forms_of_scale_crs_and_tags_that_real_granules_have(world, plan):
 FIELDS = {"number": "shot_number", "lon": "lon_lowestmode", "lat": "lat_lowestmode", "time": "delta_time"}
 FIELDS |= {"agbd": "agbd", "run": "algorithm_run_flag", "quality": "l4_quality_flag", "degrade": "degrade_flag"}
 FIELDS |= {"algorithm": "selected_algorithm", "limit": "predictor_limit_flag"}
-FIELDS |= {"leaf_off": "land_cover_data/leaf_off_flag"}
+FIELDS |= {"leaf_off": "land_cover_data/leaf_off_flag", "pft": "land_cover_data/pft_class"}
+FIELDS |= {"water": "land_cover_data/landsat_water_persistence", "urban": "land_cover_data/urban_proportion"}
+FIELDS |= {"sensitivity": "sensitivity"}
 
 
 @cache
@@ -218,8 +220,16 @@ def filters(span: tuple[float, float]) -> dict:
         "degrade_flag": lambda t: np.isin(t["degrade"], [10 * a + b for a in (0, 1, 2, 3, 4, 6) for b in (0, 3, 8)]),
         "selected_algorithm": lambda t: (t["algorithm"] != 10) | ~t["wrong_release"],
         "leaf_off_flag": lambda t: t["leaf_off"] != 1,
+        "water_persistence_below": lambda t: t["water"] < 10,
+        "urban_proportion_below": lambda t: t["urban"] < 50,
         "season": lambda t: (t["time"] >= span[0]) & (t["time"] < span[1]),
+        "sensitivity_min": lambda t: t["sensitivity"] > 0.95,
+        "sensitivity_min_tropical_evergreen": lambda t: (t["sensitivity"] > 0.98) | (t["pft"] != 2) | ~tropical(t),
     }
+
+
+def tropical(table: dict[str, np.ndarray]) -> np.ndarray:
+    return np.abs(table["lat"]) <= 23.5
 
 
 def span_of(path: Path, plan: dict) -> tuple[float, float]:
@@ -287,6 +297,7 @@ def test_filters_drop_what_is_planned_in_every_file(world, plan):
             assert all(len(file[beam]["agbd"]) for beam in beams)
         if "_002_01_" in path.name:
             assert planned["absent_beams"] == ["BEAM0010"]
+    assert totals.pop("sensitivity_min_tropical_evergreen") >= 1  # in the one tropical tile
     assert min(totals.values()) >= 5
     assert totals == Counter(fate for *_, fate in plan["shots"] if fate in totals)
 
@@ -307,6 +318,9 @@ def everything(table: dict[str, np.ndarray]) -> np.ndarray:
 
 WRONG_FILTERS = {
     **dict.fromkeys(("l4_quality_flag", "degrade_flag", "selected_algorithm", "leaf_off_flag", "season"), everything),
+    **dict.fromkeys(("water_persistence_below", "urban_proportion_below", "sensitivity_min"), everything),
+    "water 9 is too much": lambda t: t["water"] < 9,
+    "urban 49 is too much": lambda t: t["urban"] < 49,
     "degrade is 0": lambda t: t["degrade"] == 0,
     "leaf_off is 0": lambda t: t["leaf_off"] == 0,
     "agbd above 0": lambda t: t["agbd"] > 0,
@@ -364,7 +378,7 @@ def test_tiles_lie_on_both_sides_of_their_boundaries(plan):
         *["2020-05-01/2020-10-01"] * 2,
         *["2020-06-01/2020-09-16"] * 2,
         "2019-11-01/2020-04-01",
-        "2020-01-01/2021-01-01",
+        "2020-06-01/2020-10-01",
     ]
 
 
