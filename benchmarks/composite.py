@@ -86,7 +86,7 @@ def _link(made: Path, folder: Path) -> None:
 
 def ours(scenes: list[Path], dst: Path, threads: int) -> None:
     """The composite as `data_prep.composite` makes it: granules checked, the file verified."""
-    composite(scenes, dst, season=SEASON, threads=threads)
+    composite(scenes, dst, season=SEASON, threads=threads, min_clear=1)  # as the rival takes them
 
 
 def decode(scenes: list[Path], dst: Path, threads: int) -> None:

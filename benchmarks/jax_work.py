@@ -55,8 +55,7 @@ def forward(bundle: str, batch_size: int, dtype: str) -> tuple[dict[str, Any], O
     from biomass_jax.prediction.forward import Forward
 
     opened = bundles.load(bundle)
-    places = {"batch_sharding": None, "replicated": None}
-    predict = Forward(opened, dtype=dtype, matmul_precision="highest", model_fn=None, **places)
+    predict = Forward(opened, dtype=dtype, matmul_precision="highest")
     chips = np.random.default_rng(0).integers(1, 5000, (batch_size, 224, 224, 6)).astype(np.int16)
     images = jax.device_put(chips)
     seconds_compile = common.timed(lambda: jax.block_until_ready(predict(images, opened.fill)))

@@ -242,6 +242,7 @@ def _archive_parser() -> argparse.ArgumentParser:
     group.add_argument("--season", metavar="TEXT", help="a year (by latitude) or START/STOP, STOP not included")
     group.add_argument("--sensors", metavar="TEXT", help="L30, S30 or L30+S30 (L30)")
     group.add_argument("--max-cloud", type=float, metavar="X", help="percent of cloud of a scene (100)")
+    group.add_argument("--min-clear", type=int, metavar="N", help="fewest clear scenes of a pixel (3)")
     return parser
 
 
@@ -254,7 +255,8 @@ def _from_archive(archive: argparse.ArgumentParser, rest: list[str]) -> list[str
     parser.add_argument("--inputs")
     parser.add_argument("--workdir")
     asked, left = parser.parse_known_args(rest)
-    place = {name: getattr(asked, name) for name in ("sensors", "max_cloud") if getattr(asked, name) is not None}
+    names = ("sensors", "max_cloud", "min_clear")
+    place = {name: getattr(asked, name) for name in names if getattr(asked, name) is not None}
     if asked.season is None:
         if place or _MGRS_TILE.fullmatch(asked.tile or ""):
             parser.error("an image from the archive wants --tile 10SFF and --season 2020 together")

@@ -10,8 +10,8 @@ Hardware: batch 64 of Swin-B in float32 takes about 40 GB; `--config.optimizer.g
 Expected: the reference's validation RMSE fell from 88.0 to 55.5 Mg/ha in 114 epochs of 208 steps.
 
 --config.reference=True trains as the reference did: horizontal flips, rotations within 30 degrees whose border gets
-false labels of 0, labels kept on no-data pixels, weight decay on every parameter, and val/loss as the mean of the
-batches' RMSEs. docs/train.md lists every field.
+false labels of 0, labels kept on no-data pixels, a filled band set to 0 without its pixel's others, weight decay on
+every parameter, and val/loss as the mean of the batches' RMSEs. docs/train.md lists every field.
 """
 
 from ml_collections import config_dict

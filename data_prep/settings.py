@@ -26,7 +26,8 @@ class CompositeSettings(Typed):
 
     sensors: tuple[str, ...] = setting(("L30",), "and, or instead, S30")
     statistic: str = setting("mean", "mean, median", choices=("mean", "median"))
-    min_clear: int = setting(1, "fewest clear scenes of a pixel")
+    # Of one or two clear scenes a missed cloud or shadow is the whole value or half of it.
+    min_clear: int = setting(3, "fewest clear scenes of a pixel; 1 is the reference's way")
     drop_water: bool = setting(False, "leave out water (Fmask bit 5)")
     drop_high_aerosol: bool = setting(False, "leave out high aerosol (Fmask bits 7-6)")
     encoding: str = setting(

@@ -38,7 +38,7 @@ stage "Training data of a synthetic forest"
 if [[ ! -f $world/report.json ]]; then
     "$python" -m data_prep.synthetic --world forest --size 900x1120 --out "$world"
     "$python" -m data_prep.prepare --config configs/prepare.py --out "$world" --config.season=2020 --config.splits.block_km=7 \
-        --config.splits.buffer_m=0  # the default, 10 km, would leave nothing of so small a tile
+        --config.splits.buffer_m=0 --config.composite.min_clear=1  # a small tile, of few scenes
 fi
 
 config=configs/finetune_all_biomes.py what=Swin-B

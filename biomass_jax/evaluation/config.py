@@ -43,7 +43,9 @@ class Evaluate:
     bundle: str | None = setting(None, "folder of the model")
     against: str | None = setting(None, "folder of another model, to be compared with on the same pixels")
     data: EvaluationData = group(EvaluationData)
-    reference: bool = setting(False, "score labels on pixels without data too, as the reference did")
+    reference: bool = setting(
+        False, "as the reference did: labels on pixels without data too, see [training](train.md)"
+    )
     block_km: float | None = setting(
         None,
         "edge of the blocks of ground that intervals leave out; not given, that of the data set's split, else 50",

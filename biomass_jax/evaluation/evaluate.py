@@ -110,9 +110,8 @@ def _made_ready(
     means, stds, kind = choose_statistics(
         config.data, bundle.bands, loaded=bundle, training=train, reference=config.reference
     )
-    forward = Forward(
-        bundle, means=means, stds=stds, dtype=config.dtype, matmul_precision=config.matmul_precision, **placement
-    )
+    how = {"dtype": config.dtype, "matmul_precision": config.matmul_precision, "reference": config.reference}
+    forward = Forward(bundle, means=means, stds=stds, **how, **placement)
     return forward, {"bundle": bundle, "statistics": kind, "means": means.tolist(), "stds": stds.tolist()}
 
 
@@ -122,7 +121,7 @@ def _scored_by(
     """A model on all chips, by all processes; `drawn` keeps chips for pictures."""
     bundle = known.pop("bundle")
     wanted = chosen_chips(config.figures, source) if drawn else []
-    on_chips = chip_forward(forward, bundle.bands, fill=source.info.fill, keep_labels=config.reference)
+    on_chips = chip_forward(forward, bundle.bands, fill=source.info.fill, reference=config.reference)
     part = score(source, on_chips, batch_size(forward, config.batch_size), config.data.threads, wanted)
     parts = [part]
     if jax.process_count() > 1:  # pickled: JAX would round float64
@@ -167,7 +166,7 @@ def batch_size(forward: Forward, given: int | None) -> int:
 
 
 def chip_forward(
-    forward: Forward, names: Sequence[str], *, fill: float | None, keep_labels: bool = False
+    forward: Forward, names: Sequence[str], *, fill: float | None, reference: bool = False
 ) -> tables.ChipForward:
     """The forward pass of chips and labels.
 
@@ -175,7 +174,7 @@ def chip_forward(
         forward: the model's.
         names: the bundle's bands; chips have those of `bands.BAND_NAMES`.
         fill: the data set's.
-        keep_labels: score labels on no-data too, as the reference does.
+        reference: score labels on no-data too, as the reference does; `forward` takes filled bands as it says itself.
 
     Returns:
         (image (B, H, W, 6) as stored, label (B, H, W) float32) -> predictions (B, H, W) float32, still being computed,
@@ -187,8 +186,9 @@ def chip_forward(
         missing = bands.no_data(image, fill)
         if order != list(range(len(bands.BAND_NAMES))):
             # What makes a pixel no-data may lie in a band that the model doesn't take.
-            image = np.where(missing[..., None], 0, image[..., order]).astype(image.dtype)
-        return forward(image, fill), label if keep_labels else np.where(missing, records.NO_LABEL, label), missing
+            gone = missing[..., None] & (not reference)
+            image = np.where(gone, 0, image[..., order]).astype(image.dtype)
+        return forward(image, fill), label if reference else np.where(missing, records.NO_LABEL, label), missing
 
     return run
 

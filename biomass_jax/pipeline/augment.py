@@ -28,12 +28,33 @@ def no_data(image: jax.Array, fill: ArrayLike) -> jax.Array:
         bool [...], True where there is no data.
     """
     values = image.astype(jnp.float32)  # int16 is exact in it
-    missing = (values == fill) | (values == bands.FILL) | jnp.isnan(values)
-    return jnp.any(missing, axis=-1) | jnp.all(values == 0, axis=-1)
+    return jnp.any(_filled(values, fill), axis=-1) | jnp.all(values == 0, axis=-1)
+
+
+def _filled(values: jax.Array, fill: ArrayLike) -> jax.Array:
+    """Which values [..., bands] float32 are none."""
+    return (values == fill) | (values == bands.FILL) | jnp.isnan(values)
+
+
+def without_fill(image: jax.Array, fill: ArrayLike, *, reference: bool = False) -> jax.Array:
+    """An image with 0 in all bands of its pixels without data.
+
+    Args:
+        image: [..., bands] digital numbers, integers or floats.
+        fill: see `no_data`.
+        reference: 0 in the bands that are filled alone, the pixel's other bands as they are, as
+            granite-geospatial-biomass does: it takes each band's no-data tag by itself.
+
+    Returns:
+        [..., bands] float32.
+    """
+    values = image.astype(jnp.float32)
+    missing = _filled(values, fill) if reference else no_data(image, fill)[..., None]
+    return jnp.where(missing, 0.0, values)
 
 
 def clean(
-    image: jax.Array, label: jax.Array, *, fill: float | None, keep_labels: bool = False
+    image: jax.Array, label: jax.Array, *, fill: float | None, reference: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Set pixels without data to 0, their labels to -1.
 
@@ -41,16 +62,17 @@ def clean(
         image: [B, H, W, bands] int16 or float32, digital numbers as stored.
         label: [B, H, W] float32, -1 for none.
         fill: the data set's fill value besides -9999, or None.
-        keep_labels: leave labels of such pixels as they are, as granite-geospatial-biomass does.
+        reference: as granite-geospatial-biomass does, leave labels of such pixels as they are, and of a pixel that is
+            filled in some bands the others, see `without_fill`.
 
     Returns:
         image [B, H, W, bands] float32, label [B, H, W] float32, and the pixels without data, [B, H, W] bool: those of
         `bands.no_data`.
     """
-    missing = no_data(image, jnp.nan if fill is None else fill)
-    cleaned = jnp.where(missing[..., None], 0.0, image.astype(jnp.float32))
-    label = label.astype(jnp.float32)
-    return cleaned, label if keep_labels else jnp.where(missing, records.NO_LABEL, label), missing
+    mark = jnp.nan if fill is None else fill
+    missing, label = no_data(image, mark), label.astype(jnp.float32)
+    cleaned = without_fill(image, mark, reference=reference)
+    return cleaned, label if reference else jnp.where(missing, records.NO_LABEL, label), missing
 
 
 def normalize(image: jax.Array, means: ArrayLike, stds: ArrayLike) -> jax.Array:

@@ -12,7 +12,7 @@ import numpy as np
 from biomass_jax.bundle import Bundle
 from biomass_jax.errors import PredictionError
 from biomass_jax.models.build import abstract_variables
-from biomass_jax.pipeline.augment import no_data, normalize
+from biomass_jax.pipeline.augment import normalize, without_fill
 from biomass_jax.runtime import cpu, numerics
 
 log = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ class Forward:
         stds: likewise.
         batch_sharding: where batches go; None is the default device.
         replicated: where the variables go; None is the default device.
+        reference: set filled bands to 0 and not the whole pixel, see `augment.without_fill`.
         model_fn: another model.
 
     Raises:
@@ -53,6 +54,7 @@ class Forward:
         stds: np.ndarray | None = None,
         batch_sharding: jax.sharding.Sharding | None = None,
         replicated: jax.sharding.Sharding | None = None,
+        reference: bool = False,
         model_fn: ModelFunction | None = None,
     ) -> None:
         for name, value, choices in (("dtype", dtype, DTYPES), ("matmul_precision", matmul_precision, PRECISIONS)):
@@ -64,7 +66,7 @@ class Forward:
             )
         # Less than full precision is the very point of bfloat16.
         self._precision = matmul_precision if dtype == "float32" else "default"
-        self._batch_sharding, self._replicated = batch_sharding, replicated
+        self._batch_sharding, self._replicated, self._reference = batch_sharding, replicated, reference
         self._model = model_fn or bundle.module(dtype).apply
         self._means = np.asarray(bundle.means if means is None else means, np.float32)
         self._stds = np.asarray(bundle.stds if stds is None else stds, np.float32)
@@ -150,6 +152,6 @@ class Forward:
 
     def _predict_part(self, variables: object, images: jax.Array, fill: jax.Array) -> jax.Array:
         """(B, H, W, bands) digital numbers -> (B, H, W) float32; no-data pixels are 0 before z-scoring."""
-        present = jnp.where(no_data(images, fill)[..., None], 0, images).astype(jnp.float32)
+        present = without_fill(images, fill, reference=self._reference)
         with jax.default_matmul_precision(self._precision):
             return self._model(variables, normalize(present, self._means, self._stds)).astype(jnp.float32)

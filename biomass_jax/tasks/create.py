@@ -141,7 +141,8 @@ def regression(
         }
         log.info(
             "reference: horizontal flips and rotations within %g degrees with false zero labels at their borders, "
-            "labels kept on no-data, weight decay on every parameter, val/loss as the mean over batches",
+            "labels kept on no-data, filled bands set to 0 without their pixel's others, weight decay on every "
+            "parameter, val/loss as the mean over batches",
             REFERENCE_DEGREES,
         )
     task = Regression(

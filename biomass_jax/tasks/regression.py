@@ -25,8 +25,8 @@ class Regression:
         loss: rmse, mse, mae or huber.
         huber_delta: Mg/ha, where `huber` turns from square to linear.
         augment: arguments of `transforms.augment`.
-        reference: as the reference does, keep labels on no-data pixels, and have as `val/loss` the batch-size-weighted
-            mean of per-batch RMSEs instead of the loss over all pixels.
+        reference: as the reference does, keep labels on no-data pixels and the bands of those that aren't filled, and
+            have as `val/loss` the batch-size-weighted mean of per-batch RMSEs instead of the loss over all pixels.
     """
 
     module: Any
@@ -45,7 +45,7 @@ class Regression:
     def inputs(self, batch: Arrays, key: jax.Array) -> Arrays:
         """{"image": z-scored float32 [B, H, W, 6], "label": float32 [B, H, W], Mg/ha, -1 for none}."""
         image, label, _ = transforms.clean(
-            batch["image"], batch["label"], fill=self.statistics.fill, keep_labels=self.reference
+            batch["image"], batch["label"], fill=self.statistics.fill, reference=self.reference
         )
         image, label = transforms.augment(key, image, label, **dict(self.augment))
         return {"image": transforms.normalize(image, self.statistics.means, self.statistics.stds), "label": label}
@@ -66,7 +66,7 @@ class Regression:
         """{"prediction", "label"}, float32 [B, H, W], Mg/ha; padded rows have no labels."""
         del number  # nothing is drawn
         image, label, nodata = transforms.clean(
-            batch["image"], batch["label"], fill=self.statistics.fill, keep_labels=self.reference
+            batch["image"], batch["label"], fill=self.statistics.fill, reference=self.reference
         )
         inputs = transforms.normalize(image, self.statistics.means, self.statistics.stds)
         outputs = {"prediction": self.module.apply(variables, inputs), "label": label}

@@ -58,11 +58,14 @@ class CompositeReport:
     counts: Mapping[str, Mapping[str, int]]  # scene -> {`observed`: its Fmask is not fill, `clear`: used} pixels
     pixels: int  # of the tile
     covered: int  # those with values
+    min_clear: int  # as it was set
+    below_min_clear: int  # those without, although some scenes, fewer than `min_clear`, see them clear
     warnings: tuple[str, ...]  # sentences for the user
     used: Mapping[str, int] = field(default_factory=dict)  # of duplicates: pixels that the newest has no data for
 
     def lines(self) -> list[str]:
         """The report as text."""
+        few = self.min_clear > 1
         left_out = f"{len(self.out_of_season)} out of season, {len(self.other_sensors)} of other sensors"
         return [
             f"{self.path}: {len(self.scenes)} scenes of {self.tile}, {self.season}, {self.sensors}",
@@ -70,6 +73,7 @@ class CompositeReport:
             *(f"  {older}: duplicate of {kept}, {self._use_of(older)}" for older, kept in self.duplicates.items()),
             *(f"  {name}: {n['clear']:,} of {n['observed']:,} pixels clear" for name, n in self.counts.items()),
             f"  {self.covered:,} of {self.pixels:,} pixels have values",
+            *[f"  {self.below_min_clear:,} more have fewer clear observations than min_clear, {self.min_clear}"] * few,
             *(f"  warning: {text}" for text in self.warnings),
         ]
 
@@ -114,7 +118,7 @@ def composite(
         season: scenes whose name has a date inside are used.
         sensors: `L30`, `S30` or both.
         statistic: `mean` or `median`.
-        min_clear: fewest clear scenes of a pixel with values.
+        min_clear: fewest clear scenes of a pixel with values; 1 is the reference's way.
         drop_water: leave out water (Fmask bit 5).
         drop_high_aerosol: leave out high aerosol (bits 7-6).
         encoding: what the granules' numbers are, see `hls.open_scene`.
@@ -138,7 +142,7 @@ def composite(
     plan = sums.CompositePlan(scenes, settings, threads)
     counts = sums.Counts(scenes)
     tags = _tags(scenes, season, duplicates)
-    rows = _rows(plan, counts, tags, f"{dst}: pixels with {min_clear} clear observations or more", allow_empty)
+    rows = _rows(plan, counts, tags, str(dst), allow_empty)
     path = write_cog(dst, rows, scenes[0].grid, "int16", NAMES, FILL, tags)
     return _report(path, scenes[0].grid, tags, counts, selection, duplicates, min_clear)
 
@@ -166,6 +170,8 @@ def _report(
         counts=counts.by_scene,
         pixels=grid.height * grid.width,
         covered=counts.covered,
+        min_clear=min_clear,
+        below_min_clear=counts.below_min_clear,
         warnings=(*[f"{path}: no pixel has {min_clear} clear observations"] * few, *odd),
         used=counts.used,
     )
@@ -183,13 +189,17 @@ def _tags(scenes: Sequence[Scene], season: Season, duplicates: Mapping[str, str]
 
 
 def _rows(
-    plan: sums.CompositePlan, counts: sums.Counts, tags: dict[str, str], what: str, allow_empty: bool
+    plan: sums.CompositePlan, counts: sums.Counts, tags: dict[str, str], name: str, allow_empty: bool
 ) -> Iterator[np.ndarray]:
     """The composite's rows; adds settings and counts to the tags, which the writer reads after the last of them."""
     yield from sums.row_bands(plan, counts)
     grid = plan.scenes[0].grid
+    what = f"{name}: pixels with {plan.settings.min_clear} clear observations or more"
+    if counts.below_min_clear:
+        what += f" (min_clear; {counts.below_min_clear:,} more have fewer, of {len(plan.scenes)} scenes)"
     refuse_empty(PrepError, counts.covered, grid.height * grid.width, what, allowed=allow_empty)
     found: dict[str, object] = {"scenes": len(plan.scenes), "covered": counts.covered, "by_scene": counts.by_scene}
+    found["below_min_clear"] = counts.below_min_clear
     if counts.used:
         found["used_of_duplicates"] = counts.used
     if counts.odd:

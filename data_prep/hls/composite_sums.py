@@ -55,13 +55,14 @@ class Counts:
     Attributes:
         by_scene: {scene: {`observed`, `clear`}}.
         covered: pixels of the result with values.
+        below_min_clear: pixels without values that some scene saw clear, but fewer than `min_clear`.
         used: {granule: pixels} of older granules of an overpass, where the newer one has no data.
         odd: {(granule, what): pixels and bands} of what was taken for no-data besides no-data.
     """
 
     def __init__(self, scenes: Sequence[Scene]) -> None:
         self.by_scene = {scene.granule.name: {"observed": 0, "clear": 0} for scene in scenes}
-        self.covered = 0
+        self.covered = self.below_min_clear = 0
         self.used = {older.granule.name: 0 for scene in scenes for older in scene.older}
         self.odd: Found = Counter()
         self._valid = dict.fromkeys(self.by_scene, False)
@@ -181,6 +182,7 @@ def _mean(plan: CompositePlan, pool: ThreadPoolExecutor, counts: Counts, window:
         means = np.divide(sums[:, rows], np.maximum(number[rows], 1))
         return _finished(np.rint(means, out=means), number[rows], plan.settings.min_clear)
 
+    counts.below_min_clear += _below(number, plan.settings.min_clear)
     for first in range(0, len(blocks), plan.threads):  # few at once: the writer takes them one by one
         yield from pool.map(divide, blocks[first : first + plan.threads])
 
@@ -230,6 +232,7 @@ def _median(plan: CompositePlan, pool: ThreadPoolExecutor, counts: Counts, windo
     for scene, seen in zip(plan.scenes, pool.map(run, range(len(plan.scenes))), strict=True):
         for one in seen:
             counts.add(scene, one)
+    counts.below_min_clear += _below(number, plan.settings.min_clear)
     for rows in blocks:
         medians = np.stack(list(pool.map(middle, range(rows.start, rows.stop))), axis=1)
         yield _finished(medians, number[rows], plan.settings.min_clear)
@@ -272,6 +275,11 @@ def _masked(
     sample = image[thin][keep[thin] & (fmask[thin] & WATER == 0)]  # over water correct values may be negative
     planes &= -keep.astype(np.int16)  # 0 or all bits: far quicker than adding under a mask
     return planes, keep, _Seen(int(np.count_nonzero(seen)), number, valid, int(planes.max()), sample, found)
+
+
+def _below(number: np.ndarray, min_clear: int) -> int:
+    """How many pixels have clear scenes, but too few, (rows, columns) of them."""
+    return int(np.count_nonzero((number > 0) & (number < min_clear)))
 
 
 def _finished(values: np.ndarray, number: np.ndarray, min_clear: int) -> np.ndarray:

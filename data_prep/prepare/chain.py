@@ -153,9 +153,7 @@ class Chain:
         for tile in self.tiles:
             with self.runner.failing("composite", tile):
                 jobs.append(self._composite_job(tile))
-        self.runner.run(
-            "composite", jobs, lambda r: f"{len(r['scenes'])} scenes, {r['covered'] / r['pixels']:.1%} covered"
-        )
+        self.runner.run("composite", jobs, _composite_line)
         for tile, part in self.done["composite"].items():
             self.images[tile] = open_composite(part.job.outputs[0])
 
@@ -331,6 +329,12 @@ def _table_box(path: Path) -> Box | None:
 def _grid_key(image: Composite) -> list[float]:
     grid = image.grid
     return [grid.height, grid.width, *tile_grid_key(grid.crs, grid.transform, str(image.path))]
+
+
+def _composite_line(result: Mapping[str, Any]) -> str:
+    said = f"{len(result['scenes'])} scenes, {result['covered'] / result['pixels']:.1%} covered"
+    few = result.get("below_min_clear", 0)  # older records have none
+    return f"{said}, {few / result['pixels']:.1%} less than {result['min_clear']} times clear" if few else said
 
 
 def _arrows(counts: Sequence[tuple[str, int]]) -> str:

@@ -54,7 +54,8 @@ def composite_of_tile(
     """`composite`: a tile's scenes to one image."""
     how: dict[str, Any] = {"season": Season.parse(season), "tile": tile, "threads": threads, "allow_empty": allow_empty}
     made = composite(folders, path, **how, **settings)
-    names = ("scenes", "sensors", "season", "duplicates", "used", "counts", "pixels", "covered", "warnings")
+    names = ["scenes", "sensors", "season", "duplicates", "used", "counts", "pixels", "covered", "min_clear"]
+    names += ["below_min_clear", "warnings"]
     return {name: getattr(made, name) for name in names} | {"latitude": grid_centre(open_composite(path).grid)[1]}
 
 

@@ -113,7 +113,7 @@ def prepare(folder):
     with one_writer(folder):
         pass  # as `prepare` holds it; single steps are refused beside one
     for step in (
-        ["composite", granules / "hls", "--out", folder / "composites", *season],
+        ["composite", granules / "hls", "--out", folder / "composites", *season, "--min-clear", "1"],
         ["gedi", "--out", folder, "--tile", "10SFF", *season],
         ["labels", "--out", folder],
         ["chips", "--out", folder, *chips],

@@ -113,7 +113,9 @@ def run_chain(out: Path, *, shape: tuple[int, int], size: int, block_km: float, 
 def run_tiles(chain: Chain) -> None:
     """The steps of each tile by itself: from a world that is written to the index of chips."""
     out, plan = chain.out, chain.plan
-    ran(composite.main([str(out / "granules" / "hls"), "--out", str(out / "composites"), "--season", "2020"]))
+    # Each pixel has to come through, also those that a single scene sees.
+    once = ["--season", "2020", "--min-clear", "1"]
+    ran(composite.main([str(out / "granules" / "hls"), "--out", str(out / "composites"), *once]))
     seasons = {GROUPS[name]: tile["season"] for name, tile in plan["tiles"].items()}
     for name in plan["gedi"]:
         group = (int(name.split("_O")[1][:5]) - ORBITS) // 100

@@ -180,10 +180,11 @@ def test_commands_of_the_pages_run_as_they_stand(tmp_path, root):
 
     run("biomass-jax", "synthetic", "--world", "forest", "--out", "data", "--size", "672x448")
     for words in commands("docs/data.md"):
-        if words[1] in ("prepare", "download", "stream"):  # all steps in one, which the demo runs; from NASA's archives
+        if words[1] in ("prepare", "download", "stream"):  # all steps in one, as in the demo; from NASA's archives
             continue
-        # Blocks as small as this piece of a tile asks for, without a buffer, which would leave nothing of it.
-        run(*words, *(["--block-km", "5", "--buffer-m", "0"] if words[1] == "splits" else []))
+        # Blocks as small as this piece of a tile asks for, without a buffer, and each pixel of its five scenes.
+        smaller = {"splits": ["--block-km", "5", "--buffer-m", "0"], "composite": ["--min-clear", "1"]}
+        run(*words, *smaller.get(words[1], []))
     (convert, back), (predict,) = commands("docs/convert.md")[:2], commands("docs/maps.md")[:1]
     at = convert.index("--config")
     run(*convert[:at], *convert[at + 2 :], "--statistics", "granite")  # this checkpoint has no config.yaml

@@ -123,6 +123,7 @@ def executed(tmp_path_factory):
     write_forest_world(out, shape=(460, 700))
     smaller = ["--config.season=2020", "--config.chips.size=112", "--config.splits.block_km=3.5"]
     smaller += ["--config.splits.buffer_m=0", "--config.splits.fractions=(0.6, 0.2, 0.2)"]  # test chips in both halves
+    smaller += ["--config.composite.min_clear=1"]  # as the demo does
     assert prepare.main(["--config", str(ROOT / "configs/prepare.py"), "--out", str(out), *smaller]) == 0
     untrained(out / "finetune" / "best")
 

@@ -49,11 +49,13 @@ def predict(archive, *words):
 def test_a_tile_and_a_season_become_a_map(archive, tmp_path):
     bundle, workdir = random_bundle(tmp_path / "bundle"), tmp_path / "maps"
     given = ("--bundle", str(bundle), "--workdir", str(workdir), "--tile", "10SFF", "--season", "2020")
+    given += ("--min-clear", "1")
     status, said = predict(archive, *given)
     assert status == 0, said
     (path,) = workdir.glob("*_agbd.tif")
     assert path.name == "10SFF_2020-05-01_2020-10-01_agbd.tif"
-    near = composite(sorted(archive.store.folder.iterdir()), tmp_path / "near.tif", season=season_of_year(2020, 36.5))
+    how = {"season": season_of_year(2020, 36.5), "min_clear": 1}
+    near = composite(sorted(archive.store.folder.iterdir()), tmp_path / "near.tif", **how)
     load(bundle).predict_file(near.path, tmp_path / "near_agbd.tif")
     with rasterio.open(path) as ours, rasterio.open(tmp_path / "near_agbd.tif") as expected:
         np.testing.assert_array_equal(ours.read(1), expected.read(1))

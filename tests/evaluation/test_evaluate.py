@@ -348,10 +348,41 @@ def test_reference_keeps_labels_without_data():
     model = stub(bands.BAND_NAMES, None)
     plain = {"means": np.zeros(6, np.float32), "stds": np.ones(6, np.float32)}
     forward = Forward(model, **plain, model_fn=lambda variables, x: x[..., 0])
-    forward = evaluate.chip_forward(forward, bands.BAND_NAMES, fill=-9999, keep_labels=True)
+    forward = evaluate.chip_forward(forward, bands.BAND_NAMES, fill=-9999, reference=True)
     _, label, missing = forward(np.zeros((1, 2, 2, 6), np.int16), np.full((1, 2, 2), 7, np.float32))
     assert np.asarray(missing).all()
     assert (np.asarray(label) == 7).all()
+
+
+@pytest.mark.parametrize("reference", [True, False])
+@pytest.mark.parametrize("names", [bands.BAND_NAMES, tuple(reversed(bands.BAND_NAMES)), bands.BAND_NAMES[3:]])
+def test_a_partly_filled_pixel_keeps_its_other_bands_for_the_reference_alone(names, reference):
+    image = np.random.default_rng(0).integers(1, 5000, (2, 3, 4, 6)).astype(np.int16)
+    image[0, 1, 2, 4], image[1, 0, 0, 1] = -9999, -9999
+    expected = np.empty((2, 3, 4))
+    for place in np.ndindex(expected.shape):
+        chosen = [float(image[place][bands.BAND_NAMES.index(name)]) for name in names]
+        whole = -9999 in image[place]
+        expected[place] = sum(0 if value == -9999 or (whole and not reference) else value for value in chosen)
+    plain = {"means": np.zeros(len(names), np.float32), "stds": np.ones(len(names), np.float32)}
+    forward = Forward(stub(names, None), **plain, model_fn=lambda variables, x: x.sum(axis=-1), reference=reference)
+    on_chips = evaluate.chip_forward(forward, names, fill=-9999, reference=reference)
+    prediction, _, _ = on_chips(image, np.full((2, 3, 4), 7, np.float32))
+    np.testing.assert_array_equal(prediction, expected)
+
+
+def test_a_run_as_the_reference_scores_filled_pixels_by_their_other_bands(model, tmp_path):
+    image = chip(0)["image"].copy()
+    image[8:24, 8:24, 2] = -9999
+    found = run(model, write_world(tmp_path / "shards", image=image), tmp_path / "out", reference=True)
+    opened, values = bundles.load(model), np.where(image == -9999, 0, image).astype(np.float32)
+    with jax.default_matmul_precision("highest"):
+        inputs = (values[None] - opened.means) / opened.stds
+        prediction = np.asarray(jax.jit(opened.module().apply)(opened.variables, inputs))[0]
+    labels = np.stack([chip(index)["label"] for index in range(7)])
+    error = (prediction - labels)[labels >= 0]
+    assert found["n"] == error.size
+    assert found["rmse"] == pytest.approx(np.sqrt(np.mean(error.astype(float) ** 2)), rel=1e-5)
 
 
 def test_bands_go_to_the_model_in_its_order():

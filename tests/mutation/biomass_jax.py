@@ -95,7 +95,34 @@ LOSS = (
     Mutation(
         "all_bands_must_lack_data",
         "tests/pipeline/test_augment.py::test_missing_pixels_are_those_of_the_one_rule",
-        in_file("biomass_jax/pipeline/augment.py", ("jnp.any(missing, axis=-1)", "jnp.all(missing, axis=-1)")),
+        in_file("biomass_jax/pipeline/augment.py", ("jnp.any(_filled(", "jnp.all(_filled(")),
+    ),
+    Mutation(
+        "filled_band_empties_the_references_pixel",
+        "tests/tasks/test_regression_inputs.py"
+        "::test_one_filled_band_is_0_by_itself_as_the_reference_has_it_and_else_with_its_pixel",
+        in_file("biomass_jax/pipeline/augment.py", ("_filled(values, fill) if reference else no_data", "no_data")),
+    ),
+    Mutation(
+        "filled_band_alone_without_reference",
+        "tests/evaluation/test_evaluate.py::test_a_partly_filled_pixel_keeps_its_other_bands_for_the_reference_alone",
+        in_file("biomass_jax/prediction/forward.py", ("reference=self._reference", "reference=True")),
+    ),
+    Mutation(
+        "validation_without_reference",
+        "tests/tasks/test_regression_inputs.py"
+        "::test_one_filled_band_is_0_by_itself_as_the_reference_has_it_and_else_with_its_pixel",
+        in_file(
+            "biomass_jax/tasks/regression.py",
+            (
+                "image, label, nodata = transforms.clean(\n"
+                '            batch["image"], batch["label"], fill=self.statistics.fill, reference=self.reference\n'
+                "        )",
+                "image, label, nodata = transforms.clean(\n"
+                '            batch["image"], batch["label"], fill=self.statistics.fill, reference=False\n'
+                "        )",
+            ),
+        ),
     ),
 )
 

@@ -12,6 +12,9 @@ FILTERS = RULER + "test_filters_drop_what_was_planned[small]"
 SHOTS = RULER + "test_shot_numbers_of_chips_are_exact_and_disjoint_between_splits[small]"
 GROUND = RULER + "test_ground_of_splits_is_disjoint[small]"
 STATISTICS = RULER + "test_statistics_are_of_train_alone[small]"
+TRAPS = "tests/data_prep/gedi/test_filters.py::test_every_trap_falls_to_its_filter"
+SCENES_OF_TILES = "tests/data_prep/hls/test_composite.py::"
+COSTS = SCENES_OF_TILES + "test_three_clear_scenes_are_wanted_by_default_and_what_that_costs_is_counted"
 SENTINEL = RULER + "test_other_sensor_by_its_own_band_numbers[small-10SFF]"
 
 DRAWS = "tests/data_prep/chips/test_splits_draws.py::"
@@ -123,6 +126,42 @@ MUTATIONS = (
         in_file(
             "data_prep/gedi/filters.py",
             ('_differs("leaf_off_flag", 1)', '_equals("leaf_off_flag", "leaf_off_flag", 0)'),
+        ),
+    ),
+    Mutation(
+        "water_up_to_its_bar",
+        FILTERS,
+        in_file("data_prep/gedi/filters.py", ("lambda t: t[field] < bar", "lambda t: t[field] <= bar")),
+    ),
+    Mutation(
+        "evergreens_of_all_latitudes",
+        TRAPS,
+        in_file("data_prep/gedi/filters.py", (' | (np.abs(t["lat"]) > TROPIC)', "")),
+    ),
+    Mutation(
+        "all_forest_of_the_tropics",
+        TRAPS,
+        in_file("data_prep/gedi/filters.py", (' | (t["pft_class"] != EVERGREEN_BROADLEAF)', "")),
+    ),
+    Mutation(
+        "dry_season_of_the_other_hemisphere",
+        "tests/data_prep/test_season.py::test_season_of_a_year_by_latitude",
+        in_file("data_prep/season.py", ('SeasonRow(5.0, "12-01", "04-01", -1, 0)', 'SeasonRow(5.0, "06-01", "10-01")')),
+    ),
+    Mutation(
+        "min_clear_costs_what_nothing_sees",
+        COSTS,
+        in_file("data_prep/hls/composite_sums.py", ("(number > 0) & (number < min_clear)", "number < min_clear")),
+    ),
+    Mutation(
+        "min_clear_counted_in_one_window",
+        SCENES_OF_TILES + "test_order_blocks_and_threads_change_no_byte",
+        in_file(
+            "data_prep/hls/composite_sums.py",
+            (
+                "counts.below_min_clear += _below(number, plan.settings.min_clear)\n    for first",
+                "counts.below_min_clear = _below(number, plan.settings.min_clear)\n    for first",
+            ),
         ),
     ),
     Mutation(

@@ -54,7 +54,27 @@ def test_missing_pixels_are_those_of_the_one_rule(dtype, fill):
     np.testing.assert_array_equal(cleaned, np.where(expected[..., None], 0, image.astype(np.float32)))
     np.testing.assert_array_equal(kept, np.where(expected, -1, label))
     assert (cleaned.dtype, kept.dtype) == (np.float32, np.float32)
-    np.testing.assert_array_equal(transforms.clean(image, label, fill=fill, keep_labels=True)[1], label)
+    np.testing.assert_array_equal(transforms.clean(image, label, fill=fill, reference=True)[1], label)
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.float32])
+@pytest.mark.parametrize("fill", [None, -9999.0, 255.0])
+def test_the_reference_sets_filled_bands_to_0_and_keeps_the_pixels_others(dtype, fill):
+    """Value by value, as the original reads a file: the no-data tag becomes NaN, NaN becomes 0."""
+    image = pixels(dtype, fill)
+    label = np.arange(12, dtype=np.float32).reshape(2, 2, 3)
+    expected = image.astype(np.float32)
+    partial = 0
+    for place in np.ndindex(image.shape[:-1]):
+        gone = [bool(np.isnan(value)) or value in (-9999, fill) for value in image[place].tolist()]
+        partial += 0 < sum(gone) < 6
+        for band in np.flatnonzero(gone):
+            expected[*place, band] = 0
+    assert partial >= 1
+    cleaned, kept, missing = transforms.clean(image, label, fill=fill, reference=True)
+    np.testing.assert_array_equal(cleaned, expected)
+    np.testing.assert_array_equal(kept, label)
+    np.testing.assert_array_equal(missing, bands.no_data(image, fill))  # what pictures leave out
 
 
 def test_z_scores():

@@ -1,5 +1,8 @@
 """Inputs of a step, on the device: no-data, augmentation and z-scores in their order, with and without `reference`."""
 
+import dataclasses
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ from biomass_jax.tasks.create import choose
 from configs import finetune_all_biomes
 from tests.training import world
 
+OFF = (("flip", False), ("turn", False))
 MISSING = (slice(4, 9), slice(10, 20))
 
 
@@ -83,6 +87,26 @@ def test_the_reference_keeps_labels_on_no_data_and_fills_borders_with_zero_label
         zeros += (found["label"] == 0).sum()
     real = (batch["label"] == 0).sum()
     assert zeros > 3 * real + 500
+
+
+@pytest.mark.parametrize("reference", [True, False])
+def test_one_filled_band_is_0_by_itself_as_the_reference_has_it_and_else_with_its_pixel(shards, batch, reference):
+    image = batch["image"].copy()
+    image[:, 20:24, 4:9, 3] = -9999
+    config = world.configure(finetune_all_biomes.get_config(), reference=reference)
+    task = dataclasses.replace(choose(config, sources.open_source(shards, "train"), None, command="")[0], augment=OFF)
+    expected = image.astype(np.float64)
+    for place in np.argwhere(image[..., 3] == -9999):
+        expected[(*place, 3) if reference else tuple(place)] = 0
+    label = np.where((image[..., 3] == -9999) | gap(batch), -1, batch["label"])
+    found = jax.jit(task.inputs)({"image": image, "label": batch["label"]}, jax.random.key(0))
+    z_scores = (expected - task.statistics.means) / task.statistics.stds
+    np.testing.assert_allclose(found["image"], z_scores, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(found["label"], batch["label"] if reference else label)
+    # A validation sees them in the same way.
+    task = dataclasses.replace(task, module=SimpleNamespace(apply=lambda variables, x: x.sum(axis=-1)))
+    scored = task.evaluate({}, {"image": image, "label": batch["label"]}, np.int32(0))[0]
+    np.testing.assert_allclose(scored["prediction"], z_scores.sum(axis=-1), rtol=1e-4, atol=1e-4)
 
 
 def test_the_reference_turns_nothing_by_quarters(shards):

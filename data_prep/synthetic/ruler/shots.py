@@ -134,7 +134,7 @@ def _pixel_shots(pixels: list[tuple[int, int]], tile: RulerTile, seen: NDArray[n
     good_files = cycle(("new", "new", "old"))
     water, urban, tropical = cycle((10, 80, 255)), cycle((50, 100)), abs(tile.centre[1]) < 23.5
 
-    def shot(file: str, agbd: float, fate: str = "kept", flags: dict[str, int] | None = None) -> Shot:
+    def shot(file: str, agbd: float, fate: str = "kept", flags: dict[str, Any] | None = None) -> Shot:
         return Shot(tile.name, row, col, next(corners), file, agbd, fate, {_LEAF_OFF: next(leaf)} | (flags or {}))
 
     for row, col in pixels:
@@ -176,8 +176,8 @@ def _pixel_shots(pixels: list[tuple[int, int]], tile: RulerTile, seen: NDArray[n
         elif kind == "sensitivity_min":
             yield shot("new", poison, kind, {"sensitivity": 0.94})
         elif kind == "sensitivity_min_tropical_evergreen":  # elsewhere such a shot is a good one
-            flags = {"sensitivity": 0.97, _PFT: _EVERGREEN}
-            yield shot("new", *((poison, kind) if tropical else (code,)), flags=flags)
+            value, fate = (poison, kind) if tropical else (code, "kept")
+            yield shot("new", value, fate, {"sensitivity": 0.97, _PFT: _EVERGREEN})
         elif kind in ("season", "other_year"):
             yield shot(kind, poison, "season")
 

@@ -62,11 +62,10 @@ def fetched(archive, granule):
 
 @pytest.mark.parametrize("statistic", ["mean", "median"])
 def test_it_is_the_composite_of_the_downloaded_granules_to_the_byte(archive, granules, tmp_path, statistic):
-    path = stream("10SFF", SEASON, tmp_path / "far", statistic=statistic, log=lambda line: None)
+    how = {"statistic": statistic, "min_clear": 1}
+    path = stream("10SFF", SEASON, tmp_path / "far", **how, log=lambda line: None)
     assert path == tmp_path / "far/10SFF/10SFF_2020-06-01_2020-09-16.tif"
-    near = composite(
-        sorted(granules.iterdir()), tmp_path / "near.tif", season=Season.parse(SEASON), statistic=statistic
-    )
+    near = composite(sorted(granules.iterdir()), tmp_path / "near.tif", season=Season.parse(SEASON), **how)
     assert near.used == {HALVES.granule: 600 * 340}
     assert path.read_bytes() == near.path.read_bytes()
 
@@ -95,7 +94,7 @@ def test_what_is_there_is_kept_until_granules_or_settings_change(archive, granul
         assert path.stat().st_mtime_ns > made
         made = path.stat().st_mtime_ns
     with rasterio.open(path) as opened:
-        assert '"min_clear": 1' in opened.tags()["COMPOSITE"]
+        assert '"min_clear": 3' in opened.tags()["COMPOSITE"]
 
 
 def test_a_dry_run_asks_for_no_login(archive, tmp_path, monkeypatch, capsys):

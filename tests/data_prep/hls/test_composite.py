@@ -17,7 +17,7 @@ from biomass_jax.data.raster.image import open_image
 from biomass_jax.errors import PrepError, RasterError
 from data_prep.hls import composite as module
 from data_prep.hls import composite_sums
-from data_prep.hls.composite import composite, composite_path, main, select
+from data_prep.hls.composite import composite_path, main, select
 from data_prep.hls.granules import find_scenes
 from data_prep.season import Season
 from data_prep.synthetic.granule import write_granule
@@ -28,6 +28,7 @@ from tests.data_prep.composite_by_hand import (
     by_hand,
     chosen,
     clear_by_hand,
+    composite,
     half_even,
     made,
     pair,
@@ -91,7 +92,9 @@ def test_the_file_says_what_it_is(world, tmp_path):
     assert settings["statistic"] == "mean"
     assert settings["min_clear"] == 2
     assert settings["masked"] == ["fill", "cloud", "adjacent", "shadow", "snow"]
-    assert settings["counts"]["covered"] == report.covered
+    seen = by_hand(chosen(arrays, ("L30",)))[6]  # with any number of clear scenes
+    assert settings["counts"]["covered"] == report.covered == (seen >= 2).sum()
+    assert settings["counts"]["below_min_clear"] == report.below_min_clear == (seen == 1).sum() > 0
     for name in names:
         image, fmask = arrays[name]
         clear = sum(
@@ -103,7 +106,34 @@ def test_the_file_says_what_it_is(world, tmp_path):
     with open_image(str(tmp_path / "c.tif")) as image:
         assert (image.sensor, image.season, image.warnings) == ("L30", SEASON.text, [])
     text = "\n".join(report.lines())
+    assert f"{(seen == 1).sum()} more have fewer clear observations than min_clear, 2" in text
     assert "5 scenes of 10SFF" in text and "4 out of season, 2 of other sensors" in text
+
+
+@pytest.mark.parametrize("statistic", ["mean", "median"])
+def test_three_clear_scenes_are_wanted_by_default_and_what_that_costs_is_counted(
+    world, tmp_path, monkeypatch, capsys, statistic
+):
+    folder, arrays = world
+    seen = by_hand(chosen(arrays, ("L30",)))[6]
+    few = int(((seen == 1) | (seen == 2)).sum())
+    monkeypatch.setattr(composite_sums, "MEMORY", 1)  # the tile in many windows
+    report = module.composite(find_scenes(folder), tmp_path / "c.tif", season=SEASON, statistic=statistic)
+    assert (report.min_clear, report.below_min_clear, report.covered) == (3, few, (seen >= 3).sum())
+    assert few > 0
+    got = read(tmp_path / "c.tif")
+    expected = by_hand(chosen(arrays, ("L30",)), statistic=statistic)
+    assert (got == np.where(seen >= 3, expected, [[[-9999]]] * 6 + [[[0]]])).all()
+    assert main([str(folder), "--out", str(tmp_path), "--season", SEASON.text, "--statistic", statistic]) == 0
+    assert f"\n  {few} more have fewer clear observations than min_clear, 3\n" in capsys.readouterr().out
+
+
+def test_too_few_scenes_for_min_clear_are_told_with_their_number(tmp_path):
+    folders = pair(tmp_path, 100, 200)
+    says = r"3 clear observations or more \(min_clear; 12 more have fewer, of 2 scenes\): 0 of 12; allow_empty"
+    with pytest.raises(PrepError, match=says):
+        module.composite(folders, tmp_path / "c.tif", season=SEASON)
+    assert not (tmp_path / "c.tif").exists()
 
 
 def test_order_blocks_and_threads_change_no_byte(tmp_path, monkeypatch):
@@ -115,6 +145,7 @@ def test_order_blocks_and_threads_change_no_byte(tmp_path, monkeypatch):
         folders.append(write_granule(tmp_path, image, fmask, replace(FIRST, time=FIRST.time + timedelta(days=day))))
     for statistic, pixel_bytes in (("mean", 26), ("median", 60)):
         settings = {"season": SEASON, "statistic": statistic, "encoding": "digital_numbers"}  # half are negative
+        settings["min_clear"] = 2  # what it costs is in the tags
         monkeypatch.undo()
         first = composite(folders, tmp_path / "a.tif", **settings).path.read_bytes()
         for threads, memory in ((1, 1), (3, pixel_bytes * 256 * 300)):  # blocks of files, all columns
@@ -242,7 +273,7 @@ def test_the_command(world, tmp_path, capsys):
     folders = [str(world[0]), str(tmp_path / "more")]
     out = tmp_path / "out"
     # the tiles lie at 37 north: 1 May to 1 October, so the scene of 31 May and that of 16 September count too
-    assert main([*folders, "--out", str(out), "--season", "2020"]) == 0
+    assert main([*folders, "--out", str(out), "--season", "2020", "--min-clear", "1"]) == 0
     season = Season.parse("2020-05-01/2020-10-01")
     assert composite_path(out, "10SFF", season) == out / "10SFF" / "10SFF_2020-05-01_2020-10-01.tif"
     for tile in ("10SFF", "10SGF"):

@@ -8,10 +8,10 @@ import rasterio
 from rasterio.crs import CRS
 
 from biomass_jax.errors import PrepError, RasterError
-from data_prep.hls.composite import composite, main, without_duplicates
+from data_prep.hls.composite import main, without_duplicates
 from data_prep.hls.granules import find_scenes, open_scene
 from data_prep.synthetic.granule import write_granule
-from tests.data_prep.composite_by_hand import FIRST, SEASON, pair, read
+from tests.data_prep.composite_by_hand import FIRST, SEASON, composite, pair, read
 
 
 def test_of_two_granules_of_one_overpass_the_one_made_last_counts(tmp_path):
@@ -153,7 +153,7 @@ def test_a_composite_without_values_is_refused_unless_asked_for(tmp_path, capsys
         composite(find_scenes(tmp_path / "in"), dst, season=SEASON)
     assert not dst.exists()
     assert composite(find_scenes(tmp_path / "in"), dst, season=SEASON, allow_empty=True).covered == 1
-    command = [str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--season", SEASON.text]
+    command = [str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--season", SEASON.text, "--min-clear", "1"]
     assert main(command) == 1
     assert "1 of 2,000" in capsys.readouterr().err
     assert main([*command, "--allow-empty"]) == 0

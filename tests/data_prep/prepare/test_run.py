@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import h5py
 import pytest
+import rasterio
 
 from biomass_jax.errors import BiomassError, PrepError
 from biomass_jax.runtime.lock import one_writer
@@ -38,6 +39,7 @@ def world(tmp_path_factory):
 def command(out, *more):
     settings = ["season=2020", "chips.size=64", "chips.min_labels=5", "chips.max_nodata=0.3"]
     settings += ["splits.block_km=2", "splits.buffer_m=0", "shards.records_per_shard=4"]
+    settings += ["composite.min_clear=1"]  # of two scenes
     return ["--config", str(CONFIG), "--out", str(out), *(f"--config.{text}" for text in settings), *map(str, more)]
 
 
@@ -78,6 +80,7 @@ def test_shards_open_in_tfds_and_the_report_tells_how_they_came(world, tmp_path,
     told = report(out)
     assert told["errors"] == {}
     assert [told["tiles"][tile]["status"] for tile in TILES] == ["finished", "finished"]
+    assert {told["tiles"][tile]["composite"]["below_min_clear"] for tile in TILES} == {0}
     builder = tfds.builder_from_directory(out / "shards")
     counts = {split: len(builder.as_data_source(split)) for split in builder.info.splits}
     assert counts == told["shards"]["counts"]
@@ -225,6 +228,23 @@ def test_granules_are_discarded_once_used_and_not_missed(world, tmp_path, plain,
     capsys.readouterr()
     assert prepare.main(command(out, "--config.composite.min_clear=2")) == 1
     assert "2 of its inputs were discarded" in capsys.readouterr().err
+
+
+def test_what_min_clear_costs_is_in_the_report_and_on_the_line(world, tmp_path, capsys):
+    out = given(world, tmp_path)
+    line = command(out, "--config.tiles=('10SFF',)", "--config.composite.min_clear=2", "--config.allow_empty=true")
+    assert prepare.main(line) == 0
+    seen = report(out)["tiles"]["10SFF"]["composite"]
+    with rasterio.open(next(out.glob("composites/10SFF/*.tif"))) as dataset:
+        covered, tags = (dataset.read(7) > 0).sum(), dataset.tags()
+    shutil.rmtree(out / "composites")
+    assert prepare.main(command(out, "--config.tiles=('10SFF',)", "--config.allow_empty=true")) == 0
+    with rasterio.open(next(out.glob("composites/10SFF/*.tif"))) as dataset:
+        once = (dataset.read(7) == 1).sum()
+    assert once > 0
+    assert (seen["covered"], seen["min_clear"], seen["below_min_clear"]) == (covered, 2, once)
+    assert json.loads(tags["COMPOSITE"])["counts"]["below_min_clear"] == once
+    assert f"covered, {once / 40000:.1%} less than 2 times clear" in capsys.readouterr().out
 
 
 def test_granules_that_a_link_leads_to_are_left(world, tmp_path):
