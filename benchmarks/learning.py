@@ -3,7 +3,7 @@
 The demo's config is trained three times: on the synthetic forest as it is, with each chip's labels given to
 another chip, and with the labels moved by one pixel. The first has to come below 60 % of the best constant's RMSE,
 the second must not, and the third has to be at least 15 % worse than the first; a picture holds all three with the
-best constant and the noise floor. Make the shards by `make demo`.
+best constant and the limits that the forest is made with. Make the shards by `make demo`.
 """
 
 import argparse
@@ -79,13 +79,13 @@ def main() -> None:
     """Print the table, write JSON and the picture."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shards", default="demo_out/shards", help="of a synthetic forest")
-    parser.add_argument("--plan", type=Path, help="plan.json of the forest, for its noise floor (beside the shards)")
+    parser.add_argument("--plan", type=Path, help="plan.json of the forest, for its limits (beside the shards)")
     parser.add_argument("--epochs", type=int, help="instead of the config's")
     parser.add_argument("--json", type=Path, default=common.FOLDER / "learning.json")
     options = parser.parse_args()
     plan = json.loads((options.plan or Path(options.shards).parent / "plan.json").read_text())
     shutil.rmtree(FOLDER, ignore_errors=True)
-    constant, floor = best_constant(options.shards), plan["noise_floor"]
+    constant, limits = best_constant(options.shards), plan["limits"]
     runs, best = {}, {}
     for variant in VARIANTS:
         runs[variant] = train(options.shards, variant, options.epochs)
@@ -94,8 +94,8 @@ def main() -> None:
     levels = {
         "the best constant": constant,
         "60 % of it": 0.6 * constant,
-        "a model of single pixels (limit)": floor["one_pixel"]["rmse"],
-        "noise floor": floor["best"]["rmse"],
+        "a model of single pixels (limit)": limits["one_pixel"]["rmse"],
+        "a model that knows each pixel (limit)": limits["best"]["rmse"],
     }
     picture = options.json.with_suffix(".png")
     names = [f"labels {variant}" for variant in VARIANTS]

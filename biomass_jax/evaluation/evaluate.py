@@ -33,7 +33,6 @@ log = logging.getLogger(__name__)
 
 DIFFERENCE = "the score of config.bundle less that of config.against, on the same pixels: below 0, its error is smaller"
 BEST_CONSTANT = "the mean label of the scored pixels, predicted everywhere"
-NOISE_FLOOR = "the mean standard error (agbd_se) of the footprints behind the labels, from the data set's metadata"
 
 
 def run(config: ConfigDict, workdir: Path, *, shardings: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -271,7 +270,6 @@ def summarize(
             "rmse": rows[0]["best_constant_rmse"],
             "is": BEST_CONSTANT,
         },
-        "noise_floor": {"rmse": noise_floor(info.metadata), "is": NOISE_FLOOR},
         "interval": {"level": LEVEL, "blocks": rows[0]["blocks"], "blocks_are": blocks.are, "is": interval_of(rows[0])},
         "label": {"name": bundle.meta["output"]["bands"][0], "units": bundle.meta["output"]["units"]},
         "bundle": {"path": str(config.bundle), "weights_sha256": bundle.weights_sha256},
@@ -339,13 +337,6 @@ def interval_of(row: tables.Row) -> str:
     return f"a jackknife that leaves out one of {row['blocks']} blocks at a time, with Student's t"
 
 
-def noise_floor(metadata: dict[str, Any]) -> float | None:
-    """Mean agbd_se in Mg/ha where a data set's metadata has it (`gedi.mean_agbd_se`), else None."""
-    gedi = metadata.get("gedi")
-    value = gedi.get("mean_agbd_se") if isinstance(gedi, dict) else None
-    return None if value is None else float(value)
-
-
 def write(workdir: Path, result: dict[str, Any], scored: tables.Scored, pictures: Sequence[figures.ChipPanel]) -> None:
     """Tables, metrics and pictures, each written beside its place and renamed; those of an earlier run are replaced."""
     rows = result["tables"]
@@ -383,7 +374,7 @@ def draw(workdir: Path, result: dict[str, Any], scored: tables.Scored, pictures:
         f"{name} of the label": [row for row in rows if row["table"] == "label_bin"],
         f"{name} predicted": predicted,
     }
-    references = {"Best constant": result["best_constant"]["rmse"], "Noise floor": result["noise_floor"]["rmse"]}
+    references = {"Best constant": result["best_constant"]["rmse"]}
     bins = figures.error_by_bin(panels, title=title, scores=result, references=references, unit=unit)
     figures.save(workdir / "error_by_bin.png", bins, title)
     if pictures:
@@ -397,9 +388,8 @@ def lines(result: dict[str, Any]) -> list[str]:
     made = [f"{result['experiment']} ({unit}): {result['n']:,} labelled pixels of {result['chips']:,} chips"]
     made.append(_drawn_line(result["data"]["drawn"]))
     made += _table_lines(result["tables"])
-    constant, floor = result["best_constant"], result["noise_floor"]["rmse"]
+    constant = result["best_constant"]
     made.append(f"best constant {constant['value']:.2f}: RMSE {constant['rmse']:.2f} ({constant['is']})")
-    made.append(f"noise floor: {'not known' if floor is None else f'{floor:.2f}'} ({result['noise_floor']['is']})")
     if "against" in result:
         other = result["against"]
         made += [f"against {other['bundle']['path']}:", *_table_lines(other["tables"])]

@@ -7,7 +7,6 @@ That is an index: pixels stay where they are, and `read_record` reads a chip's w
 
 import argparse
 import dataclasses
-import math
 import os
 import warnings
 from collections import Counter
@@ -32,8 +31,7 @@ from data_prep.commands import add_allow_empty, alone_in, command
 from data_prep.hls.composite import find_composites
 from data_prep.settings import ChipSettings
 
-_NO_SHOTS: dict[str, Any] = {"shot_numbers": [], "agbd_se_sum": 0.0, "agbd_se_shots": 0}
-_SHOT_COLUMNS = ("shot_number", "row", "col", "agbd", "agbd_se")
+_SHOT_COLUMNS = ("shot_number", "row", "col", "agbd")
 
 
 def index_tile(
@@ -55,7 +53,7 @@ def index_tile(
         label: Mg/ha on the same grid, -1 for none.
         settings: which cells become chips.
         root: folder to which the index's paths are relative; both rasters lie in it.
-        shots: Parquet table of the shots behind the labels (shot_number uint64, row, col, agbd, agbd_se), or None.
+        shots: Parquet table of the shots behind the labels (shot_number uint64, row, col, agbd), or None.
         biomes: what names the biome at a place; `unknown` without.
 
     Returns:
@@ -89,7 +87,7 @@ def index_tile(
                 counts[fate] += 1
                 if fate == "kept":
                     place = {"row": row, "col": col, "nodata_share": share}
-                    behind = _NO_SHOTS if table is None else table.inside(row, col, size)
+                    behind = {"shot_numbers": [] if table is None else table.inside(row, col, size)}
                     rows.append(place | _label_fields(found) | behind)
         _add_places(rows, pair, Path(root), size, biomes)
     if odd:
@@ -151,16 +149,14 @@ class _ShotTable:
             )
         if table.schema.field("shot_number").type != pa.uint64():
             raise PrepError(f"{path}: shot_number: found {table.schema.field('shot_number').type}, expected uint64")
-        self._number, self._row, self._col, self._agbd, self._se = (table[name].to_numpy() for name in _SHOT_COLUMNS)
+        self._number, self._row, self._col, self._agbd = (table[name].to_numpy() for name in _SHOT_COLUMNS)
         self._width = grid.width
 
-    def inside(self, row: int, col: int, size: int) -> dict[str, Any]:
-        """Shots of a window: shot_numbers, sorted, and the exact sum of agbd_se over those that have one."""
+    def inside(self, row: int, col: int, size: int) -> list[int]:
+        """The numbers of a window's shots, sorted."""
         rows, cols = self._row - row, self._col - col
         here = (rows >= 0) & (rows < size) & (cols >= 0) & (cols < size)
-        errors = self._se[here & np.isfinite(self._se) & (self._se >= 0)].tolist()  # -9999: none
-        numbers = sorted(self._number[here].tolist())
-        return {"shot_numbers": numbers, "agbd_se_sum": math.fsum(errors), "agbd_se_shots": len(errors)}
+        return sorted(self._number[here].tolist())
 
     def leave_out(self, start: int, gone: np.ndarray) -> None:
         """Forget the shots of pixels (rows, width) from row `start` on, whose labels the raster itself takes away."""
@@ -168,8 +164,8 @@ class _ShotTable:
             return
         here = (self._row >= start) & (self._row < start + len(gone))
         here[here] = gone[self._row[here] - start, self._col[here]]
-        columns = (self._number, self._row, self._col, self._agbd, self._se)
-        self._number, self._row, self._col, self._agbd, self._se = (values[~here] for values in columns)
+        columns = (self._number, self._row, self._col, self._agbd)
+        self._number, self._row, self._col, self._agbd = (values[~here] for values in columns)
 
     def check(self, start: int, label: np.ndarray, path: str) -> None:
         """PrepError where the label (rows, width) from row `start` on isn't the mean of the shots in each pixel."""

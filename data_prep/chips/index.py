@@ -31,8 +31,6 @@ COLUMNS = pa.schema(
         ("label_max", pa.float64()),
         ("label_counts", pa.list_(pa.int32())),  # in the bins of LABEL_EDGES
         ("shot_numbers", pa.list_(pa.uint64())),
-        ("agbd_se_sum", pa.float64()),  # Mg/ha, over those of its shots that have one
-        ("agbd_se_shots", pa.int32()),  # how many these are
         ("composite", pa.string()),
         ("label", pa.string()),
         ("season", pa.string()),

@@ -1,11 +1,10 @@
 """The chips that go into shards: calls that read one each, and what is known of how they were made."""
 
 import json
-import math
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -70,8 +69,7 @@ def index_metadata(index: Path) -> dict[str, Any]:
 
     Returns:
         {chips, split, composite, gedi, sources}: `composite` and `gedi` are settings that all rasters share (a list,
-        with a warning, where they don't), `gedi` with the counts of all label rasters added up and `mean_agbd_se`,
-        Mg/ha over the shots behind the chips' labels (left out where no shot has one); `sources` has what
+        with a warning, where they don't), `gedi` with the counts of all label rasters added up; `sources` has what
         differs: scenes and counts of each composite, orbits and counts of each label raster.
 
     Raises:
@@ -95,19 +93,12 @@ def index_metadata(index: Path) -> dict[str, Any]:
         sources[path] = {"granules": made.get("gedi", {}).get("granules", []), "counts": made.get("counts", {})}
     shared = _shared(gedi, "labels")
     if isinstance(shared, dict):
-        shared |= {"counts": dict(counts)} | _mean_agbd_se(rows)
+        shared |= {"counts": dict(counts)}
     return chip_index.read_metadata(index) | {
         "composite": _shared({path: _without(made, "counts") for path, (_, made) in composites.items()}, "composites"),
         "gedi": shared,
         "sources": sources,
     }
-
-
-def _mean_agbd_se(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """{mean_agbd_se} of the shots of chips, {} where none has an agbd_se; the same for any order of chips."""
-    rows = list(rows)
-    shots = sum(row["agbd_se_shots"] for row in rows)
-    return {"mean_agbd_se": math.fsum(row["agbd_se_sum"] for row in rows) / shots} if shots else {}
 
 
 def _tags(path: Path, settings: str) -> tuple[dict[str, str], dict[str, Any]]:

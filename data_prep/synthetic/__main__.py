@@ -43,14 +43,14 @@ def main(argv: list[str] | None = None) -> None:
         elif args.world == "forest":
             from data_prep.synthetic.forest.world import write_forest_world
 
-            floor = write_forest_world(args.out, seed=args.seed, **size)["noise_floor"]
+            limits = write_forest_world(args.out, seed=args.seed, **size)["limits"]
             print(args.out / "plan.json")
             for name, words in {
                 "best": "no model can pass",
                 "one_pixel": "a model of single pixels can't pass",
             }.items():
                 print(
-                    f"{words}: R2 {{r2:.3f}}, RMSE {{rmse:.1f}} Mg/ha, R2 of logs {{r2_log:.3f}}".format(**floor[name])
+                    f"{words}: R2 {{r2:.3f}}, RMSE {{rmse:.1f}} Mg/ha, R2 of logs {{r2_log:.3f}}".format(**limits[name])
                 )
         else:
             print(write_scene(args.out, seed=args.seed, **size))

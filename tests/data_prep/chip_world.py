@@ -1,6 +1,5 @@
 """Small folders of prepared data for tests: composites, labels and shots, written with rasterio alone."""
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -54,17 +53,12 @@ def write_tile(
     for row, col in {(row, col) for _, row, col, _ in shots}:
         label[row, col] = np.mean([agbd for _, r, c, agbd in shots if (r, c) == (row, col)])
     labels = write_tif(root / "labels" / tile / f"{stem}_agbd.tif", label[None], crs, transform, nodata=-1)
-    columns = zip(*(shot + (agbd_se(shot[0]),) for shot in shots), strict=True) if shots else ((),) * 5
-    types = (pa.uint64(), pa.int32(), pa.int32(), pa.float32(), pa.float32())
+    columns = zip(*shots, strict=True) if shots else ((),) * 4
+    types = (pa.uint64(), pa.int32(), pa.int32(), pa.float32())
     arrays = [pa.array(values, kind) for values, kind in zip(columns, types, strict=True)]
     table = labels.with_suffix(".parquet")
-    pq.write_table(pa.table(arrays, names=["shot_number", "row", "col", "agbd", "agbd_se"]), table)
+    pq.write_table(pa.table(arrays, names=["shot_number", "row", "col", "agbd"]), table)
     return composite, labels, table
-
-
-def agbd_se(number: int) -> float:
-    """A shot's standard error, eighths from 3 to 5.875 Mg/ha; every fifth shot has none."""
-    return (math.nan, -9999.0)[number % 2] if number % 5 == 0 else 3 + number % 24 / 8
 
 
 def scattered(

@@ -106,8 +106,8 @@ def test_files_hold_what_was_found(result):
     said = "\n".join(evaluate.lines(found))
     assert f"{found['rmse']:.2f}" in said
     assert "best constant" in said
-    assert "noise floor: not known" in said
-    assert found["noise_floor"]["rmse"] is None
+    assert "floor" not in said
+    assert not [name for name in found if "floor" in name]
 
 
 def same(one, other):
@@ -330,12 +330,6 @@ def test_the_table_says_how_the_test_chips_were_drawn(model, world, tmp_path):
         )
     assert evaluate.how_drawn({}) is None
     assert found["data"]["drawn"] is None and "split: not known how it was drawn" in evaluate.lines(found)
-
-
-def test_the_noise_floor_comes_from_the_metadata():
-    assert evaluate.noise_floor({"gedi": {"mean_agbd_se": 8.25}}) == 8.25
-    assert evaluate.noise_floor({"gedi": [{"mean_agbd_se": 8.25}]}) is None  # rasters made differently
-    assert evaluate.noise_floor({}) is None
 
 
 def stub(names, apply, task="biomass"):

@@ -75,7 +75,7 @@ def test_error_by_bin_draws_scores_intervals_and_references():
     )
     rows = [row("0-100", 30.0, 12.0), row("100-200", 50.0, -20.0, interval=False), empty]
     tables = {"Bin of label": rows, "Bin of prediction": rows[:2]}
-    references = {"Best constant": 88.8, "Noise floor": None}
+    references = {"Best constant": 88.8, "Another": None}
     figure = figures.error_by_bin(tables, title="a", scores=SCORES, references=references)
     assert inside(figure)
     left, right = figure.axes

@@ -6,7 +6,7 @@
     tiles.NAME           epsg, transform, scenes [granule]
     gedi                 names of the files
     shots, kept          how many there are, how many a recommended set of filters keeps
-    noise_floor          of the kept shots' labels (mean of a pixel's shots): `best` knows the mean biomass of every
+    limits               of the kept shots' labels (mean of a pixel's shots): `best` knows the mean biomass of every
                          pixel exactly, `one_pixel` only the colour of the label's own pixel, without noise; each with
                          r2, rmse (Mg/ha) and r2_log (of log biomass)
 """
@@ -71,7 +71,7 @@ def write_forest_world(
     area = (shape[0], step * (tiles - 1) + shape[1])
     shots, plan["gedi"] = _write_orbits(out / "granules" / "gedi", forest, area)
     plan["shots"], plan["kept"] = len(shots["kept"]), int(shots["kept"].sum())
-    plan["noise_floor"] = _noise_floor(forest, shots, area)
+    plan["limits"] = _limits(forest, shots, area)
     write_json(out / "plan.json", plan, indent=1)
     return plan
 
@@ -169,7 +169,7 @@ def _measure(biomass: Floats, rng: np.random.Generator) -> dict[str, NDArray[Any
     }
 
 
-def _noise_floor(forest: Forest, shots: Mapping[str, np.ndarray], area: tuple[int, int]) -> dict[str, dict[str, float]]:
+def _limits(forest: Forest, shots: Mapping[str, np.ndarray], area: tuple[int, int]) -> dict[str, dict[str, float]]:
     """The scores that no model can pass, as `plan.json` has them; the area is (H, W) pixels from `LEFT`, `TOP` on."""
     keep = shots["kept"]
     cols = np.floor((shots["x"][keep] - LEFT) / PIXEL_M).astype(np.int64)

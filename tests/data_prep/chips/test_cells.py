@@ -19,7 +19,7 @@ from data_prep.chips import index as chip_index
 from data_prep.chips import splits
 from data_prep.chips.windows import ChipReader, read_record
 from data_prep.settings import ChipSettings, SplitSettings
-from tests.data_prep.chip_world import BANDS, SEASON, SIZE, agbd_se, ramp, scattered, write_tif, write_tile
+from tests.data_prep.chip_world import BANDS, SEASON, SIZE, ramp, scattered, write_tif, write_tile
 
 HEIGHT, WIDTH = 53, 70  # 3 x 4 cells of 16 px; 5 rows and 6 columns are left over
 TILE = "10SFF"
@@ -79,9 +79,6 @@ def test_numbers_of_a_chip_are_those_of_its_shots(world):
         assert row["label_counts"].tolist() == expected
         assert row["shot_numbers"].dtype == np.uint64
         assert row["shot_numbers"].tolist() == sorted(s[0] for s in inside)  # exact above 2**53
-        errors = [agbd_se(number) for number in row["shot_numbers"].tolist() if number % 5]
-        assert (row["agbd_se_sum"], row["agbd_se_shots"]) == (sum(errors), len(errors))
-        assert 0 < len(errors) < len(inside)
 
 
 def test_limits_are_inclusive(world):
@@ -236,8 +233,8 @@ def test_shots_that_contradict_the_labels_are_refused(world):
     pq.write_table(as_float, table)
     with pytest.raises(PrepError, match="shot_number: found double, expected uint64"):
         index(world)
-    pq.write_table(changed.drop_columns(["agbd_se"]), table)
-    with pytest.raises(PrepError, match=r"without agbd_se; run .python -m data_prep labels. again"):
+    pq.write_table(changed.drop_columns(["agbd"]), table)
+    with pytest.raises(PrepError, match=r"without agbd; run .python -m data_prep labels. again"):
         index(world)
 
 

@@ -163,19 +163,19 @@ def test_labels_fit_the_image_only_where_they_lie(composite, label):
 
 def test_neighbours_tell_more_than_one_pixel_can(composite, label, plan):
     alone, around = (r2(composite, label, n, log=False) for n in (((0, 0),), ((0, 0), (1, 0), (-1, 0), (2, 0))))
-    assert alone < plan["noise_floor"]["one_pixel"]["r2"] + 0.01
-    assert around > plan["noise_floor"]["one_pixel"]["r2"] + 0.03
-    assert around < plan["noise_floor"]["best"]["r2"]
+    assert alone < plan["limits"]["one_pixel"]["r2"] + 0.01
+    assert around > plan["limits"]["one_pixel"]["r2"] + 0.03
+    assert around < plan["limits"]["best"]["r2"]
 
 
-def test_the_noise_floor_is_that_of_the_files(label, plan):
+def test_the_limits_are_those_of_the_files(label, plan):
     truth = Forest(1).pixel_biomass(LEFT, TOP, SHAPE)
     has = np.isfinite(label)
     error = label[has] - truth[has]
-    assert plan["noise_floor"]["best"]["rmse"] == pytest.approx(np.sqrt((error**2).mean()), rel=1e-3)
-    assert plan["noise_floor"]["best"]["r2"] == pytest.approx(1 - (error**2).mean() / label[has].var(), abs=2e-4)
-    assert 0.93 < plan["noise_floor"]["best"]["r2"] < 0.99
-    assert plan["noise_floor"]["one_pixel"]["r2"] < plan["noise_floor"]["best"]["r2"] - 0.06
+    assert plan["limits"]["best"]["rmse"] == pytest.approx(np.sqrt((error**2).mean()), rel=1e-3)
+    assert plan["limits"]["best"]["r2"] == pytest.approx(1 - (error**2).mean() / label[has].var(), abs=2e-4)
+    assert 0.93 < plan["limits"]["best"]["r2"] < 0.99
+    assert plan["limits"]["one_pixel"]["r2"] < plan["limits"]["best"]["r2"] - 0.06
 
 
 def test_noise_has_the_standard_error_that_shots_carry(world):
@@ -212,17 +212,17 @@ def test_a_seed_gives_the_same_bytes_and_neighbouring_tiles_share_their_ground(t
     assert len(files) == 1 + 2 * 2 * 7 + len(first["gedi"])
     for path in files:
         assert (tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes(), path
-    assert write_forest_world(tmp_path / "c", seed=6, **options)["noise_floor"] != first["noise_floor"]
+    assert write_forest_world(tmp_path / "c", seed=6, **options)["limits"] != first["limits"]
     lefts = [first["tiles"][tile]["transform"][2] for tile in TILES[:2]]
     assert lefts[1] - lefts[0] == 30 * (90 - 36)
 
 
-def test_command_line_prints_the_noise_floor(tmp_path, capsys):
+def test_command_line_prints_the_limits(tmp_path, capsys):
     main(["--out", str(tmp_path), "--world", "forest", "--size", "64x90"])
     plan = json.loads((tmp_path / "plan.json").read_text())
     printed = capsys.readouterr().out
     for name in ("best", "one_pixel"):
-        scores = plan["noise_floor"][name]
+        scores = plan["limits"][name]
         assert f"R2 {scores['r2']:.3f}, RMSE {scores['rmse']:.1f} Mg/ha, R2 of logs {scores['r2_log']:.3f}" in printed
     for options in ({"tiles": 4}, {"scenes": 0}, {"shape": (31, 64)}):
         with pytest.raises(ValueError, match="can't be made; expected 1 to 3 tiles of at least 32 x 32"):
