@@ -63,7 +63,6 @@ def write_orbit(path: Path) -> Path:
             "lat_lowestmode": 20 + 32 * along,
             "lon_lowestmode": -140 + 35 * along + 0.005 * number,
             "agbd": rng.gamma(2, 50, BEAM_SHOTS),
-            "agbd_se": rng.uniform(5, 17, BEAM_SHOTS),
             "l4_quality_flag": (rng.random(BEAM_SHOTS) < 2 / 3).astype(np.uint8),
         }
     return write_gedi(path, beams)

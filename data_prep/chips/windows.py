@@ -80,10 +80,11 @@ class TilePair(ExitStack[None]):
             )
         self.grid, found = self._image.grid, grid_of(self._label)
         count = self._label.count - (ColorInterp.alpha in self._label.colorinterp)
-        if count != 1 or not found.same_as(self.grid):
+        self._sigma = count == 2 and self._label.descriptions[1] == "agbd_sigma"
+        if count != 1 + self._sigma or not found.same_as(self.grid):
             raise PrepError(
                 f"{self.label_path}: found {count} band(s) of {found.describe()}, expected one on the "
-                f"composite's grid: {self.grid.describe()}"
+                f"composite's grid, or agbd and agbd_sigma: {self.grid.describe()}"
             )
         self.epsg = epsg_code(self.grid.crs, str(self.composite))
 

@@ -23,6 +23,7 @@ COLUMNS: dict[str, pa.DataType] = {
     "beam": pa.string(),
     "agbd": pa.float32(),
     "agbd_se": pa.float32(),
+    "agbd_sigma": pa.float32(),  # Mg/ha, NaN where there is none
     "sensitivity": pa.float32(),
     "l4_quality_flag": pa.uint8(),
     "degrade_flag": pa.uint8(),
@@ -31,6 +32,7 @@ COLUMNS: dict[str, pa.DataType] = {
     "leaf_off_flag": pa.uint8(),
     "granule": pa.string(),
 }
+_LATER = {"agbd_sigma": np.nan}  # columns that tables of earlier versions lack, and what stands there then
 _POINT = np.dtype([("order", "u1"), ("kind", "<u4"), ("x", "<f8"), ("y", "<f8")])  # well-known binary, 21 bytes
 
 
@@ -81,10 +83,15 @@ def read_footprints(path: str | os.PathLike[str], *, box: Box | None = None) -> 
             if box is not None and not _meets(schema, box):
                 table = schema.empty_table()
             else:
-                table = file.read(columns=list(COLUMNS))
+                table = file.read(columns=[name for name in COLUMNS if name in schema.names])
     except (OSError, pa.ArrowException) as error:
         raise PrepError(f"{path}: can't be read as a footprint table (Parquet): {error}") from error
-    columns = {name: _array(table.column(name), kind) for name, kind in COLUMNS.items()}
+    columns = {
+        name: _array(table.column(name), kind)
+        if name in schema.names
+        else np.full(len(table), _LATER[name], np.float32)
+        for name, kind in COLUMNS.items()
+    }
     if box is None:
         return columns
     kept = in_box(columns["lon"], columns["lat"], box)
@@ -130,6 +137,8 @@ def _box(lon: np.ndarray, lat: np.ndarray) -> Box | None:
 
 def _check_schema(schema: pa.Schema, path: Path) -> None:
     for name, kind in COLUMNS.items():
+        if name not in schema.names and name in _LATER:
+            continue
         if name not in schema.names or schema.field(name).type != kind:
             found = schema.field(name).type if name in schema.names else "nothing"
             raise PrepError(

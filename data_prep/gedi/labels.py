@@ -27,6 +27,7 @@ from data_prep.season import Season
 from data_prep.settings import LabelSettings
 
 NO_LABEL = -1.0
+BANDS = ("agbd", "agbd_sigma")  # of a label raster; those of earlier versions have the first alone
 ShotOwner = Literal["nearest", "all"]
 _ROWS = 512  # read at once
 _ANY = "digital_numbers"  # of composites no value is used here, whatever it means
@@ -36,6 +37,7 @@ _SHOTS = {  # columns of the table beside a raster
     "col": pa.int32(),
     "agbd": pa.float32(),
     "agbd_se": pa.float32(),
+    "agbd_sigma": pa.float32(),
 }
 
 
@@ -44,14 +46,17 @@ class Labels(NamedTuple):
 
     Attributes:
         label: (H, W) float32, mean agbd in Mg/ha of the shots in each pixel, -1 where there is none.
-        shots: the shots used, sorted by shot_number: shot_number uint64, row, col int32, agbd, agbd_se float32,
-            granule. agbd_se is as given: NaN or -9999 where there is none.
+        sigma: (H, W) float32, error of that mean, sqrt(sum of agbd_sigma ** 2) / n over the n shots of a pixel, as if
+            their errors were independent; Mg/ha, -1 where a shot has no agbd_sigma and where there is no label.
+        shots: the shots used, sorted by shot_number: shot_number uint64, row, col int32, agbd, agbd_se, agbd_sigma
+            float32, granule. agbd_se is as given: NaN or -9999 where there is none; agbd_sigma is NaN then.
         counts: `shots` given; dropped, each under the first that fits: `repeated` (a shot_number again),
-            `other_season`, `outside` the grid, `other_tile` (a neighbour owns it), `no_data`; `used`; `pixels` with a
-            label.
+            `other_season`, `outside` the grid, `other_tile` (a neighbour owns it), `no_data`; `used`; those of them
+            `without_sigma`; `pixels` with a label.
     """
 
     label: np.ndarray
+    sigma: np.ndarray
     shots: dict[str, np.ndarray]
     counts: dict[str, int]
 
@@ -161,10 +166,11 @@ def label_raster(
         others = owner_tile(table["lon"], table["lat"], _neighbours(tile, grid, tiles)) != tile
     table = _drop(table, others, counts, "other_tile")
     table = _drop(table, ~valid[table["row"], table["col"]], counts, "no_data")
-    label = _means(table, grid)
-    counts |= {"used": len(table["agbd"]), "pixels": int((label != NO_LABEL).sum())}
+    label, sigma = _means(table, grid)
+    counts |= {"used": len(table["agbd"]), "without_sigma": int((~(table["agbd_sigma"] >= 0)).sum())}
+    counts["pixels"] = int((label != NO_LABEL).sum())
     kinds = {name: kind.to_pandas_dtype() for name, kind in _SHOTS.items()} | {"granule": object}
-    return Labels(label, {name: table[name].astype(kind) for name, kind in kinds.items()}, counts)
+    return Labels(label, sigma, {name: table[name].astype(kind) for name, kind in kinds.items()}, counts)
 
 
 def _sorted(footprints: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -174,7 +180,7 @@ def _sorted(footprints: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     if (numbers[order][1:] == numbers[order][:-1]).any():
         granules, latest = np.unique(footprints["granule"].astype(str), return_inverse=True)
         order = np.lexsort((len(granules) - latest.reshape(-1), numbers))
-    names = ("shot_number", "lon", "lat", "time", "agbd", "agbd_se", "granule")
+    names = ("shot_number", "lon", "lat", "time", "agbd", "agbd_se", "agbd_sigma", "granule")
     return {name: footprints[name][order] for name in names}
 
 
@@ -190,13 +196,20 @@ def _neighbours(tile: str, grid: Grid, tiles: Mapping[str, Grid]) -> dict[str, G
     return {name: other for name, other in tiles.items() if name == tile or boxes_meet(box, grid_box(other))}
 
 
-def _means(table: Mapping[str, np.ndarray], grid: Grid) -> np.ndarray:
-    """(H, W) float32; sums run in float64 in the order of the shots, so they don't depend on how these were given."""
+def _means(table: Mapping[str, np.ndarray], grid: Grid) -> tuple[np.ndarray, np.ndarray]:
+    """(H, W) float32 each, means and their errors; sums run in float64 in the order of the shots, however given."""
     pixels, place = np.unique(table["row"] * grid.width + table["col"], return_inverse=True)
-    sums = np.bincount(place.reshape(-1), weights=table["agbd"].astype(np.float64), minlength=len(pixels))
-    label = np.full(grid.height * grid.width, NO_LABEL, np.float32)
-    label[pixels] = sums / np.bincount(place.reshape(-1), minlength=len(pixels))
-    return label.reshape(grid.height, grid.width)
+    shots = np.bincount(place.reshape(-1), minlength=len(pixels))
+
+    def over_shots(values: np.ndarray) -> np.ndarray:
+        return np.bincount(place.reshape(-1), weights=values.astype(np.float64), minlength=len(pixels)) / shots
+
+    found = np.full((2, grid.height * grid.width), NO_LABEL, np.float32)
+    found[0, pixels] = over_shots(table["agbd"])
+    errors = np.sqrt(over_shots(np.square(table["agbd_sigma"], dtype=np.float64)) / shots)
+    found[1, pixels] = np.where(np.isnan(errors), NO_LABEL, errors)
+    label, sigma = found.reshape(2, grid.height, grid.width)
+    return label, sigma
 
 
 class Composite(NamedTuple):
@@ -246,6 +259,8 @@ def write_labels(
 ) -> tuple[Path, dict[str, int]]:
     """Write `folder/{tile}/{tile}_{start}_{end}_agbd.tif` and the table of its shots, `.parquet`, beside it.
 
+    Band 1 of the raster holds the labels, band 2 their errors, see `Labels`.
+
     Args:
         composite: a file of data_prep.composite.
         footprints: footprint tables; of them only shots in the box around the composite are read and counted.
@@ -276,6 +291,7 @@ def write_labels(
         "step": "labels",
         "pixel": "contains the centre",
         "statistic": "mean",
+        "sigma": "sqrt(sum of squares) / number of shots",
         "shot_owner": shot_owner,
         "seasons": [season.text for season in seasons],
         "tiles": sorted(_neighbours(image.tile, image.grid, tiles)) if tiles is not None else [image.tile],
@@ -289,7 +305,9 @@ def write_labels(
     write_table(pa.Table.from_pydict(made.shots, schema), dst.with_suffix(".parquet"))
     tags = {"TILE": image.tile, "SEASON": image.season.text, "SENSORS": image.sensors}
     tags["LABELS"] = json.dumps(settings, sort_keys=True)
-    write_cog(dst, [made.label[None]], image.grid, "float32", ["agbd"], NO_LABEL, tags, units=["Mg ha-1"])
+    write_cog(
+        dst, [np.stack([made.label, made.sigma])], image.grid, "float32", BANDS, NO_LABEL, tags, units=["Mg ha-1"] * 2
+    )
     return dst, made.counts
 
 

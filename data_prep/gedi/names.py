@@ -34,10 +34,10 @@ class Field(NamedTuple):
 
     datasets: dict[int, str | None]  # its dataset's path below the beam, by product version; None where one has none
     dtype: np.dtype  # what it is held as here
-    missing: float | None  # stands where a file lacks the dataset; None for those that no table can do without
+    missing: float | bytes | None  # stands where a file lacks the dataset; None for those that no table can do without
 
 
-def _field(dtype: str, missing: float | None, *paths: str | None) -> Field:
+def _field(dtype: str, missing: float | bytes | None, *paths: str | None) -> Field:
     """A field with one path for both versions, or one for each."""
     return Field({2: paths[0], 3: paths[-1]}, np.dtype(dtype), missing)
 
@@ -56,6 +56,10 @@ FIELDS: dict[str, Field] = {
     "selected_algorithm": _field("u1", 255, "selected_algorithm"),
     "pft_class": _field("u1", 255, "land_cover_data/pft_class"),
     "leaf_off_flag": _field("u1", 255, "land_cover_data/leaf_off_flag"),
+    # read for agbd_sigma
+    "agbd_t": _field("f4", np.nan, "agbd_t"),
+    "agbd_t_se": _field("f4", np.nan, "agbd_t_se"),
+    "predict_stratum": _field("S16", b"", "predict_stratum"),
     # read for filters only
     "water_persistence": _field("u1", 255, "land_cover_data/landsat_water_persistence"),
     "urban_proportion": _field("u1", 255, "land_cover_data/urban_proportion"),

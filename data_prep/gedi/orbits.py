@@ -20,6 +20,7 @@ from data_prep.commands import add_allow_empty, command, refuse_beside_prepare
 from data_prep.gedi.filters import DEFAULT, EPOCH, Step, Table, as_dict, steps
 from data_prep.gedi.footprints import write_footprints
 from data_prep.gedi.names import BEAMS, COLUMNS, EXAMPLE, FIELDS, NO_VALUE, Product, naming, other_product, product_of
+from data_prep.gedi.sigma import FAULTS, INPUTS, NO_SLOPE, StratumModel, agbd_sigma, read_models
 from data_prep.places import Box, check_box, grid_box, grid_centre, in_box, tile_grid
 from data_prep.season import Season, resolve_season
 from data_prep.settings import Filters
@@ -33,18 +34,20 @@ class Orbit(NamedTuple):
 
     Attributes:
         footprints: columns (N,) sorted by shot_number: shot_number uint64, lon, lat float64 degrees, time
-            datetime64[us] UTC, beam, agbd, agbd_se float32 Mg/ha, sensitivity, l4_quality_flag, degrade_flag,
-            selected_algorithm, pft_class, leaf_off_flag, granule.
+            datetime64[us] UTC, beam, agbd, agbd_se, agbd_sigma (NaN where there is none) float32, sensitivity,
+            l4_quality_flag, degrade_flag, selected_algorithm, pft_class, leaf_off_flag, granule.
         counts: shots left after each step, in order: `shots` (all), `placed` where any lacks a value that is
             needed, as a place or a time, `box` where there is one, then each enabled filter.
         product: what the granule's name tells.
         skipped: beam -> why it can't be used.
+        without_sigma: why footprints have no agbd_sigma -> how many, see `sigma.FAULTS`.
     """
 
     footprints: dict[str, np.ndarray]
     counts: dict[str, int]
     product: Product
     skipped: dict[str, str]
+    without_sigma: dict[str, int]
 
 
 def read_granule(
@@ -58,7 +61,7 @@ def read_granule(
 
     With a box, coordinates are read first, and of everything else only the chunks that hold a shot inside it. What is
     left out is told by warnings (UserWarning): beams that lack something, shots without a number, place or time, a
-    filter that leaves nothing.
+    filter that leaves nothing, what agbd_sigma can't be made without.
 
     Args:
         path: GEDI L4A file, version 2, 2.1 or 3.
@@ -72,13 +75,13 @@ def read_granule(
     path, box = Path(path), None if bbox is None else check_box(bbox)
     with _opened(path) as file:
         groups, skipped = _beams(file, path)
-        product = _product(file, path, filters)
+        product, models = _product(file, path, filters), read_models(file)
         version = max(map(naming, groups.values()), default=2)
         chain = steps(filters, naming=version, release=product.release, seasons=season)
         beams: dict[str, _Beam] = {}
         for name, group in groups.items():
             try:
-                beams[name] = _read_beam(group, version, chain, box)
+                beams[name] = _read_beam(group, version, chain, box, models)
             except _Unusable as why:
                 skipped[name] = str(why)
     skipped = {name: skipped[name] for name in sorted(skipped)}
@@ -98,7 +101,8 @@ def read_granule(
             f"{path.name}: max_relative_se removes low biomass, not bad shots, because agbd_se is nearly constant; "
             f"{counts['max_relative_se']} shots are left"
         )
-    return Orbit(_footprints(table, product.granule), counts, product, skipped)
+    without_sigma = _without_sigma(table.pop("sigma_fault"), path)
+    return Orbit(_footprints(table, product.granule), counts, product, skipped, without_sigma)
 
 
 def convert_granule(
@@ -117,7 +121,7 @@ def convert_granule(
     Raises:
         PrepError: as `read_granule` and `write_footprints`.
     """
-    footprints, counts, product, skipped = read_granule(path, bbox=bbox, season=season, filters=filters)
+    footprints, counts, product, skipped, without = read_granule(path, bbox=bbox, season=season, filters=filters)
     metadata = {
         "step": "gedi",
         "product": "GEDI_L4A",
@@ -127,6 +131,7 @@ def convert_granule(
         "filters": as_dict(filters),
         "counts": [[name, count] for name, count in counts.items()],  # their order tells
         "skipped_beams": skipped,
+        "without_sigma": without,
         "season": [one.text for one in season or ()],
         "box": None if bbox is None else list(check_box(bbox)),
     }
@@ -254,7 +259,9 @@ class _Beam(NamedTuple):
     absent: tuple[str, ...]  # fields without a dataset, which nothing needs
 
 
-def _read_beam(beam: h5py.Group, version: int, chain: list[Step], box: Box | None) -> _Beam:
+def _read_beam(
+    beam: h5py.Group, version: int, chain: list[Step], box: Box | None, models: dict[bytes, StratumModel]
+) -> _Beam:
     """A beam's columns. _Unusable where something that is needed is absent, or isn't what it has to be."""
     needed = {
         field: f"filter {step.name} needs; get the whole granule, or turn that filter off"
@@ -262,8 +269,8 @@ def _read_beam(beam: h5py.Group, version: int, chain: list[Step], box: Box | Non
         for field in step.needs
     }
     needed |= dict.fromkeys((field for field in COLUMNS if FIELDS[field].missing is None), "is needed")
-    found = {field: _dataset(beam, field, version) for field in dict.fromkeys([*COLUMNS, *needed])}
-    absent = tuple(field for field, dataset in found.items() if dataset is None)
+    found = {field: _dataset(beam, field, version) for field in dict.fromkeys([*COLUMNS, *INPUTS, *needed])}
+    absent = [field for field, dataset in found.items() if dataset is None]
     for field in absent:
         if field in needed:
             raise _Unusable(f"{_name(beam)} has no dataset {FIELDS[field].datasets[version]}, which {needed[field]}")
@@ -285,8 +292,11 @@ def _read_beam(beam: h5py.Group, version: int, chain: list[Step], box: Box | Non
             whole &= known | (field not in needed)
     whole &= (table["shot_number"] > 0) & (table["delta_time"] > 0) & (table["delta_time"] < _LATEST)
     table["beam"] = np.full(len(rows), _name(beam))
+    t, t_se, strata = map(table.pop, INPUTS)
+    table["agbd_sigma"], table["sigma_fault"] = agbd_sigma(t, t_se, strata, models)
+    absent = [field for field in absent if field not in INPUTS]  # told with the shots that have no agbd_sigma
     dropped = int((~placed).sum() + (~whole).sum())
-    return _Beam({name: values[whole] for name, values in table.items()}, len(lon), len(lon) - dropped, absent)
+    return _Beam({name: values[whole] for name, values in table.items()}, len(lon), len(lon) - dropped, tuple(absent))
 
 
 def _dataset(beam: h5py.Group, field: str, version: int) -> h5py.Dataset | None:
@@ -298,7 +308,7 @@ def _dataset(beam: h5py.Group, field: str, version: int) -> h5py.Dataset | None:
         kind = found.dtype
     except TypeError as error:  # HDF5 has types that NumPy hasn't
         raise _Unusable(f"{_name(found)}: {error}, expected {FIELDS[field].dtype}") from error
-    wanted = "iu" if FIELDS[field].dtype.kind == "u" else "iuf"
+    wanted = {"u": "iu", "f": "iuf", "S": "SO"}[FIELDS[field].dtype.kind]
     if kind.kind not in wanted or (field == "shot_number" and kind.itemsize != 8):
         raise _Unusable(f"{_name(found)} is {kind}, expected {FIELDS[field].dtype}")
     return found
@@ -366,9 +376,19 @@ def _joined(beams: dict[str, _Beam], version: int, path: Path) -> tuple[dict[str
         lacking = ", ".join(name for name, beam in beams.items() if field in beam.absent)
         _warn(
             f"{path.name}: no dataset {FIELDS[field].datasets[version]} in {lacking}: column {field} holds "
-            f"{FIELDS[field].missing} there"
+            f"{FIELDS[field].missing!r} there"
         )
     return counts, table
+
+
+def _without_sigma(fault: np.ndarray, path: Path) -> dict[str, int]:
+    """How many footprints have no agbd_sigma for which reason; a warning where something can't be known."""
+    found = {why: int((fault == number).sum()) for number, why in enumerate(FAULTS) if number}
+    found = {why: count for why, count in found.items() if count}
+    told = ", ".join(f"{count} of {len(fault)} {why}" for why, count in found.items() if why != NO_SLOPE)
+    if told:
+        _warn(f"{path.name}: agbd_sigma is NaN for shots {told}; get the whole granule if you need it")
+    return found
 
 
 def _footprints(table: Table, granule: str) -> dict[str, np.ndarray]:
@@ -378,7 +398,7 @@ def _footprints(table: Table, granule: str) -> dict[str, np.ndarray]:
     # rounded down, so that a time before a season's end stays before it
     table["time"] = np.datetime64(EPOCH, "us") + np.floor(table["delta_time"] * 1e6).astype("timedelta64[us]")
     table["granule"] = np.full(len(order), granule, object)
-    names = ("shot_number", "lon", "lat", "time", "beam", *COLUMNS[4:], "granule")
+    names = ("shot_number", "lon", "lat", "time", "beam", *COLUMNS[4:6], "agbd_sigma", *COLUMNS[6:], "granule")
     return {name: table[name] for name in names}
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from biomass_jax.runtime.files import replacing
 from data_prep.gedi.names import BEAMS, FULL_POWER_BEAMS
+from data_prep.gedi.sigma import BACK_TRANSFORMS
 
 EPOCH = datetime(2018, 1, 1)  # of delta_time, UTC
 CHUNK = 14200  # shots, as in the real files
@@ -19,6 +20,19 @@ _SUB_ORBIT = 2  # the quarter of each orbit
 _TEXT = h5py.string_dtype()
 _COORDINATES = "delta_time lat_lowestmode lon_lowestmode"
 _ALGORITHMS = (1, 2, 10)  # the real files have seven
+_ALPHA_QUANTILE = 1.6448536269514722  # of the normal distribution, for the product's intervals of 90 %
+_PFT = {1: "ENT", 2: "EBT", 3: "DNT", 4: "DBT", 5: "GSW", 6: "GSW", 11: "GSW"}
+_REGIONS = {1: "Eu", 2: "NAs", 3: "Au", 4: "Af", 5: "SAs", 6: "SA", 7: "NAm"}
+# of each plant functional type: bias correction, residual standard error in square roots of Mg/ha, degrees of freedom
+_FITS = {
+    "DBT": (1.0524216, 3.1269765, 2279),
+    "EBT": (1.1133657, 3.9209127, 4811),
+    "ENT": (1.0125337, 3.3100748, 1983),
+    "DNT": (1.0183679, 3.292492, 1983),
+    "GSW": (1.1181948, 1.6262748, 87),
+}
+_PAR = (-124.83228302, 12.42630959)  # of t on xvar, for all of them
+_WIDER = 1.004  # agbd_t_se over the residual standard error, of a footprint like those of the fit
 
 # dataset -> (dtype, value where the caller gives none, units, long name); `/` goes into a subgroup
 _DATASETS: dict[str, tuple[Any, Any, str, str]] = {
@@ -40,7 +54,7 @@ _DATASETS: dict[str, tuple[Any, Any, str, str]] = {
     "lon_lowestmode": ("f8", 0, "degrees", "Longitude of the lowest mode"),
     "master_frac": ("f8", 0, "s", "Fraction component of shot time"),
     "master_int": ("u4", 0, "s", "Integer component of shot time"),
-    "predict_stratum": (_TEXT, "GSW_NAm", "-", "Prediction stratum identifier"),
+    "predict_stratum": (_TEXT, "", "-", "Prediction stratum identifier"),
     "predictor_limit_flag": ("u1", 255, "-", "Predictor is outside the bounds of the training data"),
     "response_limit_flag": ("u1", 255, "-", "Prediction is outside the bounds of the training data"),
     "selected_algorithm": ("u1", 1, "-", "Selected algorithm setting group"),
@@ -140,7 +154,9 @@ def _write_beam(group: h5py.Group, beam: str, shots: dict[str, Any]) -> None:
         dataset = _create(group, name, np.asarray(values), dtype)
         if "/" not in name:
             dataset.attrs.update(coordinates=_COORDINATES, long_name=long_name, units=units)
-    _create(group, "xvar", np.tile(np.array([10.5, 0, 0, 0], np.float32), (count, 1)), "f4")
+    xvar = np.zeros((count, 4), np.float32)
+    xvar[:, 0] = (np.maximum(np.asarray(shots["agbd_t"], np.float64), 0) - _PAR[0]) / _PAR[1]
+    _create(group, "xvar", xvar, "f4")
     group["agbd_prediction"].attrs.update(alpha=0.1, max_nvar=4, predictor_offset=100)
 
 
@@ -154,13 +170,10 @@ def _derived(beam: str, shots: Mapping[str, Any]) -> dict[str, Any]:
     number = int(beam.removeprefix("BEAM"), 2)
     agbd, seconds = np.asarray(shots["agbd"], np.float32), np.asarray(shots["delta_time"], np.float64)
     has = np.isfinite(agbd) & (agbd >= 0)
-    error = np.where(has, np.float32(3), np.float32(NO_VALUE))
-    derived: dict[str, Any] = {
-        "agbd_se": error,
-        "agbd_t": np.where(has, np.sqrt(np.where(has, agbd, 0)), np.float32(NO_VALUE)),
-        "agbd_t_se": error,
-        "agbd_pi_lower": np.where(has, np.maximum(agbd - 5, 0), np.float32(NO_VALUE)),
-        "agbd_pi_upper": np.where(has, agbd + 5, np.float32(NO_VALUE)),
+    derived: dict[str, Any] = _prediction(np.where(has, agbd, 0).astype(np.float64), shots)
+    derived = {name: np.where(has, values, NO_VALUE) for name, values in derived.items()}
+    derived |= {
+        "predict_stratum": _strata(shots, len(agbd)),
         "beam": number,
         "channel": BEAMS.index(beam) // 2 if number < 4 else BEAMS.index(beam) - 2,
         "master_int": np.floor(seconds),
@@ -175,28 +188,77 @@ def _derived(beam: str, shots: Mapping[str, Any]) -> dict[str, Any]:
     return derived
 
 
+def fit_error(sigma: np.ndarray, agbd: np.ndarray, pft_class: np.ndarray) -> np.ndarray:
+    """The agbd_t_se (N,) with which shots have errors of `sigma` Mg/ha to first order; of biomass 0 the fit's own."""
+    correction, error, _ = _fits(pft_class)
+    slope = 2 * np.sqrt(correction * agbd)  # of agbd over agbd_t
+    return np.where(slope > 0, sigma / np.where(slope > 0, slope, 1), _WIDER * error)
+
+
+def _classes(shots: Mapping[str, Any], kind: str, count: int) -> np.ndarray:
+    name = f"land_cover_data/{kind}_class"
+    return np.broadcast_to(np.asarray(shots.get(name, _DATASETS[name][1])), count)
+
+
+def _strata(shots: Mapping[str, Any], count: int) -> np.ndarray:
+    pairs = zip(_classes(shots, "pft", count).tolist(), _classes(shots, "region", count).tolist(), strict=True)
+    return np.array([f"{_PFT[pft]}_{_REGIONS[region]}" for pft, region in pairs], object)
+
+
+def _fits(pft_class: np.ndarray) -> NDArray[np.float64]:
+    """Bias correction, residual standard error and degrees of freedom, (3, N), as files hold them."""
+    fits = np.array([_FITS[_PFT[pft]] for pft in pft_class.tolist()], np.float32)
+    return fits.reshape(-1, 3).T.astype(np.float64)
+
+
+def _prediction(agbd: np.ndarray, shots: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """What the product says beside biomass (N,), from 0 on, as it relates them: t, its error, and what follows."""
+    correction, error, freedom = _fits(_classes(shots, "pft", len(agbd)))
+    t = np.sqrt(agbd / correction)
+    t_se = np.asarray(shots.get("agbd_t_se", _WIDER * error), np.float64)
+    # Student's quantile from the normal one: Abramowitz and Stegun 26.7.5, right to 1e-6 from 80 degrees on.
+    z = _ALPHA_QUANTILE
+    quantile = z + (z**3 + z) / 4 / freedom + (5 * z**5 + 16 * z**3 + 3 * z) / 96 / freedom**2
+    back = BACK_TRANSFORMS["sqrt"].value
+    lower = correction * back(t - quantile * t_se)
+    return {
+        "agbd_t": t,
+        "agbd_t_se": t_se,
+        "agbd_se": correction * t_se**2,
+        "agbd_pi_lower": np.where(lower > 0, lower, NO_VALUE),
+        "agbd_pi_upper": correction * back(t + quantile * t_se),
+    }
+
+
 def _write_ancillary(group: h5py.Group) -> None:
-    """Write the lookup tables; the models are made up."""
-    names = {1: "ENT", 2: "EBT", 3: "DNT", 4: "DBT", 5: "GSW", 6: "GSW", 11: "GSW"}
-    regions = {1: "Eu", 2: "NAs", 3: "Au", 4: "Af", 5: "SAs", 6: "SA", 7: "NAm"}
-    group["pft_lut"] = np.array(list(names.items()), [("pft_class", "u1"), ("pft_name", _TEXT)])
-    group["region_lut"] = np.array(list(regions.items()), [("region_class", "u1"), ("region_name", _TEXT)])
+    """Write the lookup tables and the models, one for each plant functional type whatever the region."""
+    group["pft_lut"] = np.array(list(_PFT.items()), [("pft_class", "u1"), ("pft_name", _TEXT)])
+    group["region_lut"] = np.array(list(_REGIONS.items()), [("region_class", "u1"), ("region_name", _TEXT)])
     model = [
         ("predict_stratum", _TEXT),
         ("model_group", "u1"),
         ("model_name", _TEXT),
+        ("model_id", "u1"),
         ("x_transform", _TEXT),
         ("y_transform", _TEXT),
         ("bias_correction_name", _TEXT),
+        ("fit_stratum", _TEXT),
         ("rh_index", "u1", (8,)),
+        ("predictor_id", "u1", (8,)),
+        ("predictor_max_value", "f4", (8,)),
+        ("vcov", "f8", (5, 5)),
         ("par", "f8", (5,)),
         ("rse", "f4"),
+        ("dof", "u4"),
+        ("response_max_value", "f4"),
         ("bias_correction_value", "f4"),
         ("npar", "u1"),
     ]
-    strata = [f"{name}_{region}" for name in ("DBT", "EBT", "ENT", "GSW") for region in ("Au", "NAm", "SA")]
+    none, vcov = [0] * 7, np.diag([8.0, 0.08, 0, 0, 0])
     rows = [
-        (stratum, 4, stratum, "sqrt", "sqrt", "Snowdon", [50, 98] + [0] * 6, [-100, 7, 3.5, 0, 0], 3, 1.1, 3)
-        for stratum in strata
+        (f"{name}_{region}", 4, f"{name}_coarse", 1, "sqrt", "sqrt", "Snowdon", name)
+        + ([98, *none], [1, *none], [12.7, *none], vcov, [*_PAR, 0, 0, 0], error, freedom, 1768.7, correction, 2)
+        for name, (correction, error, freedom) in _FITS.items()
+        for region in _REGIONS.values()
     ]
     group["model_data"] = np.array(rows, model)

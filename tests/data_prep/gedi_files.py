@@ -18,6 +18,9 @@ GOOD = {
     "delta_time": ("f8", DAY),
     "agbd": ("f4", 100.0),
     "agbd_se": ("f4", 5.0),
+    "agbd_t": ("f4", 8.0),
+    "agbd_t_se": ("f4", 2.0),
+    "predict_stratum": ("S7", b"DBT_NAm"),
     "sensitivity": ("f4", 0.97),
     "solar_elevation": ("f4", 30.0),
     "algorithm_run_flag": ("u1", 1),
@@ -34,10 +37,15 @@ GOOD = {
 }
 
 
+MODEL = [("predict_stratum", "S7"), ("y_transform", "S8"), ("bias_correction_value", "f4")]
+MODELS = [("DBT_NAm", "sqrt", 1.5625), ("EBT_SA", "log", 1.25), ("GSW_Af", "none", 0.5), ("ENT_Eu", "cubic", 1)]
+
+
 def write(path, beams, *, chunk=4, lacking=(), renamed=()):
     """An L4A file: `beams` gives a list of shots each, a shot is what it has unlike a good one."""
     start = FIRST
     with h5py.File(path, "w") as file:
+        file["ANCILLARY/model_data"] = np.array(MODELS, MODEL)
         for beam, shots in beams.items():
             group = file.create_group(beam)
             numbers = np.arange(start, start + len(shots), dtype=np.uint64)

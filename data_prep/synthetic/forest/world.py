@@ -24,7 +24,7 @@ from biomass_jax.runtime.files import write_json
 from data_prep.gedi.names import BEAMS
 from data_prep.synthetic.forest.land import Floats, Forest
 from data_prep.synthetic.forest.view import Day, shadowed_biomass, view
-from data_prep.synthetic.gedi_file import granule_name, seconds_since_epoch, shot_numbers, write_gedi
+from data_prep.synthetic.gedi_file import fit_error, granule_name, seconds_since_epoch, shot_numbers, write_gedi
 from data_prep.synthetic.granule import SMALLEST, Overpass, write_granule
 from data_prep.synthetic.landscape import PIXEL_M
 
@@ -152,10 +152,9 @@ def _measure(biomass: Floats, rng: np.random.Generator) -> dict[str, NDArray[Any
     leaf_off = rng.choice(np.array([0, 255, 1]), count, p=[0.37, 0.6, 0.03])
     degrade = rng.choice(np.array([0, 3, 8, 38, 4, 34]), count, p=[0.8, 0.05, 0.05, 0.05, 0.03, 0.02])
     kept = quality & (leaf_off != 1) & (degrade % 10 != 4)
-    agbd = np.where(kept, agbd, rng.exponential(250, count))
-    return {
-        "agbd": np.where(run, agbd, -9999).astype(np.float32),
-        "agbd_se": np.where(run, error, -9999).astype(np.float32),
+    agbd = np.where(kept, agbd, rng.exponential(250, count)).astype(np.float32)
+    made = {
+        "agbd": np.where(run, agbd, np.float32(-9999)),
         "algorithm_run_flag": run,
         "l2_quality_flag": quality,
         "l4_quality_flag": quality,
@@ -167,6 +166,8 @@ def _measure(biomass: Floats, rng: np.random.Generator) -> dict[str, NDArray[Any
         "land_cover_data/pft_class": rng.choice(np.array([1, 4]), count),
         "kept": kept,
     }
+    t_se = fit_error(error, agbd.astype(np.float64), made["land_cover_data/pft_class"])
+    return made | {"agbd_t_se": np.where(run, t_se, -9999)}
 
 
 def _limits(forest: Forest, shots: Mapping[str, np.ndarray], area: tuple[int, int]) -> dict[str, dict[str, float]]:

@@ -25,6 +25,7 @@ def table(lon=(-121.5, -121.123456789, -121.0, -120.9), lat=(37.0, 37.1, 37.2, 3
         "beam": np.resize(["BEAM0101", "BEAM1011"], n),
         "agbd": np.linspace(0, 1296.5, n).astype(np.float32),
         "agbd_se": np.full(n, np.nan, np.float32),
+        "agbd_sigma": np.linspace(1, 40, n).astype(np.float32),
         "sensitivity": np.full(n, 0.97, np.float32),
         "granule": np.full(n, "GEDI04_A_x", object),
         **flags,

@@ -66,6 +66,7 @@ def shots(lon, lat, agbd, numbers=None, time="2020-07-01", granule="GEDI04_A_x_0
         "beam": np.full(n, "BEAM0101", object),
         "agbd": np.asarray(agbd, np.float32),
         "agbd_se": np.full(n, 3, np.float32),
+        "agbd_sigma": np.full(n, 20, np.float32),
         "sensitivity": np.full(n, 0.97, np.float32),
         **{name: np.ones(n, np.uint8) for name in ("l4_quality_flag", "selected_algorithm", "pft_class")},
         **{name: np.zeros(n, np.uint8) for name in ("degrade_flag", "leaf_off_flag")},
@@ -185,6 +186,7 @@ def test_every_shot_is_counted_once_under_what_dropped_it():
         "other_tile": 0,
         "no_data": 1,
         "used": 2,
+        "without_sigma": 0,
         "pixels": 2,
     }
     assert (made.label[10, 11], made.label[12, 11], made.label[10, 10]) == (0.0, 8.0, -1.0)
@@ -306,6 +308,7 @@ def write_orbits(folder, name, filters=None):
     rows, cols = np.array([10, 11, 12, 20, 20, 45]), np.array([10, 10, 10, 30, 30, 69])
     table = shots(*at_pixels(name, rows, cols), [1, 2, 3, 10, 21, 0.0])
     table["agbd_se"] = np.arange(3, 9, dtype=np.float32)
+    table["agbd_sigma"] = np.array([1, 1, np.nan, 3, 4, 6], np.float32)
     paths = []
     for k, part in enumerate((slice(0, 4), slice(4, 6))):
         settings = {"filters": filters[k] if filters else {"a": 1}, "release": "002_02", "version": "V002"}
@@ -322,21 +325,25 @@ def test_written_labels_lie_on_the_composite_s_grid(tmp_path, name):
     assert dst == tmp_path / "labels" / "10SFF" / "10SFF_2020-05-01_2020-10-01_agbd.tif"
     with rasterio.open(dst) as label, rasterio.open(composite) as image:
         assert (label.transform, label.crs, label.shape) == (image.transform, image.crs, image.shape)
-        assert (label.dtypes, label.nodata) == (("float32",), -1)
-        assert (label.descriptions, label.units) == (("agbd",), ("Mg ha-1",))
-        tags, values = label.tags(), label.read(1)
+        assert (label.dtypes, label.nodata) == (("float32",) * 2, -1)
+        assert (label.descriptions, label.units) == (("agbd", "agbd_sigma"), ("Mg ha-1",) * 2)
+        tags, values, errors = label.tags(), label.read(1), label.read(2)
     expected = np.full((H, W), -1, np.float32)
     expected[12, 10], expected[20, 30], expected[45, 69] = 3, 15.5, 0
     np.testing.assert_array_equal(values, expected)
+    expected[12, 10], expected[20, 30], expected[45, 69] = -1, 2.5, 6  # unknown; sqrt(3 ** 2 + 4 ** 2) / 2; one shot
+    np.testing.assert_array_equal(errors, expected)
     assert (tags["TILE"], tags["SEASON"], tags["SENSORS"]) == ("10SFF", SEASON.text, "L30")
     stored = json.loads(tags["LABELS"])
     assert stored["counts"] == counts
-    assert (counts["no_data"], counts["used"], counts["pixels"]) == (2, 4, 3)
+    assert (counts["no_data"], counts["used"], counts["without_sigma"], counts["pixels"]) == (2, 4, 1, 3)
+    assert stored["sigma"] == "sqrt(sum of squares) / number of shots"
     assert stored["gedi"]["filters"] == {"a": 1}
     assert stored["gedi"]["granules"] == ["GEDI04_A_0", "GEDI04_A_1"]
     table = pq.read_table(dst.with_suffix(".parquet"))
-    assert table.schema.names == ["shot_number", "row", "col", "agbd", "agbd_se"]
-    assert table.to_pydict() == {
+    assert table.schema.names == ["shot_number", "row", "col", "agbd", "agbd_se", "agbd_sigma"]
+    assert table["agbd_sigma"].to_pylist()[1:] == [3, 4, 6]
+    assert table.drop_columns(["agbd_sigma"]).to_pydict() == {
         "shot_number": [FIRST + k for k in (2, 3, 4, 5)],
         "row": [12, 20, 20, 45],
         "col": [10, 30, 30, 69],

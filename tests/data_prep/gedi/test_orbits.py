@@ -20,6 +20,8 @@ def test_columns_have_their_types_and_values(tmp_path):
         "delta_time": DAY + 0.25,
         "agbd": 12.5,
         "agbd_se": 2.5,
+        "agbd_t": 3.0,
+        "agbd_t_se": 0.5,
         "sensitivity": 0.985,
         "degrade_flag": 38,
         "selected_algorithm": 2,
@@ -36,6 +38,7 @@ def test_columns_have_their_types_and_values(tmp_path):
         "beam": ("U8", "BEAM0101"),
         "agbd": ("f4", 12.5),
         "agbd_se": ("f4", 2.5),
+        "agbd_sigma": ("f4", 4.6875),  # 2 * 3 * 0.5 * 1.5625
         "sensitivity": ("f4", np.float32(0.985)),
         "l4_quality_flag": ("u1", 1),
         "degrade_flag": ("u1", 38),
