@@ -44,6 +44,7 @@ def forest_chip(split: str, index: int, side: int) -> records.Record:
     return records.Record(
         image=image,
         label=label.astype(np.float32),
+        agbd_sigma=records.unknown_sigma(label),
         chip_id=f"{split}_{index}",
         tile="10SFF",
         row=-1,

@@ -169,6 +169,7 @@ def shards() -> Path:
         return records.Record(
             image=np.ascontiguousarray(image[:6].transpose(1, 2, 0)).astype(np.int16),
             label=label,
+            agbd_sigma=records.unknown_sigma(label),
             chip_id=f"{split}_{index}",
             tile="10SFF",
             row=0,
@@ -178,7 +179,7 @@ def shards() -> Path:
             biome="unknown",
             season="",
             sensors="L30",
-            schema_version=1,
+            schema_version=records.SCHEMA_VERSION,
         )
 
     splits = {"train": [record("train", i) for i in range(CHIPS)], "val": [record("val", i) for i in range(4)]}

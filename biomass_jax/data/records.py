@@ -17,7 +17,8 @@ from biomass_jax.data import bands
 from biomass_jax.errors import RecordError
 from biomass_jax.version import __version__
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+OPENED_VERSIONS = (1, 2)  # version 1 has no agbd_sigma
 CHIP_SIZE = 224  # pixels along each side, and the step of the grid of cells in a tile
 NO_LABEL = -1.0
 UNKNOWN_PLACE = -1  # `row` and `col` of a chip whose place in its tile is not known
@@ -37,6 +38,7 @@ class Record(TypedDict):
     Attributes:
         image: (H, W, 6) int16 (float32 only where the source holds fractions), digital numbers, rows north to south.
         label: (H, W) float32, Mg/ha, -1 for none.
+        agbd_sigma: (H, W) float32, error of the label in Mg/ha, -1 where there is none or it is not known.
         chip_id: `{tile}_{cell}_{season start}`, unique in a data set.
         tile: MGRS tile without its T (`10SFF`), "" where unknown.
         row: of the upper-left pixel in its tile, -1 where unknown.
@@ -46,11 +48,12 @@ class Record(TypedDict):
         biome: slug, or `unknown`.
         season: `YYYY-MM-DD/YYYY-MM-DD`, half-open, or "".
         sensors: `L30`, `S30` or `L30+S30`.
-        schema_version: 1.
+        schema_version: 2.
     """
 
     image: np.ndarray
     label: np.ndarray
+    agbd_sigma: np.ndarray
     chip_id: str
     tile: str
     row: int
@@ -83,7 +86,8 @@ def features(image_shape: tuple[int, int, int] = (CHIP_SIZE, CHIP_SIZE, 6), imag
     def tensor(shape: tuple[int, ...], dtype: Any) -> Any:
         return tfds.features.Tensor(shape=shape, dtype=np.dtype(dtype), encoding="bytes")
 
-    fields: dict[str, Any] = {"image": tensor(image_shape, image_dtype), "label": tensor(image_shape[:2], np.float32)}
+    fields: dict[str, Any] = {"image": tensor(image_shape, image_dtype)}
+    fields |= {name: tensor(image_shape[:2], np.float32) for name in ("label", "agbd_sigma")}
     fields |= {name: tfds.features.Text() for name in _TEXT_FIELDS}
     fields |= {name: tfds.features.Scalar(np.int32) for name in _INTEGER_FIELDS}
     fields["transform"] = tensor((6,), np.float64)
@@ -100,9 +104,17 @@ def encode(record: Record) -> bytes:
 
 
 def from_example(example: Mapping[str, Any]) -> Record:
-    """A record as TFDS decodes it, text as str instead of bytes."""
+    """A record as TFDS decodes it, text as str instead of bytes; one of an earlier version as this one has it."""
     text = {name: example[name].decode("utf-8") for name in _TEXT_FIELDS if isinstance(example[name], bytes)}
-    return cast(Record, {**example, **text})
+    record = cast(Record, {**example, **text})
+    if "agbd_sigma" not in example:
+        record["agbd_sigma"], record["schema_version"] = unknown_sigma(record["label"]), SCHEMA_VERSION
+    return record
+
+
+def unknown_sigma(label: np.ndarray) -> np.ndarray:
+    """`agbd_sigma` of labels (H, W) whose errors nothing tells."""
+    return np.full(label.shape, NO_LABEL, np.float32)
 
 
 def chip_id(tile: str, row: int, col: int, width: int, season_start: str, size: int = CHIP_SIZE) -> str:
@@ -162,7 +174,11 @@ def _faults(record: Mapping[str, Any], shape: tuple[int, ...] | None, dtype: obj
     if record["schema_version"] != SCHEMA_VERSION:
         yield "schema_version", f"found {record['schema_version']}, expected {SCHEMA_VERSION}"
     yield from _image_faults(record["image"], shape, dtype)
-    yield from _label_faults(record["label"], record["image"].shape[:2])
+    for field in ("label", "agbd_sigma"):
+        yield from _label_faults(field, record[field], record["image"].shape[:2])
+    without = np.count_nonzero((record["agbd_sigma"] != NO_LABEL) & (record["label"] == NO_LABEL))
+    if without:
+        yield "agbd_sigma", f"found {without} errors where there is no label, expected -1 there"
     yield from _place_faults(record)
     yield from _text_faults(record)
 
@@ -180,14 +196,14 @@ def _image_faults(image: Any, shape: tuple[int, ...] | None, dtype: Any) -> Any:
         yield "image", "found infinite values, expected digital numbers, and NaN or the fill where there are none"
 
 
-def _label_faults(label: Any, shape: tuple[int, ...]) -> Any:
+def _label_faults(field: str, label: Any, shape: tuple[int, ...]) -> Any:
     if not isinstance(label, np.ndarray) or label.dtype != np.float32:
-        yield "label", f"found {_kind(label)}, expected an array of float32"
+        yield field, f"found {_kind(label)}, expected an array of float32"
     if label.shape != shape:
-        yield "label", f"found shape {label.shape}, expected {shape} as the image's"
+        yield field, f"found shape {label.shape}, expected {shape} as the image's"
     wrong = label[~(((label >= 0) & np.isfinite(label)) | (label == NO_LABEL))]
     if wrong.size:
-        yield "label", f"found {wrong.size} values like {wrong[0]:g}, expected Mg/ha from 0 on, and -1 for none"
+        yield field, f"found {wrong.size} values like {wrong[0]:g}, expected Mg/ha from 0 on, and -1 for none"
 
 
 def _place_faults(record: Mapping[str, Any]) -> Any:

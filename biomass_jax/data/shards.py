@@ -31,8 +31,9 @@ def read_metadata(folder: str | os.PathLike[str]) -> dict[str, Any]:
             "`python -m data_prep geotiff` writes them"
         ) from error
     version, names = metadata.get("schema_version"), metadata.get("bands")
-    if version != records.SCHEMA_VERSION:
-        raise DataError(f"{file}: found schema_version {version}, expected {records.SCHEMA_VERSION}; write it anew")
+    if version not in records.OPENED_VERSIONS:
+        known = " or ".join(map(str, records.OPENED_VERSIONS))
+        raise DataError(f"{file}: found schema_version {version}, expected {known}; write it anew")
     if names != list(bands.BAND_NAMES):
         raise DataError(f"{file}: found bands {names}, expected {list(bands.BAND_NAMES)}; write the shards anew")
     for name in ("means", "stds"):

@@ -96,6 +96,19 @@ class TilePair(ExitStack[None]):
         """(rows, columns) float32 Mg/ha, -1 for none. RasterError where they can't be read."""
         return self.read_labels(window)[0]
 
+    def read_sigma(self, window: Window, label: np.ndarray) -> np.ndarray:
+        """(rows, columns) float32 Mg/ha, errors of the labels of that window; -1 where there is none of either.
+
+        Raises:
+            RasterError: they can't be read.
+        """
+        if not self._sigma:
+            return records.unknown_sigma(label)
+        with raster_errors(f"{self.label_path}: can't be read"):
+            sigma = self._label.read(2, window=window)
+        known = (label >= 0) & (sigma >= 0) & np.isfinite(sigma)
+        return np.where(known, sigma, records.NO_LABEL).astype(np.float32)
+
     def read_labels(self, window: Window) -> tuple[np.ndarray, np.ndarray, Counter[str]]:
         """Labels, where there is none though the raster doesn't hold -1, and why; see `raster.chips.clean_labels`.
 
@@ -183,6 +196,7 @@ def _window_record(pair: TilePair, row: Mapping[str, Any]) -> records.Record:
     return records.Record(
         image=image,
         label=label,
+        agbd_sigma=pair.read_sigma(window, label),
         chip_id=str(row["chip_id"]),
         tile=pair.tile,
         row=top,

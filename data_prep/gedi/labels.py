@@ -257,9 +257,7 @@ def write_labels(
     label_years: int = 0,
     allow_empty: bool = False,
 ) -> tuple[Path, dict[str, int]]:
-    """Write `folder/{tile}/{tile}_{start}_{end}_agbd.tif` and the table of its shots, `.parquet`, beside it.
-
-    Band 1 of the raster holds the labels, band 2 their errors, see `Labels`.
+    """Write `folder/{tile}/{tile}_{start}_{end}_agbd.tif` (`BANDS`) and the table of its shots, `.parquet`.
 
     Args:
         composite: a file of data_prep.composite.

@@ -60,6 +60,7 @@ def unlabelled_chips(scenes: int, *, side: int, per_side: int, seed: int = 0) ->
         return Record(
             image=made[scene][side * row : side * (row + 1), side * col : side * (col + 1)],
             label=np.full((side, side), NO_LABEL, np.float32),
+            agbd_sigma=np.full((side, side), NO_LABEL, np.float32),
             chip_id=f"land{scene}_{row * per_side + col}",
             tile="10SFF",
             row=side * row,

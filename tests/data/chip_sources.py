@@ -11,6 +11,7 @@ def make_record(number, size=4, dtype=np.int16):
     return records.Record(
         image=np.full((size, size, 6), number + 1, dtype),
         label=np.full((size, size), number, np.float32),
+        agbd_sigma=np.full((size, size), -1, np.float32),
         chip_id=f"chip_{number}",
         tile=("10SFF", "22KGA")[number % 2],
         row=-1,
@@ -20,7 +21,7 @@ def make_record(number, size=4, dtype=np.int16):
         biome=("taiga", "unknown")[number % 2],
         season="",
         sensors="L30",
-        schema_version=1,
+        schema_version=records.SCHEMA_VERSION,
     )
 
 

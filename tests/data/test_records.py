@@ -14,6 +14,7 @@ from biomass_jax.errors import RecordError
 CONTRACT = {
     "image": ("int16", (224, 224, 6)),
     "label": ("float32", (224, 224)),
+    "agbd_sigma": ("float32", (224, 224)),
     "chip_id": ("object", ()),
     "tile": ("object", ()),
     "row": ("int32", ()),
@@ -34,6 +35,7 @@ def make_record(size=8, dtype=np.int16, **changes):
     record = {
         "image": rng.integers(-200, 12_000, (size, size, 6)).astype(dtype),
         "label": label,
+        "agbd_sigma": np.where(label > 0, np.float32(20.5), np.float32(-1)),
         "chip_id": "10SFF_144_2020-06-01",
         "tile": "10SFF",
         "row": 2016,
@@ -44,7 +46,7 @@ def make_record(size=8, dtype=np.int16, **changes):
         "biome": "boreal-forests",
         "season": "2020-06-01/2020-09-16",
         "sensors": "L30",
-        "schema_version": 1,
+        "schema_version": 2,
     }
     return record | changes
 
@@ -154,7 +156,11 @@ TRANSFORM = make_record()["transform"]
         ({"season": "2020-09-16/2020-06-01"}, "field season: found"),
         ({"season": "2020-06-31/2020-09-16"}, "field season: found"),
         ({"sensors": "HLS"}, "field sensors: found 'HLS', expected one of L30, S30"),
-        ({"schema_version": 2}, "field schema_version: found 2, expected 1"),
+        ({"agbd_sigma": np.zeros((8, 8))}, "field agbd_sigma: found float64"),
+        ({"agbd_sigma": np.full((8, 7), -1, np.float32)}, r"field agbd_sigma: found shape \(8, 7\)"),
+        ({"agbd_sigma": np.full((8, 8), np.nan, np.float32)}, "field agbd_sigma: found 64 values like nan"),
+        ({"agbd_sigma": np.ones((8, 8), np.float32)}, "field agbd_sigma: found 62 errors where there is no label"),
+        ({"schema_version": 1}, "field schema_version: found 1, expected 2"),
     ],
 )
 def test_each_fault_names_chip_field_found_and_expected(changes, message):
@@ -166,7 +172,7 @@ def test_each_fault_names_chip_field_found_and_expected(changes, message):
 def test_fields_are_exactly_those_of_the_contract():
     less = make_record()
     del less["biome"]
-    with pytest.raises(RecordError, match="missing biome; unknown fmask; expected image, label, chip_id"):
+    with pytest.raises(RecordError, match="missing biome; unknown fmask; expected image, label, agbd_sigma, chip_id"):
         records.validate(less | {"fmask": 1})
 
 

@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ def make_record(number, size=8, dtype=np.int16):
     return records.Record(
         image=image,
         label=label,
+        agbd_sigma=np.where(label > 100, label / 8, np.float32(-1)),
         chip_id=f"10SFF_{number}_2020-06-01",
         tile="10SFF",
         row=8 * number,
@@ -33,7 +35,7 @@ def make_record(number, size=8, dtype=np.int16):
         biome="taiga",
         season="2020-06-01/2020-09-16",
         sensors="L30",
-        schema_version=1,
+        schema_version=records.SCHEMA_VERSION,
     )
 
 
@@ -47,6 +49,21 @@ def written(tmp_path_factory):
         {split: [make_record(n) for n in of] for split, of in CHIPS.items()}, folder, records_per_shard=3
     )
     return folder
+
+
+def test_shards_of_version_1_open_as_they_did():
+    """A folder as version 1 of the schema wrote it, of the same chips."""
+    old = Path(__file__).parent / "shards_version_1"
+    assert json.loads(json.loads((old / "metadata.json").read_text())["biomass_jax"])["schema_version"] == 1
+    source = sources.open_source(old, "train", verify=True)
+    assert len(source) == 2
+    for number in range(2):
+        (found,) = (record for record in source if record["chip_id"] == make_record(number)["chip_id"])
+        records.validate(found)
+        assert found["schema_version"] == 2
+        assert (found["agbd_sigma"] == -1).all()
+        for name in ("image", "label", "transform"):
+            np.testing.assert_array_equal(found[name], make_record(number)[name])
 
 
 def test_records_come_back_from_shards(written):
@@ -104,7 +121,7 @@ def test_faults_of_a_data_set(written, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema_version": 2}, "found schema_version 2, expected 1"),
+        ({"schema_version": 3}, "found schema_version 3, expected 1 or 2"),
         ({"bands": ["BLUE"]}, r"found bands \['BLUE'\], expected \['BLUE', 'GREEN'"),
         ({"means": [1.0, 2.0]}, r"means: found \[1.0, 2.0\], expected 6 numbers"),
         (None, "found no biomass_jax metadata"),

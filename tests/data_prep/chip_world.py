@@ -41,6 +41,7 @@ def write_tile(
     shots: list[tuple[int, int, int, float]],
     season: str = SEASON,
     tags=None,
+    with_sigma: bool = False,
 ) -> tuple[Path, Path, Path]:
     """A composite, its labels and their shots (number, row, col, agbd) -> the three paths."""
     transform = Affine(30, 0, origin[0], 0, -30, origin[1])
@@ -52,13 +53,21 @@ def write_tile(
     label = np.full(image.shape[1:], -1, np.float32)
     for row, col in {(row, col) for _, row, col, _ in shots}:
         label[row, col] = np.mean([agbd for _, r, c, agbd in shots if (r, c) == (row, col)])
-    labels = write_tif(root / "labels" / tile / f"{stem}_agbd.tif", label[None], crs, transform, nodata=-1)
+    layers, names = np.stack([label, sigma_of(label)]), ("agbd", "agbd_sigma")
+    if not with_sigma:
+        layers, names = layers[:1], names[:1]
+    labels = write_tif(root / "labels" / tile / f"{stem}_agbd.tif", layers, crs, transform, nodata=-1, names=names)
     columns = zip(*shots, strict=True) if shots else ((),) * 4
     types = (pa.uint64(), pa.int32(), pa.int32(), pa.float32())
     arrays = [pa.array(values, kind) for values, kind in zip(columns, types, strict=True)]
     table = labels.with_suffix(".parquet")
     pq.write_table(pa.table(arrays, names=["shot_number", "row", "col", "agbd"]), table)
     return composite, labels, table
+
+
+def sigma_of(label):
+    """The errors of a made-up label raster: an eighth of each label, none of labels below 8."""
+    return np.where(label >= 8, label / 8, -1).astype(np.float32)
 
 
 def scattered(

@@ -24,6 +24,7 @@ FILLED_BEFORE = (
 )
 TOTAL_OF_ALL = "total += sum(chips_of[name] for name in blocks)\n"
 BY_CENTRES = "    return np.linalg.norm(corners.mean(axis=1) - others.mean(axis=1), axis=-1)"
+SIGMA = "tests/data_prep/gedi/test_sigma.py::"
 
 _CLEAR_BITS = "keep &= fmask & (_MASKED | (WATER if drop_water else 0)) == 0"
 _CLEAR_BANDS = "keep &= image[..., index] != bands.FILL"
@@ -44,6 +45,31 @@ MUTATIONS = (
             "data_prep/chips/windows.py",
             (_READ_WINDOW, "image, label = pair.read_image(window)[::-1], pair.read_label(window)[::-1]"),
         ),
+    ),
+    Mutation(  # the product's own standard error is no error in Mg/ha
+        "sigma_without_its_slope",
+        SIGMA + "test_square_roots_logs_and_plain_models_have_the_slope_of_their_way_back",
+        in_file("data_prep/gedi/sigma.py", ("lambda t: 2 * np.maximum(t, 0)", "np.ones_like")),
+    ),
+    Mutation(
+        "sigma_of_another_stratum",
+        SIGMA + "test_it_is_half_a_synthetic_file_s_interval_over_its_quantile",
+        in_file("data_prep/gedi/sigma.py", ("models.get(name.strip())", "next(iter(models.values()))")),
+    ),
+    Mutation(
+        "sigma_without_bias_correction",
+        SIGMA + "test_small_errors_spread_biomass_as_far_as_sigma_says",
+        in_file("data_prep/gedi/sigma.py", ("slope = model.bias_correction_value * ", "slope = ")),
+    ),
+    Mutation(
+        "errors_of_a_pixel_averaged",
+        "tests/data_prep/gedi/test_labels.py::test_written_labels_lie_on_the_composite_s_grid[north]",
+        in_file("data_prep/gedi/labels.py", ("dtype=np.float64)) / shots)", "dtype=np.float64)))")),
+    ),
+    Mutation(
+        "an_error_without_its_label",
+        "tests/data_prep/chips/test_cells.py::test_chips_carry_the_errors_of_their_labels[two bands]",
+        in_file("data_prep/chips/windows.py", ("known = (label >= 0) & (sigma >= 0)", "known = (sigma >= 0)")),
     ),
     Mutation(
         "lon_lat_swapped", LABELS, in_file("data_prep/gedi/labels.py", (".transform(lon, lat)", ".transform(lat, lon)"))

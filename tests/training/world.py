@@ -18,6 +18,7 @@ def make_record(split, index, seed=0):
     return records.Record(
         image=image,
         label=np.where(known, biomass, -1).astype(np.float32),
+        agbd_sigma=records.unknown_sigma(known),
         chip_id=f"{split}_{index}",
         tile=tile,
         row=0,
@@ -27,7 +28,7 @@ def make_record(split, index, seed=0):
         biome=BIOMES[index % 2],
         season="2020-05-01/2020-10-01",
         sensors="L30",
-        schema_version=1,
+        schema_version=records.SCHEMA_VERSION,
     )
 
 

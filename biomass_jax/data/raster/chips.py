@@ -213,10 +213,11 @@ def read_pair(
             source.check_units(one_of_many=True)
         image = source.read_rows(0, source.grid.height)
         sensors = source.sensor or sensors
-    crs = pair.grid.crs
+    crs, label = pair.grid.crs, _read_label(pair)
     return Record(
         image=_as_int16(image, pair.image) if dtype == "int16" else image.astype(np.float32, copy=False),
-        label=_read_label(pair),
+        label=label,
+        agbd_sigma=records.unknown_sigma(label),
         chip_id=pair.chip_id,
         tile=pair.tile,
         row=pair.row,

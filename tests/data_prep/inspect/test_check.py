@@ -52,6 +52,7 @@ def record(image, label, *, tile="10SFF", row=0, col=0, name="10SFF_0_2020-06-01
     return records.Record(
         image=image,
         label=label.astype(np.float32),
+        agbd_sigma=records.unknown_sigma(label),
         chip_id=name,
         tile=tile,
         row=row,
@@ -61,7 +62,7 @@ def record(image, label, *, tile="10SFF", row=0, col=0, name="10SFF_0_2020-06-01
         biome="unknown",
         season="2020-06-01/2020-09-16",
         sensors="L30",
-        schema_version=1,
+        schema_version=records.SCHEMA_VERSION,
     )
 
 

@@ -111,7 +111,7 @@ def test_metadata_has_the_fields_of_the_contract(written):
     np.testing.assert_allclose(info["stds"], train.std(0), rtol=1e-13)
     assert info["label"] == {"name": "agbd", "units": "Mg ha-1", "none": -1.0}
     assert info["bands"] == ["BLUE", "GREEN", "RED", "NIR_NARROW", "SWIR_1", "SWIR_2"]
-    assert (info["schema_version"], info["fill"], info["units"]) == (1, -9999, "digital numbers (reflectance x 10000)")
+    assert (info["schema_version"], info["fill"], info["units"]) == (2, -9999, "digital numbers (reflectance x 10000)")
     assert (info["season"], info["sensors"]) == ("2020-06-01/2020-09-16", ["L30"])
     assert (info["split"], info["gedi"]) == ({"kind": "block", "seed": 4}, {"version": "002"})
     counts = {"train": 7, "val": 2, "test": 3}
@@ -300,8 +300,8 @@ def test_a_full_disk_is_an_error(tmp_path):
 def test_metadata_of_another_version_is_refused(tmp_path):
     shards.write_shards(make_splits(), tmp_path / "shards")
     file = tmp_path / "shards" / "metadata.json"
-    file.write_text(file.read_text().replace('schema_version\\": 1', 'schema_version\\": 7'))
-    with pytest.raises(DataError, match="metadata.json: found schema_version 7, expected 1"):
+    file.write_text(file.read_text().replace('schema_version\\": 2', 'schema_version\\": 7'))
+    with pytest.raises(DataError, match="metadata.json: found schema_version 7, expected 1 or 2"):
         read_metadata(tmp_path / "shards")
 
 
@@ -378,7 +378,7 @@ def test_imports_are_light_and_never_tensorflow(tmp_path):
 def test_sets_without_data_or_labels_are_refused_unless_asked_for(tmp_path):
     splits = make_splits()
     for record in (record for made in splits.values() for record in made):
-        record["label"] = np.full((8, 8), -1, np.float32)
+        record["label"] = record["agbd_sigma"] = np.full((8, 8), -1, np.float32)
     with pytest.raises(PrepError, match=r"out: labels of its chips: 0 of 12; allow_empty"):
         shards.write_shards(splits, tmp_path / "out", labelled=True)
     assert list(tmp_path.iterdir()) == []
