@@ -21,6 +21,7 @@ from biomass_jax.data.sources import Source
 from biomass_jax.errors import EvaluationError, name_list
 from biomass_jax.evaluation import tables
 from biomass_jax.evaluation.intervals import LEVEL
+from biomass_jax.evaluation.nugget import nugget
 from biomass_jax.pipeline import batches as pipeline
 from biomass_jax.prediction.forward import Forward
 from biomass_jax.runtime import processes
@@ -32,6 +33,7 @@ from biomass_jax.tasks.scores import SCORES
 log = logging.getLogger(__name__)
 
 DIFFERENCE = "the score of config.bundle less that of config.against, on the same pixels: below 0, its error is smaller"
+LABEL_ERROR = "an estimate: the nugget of the errors' variogram, what neighbouring labels don't share; no bound"
 BEST_CONSTANT = "the mean label of the scored pixels, predicted everywhere"
 
 
@@ -270,6 +272,7 @@ def summarize(
             "rmse": rows[0]["best_constant_rmse"],
             "is": BEST_CONSTANT,
         },
+        "label_error": label_error(model.scored, rows[0]["rmse"]),
         "interval": {"level": LEVEL, "blocks": rows[0]["blocks"], "blocks_are": blocks.are, "is": interval_of(rows[0])},
         "label": {"name": bundle.meta["output"]["bands"][0], "units": bundle.meta["output"]["units"]},
         "bundle": {"path": str(config.bundle), "weights_sha256": bundle.weights_sha256},
@@ -337,12 +340,24 @@ def interval_of(row: tables.Row) -> str:
     return f"a jackknife that leaves out one of {row['blocks']} blocks at a time, with Student's t"
 
 
+def label_error(scored: tables.Scored, rmse: float) -> dict[str, Any]:
+    """What geolocation and GEDI themselves add to the errors: {rmse, share of the squared error, is}; None unknown."""
+    found = nugget(scored.pairs)
+    if found is None or not rmse:
+        return {"rmse": None, "share": None, "is": LABEL_ERROR}
+    return {"rmse": found**0.5, "share": min(found / rmse**2, 1.0), "is": LABEL_ERROR}
+
+
 def write(workdir: Path, result: dict[str, Any], scored: tables.Scored, pictures: Sequence[figures.ChipPanel]) -> None:
     """Tables, metrics and pictures, each written beside its place and renamed; those of an earlier run are replaced."""
     rows = result["tables"]
     tables.write_reference_table(workdir / "binwise_rmse.csv", rows, result["experiment"])
     tables.write_csv(workdir / "scores.csv", tables.COLUMNS, rows)
     compared = {"scores_against.csv": tables.COLUMNS, "differences.csv": tables.DIFFERENCE_COLUMNS}
+    error = result["label_error"]
+    known = error["rmse"] is not None
+    about = f"{error['rmse']:.2f}, {error['share']:.0%} of the squared error" if known else "not known"
+    made.append(f"geolocation and GEDI itself: about {about} ({error['is']})")
     if "against" in result:
         other = result["against"]
         for (name, columns), mine in zip(compared.items(), (other, other["differences"]), strict=True):

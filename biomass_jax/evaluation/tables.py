@@ -21,6 +21,7 @@ from biomass_jax.data.raster.grid import equal_area_blocks
 from biomass_jax.data.sources import Chip, Place
 from biomass_jax.errors import EvaluationError
 from biomass_jax.evaluation.intervals import block_intervals
+from biomass_jax.evaluation.nugget import error_pairs, no_pairs
 from biomass_jax.figures import ChipPanel
 from biomass_jax.prediction.stream import one_ahead
 from biomass_jax.runtime.files import write_text
@@ -60,6 +61,7 @@ class Scored:
         tiles: of each chip, "" where unknown.
         biomes: of each chip.
         places: of each chip.
+        pairs: sums over pairs of errors, see `nugget.error_pairs`.
     """
 
     prediction: np.ndarray
@@ -69,6 +71,7 @@ class Scored:
     tiles: tuple[str, ...]
     biomes: tuple[str, ...]
     places: tuple[Place, ...]
+    pairs: np.ndarray = field(default_factory=no_pairs)
 
 
 # (images as stored, labels) -> predictions, labels that count, no-data; see `evaluate.chip_forward`.
@@ -84,6 +87,7 @@ class ScoredPart:
     chip: list[np.ndarray] = field(default_factory=list)
     chips: list[Chip] = field(default_factory=list)
     pictures: list[ChipPanel] = field(default_factory=list)
+    pairs: np.ndarray = field(default_factory=no_pairs)
 
 
 def score_batches(
@@ -122,8 +126,10 @@ def score_batches(
         part.label.append(label[rows, y, x])
         part.chip.append(numbers[rows].astype(np.int32))
         for row in np.flatnonzero(valid):
-            chip = batch.chips[row]
+            chip, mine = batch.chips[row], rows == row
             part.chips.append(chip)
+            errors = found[mine].astype(np.float64) - label[row, y[mine], x[mine]]
+            part.pairs = part.pairs + error_pairs(y[mine], x[mine], errors)
             if wanted(chip.chip_id):
                 gone = missing[row]
                 rgb = np.where(gone[..., None], np.nan, batch.arrays["image"][row][..., RGB].astype(np.float32))
@@ -142,12 +148,13 @@ def join(parts: Sequence[ScoredPart]) -> tuple[Scored, list[ChipPanel]]:
     chips = [chip for part in parts for chip in part.chips]
     offsets = np.cumsum([0, *(len(part.chips) for part in parts)])
     numbers = [chip + offset for part, offset in zip(parts, offsets, strict=False) for chip in part.chip]
-    empty = np.zeros(0, np.float32)
+    empty, pairs = np.zeros(0, np.float32), sum((part.pairs for part in parts), no_pairs())
     scored = Scored(
         np.concatenate([empty, *(values for part in parts for values in part.prediction)]),
         np.concatenate([empty, *(values for part in parts for values in part.label)]),
         np.concatenate([np.zeros(0, np.int32), *numbers]).astype(np.int32),
         *(tuple(texts) for texts in (zip(*chips, strict=True) if chips else ((), (), (), ()))),
+        pairs,
     )
     if len(set(scored.chip_ids)) < len(chips):
         again = next(name for name in scored.chip_ids if scored.chip_ids.count(name) > 1)

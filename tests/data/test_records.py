@@ -35,7 +35,7 @@ def make_record(size=8, dtype=np.int16, **changes):
     record = {
         "image": rng.integers(-200, 12_000, (size, size, 6)).astype(dtype),
         "label": label,
-        "agbd_sigma": np.where(label > 0, np.float32(20.5), np.float32(-1)),
+        "agbd_sigma": np.full((size, size), -1, np.float32),
         "chip_id": "10SFF_144_2020-06-01",
         "tile": "10SFF",
         "row": 2016,

@@ -15,6 +15,7 @@ from biomass_jax import bundle as bundles
 from biomass_jax.data import bands, sources
 from biomass_jax.errors import BundleError, ConfigError, DataError, EvaluationError, PredictionError
 from biomass_jax.evaluation import evaluate, tables
+from biomass_jax.evaluation.nugget import no_pairs
 from biomass_jax.prediction.forward import Forward
 from biomass_jax.runtime.mesh import local_placement
 from tests.data_prep.shards.test_geotiff import write_pair
@@ -107,11 +108,22 @@ def test_files_hold_what_was_found(result):
     assert f"{found['rmse']:.2f}" in said
     assert "best constant" in said
     assert "floor" not in said
+    error = found["label_error"]  # the world's labels follow from their pixel: most of the error is the model's
+    assert error["share"] == pytest.approx(min((error["rmse"] / found["rmse"]) ** 2, 1))
+    assert f"geolocation and GEDI itself: about {error['rmse']:.2f}" in said
+    assert "an estimate" in said
     assert not [name for name in found if "floor" in name]
+
+
+def test_without_enough_pairs_of_labels_their_errors_are_not_known():
+    error = evaluate.label_error(SimpleNamespace(pairs=no_pairs()), 12.0)
+    assert (error["rmse"], error["share"]) == (None, None)
 
 
 def same(one, other):
     """Whether all numbers of two results agree within 1e-5."""
+    for name in ("rmse", "share"):
+        assert one["label_error"][name] == pytest.approx(other["label_error"][name], rel=1e-4)
     for mine, theirs in zip(one["tables"], other["tables"], strict=True):
         for name, value in mine.items():
             if isinstance(value, float):

@@ -3,11 +3,12 @@
 import csv
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from biomass_jax.data.sources import Place
+from biomass_jax.data.sources import Chip, Place
 from biomass_jax.errors import EvaluationError, RasterError
 from biomass_jax.evaluation import tables as binwise
 from biomass_jax.evaluation.intervals import block_intervals
@@ -192,3 +193,27 @@ def test_csv_has_the_references_columns_and_empty_cells(tmp_path):
             assert text[name] == ("" if value is None else str(value))
             assert not (isinstance(value, float) and math.isnan(value))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["binwise_rmse.csv", "scores.csv"]
+
+
+def test_pairs_of_errors_lie_within_chips_and_add_up_over_batches_and_processes():
+    """Against all pairs of a chip, each counted once; predictions are 0, so the errors are the labels."""
+    rng = np.random.default_rng(5)
+    label = np.where(rng.random((5, 30, 30)) < 0.2, rng.uniform(0, 300, (5, 30, 30)), -1).astype(np.float32)
+    image = np.zeros((5, 30, 30, 6), np.int16)
+
+    def batch(rows, valid):
+        arrays = {"image": image[rows], "label": label[rows], "valid": np.array(valid)}
+        return SimpleNamespace(arrays=arrays, chips=[Chip(f"chip_{row}", "10SFF", "taiga") for row in rows])
+
+    def forward(images, labels):
+        return np.zeros(labels.shape, np.float32), labels, labels < -1
+
+    one = binwise.score_batches([batch([0, 1], [True, True]), batch([2, 4], [True, False])], forward)
+    other = binwise.score_batches([batch([3], [True])], forward)
+    counts, halves = binwise.join([one, other])[0].pairs
+    expected = np.zeros(2)
+    for chip in label[:4].astype(float):
+        y, x = np.nonzero(chip >= 0)
+        near = np.triu(np.hypot(y[:, None] - y, x[:, None] - x) <= 10, 1)
+        expected += near.sum(), ((chip[y, x][:, None] - chip[y, x]) ** 2 / 2)[near].sum()
+    np.testing.assert_allclose((counts.sum(), halves.sum()), expected, rtol=1e-12)

@@ -299,6 +299,20 @@ EVALUATION = (
         in_file(SCORES, ("chosen = label >= 0", "chosen = label > 0")),
     ),
     Mutation(
+        "errors_of_labels_not_extrapolated",
+        "tests/evaluation/test_nugget.py::test_errors_that_neighbours_share_are_no_label_errors",
+        in_file(
+            "biomass_jax/evaluation/nugget.py", ("np.vander(_DISTANCES[used], 3)", "np.vander(_DISTANCES[used], 1)")
+        ),
+    ),
+    Mutation(
+        "errors_of_labels_twice",
+        "tests/evaluation/test_nugget.py::test_it_is_that_of_the_forest_world_where_it_is_known",
+        in_file(
+            "biomass_jax/evaluation/nugget.py", ("np.nansum(differences**2, 0) / 2", "np.nansum(differences**2, 0)")
+        ),
+    ),
+    Mutation(
         "students_t_is_normal",
         JACKKNIFE,
         in_file(INTERVALS, ("stdtrit(freedom, (1 + LEVEL) / 2) * error", "1.959964 * error")),
