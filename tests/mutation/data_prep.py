@@ -68,7 +68,7 @@ MUTATIONS = (
     ),
     Mutation(
         "an_error_without_its_label",
-        "tests/data_prep/chips/test_cells.py::test_chips_carry_the_errors_of_their_labels[two bands]",
+        "tests/data_prep/chips/test_windows.py::test_chips_carry_the_errors_of_their_labels[two bands]",
         in_file("data_prep/chips/windows.py", ("known = (label >= 0) & (sigma >= 0)", "known = (sigma >= 0)")),
     ),
     Mutation(

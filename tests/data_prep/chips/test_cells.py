@@ -81,30 +81,6 @@ def test_numbers_of_a_chip_are_those_of_its_shots(world):
         assert row["shot_numbers"].tolist() == sorted(s[0] for s in inside)  # exact above 2**53
 
 
-@pytest.mark.parametrize("with_sigma", [True, False], ids=["two bands", "version 1"])
-def test_chips_carry_the_errors_of_their_labels(tmp_path, with_sigma):
-    _, label, _ = write_tile(
-        tmp_path, TILE, image=ramp(HEIGHT, WIDTH), shots=[*SHOTS, (9, 20, 3, 2.0)], with_sigma=with_sigma
-    )
-    with rasterio.open(label, "r+") as raster:
-        values = raster.read(1)
-        (gone,) = np.argwhere(values == values.max())[:1]
-        values[tuple(gone)] = -9999  # a label that is taken as none takes its error along
-        raster.write(values, 1)
-    with pytest.warns(UserWarning, match="labels taken as none: 1 -9999"):
-        frame, _ = index(tmp_path)
-    found = {(row["row"], row["col"]): read_record(row, tmp_path) for row in frame.to_dict("records")}
-    assert len(found) == 12
-    known = 0
-    for (top, left), record in found.items():
-        records.validate(record)
-        there = values[top : top + SIZE, left : left + SIZE]
-        expected = np.where(there >= 8, there / 8, -1) if with_sigma else np.full_like(there, -1)
-        np.testing.assert_array_equal(record["agbd_sigma"], expected.astype(np.float32))
-        known += int((record["agbd_sigma"] > 0).sum())
-    assert (known > 300) == with_sigma
-
-
 def test_limits_are_inclusive(world):
     frame, _ = index(world, min_labels=1, max_nodata=12 / 256)
     assert (16, 32) in set(zip(frame["row"], frame["col"], strict=True))
