@@ -354,10 +354,6 @@ def write(workdir: Path, result: dict[str, Any], scored: tables.Scored, pictures
     tables.write_reference_table(workdir / "binwise_rmse.csv", rows, result["experiment"])
     tables.write_csv(workdir / "scores.csv", tables.COLUMNS, rows)
     compared = {"scores_against.csv": tables.COLUMNS, "differences.csv": tables.DIFFERENCE_COLUMNS}
-    error = result["label_error"]
-    known = error["rmse"] is not None
-    about = f"{error['rmse']:.2f}, {error['share']:.0%} of the squared error" if known else "not known"
-    made.append(f"geolocation and GEDI itself: about {about} ({error['is']})")
     if "against" in result:
         other = result["against"]
         for (name, columns), mine in zip(compared.items(), (other, other["differences"]), strict=True):
@@ -405,6 +401,10 @@ def lines(result: dict[str, Any]) -> list[str]:
     made += _table_lines(result["tables"])
     constant = result["best_constant"]
     made.append(f"best constant {constant['value']:.2f}: RMSE {constant['rmse']:.2f} ({constant['is']})")
+    error = result["label_error"]
+    known = error["rmse"] is not None
+    about = f"{error['rmse']:.2f}, {error['share']:.0%} of the squared error" if known else "not known"
+    made.append(f"geolocation and GEDI itself: about {about} ({error['is']})")
     if "against" in result:
         other = result["against"]
         made += [f"against {other['bundle']['path']}:", *_table_lines(other["tables"])]

@@ -149,11 +149,15 @@ def join(parts: Sequence[ScoredPart]) -> tuple[Scored, list[ChipPanel]]:
     offsets = np.cumsum([0, *(len(part.chips) for part in parts)])
     numbers = [chip + offset for part, offset in zip(parts, offsets, strict=False) for chip in part.chip]
     empty, pairs = np.zeros(0, np.float32), sum((part.pairs for part in parts), no_pairs())
+    ids, tiles, biomes, places = zip(*chips, strict=True) if chips else ((), (), (), ())
     scored = Scored(
         np.concatenate([empty, *(values for part in parts for values in part.prediction)]),
         np.concatenate([empty, *(values for part in parts for values in part.label)]),
         np.concatenate([np.zeros(0, np.int32), *numbers]).astype(np.int32),
-        *(tuple(texts) for texts in (zip(*chips, strict=True) if chips else ((), (), (), ()))),
+        ids,
+        tiles,
+        biomes,
+        places,
         pairs,
     )
     if len(set(scored.chip_ids)) < len(chips):
