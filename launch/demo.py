@@ -69,9 +69,8 @@ def stages(out: Path) -> list[tuple[str, list[str]]]:
         (
             "Prepare training data: composite, labels, chips, splits, shards, check",
             ["-m", "data_prep", "prepare", "--config", "prepare", "--out", f"{out}"]
-            # Blocks as small as the tile asks for; real ones are larger than the neighbourhood that looks alike, and
-            # the default buffer of 10 km between splits, too, would leave nothing of a tile of 47 by 40 km. And one
-            # clear observation is enough: there are five scenes, whose clouds are all masked.
+            # Blocks and buffer as small as 47 by 40 km ask for; one clear observation of five scenes is enough, since
+            # their clouds are all masked.
             + ["--config.season=2020", "--config.splits.block_km=7", "--config.splits.buffer_m=0"]
             + ["--config.composite.min_clear=1"],
         ),

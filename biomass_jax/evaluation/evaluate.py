@@ -322,6 +322,7 @@ def compare(model: ScoredModel, other: ScoredModel, blocks: tables.Blocks) -> di
         **_over_all(rows),
         "bundle": {"path": str(other.bundle.path), "weights_sha256": other.bundle.weights_sha256},
         **other.statistics,
+        "label_error": label_error(other.scored, rows[0]["rmse"]),
         "tables": rows,
         "differences": {"is": DIFFERENCE, **_over_all(less), "interval": interval_of(less[0]), "tables": less},
     }

@@ -19,7 +19,7 @@ def test_the_steps_are_listed(capsys):
 
 def test_an_unknown_step_is_refused(capsys):
     assert main(["compost"]) == 2
-    assert "no step 'compost'; expected one of prepare, download, composite" in capsys.readouterr().err
+    assert "no step 'compost'; expected one of prepare, download, stream" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # runpy on what the first spelling ran
