@@ -69,8 +69,7 @@ def stages(out: Path) -> list[tuple[str, list[str]]]:
         (
             "Prepare training data: composite, labels, chips, splits, shards, check",
             ["-m", "data_prep", "prepare", "--config", "prepare", "--out", f"{out}"]
-            # Blocks and buffer as small as 47 by 40 km ask for; one clear observation of five scenes is enough, since
-            # their clouds are all masked.
+            # As small as 47 by 40 km ask for; one clear scene of five is enough, since their clouds are all masked.
             + ["--config.season=2020", "--config.splits.block_km=7", "--config.splits.buffer_m=0"]
             + ["--config.composite.min_clear=1"],
         ),
