@@ -20,6 +20,7 @@ from biomass_jax.data.biomes import with_biomes
 from biomass_jax.data.sources import Source
 from biomass_jax.errors import EvaluationError, name_list
 from biomass_jax.evaluation import tables
+from biomass_jax.evaluation.config import Evaluate
 from biomass_jax.evaluation.intervals import LEVEL
 from biomass_jax.evaluation.nugget import nugget
 from biomass_jax.pipeline import batches as pipeline
@@ -27,6 +28,7 @@ from biomass_jax.prediction.forward import Forward
 from biomass_jax.runtime import processes
 from biomass_jax.runtime.files import write_json
 from biomass_jax.runtime.progress import Progress
+from biomass_jax.runtime.settings import check
 from biomass_jax.tasks.create import choose_statistics
 from biomass_jax.tasks.scores import SCORES
 
@@ -52,9 +54,11 @@ def run(config: ConfigDict, workdir: Path, *, shardings: Callable[[], dict[str, 
         What `metrics.json` holds.
 
     Raises:
-        EvaluationError: a field is missing or wrong, the bundle doesn't fit the data, nothing to score.
+        ConfigError: a field holds what it can't.
+        EvaluationError: a field is missing, the bundle doesn't fit the data, nothing to score.
         BundleError, DataError, RasterError, BandError, BiomeError: what can't be read, or isn't known.
     """
+    check(config, Evaluate)
     group = config.data
     check_given(config)
     chosen = {name: group[name] for name in ("encoding", "label_max", "verify")}

@@ -204,6 +204,8 @@ def test_statistics_are_chosen(model, world, tmp_path):
         ({"dtype": "float16"}, PredictionError, "dtype is 'float16'"),
         ({"matmul_precision": "low"}, PredictionError, "matmul_precision is 'low'"),
         ({"batch_size": 0}, EvaluationError, "config.batch_size is 0"),
+        ({"block_km": -1.0}, ConfigError, "config.block_km is -1.0; expected a number above 0"),
+        ({"data.threads": 0}, ConfigError, "config.data.threads is 0; expected a number from 1 on"),
         ({"figures.count": -1}, EvaluationError, "config.figures.count is -1"),
         ({"data.biome": "desert"}, ValueError, r"no chip of biome 'desert'; found savanna \(3\), taiga \(3\), unknown"),
         ({"data.biomes": "a.gpkg"}, ValueError, "config.data.biomes and config.data.biome_field go together"),
