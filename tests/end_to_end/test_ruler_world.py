@@ -144,7 +144,7 @@ def test_every_label_tells_its_own_row_and_column(chain):
 
 def test_label_rasters_hold_what_was_planned_and_no_poison(chain):
     for tile, planned in chain.plan["tiles"].items():
-        (label,) = chain.raster("labels", tile)
+        label, _ = chain.raster("labels", tile)
         expected = np.full(label.shape, -1, np.float32)
         for row, col, _ in planned["labels"]:
             expected[row, col] = 4096 * row + col
@@ -314,7 +314,7 @@ def test_prepare_makes_the_same_records(chain, tmp_path, root):
     granules = chain.out / "granules"
     fields = {"season": "2020", "granules.hls": granules / "hls", "granules.gedi": granules / "gedi"}
     fields |= {"chips.size": chain.size, "chips.min_labels": chain.min_labels, "chips.label_max": 1e9}
-    fields |= {"splits.block_km": chain.block_km, "splits.buffer_m": 0}
+    fields |= {"splits.block_km": chain.block_km, "splits.buffer_m": 0, "composite.min_clear": 1}
     fields |= {"splits.fractions": "(0.5,0.25,0.25)", "shards.records_per_shard": 5}
     given = [f"--config.{name}={value}" for name, value in fields.items()]
     config = str(root / "configs" / "prepare.py")
