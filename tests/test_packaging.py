@@ -198,7 +198,7 @@ def test_make_installs_once_and_again_only_when_something_changed(checkout):
     assert done.returncode == 0, done.stderr
     assert log[0] == "venv .venv"
     assert len(log) == 2
-    assert "--constraint constraints/py3.11.txt --editable .[prep,dask,sweep,docs,tools]" in log[1]
+    assert "--constraint constraints/py3.11.txt --editable .[prep,regional,dask,xarray,sweep,docs,tools]" in log[1]
     for arguments in (["setup", "PYTHON=@new"], ["setup"]):
         done, log = make(checkout, *arguments)
         assert (done.returncode, log) == (0, []), done.stderr
