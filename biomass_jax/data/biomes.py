@@ -105,10 +105,7 @@ def centre(epsg: int, transform: np.ndarray, shape: tuple[int, int]) -> tuple[fl
     """
     from pyproj import Transformer
 
-    a, b, c, d, e, f = (float(value) for value in transform)
-    row, col = shape[0] / 2, shape[1] / 2
-    x, y = a * col + b * row + c, d * col + e * row + f
-    lon, lat = Transformer.from_crs(int(epsg), 4326, always_xy=True).transform(x, y)
+    lon, lat = Transformer.from_crs(int(epsg), 4326, always_xy=True).transform(*records.centre(transform, shape))
     return float(lon), float(lat)
 
 

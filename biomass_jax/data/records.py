@@ -112,6 +112,13 @@ def from_example(example: Mapping[str, Any]) -> Record:
     return record
 
 
+def centre(transform: np.ndarray, shape: tuple[int, ...]) -> tuple[float, float]:
+    """x and y of a chip's centre in its CRS, from the affine a b c d e f (6,) of its corner and its size (H, W)."""
+    a, b, c, d, e, f = (float(value) for value in transform)
+    row, column = shape[0] / 2, shape[1] / 2
+    return a * column + b * row + c, d * column + e * row + f
+
+
 def unknown_sigma(label: np.ndarray) -> np.ndarray:
     """`agbd_sigma` of labels (H, W) whose errors nothing tells."""
     return np.full(label.shape, NO_LABEL, np.float32)

@@ -128,11 +128,8 @@ class Source(ABC):
 
 def chip_of(record: Record) -> Chip:
     """Name, tile, biome and place of a record."""
-    a, b, c, d, e, f = (float(value) for value in record["transform"])
-    row, column = (size / 2 for size in record["label"].shape)
-    place = (
-        Place(int(record["epsg"]), a * column + b * row + c, d * column + e * row + f) if record["epsg"] else Place()
-    )
+    epsg = int(record["epsg"])
+    place = Place(epsg, *records.centre(record["transform"], record["label"].shape)) if epsg else Place()
     return Chip(record["chip_id"], record["tile"], record["biome"], place)
 
 

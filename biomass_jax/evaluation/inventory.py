@@ -41,9 +41,9 @@ def read_plots(path: str | Path, columns: Mapping[str, str | None], area_ha: flo
     Raises:
         EvaluationError: unreadable, without places, biomass or areas; a biomass or an error below 0.
     """
+    frame = _read(Path(path))  # which says what is missing where pandas is
     import pandas
 
-    frame, places = _read(Path(path)), None
     named = {what: _column(frame, what, columns.get(what), str(path)) for what in COLUMNS}
     if named["agb"] is None:
         raise EvaluationError(
@@ -60,8 +60,7 @@ def read_plots(path: str | Path, columns: Mapping[str, str | None], area_ha: flo
     found["kind"] = frame[named["kind"]].fillna("").astype(str) if named["kind"] else ""
     if area_ha is not None:
         found["area_ha"] = found["area_ha"].fillna(area_ha)
-    places = _places(frame, named, str(path))
-    return _with_outlines(found, places, str(path))
+    return _with_outlines(found, _places(frame, named, str(path)), str(path))
 
 
 def _read(path: Path) -> "DataFrame":
@@ -96,6 +95,7 @@ def _column(frame: "DataFrame", what: str, given: str | None, path: str) -> str 
 
 
 def _numbers(frame: "DataFrame", column: str | None, path: str) -> Any:
+    """A column as numbers (n,); NaN where there is no such column."""
     import pandas
 
     if column is None:
