@@ -15,7 +15,14 @@ from tests.data_prep.gedi_files import BEAMS, FIRST, MODELS, NEW, whole, write
 
 STRATA = ("DBT_NAm", "EBT_SA", "GSW_Af")
 T = {"DBT_NAm": 8.0, "EBT_SA": 4.5, "GSW_Af": 180.0}
-ALL = Filters(l4_quality_flag=False, agbd_valid=False, degrade_tens=(), degrade_ones=(), algorithm_run_flag=False)
+ALL = Filters(
+    l4_quality_flag=False,
+    agbd_valid=False,
+    degrade_tens=(),
+    degrade_ones=(),
+    algorithm_run_flag=False,
+    sensitivity_min=0,
+)
 
 
 def shot(stratum, t, se=0.25):
