@@ -1,6 +1,6 @@
 """Does pretraining help where labels are few? `python -m benchmarks.pretraining_helps`.
 
-The demo's model is pretrained on all chips of a synthetic forest without their labels, then fine-tuned on some of the
+The demo's model is pretrained on all chips of the context world without their labels, then fine-tuned on some of the
 chips with labels, and from scratch on the same ones: same steps, statistics and seeds, each chip repeated until an
 epoch is as long as with all of them. The score is the last one, at the cosine's end, so nothing is chosen by
 validation. The linear probe is a ridge regression of a chip's mean biomass on the frozen encoder's pooled stage
@@ -26,20 +26,21 @@ LABELLED, LABEL_ERROR = 0.01, 4.0  # share of pixels with a footprint, Mg/ha of 
 ALPHAS = tuple(np.logspace(-2, 5, 22))
 
 
-def forest_chip(split: str, index: int, side: int) -> records.Record:
-    """A clear view of a piece of the forest that no other chip shows, with footprints on a few pixels."""
-    from data_prep.synthetic.forest.land import Forest
-    from data_prep.synthetic.forest.view import Day, shadowed_biomass, view
-    from data_prep.synthetic.forest.world import EPSG, LEFT, TOP
+def context_chip(split: str, index: int, side: int) -> records.Record:
+    """A clear view of a piece of the context world that no other chip shows, with footprints on a few pixels."""
+    from data_prep.synthetic.context.land import Context, biomass_of
+    from data_prep.synthetic.context.view import surface
+    from data_prep.synthetic.forest.view import Day, under_sky
     from data_prep.synthetic.landscape import PIXEL_M
+    from data_prep.synthetic.world import EPSG, LEFT, TOP
 
     rng = np.random.default_rng([index, *split.encode()])
-    forest = Forest()
+    land = Context()
     left, top = LEFT + 2 * PIXEL_M * side * index, TOP - (300e3 if split == "val" else 0)
-    biomass = forest.pixel_biomass(left, top, (side + 1, side))
-    greenness = forest.greenness(left, top, (side, side))
-    image, _ = view(shadowed_biomass(biomass), greenness, Day(leaves=0.9, clouds=0.0), rng)
-    measured = np.maximum(biomass[:-1] + LABEL_ERROR * rng.standard_normal((side, side)), 0)
+    ground, crowns = land.pixels(left, top, (side, side)), land.crowns(left, top, (side + 1, side))
+    day = Day(leaves=0.9, clouds=0.0)
+    image, _ = under_sky(surface(ground, crowns, day.leaves), day, rng)
+    measured = np.maximum(biomass_of(ground) + LABEL_ERROR * rng.standard_normal((side, side)), 0)
     label = np.where(rng.random((side, side)) < LABELLED, measured, records.NO_LABEL)
     return records.Record(
         image=image,
@@ -179,8 +180,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--chips", nargs="+", default=["20", "100", "all"], help="labelled training chips")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--shards", help="with labels; instead of a synthetic forest")
-    parser.add_argument("--train", type=int, default=160, help="training chips of the synthetic forest")
+    parser.add_argument("--shards", help="with labels; instead of the context world")
+    parser.add_argument("--train", type=int, default=160, help="training chips of the context world")
     parser.add_argument("--val", type=int, default=24, help="its validation chips")
     parser.add_argument("--side", type=int, default=112, help="px of its chips, a multiple of 56")
     parser.add_argument("--pretrain-steps", type=int, default=300)
@@ -197,7 +198,7 @@ def main() -> None:
     folder = options.shards or str(FOLDER / "shards")
     if options.shards is None:
         sizes = {"train": options.train, "val": options.val}
-        made = {split: [forest_chip(split, i, options.side) for i in range(n)] for split, n in sizes.items()}
+        made = {split: [context_chip(split, i, options.side) for i in range(n)] for split, n in sizes.items()}
         shards.write_shards(made, folder)
     chips = read_chips(folder)
     side = chips["train"][0]["image"].shape[0]

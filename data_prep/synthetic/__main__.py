@@ -1,4 +1,4 @@
-"""Command line: `python -m data_prep synthetic --out DIR [--world scene|ruler|forest]` writes synthetic granules."""
+"""Command line: `python -m data_prep synthetic --out DIR [--world NAME]` writes granules, and orbits over them."""
 
 import argparse
 import re
@@ -15,6 +15,23 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+WHO = {
+    "one_pixel": "a model of single pixels can't pass",
+    "window": "nor one that sees the texture around a pixel",
+    "neighbours": "nor one that sees how far the wind reaches",
+    "stages": "nor one that sees the river",
+    "best": "no model can pass",
+    "oracle": "no model can pass",
+}
+
+
+def _print_limits(out: Path, limits: dict[str, dict[str, float]]) -> None:
+    print(out / "plan.json")
+    for name in (name for name in WHO if name in limits):
+        words = "R2 {r2:.3f}, RMSE {rmse:.1f} Mg/ha, R2 of logs {r2_log:.3f}".format(**limits[name])
+        print(f"{WHO[name]}: {words}")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Write one granule and print its folder, or a world of granules and orbits and print where its plan is."""
     parser = argparse.ArgumentParser(
@@ -23,13 +40,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder that takes what is written")
     parser.add_argument(
         "--world",
-        choices=("scene", "ruler", "forest"),
+        choices=("scene", "ruler", "forest", "context"),
         default="scene",
         help="scene: one granule; ruler: six tiles that tell their rows and columns, with all that has to be dropped; "
-        "forest: a tile to learn from (scene)",
+        "forest: a tile to learn from; context: one whose biomass a pixel's own colour doesn't tell (scene)",
     )
     parser.add_argument(
-        "--size", type=parse_size, help="HEIGHTxWIDTH of a tile in pixels of 30 m (460x700, 900x1120 for a forest)"
+        "--size",
+        type=parse_size,
+        help="HEIGHTxWIDTH of a tile in pixels of 30 m (460x700; 900x1120 for a forest or context)",
     )
     parser.add_argument("--seed", type=int, default=0, help="another seed, another land (0)")
     args = parser.parse_args(argv)
@@ -43,15 +62,11 @@ def main(argv: list[str] | None = None) -> None:
         elif args.world == "forest":
             from data_prep.synthetic.forest.world import write_forest_world
 
-            limits = write_forest_world(args.out, seed=args.seed, **size)["limits"]
-            print(args.out / "plan.json")
-            for name, words in {
-                "best": "no model can pass",
-                "one_pixel": "a model of single pixels can't pass",
-            }.items():
-                print(
-                    f"{words}: R2 {{r2:.3f}}, RMSE {{rmse:.1f}} Mg/ha, R2 of logs {{r2_log:.3f}}".format(**limits[name])
-                )
+            _print_limits(args.out, write_forest_world(args.out, seed=args.seed, **size)["limits"])
+        elif args.world == "context":
+            from data_prep.synthetic.context.world import write_context_world
+
+            _print_limits(args.out, write_context_world(args.out, seed=args.seed, **size)["limits"])
         else:
             print(write_scene(args.out, seed=args.seed, **size))
     except ValueError as error:

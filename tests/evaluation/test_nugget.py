@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from biomass_jax.evaluation.nugget import FEWEST_PAIRS, REACH, error_pairs, no_pairs, nugget
-from data_prep.synthetic.forest import world
+from data_prep.synthetic import world
 from data_prep.synthetic.forest.land import Forest
 
 

@@ -14,6 +14,8 @@ from data_prep.synthetic.scene import CANOPY, FMASK_LOW_AEROSOL, GREEN, SOIL
 CLOSING_BIOMASS = 110.0  # Mg/ha at which the crowns cover 63 % of the ground
 CROWN_SHADOW = 0.4  # how much of the sunward neighbour's biomass darkens a pixel as its own does
 CLOUD = (5200, 5000, 5100, 5600, 4100, 3300)
+THIN_CROWNS = np.array([1.25, 1.2, 1.35, 0.8, 1.15, 1.2])  # of bands, without leaves: the ground shines through
+STRIPE_PIXELS = 46.0  # from one bright stripe to the next
 _COARSE = 4  # clouds are made on a grid this much coarser
 
 
@@ -24,6 +26,7 @@ class Day:
     leaves: float  # 0..1: how far the season has unfolded
     clouds: float  # share of the land under clouds
     off_swath: bool = False  # the swath misses the south-eastern corner
+    stripes: float = 0.0  # how much the angle of view changes the brightness from stripe to stripe, as a share
 
 
 def shadowed_biomass(biomass: Floats) -> Floats:
@@ -49,18 +52,22 @@ def surface(seen: Floats, greenness: Floats, day: Day) -> Floats:
     canopy, soil, green = (np.array(spectrum, float) for spectrum in (CANOPY, SOIL, GREEN))
     crowns = 1 - np.exp(-seen / CLOSING_BIOMASS)[..., None]
     ground = soil + (green - soil) * (greenness * day.leaves)[..., None]
-    leaves = np.array([1.25, 1.2, 1.35, 0.8, 1.15, 1.2]) ** (1 - day.leaves)  # thinner crowns let the ground through
+    leaves = THIN_CROWNS ** (1 - day.leaves)
     return ground + (canopy * leaves * (1.1 - 0.0006 * seen[..., None]) - ground) * crowns
 
 
-def view(
-    seen: Floats, greenness: Floats, day: Day, rng: np.random.Generator
-) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
-    """Return (H, W, 6) digital numbers and (H, W) Fmask of one day."""
-    shape = seen.shape
-    image = surface(seen, greenness, day)
+def under_sky(land: Floats, day: Day, rng: np.random.Generator) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
+    """Return (H, W, 6) digital numbers and (H, W) Fmask of one day.
+
+    Args:
+        land: (H, W, 6) digital numbers under a clear sky, without noise.
+        day: for the clouds, the angle of view and the swath.
+        rng: draws the sky and the noise.
+    """
+    shape = land.shape[:2]
+    image = land * (1 + day.stripes * _view_stripes(shape, rng)[..., None]) if day.stripes else land
     haze = fine_field(shape, rng, roughness=2.0, largest=60)
-    image *= (1 + 0.01 * rng.standard_normal(shape) + 0.01 * haze)[..., None]  # light; the air
+    image = image * (1 + 0.01 * rng.standard_normal(shape) + 0.01 * haze)[..., None]  # light; the air
     image += 12 * rng.standard_normal(image.shape, dtype=np.float32)
 
     rank = share_below(fine_field(shape, rng, roughness=1.6, largest=40).astype(np.float32))
@@ -84,6 +91,12 @@ def view(
         off = (shape[0] - y) + 2.5 * (shape[1] - x) < 0.6 * shape[0]
         numbers[off], fmask[off] = FILL, granules.FMASK_FILL
     return numbers, fmask
+
+
+def _view_stripes(shape: tuple[int, int], rng: np.random.Generator) -> Floats:
+    """Return (H, W) -1..1 along the satellite's slanting way: its detectors look from neighbouring angles."""
+    y, x = np.ogrid[: shape[0], : shape[1]]
+    return np.sin(2 * np.pi * ((x + 0.2 * y) / STRIPE_PIXELS + rng.uniform()))
 
 
 def fine_field(shape: tuple[int, int], rng: np.random.Generator, *, roughness: float, largest: float) -> Floats:

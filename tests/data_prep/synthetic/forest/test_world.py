@@ -13,7 +13,8 @@ from rasterio.warp import transform as project
 from data_prep.synthetic.__main__ import main
 from data_prep.synthetic.forest.land import Forest, hashed, smooth
 from data_prep.synthetic.forest.view import CLOSING_BIOMASS, CROWN_SHADOW, Day, shadowed_biomass, surface
-from data_prep.synthetic.forest.world import TILES, write_forest_world
+from data_prep.synthetic.forest.world import write_forest_world
+from data_prep.synthetic.world import TILES
 
 SHAPE = (300, 460)
 LEFT, TOP = 600000.0, 4100040.0
