@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.compiling import QUICK
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # One on-disk compilation cache for all runs: a second run of the suite compiles next to nothing.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax-tests"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-# Tests compile more than they compute, and LLVM's optimisation is half of that; set XLA_FLAGS, empty too, to have it.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+# Set XLA_FLAGS, empty too, to compile as users do.
+os.environ.setdefault("XLA_FLAGS", QUICK)
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 

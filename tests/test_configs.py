@@ -171,8 +171,9 @@ def test_every_field_of_fine_tuning_is_read(finetuned):
 @pytest.mark.long
 def test_every_field_of_pretraining_is_read(shards, tmp_path, monkeypatch):
     config = config_of("pretrain_simmim_swin_b_100ep")
-    tiny = {name: value for name, value in world.TINY.items() if "decoder" not in name}
-    config.update_from_flattened_dict(tiny | {"data.path": str(shards), "epochs": 1, "schedule.warmup_epochs": 0.5})
+    config.update_from_flattened_dict(
+        world.TINY_PRETRAINING | {"data.path": str(shards), "epochs": 1, "schedule.warmup_epochs": 0.5}
+    )
     config.augment.size = world.SIDE
     assert unread(config, tmp_path / "run", monkeypatch) == set()
 

@@ -14,6 +14,7 @@ import pytest
 
 from biomass_jax import bundle
 from biomass_jax.runtime.lock import one_writer
+from tests.compiling import QUICK
 from tests.prediction.stubs import coded_image, write_raster
 from tests.training import world
 
@@ -24,12 +25,9 @@ pytestmark = [
 
 STEPS = 8  # an epoch
 EPOCHS = {"pretrain": 2, "finetune": 6}
-# Only process 0 of several reads and writes the compilation cache: the other compiles in each run, so let it be quick.
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 MAIN = (sys.executable, "-m", "biomass_jax.main")
 FINETUNE = "configs/finetune_all_biomes.py"
 PRETRAIN = "configs/pretrain_simmim_swin_b_100ep.py"
-NO_DECODER = {name: value for name, value in world.TINY.items() if "decoder" not in name}
 
 
 def fields(**values):
@@ -52,6 +50,7 @@ class Jobs:
             subprocess.Popen(
                 [*command, "--config", config, "--workdir", str(self.folder / workdir), *flags],
                 cwd=self.root,
+                # Only process 0 of several reads and writes the cache: the other compiles in each run.
                 env=environment | {"XLA_FLAGS": QUICK},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -66,7 +65,7 @@ class Jobs:
         return process.returncode, said
 
     def pretrain(self, count):
-        tiny = [f"--config.{name}={value!r}" for name, value in NO_DECODER.items()]
+        tiny = [f"--config.{name}={value!r}" for name, value in world.TINY_PRETRAINING.items()]
         extra = fields(
             epochs=EPOCHS["pretrain"],
             optimizer__learning_rate=1e-3,

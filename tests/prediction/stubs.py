@@ -73,7 +73,7 @@ def read_map(path) -> np.ndarray:
 
 def random_bundle(path: Path, *, seed: int = 0, **architecture) -> Path:
     """A real bundle with seeded random weights; the smallest architecture unless told otherwise."""
-    small = {"embed_dim": 8, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 4, 8], "mlp_ratio": 2.0, "decoder_channels": 8}
+    small = {"embed_dim": 8, "depths": [1, 2], "num_heads": [1, 2], "mlp_ratio": 2.0, "decoder_channels": 8}
     architecture = architecture or small
     rng = np.random.default_rng(seed)
 

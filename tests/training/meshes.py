@@ -23,6 +23,7 @@ from biomass_jax.training import run as training
 from biomass_jax.training import state
 from biomass_jax.training.checkpoint import Checkpoints
 from configs import finetune_all_biomes, pretrain_simmim_swin_b_100ep
+from tests.compiling import QUICK
 from tests.training import world
 
 STEPS, SEEDS, SAVED = 20, 3, 3  # SAVED: after so many steps of the first seed
@@ -60,8 +61,8 @@ CONFIGS = {"finetune": finetune_all_biomes.get_config, "pretrain": pretrain_simm
 
 def environment(devices):
     """Variables of a process with so many devices, which compiles fast and computes slowly."""
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{flags} --xla_llvm_disable_expensive_passes=true"}
+    flags = f"{QUICK} --xla_force_host_platform_device_count={devices}"
+    return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 
 def config_of(kind, shards, **fields):

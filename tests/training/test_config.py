@@ -27,8 +27,9 @@ def computed(monkeypatch):
 def fault(tmp_path, shards, get_config=finetune_all_biomes.get_config, **fields):
     config = get_config()
     if get_config is pretrain_simmim_swin_b_100ep.get_config:
-        tiny = {name: value for name, value in world.TINY.items() if "decoder" not in name}
-        config.update_from_flattened_dict(tiny | {"epochs": 3, "data.path": str(shards), "dtype": "float32"})
+        config.update_from_flattened_dict(
+            world.TINY_PRETRAINING | {"epochs": 3, "data.path": str(shards), "dtype": "float32"}
+        )
     else:
         config = world.configure(config, epochs=3, data__path=str(shards))
     for name, value in fields.items():
