@@ -1,5 +1,6 @@
 """Whole models: exact parameter counts, settings that must change the result, any input size, bfloat16."""
 
+import functools
 import math
 import re
 
@@ -84,8 +85,13 @@ def tiny():
     return model, variables, x
 
 
+@functools.cache
+def compiled(model):
+    return jax.jit(model.apply)
+
+
 def run(model, variables, x):
-    return np.asarray(jax.jit(model.apply)(variables, x))
+    return np.asarray(compiled(model)(variables, x))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 5), (30, 33)])
@@ -104,13 +110,11 @@ def test_samples_do_not_see_each_other(tiny):
 def test_shift_of_a_single_window_is_a_setting():
     x = jax.random.normal(jax.random.key(1), (1, 28, 28, 6))  # 7 x 7 tokens: one window
     model = SwinTransformer(embed_dim=4, depths=(2,), num_heads=(2,))
-    variables = model.init(jax.random.key(0), x)
-    shifted, unshifted = model.apply(variables, x)[0], model.clone(shift_single_window=False).apply(variables, x)[0]
-    assert np.abs(shifted - unshifted).max() > 1e-3
+    variables = jax.jit(model.init)(jax.random.key(0), x)
+    shifted, unshifted = compiled(model), compiled(model.clone(shift_single_window=False))
+    assert np.abs(shifted(variables, x)[0] - unshifted(variables, x)[0]).max() > 1e-3
     wide = jnp.tile(x, (1, 2, 1, 1))  # two windows: the setting makes no difference
-    np.testing.assert_array_equal(
-        model.apply(variables, wide)[0], model.clone(shift_single_window=False).apply(variables, wide)[0]
-    )
+    np.testing.assert_array_equal(shifted(variables, wide)[0], unshifted(variables, wide)[0])
 
 
 def test_output_scale_and_offset_are_applied_before_the_relu(tiny):

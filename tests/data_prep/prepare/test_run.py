@@ -1,6 +1,7 @@
 """The whole chain: one result however it is cut and ended; what is done is kept; what fails is named."""
 
 import hashlib
+import io
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,18 +67,24 @@ def report(out):
 
 
 @pytest.fixture(scope="module")
-def plain(world, tmp_path_factory):
-    """The files that one run in this process makes."""
+def finished(world, tmp_path_factory):
+    """The folder of one run in this process, and what it said; not to be written to."""
     out = given(world, tmp_path_factory.mktemp("plain"))
-    assert prepare.main(command(out)) == 0
-    return files(out)
+    with redirect_stdout(io.StringIO()) as said:
+        assert prepare.main(command(out)) == 0
+    return out, said.getvalue()
 
 
-def test_shards_open_in_tfds_and_the_report_tells_how_they_came(world, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def plain(finished):
+    """The files that such a run makes."""
+    return files(finished[0])
+
+
+def test_shards_open_in_tfds_and_the_report_tells_how_they_came(finished):
     import tensorflow_datasets as tfds
 
-    out = given(world, tmp_path)
-    assert prepare.main(command(out)) == 0
+    out, said = finished
     told = report(out)
     assert told["errors"] == {}
     assert [told["tiles"][tile]["status"] for tile in TILES] == ["finished", "finished"]
@@ -89,15 +97,13 @@ def test_shards_open_in_tfds_and_the_report_tells_how_they_came(world, tmp_path,
     assert kept == sum(told["splits"]["counts"].values())
     used = sum(told["tiles"][tile]["labels"]["counts"]["used"] for tile in TILES)
     assert 0 < used <= sum(orbit["counts"][-1][1] for orbit in told["orbits"].values())
-    lines = capsys.readouterr().out.splitlines()
-    (row,) = [line.split() for line in lines if line.startswith("10SFF")]
+    (row,) = [line.split() for line in said.splitlines() if line.startswith("10SFF")]
     assert row[0:2] == ["10SFF", "2"]
     assert row[-1] == "finished"
 
 
-def test_what_is_done_is_kept_until_settings_or_inputs_change(world, tmp_path, capsys):
-    out = given(world, tmp_path)
-    assert prepare.main(command(out)) == 0
+def test_what_is_done_is_kept_until_settings_or_inputs_change(finished, tmp_path, capsys):
+    out = shutil.copytree(finished[0], tmp_path / "out")
     written = {
         path: path.stat().st_mtime_ns
         for path in out.rglob("*.*")
@@ -317,7 +323,7 @@ def test_a_dask_cluster_makes_the_same_files(world, tmp_path, plain):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_a_run_killed_at_any_moment_goes_on(world, tmp_path, plain, workers):
     out = given(world, tmp_path)
     line = [sys.executable, "-m", "data_prep.prepare", *command(out, "--workers", workers)]
