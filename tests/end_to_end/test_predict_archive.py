@@ -46,6 +46,7 @@ def predict(archive, *words):
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_tile_and_a_season_become_a_map(archive, tmp_path):
     bundle, workdir = random_bundle(tmp_path / "bundle"), tmp_path / "maps"
     given = ("--bundle", str(bundle), "--workdir", str(workdir), "--tile", "10SFF", "--season", "2020")

@@ -31,6 +31,7 @@ WORLDS = {
 }
 
 
+# The two differ in their sizes alone.
 @pytest.fixture(scope="module", params=["small", pytest.param("chips of 224", marks=pytest.mark.long)])
 def chain(request, tmp_path_factory) -> Chain:
     return run_chain(tmp_path_factory.mktemp("ruler"), **WORLDS[request.param])

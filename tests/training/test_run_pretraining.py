@@ -328,7 +328,7 @@ def test_the_bundle_goes_back_to_the_official_layout(unbroken, tmp_path):
 def test_sizes_that_do_not_fit_are_an_error_that_names_the_field(shards, tmp_path):
     for fields, named in (
         ({"mask_patch_size": 12}, "config.mask_patch_size is 12 px"),
-        ({"augment__size": 36}, "encoder_stride"),
+        ({"mask_patch_size": 4, "augment__size": 36}, "encoder_stride"),
     ):
         with pytest.raises(ConfigError, match=named):
             training.set_up(config_of(shards, **fields), tmp_path / "run", command="")
