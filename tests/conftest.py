@@ -1,5 +1,6 @@
 """What every test shares: golden files, real samples, one compilation cache, fake devices only where asked for."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -15,6 +16,12 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 # Set XLA_FLAGS, empty too, to compile as users do.
 os.environ.setdefault("XLA_FLAGS", QUICK)
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+
+def pytest_collection_finish():
+    """What is there before the first test stays to the end: the garbage collector need not go through it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
