@@ -223,6 +223,7 @@ def test_other_tasks(task, architecture, tmp_path):
     assert max(bundle.verify(path).values()) < 1e-6
 
 
+@pytest.mark.slow
 def test_bundle_of_one_device_opens_on_eight(saved, variables):
     code = (
         "import sys, numpy as np, jax; from biomass_jax import bundle\n"

@@ -67,7 +67,7 @@ def test_real_chip_three_ways(root, samples, small, tmp_path):
     three_ways_agree(root, samples, tmp_path, small)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_real_chip_three_ways_with_the_full_swin_b(root, samples, tmp_path):
     model = random_bundle(tmp_path / "bundle", embed_dim=128, depths=[2, 2, 18, 2], num_heads=[4, 8, 16, 32])
     three_ways_agree(root, samples, tmp_path / "out", model)

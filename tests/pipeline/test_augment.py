@@ -180,6 +180,7 @@ assert "all-gather" not in text and "all-to-all" not in text, "chips travel betw
 """
 
 
+@pytest.mark.slow
 def test_a_batch_split_over_eight_devices_gives_the_same_chips(root):
     env = os.environ | {
         "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8",

@@ -203,6 +203,7 @@ assert np.asarray(full.batch(np.arange(8) - 1)["label"])[:, 0, 0].tolist() == [-
 """
 
 
+@pytest.mark.slow
 def test_chips_on_eight_devices(root):
     env = os.environ | {
         "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8",

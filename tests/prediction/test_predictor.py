@@ -292,6 +292,7 @@ np.save({array!r}, predictor.predict_array(coded_image(50, 60)))
 """
 
 
+@pytest.mark.slow
 def test_values_are_the_same_on_1_and_4_devices(tmp_path, monkeypatch, root):
     source = write_raster(tmp_path / "scene.tif", coded_image(460, 500))
     results, arrays, sizes, flags = [], [], [], os.environ["XLA_FLAGS"]

@@ -99,6 +99,7 @@ np.save(sys.argv[2], mask)
 """
 
 
+@pytest.mark.slow
 def test_one_and_eight_devices_draw_the_same_masks(tmp_path, root):
     for count in (1, 8):
         flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"

@@ -206,6 +206,7 @@ def test_a_killed_run_leaves_no_map_and_the_next_one_finishes(tmp_path, moment):
     assert [p.name for p in tmp_path.iterdir()] == [target.name]
 
 
+@pytest.mark.slow
 def test_a_limit_on_file_sizes_fails_loudly_at_every_stage(tmp_path):
     """As a full disk does. The working copy, then the larger COG, then its last bytes meet the limit."""
     assert child("write()", tmp_path / "whole.tif").returncode == 0
