@@ -65,8 +65,27 @@ def test_a_second_demo_in_the_folder_is_refused_and_deletes_nothing(tmp_path, ca
     assert (tmp_path / "maps").is_dir()
 
 
+def test_the_rivals_of_the_score_are_those_of_plain_formulas():
+    rng = np.random.default_rng(0)
+    bands = rng.normal(500, 100, (900, 6))
+    z = (bands - bands.mean(0)) / bands.std(0)
+    answer = 80 + 9 * z[:, 0] * z[:, 1] * z[:, 4] - 5 * z[:, 2] ** 2 + 3 * z[:, 5]
+    unseen = slice(700, None)
+    found = demo.rmse_of_one_pixel((bands[:700], answer[:700]), (bands[unseen], answer[unseen]))
+    assert found < 0.5 < answer[unseen].std() / 10  # such a cubic is learnt; what no pixel tells isn't
+    noise = rng.normal(0, 7, 900)
+    assert 6.5 < demo.rmse_of_one_pixel((bands, noise + answer), (bands, noise + answer)) < 7
+    assert demo.cubic(z).shape == (900, 6 + 21 + 56)
+
+    truth = rng.uniform(0, 200, (40, 50))
+    label = np.full((8, 8), -1.0)
+    label[2, 3], label[7, 0] = truth[12 + 2, 21 + 3] + 3, truth[12 + 7, 21] - 4
+    chip = {"label": label, "transform": np.array([30, 0, 600000 + 30 * 21, 0, -30, 4100040 - 30 * 12])}
+    assert demo.rmse_of_oracle([chip], truth, (600000.0, 4100040.0)) == pytest.approx(np.sqrt(12.5))
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # it takes 3 minutes; a machine may be slow or busy
+@pytest.mark.timeout(1800)  # it takes 4 minutes; a machine may be slow or busy
 def test_demo_makes_shards_a_map_and_pictures(root, tmp_path, capsys):
     kept = tmp_path / "notes.txt"
     kept.touch()
@@ -106,6 +125,10 @@ def test_demo_makes_shards_a_map_and_pictures(root, tmp_path, capsys):
     lines = [json.loads(line) for line in (tmp_path / "finetune" / "metrics.jsonl").read_text().splitlines()]
     assert sum("train/loss" in line for line in lines) >= 20
     scores = json.loads((tmp_path / "scores" / "metrics.json").read_text())
-    # what the synthetic forest allows: a model of single pixels has an R2 of 0.88
-    assert 0.5 < float(re.search(r"biomass: R2 (0\.\d+)", done.stdout)[1]) < 0.97
-    assert scores["r2"] > 0.5
+    # A model of single pixels has an R2 of 0.42 on this forest at best, and who knows the truth has 0.92.
+    assert 0.5 < float(re.search(r"biomass: R2 (0\.\d+)", done.stdout)[1]) < 0.92
+    score, one_pixel, oracle = map(
+        float, re.search(r"RMSE ([\d.]+) .*\n.*? ([\d.]+) Mg/ha by a regression .*? ([\d.]+) for", done.stdout).groups()
+    )
+    assert score == pytest.approx(scores["rmse"], abs=0.06)
+    assert oracle < score < 0.8 * one_pixel

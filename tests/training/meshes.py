@@ -21,7 +21,7 @@ from biomass_jax.tasks import create
 from biomass_jax.training import config as checks
 from biomass_jax.training import run as training
 from biomass_jax.training import state
-from biomass_jax.training.checkpoint import Checkpoints
+from biomass_jax.training.checkpoint import Checkpoints, HostState
 from configs import finetune_all_biomes, pretrain_simmim_swin_b_100ep
 from tests.compiling import QUICK
 from tests.training import world
@@ -124,7 +124,7 @@ class World:
                 gradients = flat(processes.to_host(adam.mu))
             if number + 1 == SAVED and save is not None:
                 checkpoints = Checkpoints(save, keep=1)
-                checkpoints.save(now, {"step": SAVED}, step=SAVED, loss=None)
+                checkpoints.save(now, HostState({}, step=SAVED), loss=None)
                 checkpoints.close()
         return {name: np.array([each[name] for each in seen]) for name in seen[0]}, gradients
 
@@ -133,7 +133,7 @@ class World:
         checkpoints = Checkpoints(folder, keep=1)
         restored, host = checkpoints.restore(self.planned, step=SAVED)
         checkpoints.close()
-        assert host == {"step": int(restored.step)} == {"step": SAVED}
+        assert host.step == int(restored.step) == SAVED
         share = held(restored) / sum(leaf.nbytes for leaf in jax.tree.leaves(restored))
         _, metrics = self.plan.steps.train(restored, next(self.batches(0, start=SAVED)).arrays)
         return float(metrics["loss"]), share

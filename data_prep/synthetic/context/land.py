@@ -100,7 +100,7 @@ class Context:
         lee = np.zeros(bare.shape)
         for i in (square_x - 1, square_x):
             for j in (square_y - 1, square_y):
-                chance = [hashed(i, j, _CUT + k, self.seed) for k in range(4)]
+                chance = [self._chance(i, j, _CUT + k) for k in range(4)]
                 width, height = (
                     np.floor(low + share * (high - low + 1))
                     for share, (low, high) in zip(chance, (_CUT_WIDTH, _CUT_HEIGHT), strict=False)
@@ -113,6 +113,12 @@ class Context:
                 near = np.clip(1 - (east - 1) / LEE, 0, 1)
                 lee = np.where(beside & (east >= 1), np.maximum(lee, near), lee)
         return bare, lee
+
+    def _chance(self, i: Numbers, j: Numbers, field: int) -> Floats:
+        """`hashed` where few numbers come up again and again."""
+        (some_i, of_i), (some_j, of_j) = (np.unique(numbers, return_inverse=True) for numbers in (i, j))
+        table = hashed(some_i[:, None], some_j[None, :], field, self.seed)
+        return table[of_i.reshape(i.shape), of_j.reshape(j.shape)]
 
     def _to_river(self, col: Numbers, row: Numbers) -> Floats:
         """Pixels to the middle of the nearest river: to its tangent at this column."""

@@ -5,6 +5,7 @@ own colour, `window` the texture around it too, `neighbours` also what lies beyo
 distance to the river too, `oracle` the biomass of every pixel. None knows which pixel a shot hit: shots lie astray.
 """
 
+import functools
 from collections.abc import Mapping
 from math import erf, exp, pi, sqrt
 from pathlib import Path
@@ -42,9 +43,10 @@ def write_context_world(
         ValueError: too small a shape, no scene, or not 1 to 3 tiles.
     """
     land = Context(seed)
+    pixels = functools.lru_cache(maxsize=1)(land.pixels)  # a single tile's scenes and its limits want the same ones
 
     def clear(left: float, top: float, shape: tuple[int, int]) -> Clear:
-        at, crowns = land.pixels(left, top, shape), land.crowns(left, top, (shape[0] + 1, shape[1]))
+        at, crowns = pixels(left, top, shape), land.crowns(left, top, (shape[0] + 1, shape[1]))
 
         def of_day(day: Day) -> Floats:
             return surface(at, crowns, day.leaves)
@@ -52,11 +54,11 @@ def write_context_world(
         return of_day
 
     def limits(shots: Mapping[str, np.ndarray], area: tuple[int, int]) -> dict[str, dict[str, float]]:
-        pixels, labels = pixels_of_shots(shots, area)
-        at = land.pixels(LEFT, TOP, area)
+        numbers, labels = pixels_of_shots(shots, area)
+        at = pixels(LEFT, TOP, area)
         light = np.abs(lit(at, land.crowns(LEFT, TOP, (area[0] + 1, area[1]))) - 1)
         told = {"one_pixel": of_colour(at, light, np.random.default_rng(seed))} | known(at)
-        return {name: scores(labels, predicted.ravel()[pixels]) for name, predicted in told.items()}
+        return {name: scores(labels, predicted.ravel()[numbers]) for name, predicted in told.items()}
 
     world = World("context", seed, land.biomass, clear, limits, astray_m=ASTRAY_M, stripes=STRIPES)
     return write_world(world, out, shape=shape, scenes=scenes, tiles=tiles)
