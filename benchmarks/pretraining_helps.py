@@ -1,10 +1,12 @@
 """Does pretraining help where labels are few? `python -m benchmarks.pretraining_helps`.
 
-The demo's model is pretrained on all chips of the context world without their labels, then fine-tuned on some of the
-chips with labels, and from scratch on the same ones: same steps, statistics and seeds, each chip repeated until an
-epoch is as long as with all of them. The score is the last one, at the cosine's end, so nothing is chosen by
-validation. The linear probe is a ridge regression of a chip's mean biomass on the frozen encoder's pooled stage
-features, pretrained and random. Prints what came out, whichever way it falls; a picture shows every seed.
+The demo's model is pretrained on many chips of the context world without their labels, then fine-tuned on some chips
+with labels, and from scratch on the same ones: same steps, statistics and seeds, each chip repeated until an epoch is
+as long as with all of them. Each way has the recipe that is best for it on validation chips where labels are fewest,
+among those of `RECIPES`; pretraining also the side of its masked cells. Scores are of test chips that nothing was
+chosen by, at the cosine's end, and intervals of the seeds' paired differences by Student's t. The linear probe is a
+ridge regression of a chip's mean biomass on the frozen encoder's pooled stage features, pretrained and random. Prints
+what came out, whichever way it falls; a picture shows every seed.
 """
 
 import argparse
@@ -12,21 +14,35 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from benchmarks import common
 from biomass_jax import figures
-from biomass_jax.data import bands, records, sources
+from biomass_jax.data import bands, records
 
 FOLDER = common.FOLDER / "pretraining_helps"
 WAYS = ("pretrained", "from scratch")
 LABELLED, LABEL_ERROR = 0.01, 4.0  # share of pixels with a footprint, Mg/ha of its noise: as GEDI in the demo
 ALPHAS = tuple(np.logspace(-2, 5, 22))
+BATCH = 8
+FROZEN = "frozen"  # share of the steps for which a recipe keeps the encoder as it is, before the rest trains all
+RECIPES: dict[str, dict[str, Any]] = {
+    "rate 1e-2": {"optimizer.learning_rate": 1e-2},
+    "rate 3e-3": {"optimizer.learning_rate": 3e-3},
+    "rate 1e-3": {"optimizer.learning_rate": 1e-3},
+}
+OF_PRETRAINED: dict[str, dict[str, Any]] = RECIPES | {
+    "rate 3e-3, layer decay 0.75": {"optimizer.learning_rate": 3e-3, "optimizer.layer_decay": 0.75},
+    "rate 3e-3, half of it frozen": {"optimizer.learning_rate": 3e-3, FROZEN: 0.5},
+}
+FIRST = "rate 3e-3"  # which the masks are compared by
+MASKS = (8, 16, 32)  # px
+SEARCHED = 1000  # the seed of the search; those of the scores count from 0
 
 
-def context_chip(split: str, index: int, side: int) -> records.Record:
+def context_chip(split: str, index: int, side: int, *, labelled: bool = True) -> records.Record:
     """A clear view of a piece of the context world that no other chip shows, with footprints on a few pixels."""
     from data_prep.synthetic.context.land import Context, biomass_of
     from data_prep.synthetic.context.view import surface
@@ -36,12 +52,12 @@ def context_chip(split: str, index: int, side: int) -> records.Record:
 
     rng = np.random.default_rng([index, *split.encode()])
     land = Context()
-    left, top = LEFT + 2 * PIXEL_M * side * index, TOP - (300e3 if split == "val" else 0)
+    left, top = LEFT + 2 * PIXEL_M * side * index, TOP - 300e3 * ("train", "val", "test").index(split)
     ground, crowns = land.pixels(left, top, (side, side)), land.crowns(left, top, (side + 1, side))
     day = Day(leaves=0.9, clouds=0.0)
     image, _ = under_sky(surface(ground, crowns, day.leaves), day, rng)
     measured = np.maximum(biomass_of(ground) + LABEL_ERROR * rng.standard_normal((side, side)), 0)
-    label = np.where(rng.random((side, side)) < LABELLED, measured, records.NO_LABEL)
+    label = np.where(rng.random((side, side)) < LABELLED * labelled, measured, records.NO_LABEL)
     return records.Record(
         image=image,
         label=label.astype(np.float32),
@@ -57,16 +73,6 @@ def context_chip(split: str, index: int, side: int) -> records.Record:
         sensors="L30",
         schema_version=records.SCHEMA_VERSION,
     )
-
-
-def read_chips(folder: str) -> dict[str, list[records.Record]]:
-    """The chips of shards that have labels, by split."""
-    found = {}
-    for split in ("train", "val"):
-        source = sources.open_source(folder, split)
-        chips = [source[index] for index in range(len(source))]
-        found[split] = [chip for chip in chips if (chip["label"] >= 0).any()]
-    return found
 
 
 def drawn(available: int, count: int, seed: int) -> np.ndarray:
@@ -85,40 +91,53 @@ def train(config: Any, workdir: Path, fields: dict[str, Any]) -> dict[str, Any]:
     return [line for line in lines if "val/loss" in line][-1]
 
 
-def pretrain(folder: str, side: int, steps: int) -> tuple[Path, float]:
+def pretrain(folder: Path, side: int, steps: int, mask: int) -> tuple[Path, float]:
     """The demo's pretraining on all chips; its bundle, and its masked loss."""
     from configs import demo_pretrain
 
-    workdir = FOLDER / "pretrain"
-    line = train(demo_pretrain.get_config(), workdir, {"data.path": folder, "augment.size": side, "steps": steps})
-    return workdir / "best", line["val/loss"]
+    workdir = FOLDER / f"pretrain_{mask}"
+    fields = {"data.path": str(folder), "augment.size": side, "steps": steps, "batch_size": BATCH}
+    fields |= {"mask_patch_size": mask, "log_every": 50}
+    return workdir / "best", train(demo_pretrain.get_config(), workdir, fields)["val/loss"]
 
 
-def finetune(
-    chips: dict[str, list[records.Record]],
-    count: int,
-    seed: int,
-    bundle: Path | None,
-    about: dict[str, Any],
-    steps: int,
-) -> float:
-    """RMSE on the validation chips after fine-tuning on `count` chips, Mg/ha."""
+class Job(NamedTuple):
+    """A fine-tuning: on so many chips, drawn by a seed, from a bundle or from scratch."""
+
+    labelled: int
+    seed: int
+    steps: int
+    recipe: dict[str, Any]
+    start: Path | None
+
+
+def finetune(chips: dict[str, list[records.Record]], judged: str, job: Job, about: dict[str, Any]) -> float:
+    """RMSE on the chips of the split `judged` at the end of a fine-tuning, Mg/ha."""
     from configs import demo_finetune
     from data_prep.shards import write as shards
 
-    workdir = FOLDER / f"{'scratch' if bundle is None else 'pretrained'}_{count}_{seed}"
+    workdir = FOLDER / "finetune"
+    shutil.rmtree(workdir, ignore_errors=True)
     total = len(chips["train"])
-    chosen = [chips["train"][i] for i in drawn(total, count, seed)]
-    repeated = [chosen[i % count] | {"chip_id": f"{chosen[i % count]['chip_id']}_{i // count}"} for i in range(total)]
-    data = workdir / "shards"
-    shards.write_shards({"train": repeated, "val": chips["val"]}, data)
-    fields = {"data.path": str(data), "steps": steps, "seed": seed, "log_every": steps}
+    chosen = [chips["train"][i] for i in drawn(total, job.labelled, job.seed)]
+    repeated = [
+        chosen[i % job.labelled] | {"chip_id": f"{chosen[i % job.labelled]['chip_id']}_{i // job.labelled}"}
+        for i in range(total)
+    ]
+    for split in {"val", judged}:
+        shards.write_shards({"train": repeated, "val": chips[split]}, workdir / split)
+    recipe = {name: value for name, value in job.recipe.items() if name != FROZEN}
+    fields = recipe | {"seed": job.seed, "log_every": job.steps, "batch_size": BATCH}
     fields |= {"data.means": tuple(about["means"]), "data.stds": tuple(about["stds"])}
-    if bundle is not None:
-        fields |= {"init_from": str(bundle), "load": "encoder"}
-    rmse = train(demo_finetune.get_config(), workdir / "run", fields)["val/rmse"]
-    shutil.rmtree(workdir)
-    return rmse
+    fields |= {"data.path": str(workdir / judged), "steps": job.steps}
+    if job.start is not None:
+        fields |= {"init_from": str(job.start), "load": "encoder"}
+    if FROZEN in job.recipe:
+        alone = round(job.recipe[FROZEN] * job.steps)
+        before = {"steps": alone, "optimizer.freeze": ("encoder",), "data.path": str(workdir / "val")}
+        train(demo_finetune.get_config(), workdir / "before", fields | before)
+        fields |= {"steps": job.steps - alone, "init_from": str(workdir / "before" / "best"), "load": "all"}
+    return train(demo_finetune.get_config(), workdir / "run", fields)["val/rmse"]
 
 
 def stage_features(chips: list[records.Record], loaded: Any, variables: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -142,7 +161,7 @@ def stage_features(chips: list[records.Record], loaded: Any, variables: Any) -> 
 
 
 def probes(chips: dict[str, list[records.Record]], bundle: Path, counts: list[int], seeds: int) -> dict[str, Any]:
-    """RMSE of the ridge regression on validation chips, by encoder and number of training chips."""
+    """RMSE of the ridge regression on test chips, by encoder and number of training chips."""
     import jax
 
     from biomass_jax.bundle import load
@@ -154,12 +173,12 @@ def probes(chips: dict[str, list[records.Record]], bundle: Path, counts: list[in
     found: dict[str, Any] = {}
     for way, variables in (("pretrained encoder", loaded.variables), ("random encoder", random)):
         train_x, train_y = stage_features(chips["train"], loaded, variables)
-        val_x, val_y = stage_features(chips["val"], loaded, variables)
+        test_x, test_y = stage_features(chips["test"], loaded, variables)
         found[way] = {count: [] for count in counts}
         for count in counts:
             for seed in range(seeds):
                 some = drawn(len(train_y), count, seed)
-                found[way][count].append(ridge_probe(train_x[some], train_y[some], val_x, val_y, ALPHAS))
+                found[way][count].append(ridge_probe(train_x[some], train_y[some], test_x, test_y, ALPHAS))
     return found
 
 
@@ -175,19 +194,38 @@ def counts_of(asked: list[str], available: int) -> list[int]:
     return counts
 
 
+def best_of(scores: dict[str, float]) -> str:
+    """The name with the lowest score; every score is printed."""
+    for name, score in scores.items():
+        print(f"  {name}: {score:.2f} Mg/ha on the validation chips", flush=True)
+    return min(scores, key=lambda name: scores[name])
+
+
+def paired_interval(gains: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of the mean of paired differences, by Student's t."""
+    from scipy import stats
+
+    values = np.asarray(gains, np.float64)
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+    return float(values.mean() - half), float(values.mean() + half)
+
+
 def main() -> None:
-    """Pretrain, fine-tune every way, print the table, write JSON and the picture."""
+    """Pretrain, search recipes, fine-tune every way, print the tables, write JSON and the picture."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--chips", nargs="+", default=["20", "100", "all"], help="labelled training chips")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--shards", help="with labels; instead of the context world")
-    parser.add_argument("--train", type=int, default=160, help="training chips of the context world")
-    parser.add_argument("--val", type=int, default=24, help="its validation chips")
-    parser.add_argument("--side", type=int, default=112, help="px of its chips, a multiple of 56")
-    parser.add_argument("--pretrain-steps", type=int, default=300)
-    parser.add_argument("--steps", type=int, default=100, help="of fine-tuning")
+    parser.add_argument("--seeds", type=int, default=3, help="at least 2")
+    parser.add_argument("--unlabelled", type=int, default=2000, help="chips for pretraining alone")
+    parser.add_argument("--train", type=int, default=160, help="labelled training chips that there are")
+    parser.add_argument("--val", type=int, default=24, help="validation chips, which recipes are chosen by")
+    parser.add_argument("--test", type=int, default=48, help="test chips")
+    parser.add_argument("--side", type=int, default=96, help="px of a chip, a multiple of 32")
+    parser.add_argument("--pretrain-steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=300, help="of fine-tuning")
+    parser.add_argument("--masks", type=int, nargs="+", default=MASKS, help="sides of masked cells to try, px")
     parser.add_argument("--json", type=Path, default=common.FOLDER / "pretraining_helps.json")
     options = parser.parse_args()
+    counts = counts_of(options.chips, options.train)
     import jax
 
     from biomass_jax.bundle import read_meta
@@ -195,29 +233,39 @@ def main() -> None:
 
     jax.config.update("jax_compilation_cache_dir", str(common.FOLDER / "jax"))
     shutil.rmtree(FOLDER, ignore_errors=True)
-    folder = options.shards or str(FOLDER / "shards")
-    if options.shards is None:
-        sizes = {"train": options.train, "val": options.val}
-        made = {split: [context_chip(split, i, options.side) for i in range(n)] for split, n in sizes.items()}
-        shards.write_shards(made, folder)
-    chips = read_chips(folder)
-    side = chips["train"][0]["image"].shape[0]
-    counts = counts_of(options.chips, len(chips["train"]))
-    bundle, masked_loss = pretrain(folder, side, options.pretrain_steps)
-    about = read_meta(bundle)["input"]
+    sizes = {"train": options.train, "val": options.val, "test": options.test}
+    chips = {split: [context_chip(split, i, options.side) for i in range(n)] for split, n in sizes.items()}
+    more = (options.train + i for i in range(options.unlabelled))
+    unlabelled = [context_chip("train", i, options.side, labelled=False) for i in more]
+    shards.write_shards({"train": chips["train"] + unlabelled, "val": chips["val"]}, FOLDER / "shards")
+    bundles = {mask: pretrain(FOLDER / "shards", options.side, options.pretrain_steps, mask) for mask in options.masks}
+    about = read_meta(bundles[options.masks[0]][0])["input"]
+
+    def validated(recipe: dict[str, Any], start: Path | None) -> float:
+        return finetune(chips, "val", Job(counts[0], SEARCHED, options.steps, recipe, start), about)
+
+    searched = {"mask": {str(mask): validated(RECIPES[FIRST], bundles[mask][0]) for mask in options.masks}}
+    print("Pretrained, by the side of masked cells:")
+    bundle, masked_loss = bundles[int(best_of(searched["mask"]))]
+    chosen: dict[str, str] = {}
+    for way, recipes, start in ((WAYS[0], OF_PRETRAINED, bundle), (WAYS[1], RECIPES, None)):
+        searched[way] = {name: validated(recipe, start) for name, recipe in recipes.items()}
+        print(f"{way}, by recipe:")
+        chosen[way] = best_of(searched[way])
     tuned: dict[str, dict[int, list[float]]] = {way: {count: [] for count in counts} for way in WAYS}
     for count in counts:
         for seed in range(options.seeds):
             for way, start in zip(WAYS, (bundle, None), strict=True):
-                tuned[way][count].append(finetune(chips, count, seed, start, about, options.steps))
+                job = Job(count, seed, options.steps, OF_PRETRAINED[chosen[way]], start)
+                tuned[way][count].append(finetune(chips, "test", job, about))
                 print(f"{count} chips, seed {seed}, {way}: {tuned[way][count][-1]:.2f} Mg/ha", flush=True)
     probed = probes(chips, bundle, counts, options.seeds)
-    report(options, chips, masked_loss, tuned, probed)
+    report(options, chips, {"masked_loss": masked_loss, "searched": searched, "chosen": chosen}, tuned, probed)
 
 
-def report(options: Any, chips: dict[str, Any], masked_loss: float, tuned: Any, probed: Any) -> None:
+def report(options: Any, chips: dict[str, Any], search: dict[str, Any], tuned: Any, probed: Any) -> None:
     """Print the table, write JSON and the picture."""
-    labels = [chip["label"][chip["label"] >= 0].astype(np.float64) for chip in chips["val"]]
+    labels = [chip["label"][chip["label"] >= 0].astype(np.float64) for chip in chips["test"]]
     panels = {"Fine-tuning, labelled pixels": tuned, "Linear probe, means of chips": probed}
     constants = (np.concatenate(labels).std(), np.std([label.mean() for label in labels]))
     levels = {name: {"best constant": float(value)} for name, value in zip(panels, constants, strict=True)}
@@ -228,24 +276,30 @@ def report(options: Any, chips: dict[str, Any], masked_loss: float, tuned: Any, 
         for count, scores in by_count.items()
     ]
     rows += [[name, "best constant", "", f"{level['best constant']:.2f}", ""] for name, level in levels.items()]
-    print(f"\nMasked loss of the pretraining: {masked_loss:.3f}\n")
-    common.print_table(["validation RMSE", "way", "chips", "mean, Mg/ha", "lowest-highest"], rows)
+    print(f"\nMasked loss of the pretraining: {search['masked_loss']:.3f}; recipes: {search['chosen']}\n")
+    common.print_table(["test RMSE", "way", "chips", "mean, Mg/ha", "lowest-highest"], rows)
     print()
     for name, (first, second) in ((name, tuple(ways)) for name, ways in panels.items()):
         for count, scores in panels[name][first].items():
             gains = np.subtract(panels[name][second][count], scores)
+            low, high = paired_interval(gains)
+            share = gains.mean() / np.mean(panels[name][second][count])
             print(
-                f"{name}, {count} chips: {first} is better by {gains.mean():+.2f} Mg/ha, "
-                f"in {(gains > 0).sum()} of {len(gains)} seeds"
+                f"{name}, {count} chips: {first} is better by {gains.mean():+.2f} Mg/ha ({low:+.2f} to {high:+.2f}), "
+                f"{share:+.1%}, in {(gains > 0).sum()} of {len(gains)} seeds"
             )
     picture = options.json.with_suffix(".png")
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    figures.save(picture, figures.by_training_size(panels, levels=levels, title="Pretraining and from scratch"))
+    figures.save(
+        picture,
+        figures.by_training_size(
+            panels, levels=levels, title="Pretraining and from scratch", score="Test RMSE (Mg/ha)"
+        ),
+    )
     print(f"picture: {picture}")
     settings = {name: value for name, value in vars(options).items() if name != "json"}
     common.write_json(
-        options.json,
-        {"machine": common.machine(), "settings": settings, "masked_loss": masked_loss, "levels": levels} | panels,
+        options.json, {"machine": common.machine(), "settings": settings, "levels": levels} | search | panels
     )
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.pretraining_helps import pool_features, ridge, ridge_probe
+from benchmarks.pretraining_helps import paired_interval, pool_features, ridge, ridge_probe
 
 
 def by_least_squares(x, y, alpha):
@@ -92,3 +92,10 @@ def test_what_cannot_be_pooled_is_an_error():
     valid[1] = False
     with pytest.raises(ValueError, match=r"chips \[1\] have no valid pixel"):
         pool_features(maps, valid)
+
+
+def test_the_interval_of_paired_differences_is_student_s():
+    low, high = paired_interval([1.0, 2.0, 6.0])
+    # mean 3, standard deviation sqrt(7), t of two degrees of freedom 4.3027
+    assert (low + high) / 2 == pytest.approx(3)
+    assert (high - low) / 2 == pytest.approx(4.3027 * 7**0.5 / 3**0.5, rel=1e-4)

@@ -71,6 +71,19 @@ MUTATIONS = (
         "tests/data_prep/chips/test_windows.py::test_chips_carry_the_errors_of_their_labels[two bands]",
         in_file("data_prep/chips/windows.py", ("known = (label >= 0) & (sigma >= 0)", "known = (sigma >= 0)")),
     ),
+    Mutation(  # what nothing but its surroundings tells of a pixel, told by the pixel
+        "stature_in_the_colour",
+        "tests/data_prep/synthetic/context/test_view.py::test_texture_grows_with_stature_and_the_south_shades",
+        in_file(
+            "data_prep/synthetic/context/view.py",
+            ("return 1 + roughness * (", "return 1 + 0.2 * at.stature + roughness * ("),
+        ),
+    ),
+    Mutation(
+        "shots_where_they_seem_to_be",
+        "tests/data_prep/synthetic/context/test_world.py::test_the_oracle_s_limit_is_that_of_the_files",
+        in_file("data_prep/synthetic/world.py", ("if world.astray_m\n", "if False\n")),
+    ),
     Mutation(
         "lon_lat_swapped", LABELS, in_file("data_prep/gedi/labels.py", (".transform(lon, lat)", ".transform(lat, lon)"))
     ),
