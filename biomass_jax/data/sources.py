@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +19,8 @@ import numpy as np
 from biomass_jax.data import bands as band_table
 from biomass_jax.data import records
 from biomass_jax.data.fingerprints import content, digest_of, fingerprint
+from biomass_jax.data.raster import chips as chip_files
 from biomass_jax.data.raster.chips import IMAGE_SUFFIX, LABEL_MAX, Pair, describe_pairs, pair_files, read_pair
-from biomass_jax.data.raster.chips import check_files as check_pair
 from biomass_jax.data.raster.encoding import AUTO
 from biomass_jax.data.records import Record
 from biomass_jax.data.shards import check_files, read_metadata, shards_of
@@ -267,7 +268,8 @@ class FolderSource(Source):
                 paths, band_list=band_table.parse_band_list(bands), encoding=encoding, label_max=label_max
             )
             with ThreadPoolExecutor(_READERS) as pool:
-                deque(pool.map(check_pair, self._pairs), maxlen=0)
+                deque(pool.map(chip_files.check_files, self._pairs), maxlen=0)
+            chip_files.check_units(self._pairs, root / f"{split}_images")
         except (BandError, RasterError) as error:
             raise DataError(f"{path}: split {split}: {error}") from error
         first = self._pairs[0]
@@ -277,7 +279,8 @@ class FolderSource(Source):
                     f"{pair.image}: found {pair.grid.height} x {pair.grid.width} pixels, expected {first.grid.height} "
                     f"x {first.grid.width} as in {first.image.name}"
                 )
-        self._checked: set[int] = set()  # chips whose units were looked at: once is enough
+        self._odd: dict[int, chip_files.Oddities] = {}  # of chips that were read; their units are looked at once
+        self._untold = [f"{path}: split {split}"]
         self.info = DatasetInfo(
             path=os.fspath(path),
             split=split,
@@ -290,10 +293,13 @@ class FolderSource(Source):
         self.remember([Chip(pair.chip_id, pair.tile, "unknown") for pair in self._pairs])
 
     def _read(self, index: int) -> Record:
-        new = index not in self._checked
+        new = index not in self._odd
         dtype = self.info.image_dtype.name
-        record = read_pair(self._pairs[index], dtype=dtype, sensors=_SENSORS, check_units=new)
-        self._checked.add(index)
+        record, odd = read_pair(self._pairs[index], dtype=dtype, sensors=_SENSORS, check_units=new)
+        self._odd.setdefault(index, odd)
+        if self._untold and len(self._odd) == len(self._pairs):
+            with suppress(IndexError):  # another thread has told it
+                chip_files.tell(sum(self._odd.values(), chip_files.Oddities()), self._untold.pop())
         return record
 
     def digest(self) -> str:

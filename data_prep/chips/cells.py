@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import os
 import warnings
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from rasterio.windows import Window
 
 from biomass_jax.data import bands, records
 from biomass_jax.data.biomes import Biomes
+from biomass_jax.data.raster.chips import Oddities, tell
 from biomass_jax.data.raster.grid import Grid
 from biomass_jax.errors import PrepError, refuse_empty
 from biomass_jax.runtime.settings import add_options, options_of
@@ -67,7 +67,7 @@ def index_tile(
     size, min_labels, max_nodata = _checked(settings)
     counts = {"cells": 0, "kept": 0, "few_labels": 0, "no_data": 0}
     rows = []
-    odd: Counter[str] = Counter()
+    odd = Oddities()
     with TilePair(composite, label, encoding=settings.encoding, label_max=settings.label_max) as pair:
         grid = pair.grid
         table = None if shots is None else _ShotTable(shots, grid)
@@ -90,9 +90,7 @@ def index_tile(
                     behind = {"shot_numbers": [] if table is None else table.inside(row, col, size)}
                     rows.append(place | _label_fields(found) | behind)
         _add_places(rows, pair, Path(root), size, biomes)
-    if odd:
-        told = ", ".join(f"{number} {what}" for what, number in odd.items())
-        warnings.warn(f"{label}: labels taken as none: {told}", stacklevel=2)
+    tell(odd, label)
     return rows, counts
 
 

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +15,7 @@ from rasterio.enums import ColorInterp
 from rasterio.windows import Window
 
 from biomass_jax.data import bands, records
-from biomass_jax.data.raster.chips import clean_labels
+from biomass_jax.data.raster.chips import Oddities, clean_labels
 from biomass_jax.data.raster.encoding import AUTO
 from biomass_jax.data.raster.grid import epsg_code, grid_of, open_quietly, raster_errors
 from biomass_jax.data.raster.image import open_image
@@ -109,7 +108,7 @@ class TilePair(ExitStack[None]):
         known = (label >= 0) & (sigma >= 0) & np.isfinite(sigma)
         return np.where(known, sigma, records.NO_LABEL).astype(np.float32)
 
-    def read_labels(self, window: Window) -> tuple[np.ndarray, np.ndarray, Counter[str]]:
+    def read_labels(self, window: Window) -> tuple[np.ndarray, np.ndarray, Oddities]:
         """Labels, where there is none though the raster doesn't hold -1, and why; see `raster.chips.clean_labels`.
 
         Raises:

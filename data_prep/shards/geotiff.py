@@ -20,6 +20,7 @@ from biomass_jax.data.raster.chips import (
     LABEL_MAX,
     PUBLISHED_BANDS,
     Pair,
+    check_units,
     describe_pairs,
     find_pairs,
     read_pair,
@@ -74,6 +75,7 @@ def convert(
     _warn_of_files_alone(folder, alone)
     reading = {"encoding": encoding, "label_max": label_max}
     pairs = _described_splits(found, band_list=band_list, season=season, **reading)
+    check_units([pair for chosen in pairs.values() for pair in chosen], folder)
     fields: dict[str, Any] = {"season": season, "biome": biome, "sensors": sensors}
     about = {
         "folder": Path(folder).absolute().name,
@@ -82,8 +84,7 @@ def convert(
         **reading,
         **fields,
     }
-    counts = {split: len(chosen) for split, chosen in pairs.items()}
-    metadata = {"sources": [about], "split": {"kind": "published", "counts": counts}}
+    metadata = {"sources": [about], "split": {"kind": "published", "counts": {s: len(p) for s, p in pairs.items()}}}
 
     def write(dtype: str) -> dict[str, Any]:
         items = {

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from biomass_jax.data import bands, records
+from biomass_jax.data.raster.chips import Oddities, tell
 from biomass_jax.data.records import Record
 from biomass_jax.data.shards import METADATA_KEY, split_of, verify
 from biomass_jax.data.statistics import SPLIT as STATISTICS_SPLIT
@@ -38,7 +39,7 @@ from data_prep.shards.items import index_metadata, items_of
 CODING = "group_size:1,zstd:1"
 _FULL = "is the disk full, or a limit on file sizes set (ulimit -f)?"
 
-Item = Record | Callable[[], Record]
+Item = Record | Callable[[], Record | tuple[Record, Oddities]]
 
 NAME, VERSION = "biomass", "1.0.0"  # of the TFDS data set; the record's own version is `schema_version`
 DEFAULT = ShardSettings()
@@ -60,6 +61,7 @@ class Shard:
         labels: pixels with a label.
         chips: for each record, in order: chip_id, tile, season, sensors.
         sums: of its chips, where they were asked for.
+        odd: what in its chips' files is odd.
     """
 
     file: str
@@ -71,11 +73,13 @@ class Shard:
     labels: int
     chips: tuple[tuple[str, str, str, str], ...]
     sums: BandSums | None
+    odd: Oddities
 
 
-def load(item: Item) -> Record:
-    """The record itself, or the one that the item reads when it is called."""
-    return item() if callable(item) else item
+def load(item: Item) -> tuple[Record, Oddities]:
+    """The record itself, or the one that the item reads when it is called, and what is odd in it."""
+    found = item() if callable(item) else item
+    return found if isinstance(found, tuple) else (found, Oddities())
 
 
 def write_shard(
@@ -96,12 +100,13 @@ def write_shard(
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    written, num_bytes, chips, sums = hashlib.sha256(), 0, [], []
+    written, num_bytes, chips, sums, odd = hashlib.sha256(), 0, [], [], Oddities()
     pixels = valid = labels = 0
     try:
         writer = ArrayRecordWriter(str(path), CODING)
         for item in items:
-            record = load(item)
+            record, odd_here = load(item)
+            odd += odd_here
             records.validate(record, image_shape=shape, image_dtype=dtype)
             data = records.encode(record)
             writer.write(data)
@@ -119,7 +124,8 @@ def write_shard(
     if _digest_of_records(path, len(chips)) != written.digest():
         raise PrepError(f"{path}: holds other records than were written; {_FULL}")
     total = combine(sums) if reference is not None else None
-    return Shard(path.name, sha256_of(path), path.stat().st_size, num_bytes, pixels, valid, labels, tuple(chips), total)
+    size = path.stat().st_size
+    return Shard(path.name, sha256_of(path), size, num_bytes, pixels, valid, labels, tuple(chips), total, odd)
 
 
 def _digest_of_records(path: Path, count: int) -> bytes | None:
@@ -142,7 +148,7 @@ def _digest_of_records(path: Path, count: int) -> bytes | None:
 
 def first_shape(items: Sequence[Item]) -> tuple[tuple[int, int, int], Any]:
     """Shape and dtype of the first record's image, which all others have to share."""
-    record = load(items[0])
+    record, _ = load(items[0])
     records.validate(record)
     return record["image"].shape, record["image"].dtype.name
 
@@ -204,6 +210,7 @@ def write_shards(
         info["shard_settings"] = {"seed": seed, "records_per_shard": records_per_shard, "coding": CODING}
         _write_tfds_metadata(temporary, done, shape, dtype, info)
         replace_folder(temporary, out)
+    tell(sum((shard.odd for shard in done), Oddities()), out)
     return info
 
 

@@ -11,7 +11,7 @@ from affine import Affine
 from biomass_jax.data import bands, sources
 from biomass_jax.data.shards import read_metadata
 from biomass_jax.data.sources import ShardSource
-from biomass_jax.errors import DataError
+from biomass_jax.errors import DataError, RasterError
 from biomass_jax.pipeline import batches as pipeline
 from data_prep.shards import geotiff
 
@@ -169,3 +169,81 @@ def test_reflectance_is_refused(put, write, tmp_path):
     write(path, image, nodata=-9999, transform=place)
     with pytest.raises(DataError, match="reflectance, not digital numbers"):
         sources.open_source(root, "train")[0]
+
+
+REFLECTANCE = np.random.default_rng(4).uniform(0.01, 0.6, (9, 10, SIZE, SIZE))
+KINDS = {
+    "percent": (np.rint(REFLECTANCE * 100).astype(np.int16), "very low for .*, perhaps percent: encoding='percent'"),
+    "landsat_c2": (
+        np.rint((REFLECTANCE + 0.2) / 2.75e-5).astype(np.int16),
+        "probably Landsat Collection 2 .* encoding='landsat_c2'",
+    ),
+    "uint8": (np.rint(REFLECTANCE * 255).astype(np.uint8), r"\(uint8\) .* a picture of 8 bits"),
+    "reflectance": (REFLECTANCE.astype(np.float32), "probably reflectance, .*encoding='reflectance'"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_that_holds_no_digital_numbers_is_refused_though_each_chip_may_be_odd(put, write, tmp_path, kind):
+    """Each chip is too small to tell, or may be all water."""
+    images, words = KINDS[kind]
+    for cell, image in enumerate(images):
+        root = put("train", cell)
+        path = root / "train_images" / f"T10SFF_{cell}_tile_img.tif"
+        with rasterio.open(path) as file:
+            place = file.transform
+        write(path, image, transform=place)
+    with pytest.raises(DataError, match=rf"split train: .*train_images \(9 of 9 chips\): percentiles .*{words}"):
+        sources.open_source(root, "train")
+    with pytest.raises(RasterError, match=rf"\(9 of 9 chips\): percentiles .*{words}"):
+        geotiff.convert(root, tmp_path / "shards")
+    overruled = sources.open_source(root, "train", encoding="digital_numbers")
+    np.testing.assert_array_equal(overruled[0]["image"], np.moveaxis(images[0, 1:7], 0, -1))
+    if kind != "uint8":
+        converted = sources.open_source(root, "train", encoding=kind)[0]["image"]
+        np.testing.assert_allclose(converted, np.moveaxis(REFLECTANCE[0, 1:7], 0, -1) * 1e4, atol=51)
+
+
+def test_chips_of_dark_water_are_told_once_and_taken(put, write):
+    for cell in range(5):
+        root = put("train", cell, size=40, dtype="int16")
+    for cell in (1, 3):
+        path = root / "train_images" / f"T10SFF_{cell}_tile_img.tif"
+        with rasterio.open(path, "r+") as file:
+            file.write(file.read() % 60)
+    source = sources.open_source(root, "train")
+    with pytest.warns(UserWarning, match="split train: chips whose units to check: 2 of very low values for") as told:
+        for _ in range(2):
+            assert len(list(source)) == 5
+    assert len(told) == 1
+
+
+def test_what_was_taken_as_no_data_or_no_label_is_told_once_for_all_chips(put, write, tmp_path):
+    for cell in (1, 2, 3):
+        root = put("train", cell)
+    image, label = (root / f"train_{kind}s" for kind in ("image", "label"))
+    with rasterio.open(image / "T10SFF_1_tile_img.tif", "r+") as file:
+        values = file.read()
+        values[2, 5, 5:8], values[3, 6, 6] = np.inf, -np.inf
+        file.write(values)
+    with rasterio.open(image / "T10SFF_2_tile_img.tif") as file:
+        values, place = file.read().astype(np.uint16), file.transform
+    values[1:7, 7, 7] = 2**16 - 9999
+    write(image / "T10SFF_2_tile_img.tif", values, transform=place)
+    for cell, odd in ((1, [np.nan, -9999, -7]), (3, [-3])):
+        with rasterio.open(label / f"T10SFF_{cell}_tile_label.tif", "r+") as file:
+            values = file.read()
+            values[0, 8, : len(odd)] = odd
+            file.write(values)
+    expected = (
+        "labels taken as none: 1 NaN, 2 below 0, 1 its no-data value -9999; values taken as no-data: "
+        "6 55537, which is -9999 cast to uint16, 4 infinite"
+    )
+    source = sources.open_source(root, "train")
+    with pytest.warns(UserWarning, match=f"{root}: split train: {expected}$") as told:
+        records = [source[index] for index in (0, 1, 2, 0)]
+    assert len(told) == 1
+    assert [int(bands.no_data(record["image"]).sum()) for record in records[:3]] == [5, 2, 1]
+    with pytest.warns(UserWarning, match=f"shards: {expected}$") as told:
+        geotiff.convert(root, tmp_path / "shards", workers=2, records_per_shard=2)
+    assert len(told) == 1

@@ -27,6 +27,7 @@ from biomass_jax.data.raster.tiff import verify_blocks
 from biomass_jax.data.records import Record
 from biomass_jax.errors import FractionError, RasterError
 
+Oddities = Counter[tuple[str, str]]  # what was done with pixels or chips, and why: how many
 SPLITS = ("train", "val", "test")
 LABEL_MAX = 2000.0  # Mg/ha; the densest forests known have less, and GEDI's highest footprint 1,300
 TILE_WIDTH = 3660  # of an HLS tile: 16 chips of 224 px a row
@@ -35,6 +36,7 @@ PUBLISHED_BANDS = (None, *bands.BAND_NAMES, None, None, None, None)
 PUBLISHED_COUNTS = (10, 11)
 _STEM = re.compile(r"T?(?P<tile>\d{2}[A-Z]{3})_(?P<cell>\d+)(_tile)?")
 IMAGE_SUFFIX = "_img.tif"
+_SAMPLED = 32  # chips of a folder whose values are looked at together
 _SUFFIXES = {"images": IMAGE_SUFFIX, "labels": "_label.tif"}
 
 
@@ -49,7 +51,7 @@ class Pair:
         encoding: what the image's numbers are, one of `encoding.ENCODINGS`.
         label_max: Mg/ha, the highest label that can be.
         grid: of the image.
-        dtype: int16 where all bands are stored so, else float32.
+        dtype: int16 where all bands are stored so and taken as they are, else float32.
         tile: from the name, "" where it has another form.
         chip_id: `{tile}_{cell}`, else the name, with the season's start behind it where a season is given.
         row: of the chip in its tile, -1 where unknown.
@@ -162,7 +164,8 @@ def _described(
         grid = grid_of(dataset)
         names = [name for name in dataset.descriptions if name in bands.BAND_NAMES]
         count = dataset.count
-        dtype = "int16" if set(dataset.dtypes) == {"int16"} else "float32"
+        as_stored = set(dataset.dtypes) == {"int16"} and encoding in (AUTO, "digital_numbers")
+        dtype = "int16" if as_stored else "float32"
     if band_list is None and set(names) != set(bands.BAND_NAMES):
         if count not in PUBLISHED_COUNTS:
             raise RasterError(
@@ -191,8 +194,8 @@ def read_pair(
     biome: str = "unknown",
     sensors: str = "L30",
     check_units: bool = True,
-) -> Record:
-    """The record of an image and its label.
+) -> tuple[Record, Oddities]:
+    """The record of an image and its label, and what in them is odd, for `tell`.
 
     Args:
         pair: from `describe_pairs`.
@@ -209,12 +212,15 @@ def read_pair(
     with open_image(pair.image, band_list=pair.band_list, model_sensors=(), encoding=pair.encoding) as source:
         if source.fill not in (None, bands.FILL):
             raise RasterError(f"{pair.image}: no-data value: found {source.fill:g}, expected {bands.FILL} or none")
+        low = None
         if check_units:
-            source.check_units(one_of_many=True)
+            low = source.check_units(one_of_many=True)
         image = source.read_rows(0, source.grid.height)
         sensors = source.sensor or sensors
-    crs, label = pair.grid.crs, _read_label(pair)
-    return Record(
+    crs, (label, odd) = pair.grid.crs, _read_label(pair)
+    odd.update({("values taken as no-data", what): number for what, (number, *_) in source.oddities.items()})
+    odd["chips whose units to check", f"of very low values for {bands.UNITS}"] += low is not None
+    record = Record(
         image=_as_int16(image, pair.image) if dtype == "int16" else image.astype(np.float32, copy=False),
         label=label,
         agbd_sigma=records.unknown_sigma(label),
@@ -229,6 +235,36 @@ def read_pair(
         sensors=sensors,
         schema_version=records.SCHEMA_VERSION,
     )
+    return record, +odd
+
+
+def tell(odd: Oddities, where: object) -> None:
+    """Warn of what is odd in a raster or in all chips of a folder, in one sentence; of nothing, say nothing."""
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for (kind, what), number in sorted(odd.items()):
+        kinds[kind].append(f"{number:,} {what}")
+    if kinds:
+        told = "; ".join(f"{kind}: {', '.join(found)}" for kind, found in kinds.items())
+        warnings.warn(f"{where}: {told}", stacklevel=2)
+
+
+def check_units(pairs: Sequence[Pair], where: object) -> None:
+    """Refuse a folder whose images can't hold digital numbers, by a sample of its chips taken together.
+
+    One chip may be all dark water, and a small one tells nothing; see `encoding.check_plausible`.
+
+    Raises:
+        RasterError: they can't, or a file can't be read.
+    """
+    stored, values = set[str](), []
+    for pair in pairs[:: -(-len(pairs) // _SAMPLED)]:
+        if pair.encoding == AUTO:
+            with open_image(pair.image, band_list=pair.band_list, model_sensors=()) as source:
+                stored.update(source.stored)
+                values.append(source.sample())
+    if values:
+        name = f"{where} ({len(values)} of {len(pairs)} chips)"
+        encodings.check_plausible(np.concatenate(values), ", ".join(sorted(stored)), name)
 
 
 def check_files(pair: Pair) -> None:
@@ -259,7 +295,7 @@ def _as_int16(image: np.ndarray, path: Path) -> np.ndarray:
 
 def clean_labels(
     dataset: rasterio.DatasetReader, name: str, *, window: Window | None = None, label_max: float = LABEL_MAX
-) -> tuple[np.ndarray, np.ndarray, Counter[str]]:
+) -> tuple[np.ndarray, np.ndarray, Oddities]:
     """The labels of an open raster.
 
     There is none where it holds NaN, what its tag calls no-data, -9999, also as it becomes in an unsigned type, or
@@ -290,11 +326,11 @@ def clean_labels(
     reasons["NaN"] = np.isnan(label)
     reasons[f"{bands.FILL}"] = label == bands.FILL
     reasons["below 0"] = label < 0
-    none, counts = label == records.NO_LABEL, Counter[str]()
+    none, counts = label == records.NO_LABEL, Oddities()
     besides = np.zeros(none.shape, bool)
     for what, found in reasons.items():
         found &= ~none & ~besides
-        counts[what] = int(np.count_nonzero(found))
+        counts["labels taken as none", what] = int(np.count_nonzero(found))
         besides |= found
     label[besides] = records.NO_LABEL
     high = label > label_max
@@ -307,18 +343,15 @@ def clean_labels(
     return label, besides, +counts
 
 
-def _read_label(pair: Pair) -> np.ndarray:
-    """(H, W) float32; -1 where there is none; see `clean_labels`. Where there is no file there is none at all."""
+def _read_label(pair: Pair) -> tuple[np.ndarray, Oddities]:
+    """(H, W) float32, -1 where there is none, and why; see `clean_labels`. Without a file there is none at all."""
     if pair.label is None:
-        return np.full((pair.grid.height, pair.grid.width), records.NO_LABEL, np.float32)
+        return np.full((pair.grid.height, pair.grid.width), records.NO_LABEL, np.float32), Oddities()
     with raster_errors(str(pair.label)), open_quietly(str(pair.label)) as dataset:
         verify_blocks(pair.label, sparse_ok=True)
         _check_label(dataset, pair)
         label, _, counts = clean_labels(dataset, str(pair.label), label_max=pair.label_max)
-    odd = [f"{number} {what}" for what, number in counts.items() if what == "below 0" or "cast" in what]
-    if odd:
-        warnings.warn(f"{pair.label}: labels taken as none: {', '.join(odd)}", stacklevel=2)
-    return label
+    return label, counts
 
 
 def _check_label(dataset: rasterio.DatasetReader, pair: Pair) -> None:

@@ -47,6 +47,7 @@ class ImageSource(ExitStack[None]):
         grid: size and place; of what is read, where the file is resampled.
         bands: the bands read, in order.
         fill: the value that marks no-data besides those of `bands.no_data`, or None.
+        stored: type of each band in its file.
         dtype: int16 where every band is stored as int16 and not converted, else float32.
         tags: the file's tags (of a granule: of its first band).
         sensor: `L30`, `S30`, `L30+S30`, or None where nothing tells.
@@ -98,7 +99,7 @@ class ImageSource(ExitStack[None]):
                 self.close()
                 raise
         self.grid = self._native.coarser(*self._factors) if self._factors else self._native
-        exact = self._conversion is None and self._factors is None and set(self._stored) == {"int16"}
+        exact = self._conversion is None and self._factors is None and set(self.stored) == {"int16"}
         self.dtype = np.dtype("int16" if exact else "float32")
         self.fill = self._stored_fill if self._factors is None else float(bands.FILL)
         self.tags: dict[str, str] = dict(first.tags())
@@ -179,8 +180,8 @@ class ImageSource(ExitStack[None]):
 
     def _set_encoding(self, encoding: str) -> None:
         self._encoding = encoding
-        self._stored = [dataset.dtypes[index - 1] for dataset, index in self._bands]
-        if odd := [kind for kind in self._stored if "complex" in kind]:
+        self.stored = [dataset.dtypes[index - 1] for dataset, index in self._bands]
+        if odd := [kind for kind in self.stored if "complex" in kind]:
             raise RasterError(f"{self.name}: its values are {odd[0]}; expected real numbers, {bands.UNITS}")
         said = self._said or [None] * len(self._bands)
         self._declared = [encodings.declared(*band) or other for band, other in zip(self._bands, said, strict=True)]
@@ -265,9 +266,9 @@ class ImageSource(ExitStack[None]):
                     out[..., k][band == self._own_fills[k]] = bands.FILL
                 if hidden is not None:
                     out[..., k][hidden[number]] = bands.FILL
-                cast = encodings.CAST_FILLS.get(self._stored[k])
+                cast = encodings.CAST_FILLS.get(self.stored[k])
                 if cast not in (None, self._tagged[k]):
-                    self._drop(out, k, band == cast, f"{cast}, which is -9999 cast to {self._stored[k]}", window, count)
+                    self._drop(out, k, band == cast, f"{cast}, which is -9999 cast to {self.stored[k]}", window, count)
                 elif out.dtype != np.int16:
                     self._drop(out, k, np.isinf(out[..., k]), "infinite", window, count)
         if self._conversion is not None:
@@ -326,13 +327,13 @@ class ImageSource(ExitStack[None]):
         """
         if self._encoding != encodings.AUTO:
             return None
-        values = self._sample() if values is None else values
-        warning = encodings.check_plausible(values, self._stored[0], self.name, one_of_many=one_of_many)
+        values = self.sample() if values is None else values
+        warning = encodings.check_plausible(values, self.stored[0], self.name, one_of_many=one_of_many)
         if warning is not None:
             self.warnings.append(warning)
         return warning
 
-    def _sample(self) -> np.ndarray:
+    def sample(self) -> np.ndarray:
         """(pixels, bands) valid values of windows spread evenly over the image."""
         values = np.empty((0, len(self._bands)), self.dtype)
         for count in _SAMPLE_GRIDS:
