@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rasterio.enums import MaskFlags
 
 from biomass_jax.data import bands, records
 from biomass_jax.data.raster.chips import (
@@ -28,6 +27,7 @@ from biomass_jax.data.raster.chips import (
 )
 from biomass_jax.data.raster.encoding import AUTO, CAST_FILLS, ENCODINGS, SCALES, declared
 from biomass_jax.data.raster.grid import grid_of, open_quietly, raster_errors
+from biomass_jax.data.raster.image import hidden_pixels
 from biomass_jax.data.records import Record
 from biomass_jax.data.shards import read_metadata, split_counts
 from biomass_jax.data.sources import ShardSource
@@ -164,9 +164,10 @@ def _compare(record: Record, pair: Pair) -> None:
         names = dataset.descriptions if names is None else names
         indexes = [names.index(name) + 1 for name in bands.BAND_NAMES]
         image = np.moveaxis(dataset.read(indexes), 0, -1)
-        grid, missing = grid_of(dataset), bands.no_data(image, dataset.nodata)
-        if MaskFlags.per_dataset in dataset.mask_flag_enums[0]:
-            missing |= dataset.read_masks(1) == 0
+        odd = np.isinf(image) | (image == CAST_FILLS.get(dataset.dtypes[indexes[0] - 1], bands.FILL))
+        grid, missing = grid_of(dataset), bands.no_data(image, dataset.nodata) | odd.any(axis=-1)
+        if (hidden := hidden_pixels(dataset, indexes, {})) is not None:
+            missing |= hidden.any(axis=0)
         told = [SCALES.get(pair.encoding) or declared(dataset, index) for index in indexes]
     tolerance = 0.0
     if pair.encoding != AUTO:
@@ -176,7 +177,9 @@ def _compare(record: Record, pair: Pair) -> None:
         raise PrepError(f"{pair.image}: chip {record['chip_id']}: has no data where the shards have; write them anew")
     image = np.where(missing[..., None], record["image"], image)
     with raster_errors(str(pair.label)), open_quietly(str(pair.label)) as dataset:
-        label = dataset.read(1, masked=True).astype(np.float32).filled(records.NO_LABEL)
+        label = dataset.read(1).astype(np.float32)
+        if (hidden := hidden_pixels(dataset, [1], {})) is not None:
+            label[hidden[0]] = records.NO_LABEL
         for none in (dataset.nodata, CAST_FILLS.get(dataset.dtypes[0])):
             label[label == (records.NO_LABEL if none is None else np.float32(none))] = records.NO_LABEL
         label[~(label >= 0)] = records.NO_LABEL

@@ -11,6 +11,7 @@ import rasterio
 from affine import Affine
 from rasterio.crs import CRS
 
+from biomass_jax.data import bands
 from biomass_jax.data.sources import ShardSource
 from biomass_jax.data.statistics import chip_sums, means_stds
 from biomass_jax.errors import PrepError, RasterError
@@ -372,3 +373,32 @@ def test_the_real_chip_makes_a_shard_and_comes_back_equal(samples, tmp_path):
     assert (info["means"], info["stds"]) == means_stds(chip_sums(record["image"]))
     assert geotiff.verify(tmp_path / "real", tmp_path / "out") == 1
     assert json.loads((tmp_path / "out" / "metadata.json").read_text())["biomass_jax"]
+
+
+def test_verify_knows_all_that_conversion_takes_as_no_data(tmp_path):
+    """An alpha band, Inf, and -9999 that was cast, in images and in labels."""
+    root = tmp_path / "in"
+    for cell in (3, 4):
+        write_pair(root, "train", cell)
+    odd = np.concatenate([make_bands(3, 10), np.full((1, SIZE, SIZE), 255, np.float32)])
+    odd[2, 9, 9], odd[3, 9, 10], odd[10, 9, 11] = np.inf, -np.inf, 0
+    image = root / "train_images" / "T10SFF_3_tile_img.tif"
+    write(image, odd, 3, nodata=None, descriptions=(None, *bands.BAND_NAMES, *[None] * 3, "alpha"))
+    label = np.stack([make_label(3), np.full((SIZE, SIZE), 255, np.float32)])
+    label[1, 3, 5] = 0  # hides the label of cell 3
+    write(root / "train_labels" / "T10SFF_3_tile_label.tif", label, 3, nodata=None)
+    for path in (image, root / "train_labels" / "T10SFF_3_tile_label.tif"):
+        with rasterio.open(path, "r+") as file:
+            file.colorinterp = (*file.colorinterp[:-1], rasterio.enums.ColorInterp.alpha)
+    cast = make_bands(4, 10).astype(np.uint16)
+    cast[1, 7, 7] = 55537
+    write(root / "train_images" / "T10SFF_4_tile_img.tif", cast, 4, nodata=None)
+    with pytest.warns(UserWarning, match="values taken as no-data: 1 55537, .*, 2 infinite"):
+        geotiff.convert(root, tmp_path / "out")
+    found = by_id(tmp_path / "out", "train")
+    missing = {name: np.argwhere(bands.no_data(record["image"])).tolist() for name, record in found.items()}
+    assert missing == {"10SFF_3": [[9, 9], [9, 10], [9, 11]], "10SFF_4": [[7, 7]]}
+    assert geotiff.verify(root, tmp_path / "out") == 2
+    change(image, (10, 9, 11), 255)  # no longer hidden: the shards hold no data where the file has some
+    with pytest.raises(PrepError, match="chip 10SFF_3: 6 values differ"):
+        geotiff.verify(root, tmp_path / "out")
