@@ -291,7 +291,8 @@ def described(config: ConfigDict, space: Space) -> dict[str, Any]:
         return {
             "fields": config.to_dict(),
             "data": {path: _data_digests(config, path) for path in data},
-            "init_from": {path: _weights(path) for path in start},
+            "init_from": {path: _bundle(path)["weights_sha256"] for path in start},
+            "bundles": {path: _taken_from(path) for path in start},
         }
     except BiomassError as error:
         raise SweepError(str(error)) from error
@@ -315,10 +316,16 @@ def _data_digests(config: ConfigDict, path: str) -> dict[str, str]:
     return {split: open_split(one, split).digest() for split in ("train", "val")}
 
 
-def _weights(path: str) -> str:
+def _bundle(path: str) -> dict[str, Any]:
     from biomass_jax.bundle import read_meta
 
-    return read_meta(path)["weights_sha256"]
+    return read_meta(path)
+
+
+def _taken_from(path: str) -> dict[str, Any]:
+    from biomass_jax.training.run import taken_from
+
+    return taken_from(_bundle(path))
 
 
 def main(argv: Sequence[str] | None = None, *, program: Sequence[str] = PROGRAM) -> int:

@@ -6,7 +6,7 @@ import logging
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -296,14 +296,18 @@ def inputs_of(
         about: what `tasks.create.choose` gives: statistics and architecture.
         loaded: the bundle of `config.init_from`.
     """
-    found: dict[str, Any] = {"statistics": {name: about["input"][name] for name in ("means", "stds")}}
-    found["model"] = {name: value for name, value in about["architecture"].items() if name not in TRAINING_ONLY}
-    found["init_from"] = loaded and {"weights_sha256": loaded.weights_sha256}
+    found = {**taken_from(about), "init_from": loaded and {"weights_sha256": loaded.weights_sha256}}
     data = {}
     if jax.process_index() == 0:
         data = {source.info.split: {"chips": len(source), "sha256": source.digest()} for source in (train, valid)}
     found["data"] = json.loads(processes.gather(json.dumps(data).encode())[0])
     return json.loads(json.dumps(found))
+
+
+def taken_from(about: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The statistics and the architecture that values depend on, of `about` or of what a bundle's file says."""
+    model = {name: value for name, value in about["architecture"].items() if name not in TRAINING_ONLY}
+    return {"statistics": {name: about["input"].get(name) for name in ("means", "stds")}, "model": model}
 
 
 def check_start(state: TrainState, loaded: bundle.Bundle, config: ConfigDict) -> None:

@@ -330,6 +330,34 @@ def test_a_sweep_of_an_older_version_goes_on_and_says_so(world, undrawn, caplog)
     assert json.loads(path.read_text()) == told
 
 
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"weights_sha256": "b"}, "init_from.{}: was 'a', now 'b'"),
+        ({"input": {"means": [1.0], "stds": [3.0]}}, "bundles.{}.statistics.stds: was [2.0], now [3.0]"),
+        ({"architecture": {"window": 8, "head_dropout": 0.5}}, "bundles.{}.model.window: was 7, now 8"),
+        ({"provenance": {"source": "elsewhere"}, "architecture": {"window": 7, "head_dropout": 0.3}}, None),
+    ],
+)
+def test_a_sweep_does_not_go_on_with_an_edited_bundle(world, undrawn, caplog, change, words):
+    """By the rule by which training resumes: what values depend on, and no more."""
+    bundle = world.folder / "bundle"
+    bundle.mkdir()
+    meta = dict.fromkeys(("output", "training", "provenance", "check"), {})
+    meta |= {"schema_version": 1, "task": "biomass", "weights_sha256": "a", "input": {"means": [1.0], "stds": [2.0]}}
+    meta |= {"architecture": {"window": 7, "head_dropout": 0.5}}
+    (bundle / "bundle.json").write_text(json.dumps(meta))
+    base = world.folder / "base.py"
+    base.write_text(CONFIG.replace('"epochs": 3', f'"epochs": 3, "init_from": {str(bundle)!r}'))
+    assert world.run("--trials", "1") == 0
+    (bundle / "bundle.json").write_text(json.dumps(meta | change))
+    assert world.run("--trials", "1") == (1 if words else 0)
+    if words:
+        assert f"{words.format(bundle)}; give the same" in caplog.text
+    else:
+        assert "was begun with other settings" not in caplog.text
+
+
 @pytest.mark.parametrize("fault", ["absent", "no path", "bundle", "anew"])
 def test_data_and_bundles_are_looked_at_before_the_first_trial(tmp_path, caplog, fault, undrawn):
     from tests.training import world as chips
