@@ -1,5 +1,7 @@
 """Files that look right and aren't: the map is that of the plain equivalent, or the cause is named."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from biomass_jax.data.raster import grid
 from biomass_jax.data.raster.encoding import SCALES
 from biomass_jax.errors import PredictionError, RasterError
 from biomass_jax.prediction.predictor import Predictor
+from biomass_jax.runtime import environment
 from tests.data.raster.faulty_server import FaultyServer
 from tests.prediction.stubs import NIR, nir, stub_bundle, write_raster
 
@@ -157,3 +160,34 @@ def test_a_map_is_the_same_where_a_program_has_set_jax_and_gdal_otherwise(tmp_pa
         monkeypatch.setenv(name, value)
     with jax.enable_x64(True), jax.numpy_rank_promotion("raise"):
         assert np.array_equal(made("other"), plain)
+
+
+def test_a_map_is_the_same_under_another_time_zone_and_with_commas_for_points(tmp_path, elsewhere):
+    image = np.random.default_rng(0).integers(100, 3000, (96, 96, 6)).astype(np.int16)
+    path = write_raster(tmp_path / "HLS.L30.T10SFF.2020183T184512.v2.0.tif", image, nodata=None)
+    side_car = "<PAMDataset><PAMRasterBand band='1'><NoDataValue>{}</NoDataValue></PAMRasterBand></PAMDataset>"
+    path.with_name(f"{path.name}.aux.xml").write_text(side_car.format(f"{image[5, 7, 0]}.0"), encoding="utf-8")
+    with rasterio.open(path, "r+") as file:
+        file.scales, file.offsets = (1e-4,) * 6, (0.125,) * 6
+
+    def made(folder):
+        predictor = Predictor(stub_bundle(means=900.5, stds=7.25), model_fn=lambda v, x: x.mean(-1) * v["scale"])
+        found = predictor.predict_file(path, tmp_path / folder, encoding="from_file", style=True, stac=True)
+        with rasterio.open(found.path) as file:
+            tags = {name: text for name, text in file.tags().items() if name != "ENVIRONMENT"}
+            seen = file.read(1), (tags, file.tags(1), file.profile, file.transform, file.crs.to_wkt())
+        kinds = {".json", ".qml", ".txt"}
+        beside = {p.suffix: p.read_text("utf-8") for p in found.path.parent.iterdir() if p.suffix in kinds}
+        item = json.loads(beside.pop(".json"))
+        for asset in item["assets"].values():  # the file holds its environment
+            asset.pop("file:checksum", None), asset.pop("file:size", None)
+        return seen, beside, item
+
+    (here, told_here), beside_here, item_here = made("here")
+    assert here[5, 7] == -1 and (here != -1).mean() > 0.9 and beside_here.keys() == {".qml", ".txt"}
+    for zone in ("Kathmandu", "Marquesas"):
+        elsewhere(zone)
+        (there, told_there), beside_there, item_there = made(zone)
+        np.testing.assert_array_equal(there, here)
+        assert told_there == told_here and beside_there == beside_here and item_there == item_here
+    assert environment.recorded().keys() >= {"TZ", "LANG", "LC_ALL", "LC_NUMERIC"}

@@ -156,6 +156,21 @@ def test_order_blocks_and_threads_change_no_byte(tmp_path, monkeypatch):
         assert read(path).shape == (7, *shape)
 
 
+def test_a_composite_is_the_same_under_another_time_zone_and_with_commas_for_points(world, tmp_path, elsewhere):
+    """Granules of the days before and after the season lie beside it, and would poison every pixel."""
+
+    def made(name):
+        arguments = ["--out", str(tmp_path / name), "--season", "2020-06-01/2020-09-16", "--min-clear", "1"]
+        assert main([str(world[0]), *arguments]) == 0
+        (path,) = (tmp_path / name).rglob("*.tif")
+        return path.read_bytes()
+
+    here = made("here")
+    for zone in ("Kathmandu", "Marquesas"):
+        elsewhere(zone)
+        assert made(zone) == here
+
+
 def test_many_clear_scenes_are_added_exactly(tmp_path):
     """Nine scenes of the largest and smallest int16 values, more than one group of scenes."""
     values = [32767] * 8 + [-32768]

@@ -314,6 +314,14 @@ def test_processes_make_the_same_files(world, tmp_path, plain):
 
 
 @pytest.mark.slow
+def test_another_time_zone_and_commas_for_points_make_the_same_files(world, tmp_path, plain, elsewhere):
+    out = given(world, tmp_path)
+    elsewhere("Kathmandu")
+    assert prepare.main(command(out)) == 0
+    assert files(out) == plain
+
+
+@pytest.mark.slow
 def test_a_dask_cluster_makes_the_same_files(world, tmp_path, plain):
     distributed = pytest.importorskip("distributed")
     out = given(world, tmp_path)
