@@ -12,6 +12,7 @@ from biomass_jax.data.raster.encoding import SCALES
 from biomass_jax.errors import PredictionError, RasterError
 from biomass_jax.prediction.predictor import Predictor
 from biomass_jax.runtime import environment
+from tests.data.raster.cloud_optimized import faults
 from tests.data.raster.faulty_server import FaultyServer
 from tests.prediction.stubs import NIR, nir, stub_bundle, write_raster
 
@@ -176,6 +177,7 @@ def test_a_map_is_the_same_under_another_time_zone_and_with_commas_for_points(tm
         with rasterio.open(found.path) as file:
             tags = {name: text for name, text in file.tags().items() if name != "ENVIRONMENT"}
             seen = file.read(1), (tags, file.tags(1), file.profile, file.transform, file.crs.to_wkt())
+        assert faults(found.path) == []
         kinds = {".json", ".qml", ".txt"}
         beside = {p.suffix: p.read_text("utf-8") for p in found.path.parent.iterdir() if p.suffix in kinds}
         item = json.loads(beside.pop(".json"))

@@ -18,6 +18,7 @@ from data_prep.gedi.footprints import write_footprints
 from data_prep.gedi.labels import label_raster, owner_tile, pixel_of, write_labels
 from data_prep.places import tile_grid, transformer
 from data_prep.season import Season
+from tests.data.raster.cloud_optimized import faults
 from tests.data_prep.utm_series import to_degrees, to_utm
 
 FIRST = 88520500200000001  # above 2**53
@@ -323,6 +324,7 @@ def test_written_labels_lie_on_the_composite_s_grid(tmp_path, name):
     composite, orbits = write_composite(tmp_path, name), write_orbits(tmp_path, name)
     dst, counts = write_labels(composite, orbits, tmp_path / "labels")
     assert dst == tmp_path / "labels" / "10SFF" / "10SFF_2020-05-01_2020-10-01_agbd.tif"
+    assert faults(dst) == []
     with rasterio.open(dst) as label, rasterio.open(composite) as image:
         assert (label.transform, label.crs, label.shape) == (image.transform, image.crs, image.shape)
         assert (label.dtypes, label.nodata) == (("float32",) * 2, -1)

@@ -21,6 +21,7 @@ from data_prep.hls.composite import composite_path, main, select
 from data_prep.hls.granules import find_scenes
 from data_prep.season import Season
 from data_prep.synthetic.granule import write_granule
+from tests.data.raster.cloud_optimized import faults
 from tests.data_prep.composite_by_hand import (
     FIRST,
     SEASON,
@@ -78,6 +79,7 @@ def test_every_pixel_against_a_loop(world, tmp_path, statistic, sensors, setting
 def test_the_file_says_what_it_is(world, tmp_path):
     folder, arrays = world
     report = composite(find_scenes(folder), tmp_path / "c.tif", season=SEASON, min_clear=2)
+    assert faults(tmp_path / "c.tif") == []
     names = sorted((name for name in arrays if ".L30." in name), key=lambda name: name[15:])
     with rasterio.open(tmp_path / "c.tif") as dataset:
         tags = dataset.tags()
