@@ -35,6 +35,8 @@ BANDS: tuple[Band, ...] = (
 BAND_NAMES: tuple[str, ...] = tuple(band.name for band in BANDS)
 UNITS = "digital numbers (reflectance x 10000)"
 FILL = -9999
+# What -9999 becomes where it was cast to a type that can't hold it.
+CAST_FILLS = {"uint16": 2**16 + FILL, "uint32": 2**32 + FILL}
 
 _BY_SENSOR = {
     "L30": {band.name: band.l30 for band in BANDS},
@@ -54,8 +56,8 @@ _WHICH_NIR = (
 
 # `no_data` in words, for the bundles that rely on it
 NO_DATA_RULE = (
-    "a pixel is no-data if any used band equals the file's fill, -9999 or NaN, or if all used bands are 0; "
-    "such pixels are set to 0 before z-scoring"
+    "a pixel is no-data if any used band equals the file's fill or -9999, is NaN or infinite, or if all used bands are "
+    "0; such pixels are set to 0 before z-scoring"
 )
 
 
@@ -76,7 +78,9 @@ class BandSelection(NamedTuple):
 
 
 def no_data(image: np.ndarray, fill: float | None = None) -> np.ndarray:
-    """Pixels without data: any band equals `fill`, -9999 or NaN, or all bands are 0 (a single 0 is legal).
+    """Pixels without data: any band equals `fill` or -9999, is NaN or infinite, or all bands are 0 (one 0 is legal).
+
+    In unsigned integers, what -9999 becomes in their type counts as -9999.
 
     Args:
         image: (..., bands) digital numbers of the used bands, integers or floats.
@@ -88,6 +92,7 @@ def no_data(image: np.ndarray, fill: float | None = None) -> np.ndarray:
     image = np.asarray(image)
     floating = np.issubdtype(image.dtype, np.floating)
     fills = {float(FILL)} if fill is None or np.isnan(fill) else {float(FILL), float(fill)}
+    fills |= {float(CAST_FILLS.get(image.dtype.name, FILL))}
     marks = [image.dtype.type(value) if floating else int(value) for value in fills if floating or value.is_integer()]
     missing = np.zeros(image.shape[:-1], bool)
     zero = np.ones(image.shape[:-1], bool)
@@ -97,8 +102,38 @@ def no_data(image: np.ndarray, fill: float | None = None) -> np.ndarray:
         for mark in marks:
             missing |= band == mark
         if floating:
-            missing |= np.isnan(band)
+            missing |= ~np.isfinite(band)
     return missing | zero
+
+
+def odd_values(band: np.ndarray, stored: str, tagged: float | None = None) -> tuple[np.ndarray, str] | None:
+    """Values of a band that `no_data` means though nothing marks them, and what they are; None of a type without such.
+
+    Args:
+        band: numbers as they are stored.
+        stored: their type's name.
+        tagged: the band's own no-data value, which is not odd.
+
+    Returns:
+        bool of the band's shape, and `infinite` (in float32) or which number it is that -9999 became.
+    """
+    cast = CAST_FILLS.get(stored)
+    if cast not in (None, tagged):
+        return band == cast, f"{cast}, which is -9999 cast to {stored}"
+    if band.dtype.kind != "f":
+        return None
+    with np.errstate(over="ignore"):
+        return np.isinf(band.astype(np.float32, copy=False)), "infinite"
+
+
+def count_odd(
+    oddities: dict[str, tuple[int, int, int]], odd: np.ndarray, what: str, top: int = 0, left: int = 0
+) -> None:
+    """Count odd values, bool (rows, columns) from (top, left) on, into {what: (values, row, column of the first)}."""
+    if odd.any():
+        row, column = (int(axis[0]) for axis in np.nonzero(odd))
+        number, *first = oddities.get(what, (0, row + top, column + left))
+        oddities[what] = (number + int(odd.sum()), first[0], first[1])
 
 
 def parse_band_list(value: Any) -> tuple[str | None, ...] | None:

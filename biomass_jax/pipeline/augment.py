@@ -33,7 +33,7 @@ def no_data(image: jax.Array, fill: ArrayLike) -> jax.Array:
 
 def _filled(values: jax.Array, fill: ArrayLike) -> jax.Array:
     """Which values [..., bands] float32 are none."""
-    return (values == fill) | (values == bands.FILL) | jnp.isnan(values)
+    return (values == fill) | (values == bands.FILL) | ~jnp.isfinite(values)
 
 
 def without_fill(image: jax.Array, fill: ArrayLike, *, reference: bool = False) -> jax.Array:

@@ -4,7 +4,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -236,7 +236,7 @@ class MapPixels(ExitStack[None]):
             values[~self._wanted] = self._predictor.bundle.nodata
             self._write(0, values)
         self._reader.check(self._options.allow_empty)
-        _say_oddities(self._source)
+        say_oddities(self._source.name, self._source.oddities)
 
     @property
     def share(self) -> float | None:
@@ -249,17 +249,12 @@ def _say(warnings: Iterable[str]) -> None:
         log.warning("%s", warning)
 
 
-def _say_oddities(source: ImageSource) -> None:
-    for what, (count, row, column) in source.oddities.items():
+def say_oddities(name: str, oddities: Mapping[str, tuple[int, int, int]]) -> None:
+    """Warn of what an image has that was taken as no-data; see `ImageSource.oddities`."""
+    for what, (count, row, column) in oddities.items():
         values = "value is" if count == 1 else "values are"
         log.warning(
-            "%s: %d %s %s, the first in row %d, column %d; taken as no-data",
-            source.name,
-            count,
-            values,
-            what,
-            row,
-            column,
+            "%s: %d %s %s, the first in row %d, column %d; taken as no-data", name, count, values, what, row, column
         )
 
 
@@ -327,5 +322,5 @@ def _predict_row(
         reader = MapReader(source, options.open_mask(source.grid, stack))
         found = predict_tile_row(plan, index, read, forward, batch_size=predictor.batch_size)
     _say(source.warnings)
-    _say_oddities(source)
+    say_oddities(source.name, source.oddities)
     return found

@@ -21,8 +21,9 @@ from biomass_jax.errors import PredictionError, RasterError
 from biomass_jax.prediction import maps
 from biomass_jax.prediction.forward import Forward, ModelFunction
 from biomass_jax.prediction.maps import Failure, MapResult
-from biomass_jax.prediction.pixels import MapOptions, map_lazily, map_now
+from biomass_jax.prediction.pixels import MapOptions, map_lazily, map_now, say_oddities
 from biomass_jax.prediction.reference_tiling import reference_0_99_plan, reference_1_2_plan
+from biomass_jax.prediction.stream import check_finite
 from biomass_jax.prediction.tiling import TilePlan, check_settings, default_plan
 
 if TYPE_CHECKING:
@@ -122,7 +123,8 @@ class Predictor:
         """Biomass of images in memory: one plain forward pass at their own size, never tiled.
 
         Args:
-            image: (H, W, bands) or (B, H, W, bands) digital numbers in the order of `bundle.bands`.
+            image: (H, W, bands) or (B, H, W, bands) digital numbers in the order of `bundle.bands`. Infinite values,
+                and what -9999 becomes in an unsigned type, are no-data as in a file; a warning counts them.
             mask_nodata: put the bundle's no-data value (-1) where the image has none; else the model's raw values.
             encoding: what the numbers are, one of `encoding.ENCODINGS` but `from_file`.
 
@@ -130,7 +132,8 @@ class Predictor:
             float32 (H, W) or (B, H, W), Mg/ha.
 
         Raises:
-            PredictionError: another shape or kind of number, or numbers that can't be digital numbers.
+            PredictionError: another shape or kind of number, numbers that can't be digital numbers, or the model gave
+                no number where there is data.
         """
         image = np.asarray(image)
         count = len(self.bundle.bands)
@@ -139,10 +142,13 @@ class Predictor:
                 f"image has shape {image.shape}; expected (H, W, {count}) or (B, H, W, {count}), bands last, in the "
                 f"order {', '.join(self.bundle.bands)}"
             )
-        batch = _as_digital_numbers(image if image.ndim == 4 else image[None], encoding, self.bundle)
+        batch = _as_digital_numbers(image.reshape(-1, *image.shape[-3:]), encoding, self.bundle)
         result = np.array(self.forward(batch, self.bundle.fill))
+        missing = band_table.no_data(batch, self.bundle.fill)
+        for values, gone in zip(result, missing, strict=True):
+            check_finite(values, ~gone)
         if mask_nodata:
-            result[band_table.no_data(batch, self.bundle.fill)] = self.bundle.nodata
+            result[missing] = self.bundle.nodata
         return result if image.ndim == 4 else result[0]
 
     def predict_file(self, src: str | os.PathLike[str], dst: str | os.PathLike[str] = ".", **options: Any) -> MapResult:
@@ -308,7 +314,16 @@ def _as_digital_numbers(image: np.ndarray, encoding: str, bundle: Bundle) -> np.
     """
     if image.dtype.kind not in "iuf":
         raise PredictionError(f"image has dtype {image.dtype}; expected digital numbers as integers or floats")
+    if image.dtype.kind == "f":
+        with np.errstate(over="ignore"):  # to infinity, which is no-data
+            image = image.astype(np.float32, copy=False)
     missing = band_table.no_data(image, bundle.fill)
+    for index, one in enumerate(image):
+        oddities: dict[str, tuple[int, int, int]] = {}
+        for band in np.moveaxis(one, -1, 0):
+            if odd := band_table.odd_values(band, image.dtype.name):
+                band_table.count_odd(oddities, *odd)
+        say_oddities("image" if len(image) == 1 else f"image {index} of {len(image)}", oddities)
     try:
         converted = encodings.conversion(encoding, dict.fromkeys(bundle.bands), "image")
         if encoding == encodings.AUTO:
@@ -319,7 +334,7 @@ def _as_digital_numbers(image: np.ndarray, encoding: str, bundle: Bundle) -> np.
         raise PredictionError(str(error)) from error
     if converted is not None:
         gain, shift = converted
-        image = np.where(missing[..., None], band_table.FILL, image * gain + shift)
-    if image.dtype == np.int16 or (image.dtype.kind in "iu" and image.dtype.itemsize == 1):
+        image = image * gain + shift
+    elif image.dtype == np.int16 or (image.dtype.kind in "iu" and image.dtype.itemsize == 1):
         return image.astype(np.int16, copy=False)
-    return image.astype(np.float32, copy=False)
+    return np.where(missing[..., None], np.float32(band_table.FILL), image.astype(np.float32, copy=False))

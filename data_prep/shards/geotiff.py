@@ -25,7 +25,7 @@ from biomass_jax.data.raster.chips import (
     read_pair,
     record_grid,
 )
-from biomass_jax.data.raster.encoding import AUTO, CAST_FILLS, ENCODINGS, SCALES, declared
+from biomass_jax.data.raster.encoding import AUTO, ENCODINGS, SCALES, declared
 from biomass_jax.data.raster.grid import grid_of, open_quietly, raster_errors
 from biomass_jax.data.raster.image import hidden_pixels
 from biomass_jax.data.records import Record
@@ -164,7 +164,7 @@ def _compare(record: Record, pair: Pair) -> None:
         names = dataset.descriptions if names is None else names
         indexes = [names.index(name) + 1 for name in bands.BAND_NAMES]
         image = np.moveaxis(dataset.read(indexes), 0, -1)
-        odd = np.isinf(image) | (image == CAST_FILLS.get(dataset.dtypes[indexes[0] - 1], bands.FILL))
+        odd = np.isinf(image) | (image == bands.CAST_FILLS.get(dataset.dtypes[indexes[0] - 1], bands.FILL))
         grid, missing = grid_of(dataset), bands.no_data(image, dataset.nodata) | odd.any(axis=-1)
         if (hidden := hidden_pixels(dataset, indexes, {})) is not None:
             missing |= hidden.any(axis=0)
@@ -180,7 +180,7 @@ def _compare(record: Record, pair: Pair) -> None:
         label = dataset.read(1).astype(np.float32)
         if (hidden := hidden_pixels(dataset, [1], {})) is not None:
             label[hidden[0]] = records.NO_LABEL
-        for none in (dataset.nodata, CAST_FILLS.get(dataset.dtypes[0])):
+        for none in (dataset.nodata, bands.CAST_FILLS.get(dataset.dtypes[0])):
             label[label == (records.NO_LABEL if none is None else np.float32(none))] = records.NO_LABEL
         label[~(label >= 0)] = records.NO_LABEL
     place = record_grid(record)

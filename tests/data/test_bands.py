@@ -31,7 +31,8 @@ def _no_data_by_loop(image, fill):
     flat = image.reshape(-1, image.shape[-1])
     out = []
     for pixel in flat.tolist():
-        missing = any(v != v or v == -9999 or (fill is not None and v == fill) for v in pixel)
+        missing = any(v != v or v in (-9999, np.inf, -np.inf) or (fill is not None and v == fill) for v in pixel)
+        missing |= image.dtype == np.uint16 and 55537 in pixel
         out.append(missing or all(v == 0 for v in pixel))
     return np.array(out).reshape(image.shape[:-1])
 
@@ -41,11 +42,13 @@ def _no_data_by_loop(image, fill):
 def test_no_data_follows_the_rule(dtype, fill):
     rng = np.random.default_rng(3)
     image = rng.choice([0, 0, 0, 1, 5000], size=(40, 7, 6))
-    if dtype != "uint16":
-        image = np.where(rng.random(image.shape) < 0.02, rng.choice([-9999, -32768, -1], image.shape), image)
+    odd = [55537, 32768, 65535] if dtype == "uint16" else [-9999, -32768, -1]
+    image = np.where(rng.random(image.shape) < 0.02, rng.choice(odd, image.shape), image)
     image = image.astype(dtype)
     if dtype == "float32":
-        image[rng.random(image.shape) < 0.02] = np.nan
+        image[rng.random(image.shape) < 0.02] = 55537  # a number like any other here
+        for value in (np.nan, np.inf, -np.inf):
+            image[rng.random(image.shape) < 0.01] = value
         image[rng.random(image.shape) < 0.02] = 0.5
     expected = _no_data_by_loop(image, fill)
     assert expected.any() and not expected.all()

@@ -35,7 +35,7 @@ def pixels(dtype, fill):
         values[0, 1, 0, 5] = fill
     values[1, 0, 0, 1] = -10000
     if np.dtype(dtype) == np.float32:
-        values[0, 1, 1, 2] = np.nan
+        values[0, 1, 1, 2], values[0, 1, 2, 5], values[0, 0, 1, 0] = np.nan, np.inf, -np.inf
         values[1, 1, 1] = [0, 0, 0, 0, 0, 1e-30]
     else:
         values = values.clip(-(2**15), 2**15 - 1)
@@ -60,13 +60,13 @@ def test_missing_pixels_are_those_of_the_one_rule(dtype, fill):
 @pytest.mark.parametrize("dtype", [np.int16, np.float32])
 @pytest.mark.parametrize("fill", [None, -9999.0, 255.0])
 def test_the_reference_sets_filled_bands_to_0_and_keeps_the_pixels_others(dtype, fill):
-    """Value by value, as the original reads a file: the no-data tag becomes NaN, NaN becomes 0."""
+    """Value by value, as the original reads a file: the no-data tag becomes NaN, NaN becomes 0; and infinity here."""
     image = pixels(dtype, fill)
     label = np.arange(12, dtype=np.float32).reshape(2, 2, 3)
     expected = image.astype(np.float32)
     partial = 0
     for place in np.ndindex(image.shape[:-1]):
-        gone = [bool(np.isnan(value)) or value in (-9999, fill) for value in image[place].tolist()]
+        gone = [not np.isfinite(value) or value in (-9999, fill) for value in image[place].tolist()]
         partial += 0 < sum(gone) < 6
         for band in np.flatnonzero(gone):
             expected[*place, band] = 0

@@ -79,6 +79,49 @@ def test_what_is_no_data_for_an_odd_reason_is_logged_with_its_place(stub, tmp_pa
     assert "a.tif: 2 values are infinite, the first in row 40, column 50; taken as no-data" in caplog.text
 
 
+ODD = {
+    "infinite": (np.float32, np.inf, "infinite"),
+    "infinite as float32": (np.float64, -1e39, "infinite"),
+    "cast": (np.uint16, 2**16 - 9999, "55537, which is -9999 cast to uint16"),
+    "cast to 32 bits": (np.uint32, 2**32 - 9999, "4294957297, which is -9999 cast to uint32"),
+}
+
+
+@pytest.mark.parametrize("encoding", ["digital_numbers", "landsat_c2"])
+@pytest.mark.parametrize("kind", ODD)
+def test_arrays_have_no_data_where_their_files_have_none_and_tell_it_alike(stub, tmp_path, caplog, kind, encoding):
+    dtype, odd, told = ODD[kind]
+    image = np.random.default_rng(4).integers(8000, 15_000, (30, 40, 6)).astype(dtype)
+    image[7, 9, 1] = image[7, 9, 4] = image[20, 30, 5] = odd
+    as_it_came = image.copy()
+    path = write_raster(tmp_path / "a.tif", image, nodata=None)
+    expected, _ = read(stub().predict_file(path, tmp_path, encoding=encoding))
+    assert np.argwhere(expected == -1).tolist() == [[7, 9], [20, 30]]
+    caplog.clear()
+    found = stub().predict_array(image, encoding=encoding)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert [record.message for record in caplog.records if "taken as" in record.message] == [
+        f"image: 3 values are {told}, the first in row 7, column 9; taken as no-data"
+    ]
+    caplog.clear()
+    np.testing.assert_array_equal(
+        stub().predict_array(np.stack([image[:5], image[5:10]]), encoding=encoding)[1], found[5:10]
+    )
+    assert f"image 1 of 2: 2 values are {told}, the first in row 2, column 9" in caplog.text
+    assert np.isfinite(stub().predict_array(image, False, encoding=encoding)).all()
+    np.testing.assert_array_equal(image, as_it_came)
+
+
+def test_an_array_s_pixel_with_data_has_a_number_or_the_model_is_blamed(stub):
+    def faulty(variables, x):
+        return np.float32("nan") / (x[..., NIR] - 300) * variables["scale"]
+
+    image = np.full((2, 8, 9, 6), 700, np.int16)
+    image[1, 2] = -9999
+    with pytest.raises(PredictionError, match="the model returned nan for 72 pixels with data, the first at row 0"):
+        stub(faulty).predict_array(image)
+
+
 def test_a_side_car_that_changes_makes_the_map_anew(stub, tmp_path):
     image = plain_image(np.random.default_rng(2))
     image[:, :30] = 777

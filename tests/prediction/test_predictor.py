@@ -164,6 +164,7 @@ def test_no_data_on_the_device_is_the_table_rule(dtype, fill):
     image[:4] = 0
     if dtype == np.float32:
         image[5:7, :, 2] = np.nan
+        image[7, :15, 2], image[7, 15:, 5] = np.inf, -np.inf
         image[8, :, 3] = -3.4e38
         image[9] = 0.25
     ours = no_data(jnp.asarray(image), jnp.float32(np.nan if fill is None else fill))

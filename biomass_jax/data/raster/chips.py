@@ -19,8 +19,7 @@ from rasterio.enums import ColorInterp
 from rasterio.windows import Window
 
 from biomass_jax.data import bands, records
-from biomass_jax.data.raster import encoding as encodings
-from biomass_jax.data.raster.encoding import AUTO
+from biomass_jax.data.raster.encoding import AUTO, check_plausible
 from biomass_jax.data.raster.grid import Grid, epsg_code, grid_of, open_quietly, raster_errors
 from biomass_jax.data.raster.image import hidden_pixels, open_image
 from biomass_jax.data.raster.tiff import verify_blocks
@@ -264,7 +263,7 @@ def check_units(pairs: Sequence[Pair], where: object) -> None:
                 values.append(source.sample())
     if values:
         name = f"{where} ({len(values)} of {len(pairs)} chips)"
-        encodings.check_plausible(np.concatenate(values), ", ".join(sorted(stored)), name)
+        check_plausible(np.concatenate(values), ", ".join(sorted(stored)), name)
 
 
 def check_files(pair: Pair) -> None:
@@ -317,7 +316,7 @@ def clean_labels(
     stored = dataset.read(1, window=window)
     label = stored.astype(np.float32)
     hidden = hidden_pixels(dataset, [1], {"window": window})
-    cast = encodings.CAST_FILLS.get(stored.dtype.name)
+    cast = bands.CAST_FILLS.get(stored.dtype.name)
     reasons: dict[str, np.ndarray] = {} if hidden is None else {"hidden by a mask": hidden[0]}
     if dataset.nodata is not None and not np.isnan(dataset.nodata):
         reasons[f"its no-data value {dataset.nodata:g}"] = label == np.float32(dataset.nodata)

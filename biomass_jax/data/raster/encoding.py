@@ -19,8 +19,6 @@ SCALES = {
 }
 ENCODINGS = (AUTO, FROM_FILE, *SCALES)
 
-# What -9999 becomes where it was cast to a type that can't hold it.
-CAST_FILLS = {"uint16": 2**16 + bands.FILL, "uint32": 2**32 + bands.FILL}
 LOWEST, HIGHEST = 0, 16_000  # of nearly all digital numbers; clouds and noise go beyond
 _MOST_BEYOND = 0.05
 ENOUGH_PIXELS = 1000  # valid ones of a sample; fewer tell nothing

@@ -261,32 +261,22 @@ class ImageSource(ExitStack[None]):
                 values = dataset.read(indexes, **region)
                 hidden = hidden_pixels(dataset, indexes, region)
             for number, (k, band) in enumerate(zip(places, values, strict=True)):
-                out[..., k] = band
+                with np.errstate(over="ignore"):  # to infinity, which is no-data
+                    out[..., k] = band
                 if self._own_fills[k] is not None:
                     out[..., k][band == self._own_fills[k]] = bands.FILL
                 if hidden is not None:
                     out[..., k][hidden[number]] = bands.FILL
-                cast = encodings.CAST_FILLS.get(self.stored[k])
-                if cast not in (None, self._tagged[k]):
-                    self._drop(out, k, band == cast, f"{cast}, which is -9999 cast to {self.stored[k]}", window, count)
-                elif out.dtype != np.int16:
-                    self._drop(out, k, np.isinf(out[..., k]), "infinite", window, count)
+                if odd := bands.odd_values(band, self.stored[k], self._tagged[k]):
+                    out[..., k][odd[0]] = bands.FILL
+                    if count:
+                        bands.count_odd(self.oddities, *odd, int(window.row_off), int(window.col_off))
         if self._conversion is not None:
             missing = bands.no_data(out, self._stored_fill)
             gain, shift = self._conversion
             out = (out * gain + shift).astype(np.float32)
             out[missing] = bands.FILL
         return out
-
-    def _drop(self, out: np.ndarray, k: int, odd: np.ndarray, what: str, window: Window, count: bool) -> None:
-        """Make odd values -9999; counted as pixels of band k."""
-        if not odd.any():
-            return
-        out[..., k][odd] = bands.FILL
-        if count:
-            row, column = (int(axis[0]) for axis in np.nonzero(odd))
-            number, *first = self.oddities.get(what, (0, row + int(window.row_off), column + int(window.col_off)))
-            self.oddities[what] = (number + int(odd.sum()), first[0], first[1])
 
     def read_preview(self, max_size: int) -> np.ndarray:
         """The image at reduced size, from overviews where it has them.
