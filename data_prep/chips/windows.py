@@ -15,7 +15,7 @@ from rasterio.enums import ColorInterp
 from rasterio.windows import Window
 
 from biomass_jax.data import bands, records
-from biomass_jax.data.raster.chips import Oddities, clean_labels
+from biomass_jax.data.raster.chips import Oddities, check_label_type, clean_labels
 from biomass_jax.data.raster.encoding import AUTO
 from biomass_jax.data.raster.grid import epsg_code, grid_of, open_quietly, raster_errors
 from biomass_jax.data.raster.image import open_image
@@ -78,6 +78,7 @@ class TilePair(ExitStack[None]):
                 f"int16 {bands.UNITS} with {bands.FILL} as `data_prep composite` writes them"
             )
         self.grid, found = self._image.grid, grid_of(self._label)
+        check_label_type(self._label, str(self.label_path))
         count = self._label.count - (ColorInterp.alpha in self._label.colorinterp)
         self._sigma = count == 2 and self._label.descriptions[1] == "agbd_sigma"
         if count != 1 + self._sigma or not found.same_as(self.grid):

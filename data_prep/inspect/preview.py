@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rasterio.windows import Window
 
 from biomass_jax.data import bands
-from biomass_jax.data.raster.grid import open_quietly, raster_errors
 from biomass_jax.data.raster.image import read_preview, read_tags
 from biomass_jax.data.records import Record
 from biomass_jax.errors import PrepError
 from biomass_jax.figures import style
 from data_prep.chips import cells as chips
 from data_prep.chips import index as chip_index
-from data_prep.chips.windows import read_record
+from data_prep.chips.windows import TilePair, read_record
 from data_prep.commands import command
 from data_prep.inspect.check import records_of_shards
 
@@ -152,7 +152,8 @@ def preview_tile(out: Path, tile: str, path: Path | None = None, *, season: str 
         season: `YYYY-MM-DD/YYYY-MM-DD`, where the tile has several.
 
     Raises:
-        PrepError: no composite with labels, or several.
+        PrepError: no composite with labels, or several, or the two don't belong together.
+        RasterError: a file can't be read, or the labels are no real numbers.
     """
     tile = tile.removeprefix("T")
     pairs = [pair for pair in chips.find_pairs(out, [tile]) if season is None or _season(pair[0]) == season]
@@ -163,8 +164,8 @@ def preview_tile(out: Path, tile: str, path: Path | None = None, *, season: str 
         )
     composite, label_path, _ = pairs[0]
     image = read_preview(composite, TILE_PIXELS, wanted=bands.BAND_NAMES)
-    with raster_errors(str(label_path)), open_quietly(str(label_path)) as source:
-        label = source.read(1)
+    with TilePair(composite, label_path) as pair:
+        label = pair.read_label(Window(0, 0, pair.grid.width, pair.grid.height))
     index = chip_index.path_in(out)
     cells = None
     if index.is_file():

@@ -130,6 +130,16 @@ def test_a_cut_file_is_found_when_the_split_is_opened(put, kind):
         sources.open_source(root, "train")
 
 
+def test_complex_labels_are_refused_when_the_split_is_opened(put, write):
+    root = put("train", 1)
+    label = root / "train_labels" / "T10SFF_1_tile_label.tif"
+    with rasterio.open(label) as file:
+        values, transform = file.read().astype(np.complex64) + 7j, file.transform
+    write(label, values, transform=transform)
+    with pytest.raises(DataError, match=r"T10SFF_1_tile_label\.tif: its labels are complex64; expected real numbers"):
+        sources.open_source(root, "train")
+
+
 def test_every_file_is_read_where_it_is_asked_for(put, write):
     root = put("train", 1)
     assert len(sources.open_source(root, "train", verify=True)) == 1

@@ -292,6 +292,12 @@ def _as_int16(image: np.ndarray, path: Path) -> np.ndarray:
     return image.astype(np.int16)
 
 
+def check_label_type(dataset: rasterio.DatasetReader, name: str) -> None:
+    """RasterError where the labels of an open raster are complex numbers; `name` is that of the file."""
+    if "complex" in dataset.dtypes[0]:
+        raise RasterError(f"{name}: its labels are {dataset.dtypes[0]}; expected real numbers, Mg/ha")
+
+
 def clean_labels(
     dataset: rasterio.DatasetReader, name: str, *, window: Window | None = None, label_max: float = LABEL_MAX
 ) -> tuple[np.ndarray, np.ndarray, Oddities]:
@@ -311,8 +317,9 @@ def clean_labels(
         many of these each reason gives.
 
     Raises:
-        RasterError: labels above `label_max`.
+        RasterError: labels that are no real numbers, infinite, or above `label_max`.
     """
+    check_label_type(dataset, name)
     stored = dataset.read(1, window=window)
     label = stored.astype(np.float32)
     hidden = hidden_pixels(dataset, [1], {"window": window})
@@ -332,7 +339,7 @@ def clean_labels(
         counts["labels taken as none", what] = int(np.count_nonzero(found))
         besides |= found
     label[besides] = records.NO_LABEL
-    high = label > label_max
+    high = (label > label_max) | np.isinf(label)
     if high.any():
         raise RasterError(
             f"{name}: labels up to {label.max():g}, {int(high.sum())} of them above {label_max:g} Mg/ha; "
@@ -354,6 +361,7 @@ def _read_label(pair: Pair) -> tuple[np.ndarray, Oddities]:
 
 
 def _check_label(dataset: rasterio.DatasetReader, pair: Pair) -> None:
+    check_label_type(dataset, str(pair.label))
     grid, count = grid_of(dataset), dataset.count - (ColorInterp.alpha in dataset.colorinterp)
     if count != 1 or not grid.same_as(pair.grid):
         raise RasterError(

@@ -266,11 +266,12 @@ def test_other_composites_are_refused(tmp_path, change, message):
         ((HEIGHT, WIDTH), 15, -1, "expected one on the composite's grid"),
         ((HEIGHT - 1, WIDTH), 0, -1, "expected one on the composite's grid"),
         ((HEIGHT, WIDTH), 0, np.inf, "labels up to inf, 1120 of them above 2000 Mg/ha"),
+        ((HEIGHT, WIDTH), 0, 3 + 7j, "agbd.tif: its labels are complex64; expected real numbers, Mg/ha"),
     ],
 )
 def test_other_labels_are_refused(tmp_path, shape, shift, value, message):
     _, label, _ = write_tile(tmp_path, TILE, image=ramp(HEIGHT, WIDTH), shots=SHOTS)
-    values = np.full((1, *shape), value, np.float32)
+    values = np.full((1, *shape), value, np.complex64 if isinstance(value, complex) else np.float32)
     write_tif(label, values, "EPSG:32610", rasterio.Affine(30, 0, 600000 + shift, 0, -30, 4200000), nodata=-1)
     with pytest.raises(BiomassError, match=message):
         index(tmp_path)
@@ -343,6 +344,12 @@ def test_high_labels_are_refused_unless_allowed(tmp_path):
     with pytest.raises(RasterError, match=r"agbd\.tif: labels up to 39.* of them above 2000 Mg/ha; probably kg"):
         index(tmp_path)
     assert len(index(tmp_path, label_max=1e6)[0]) == 12
+
+
+def test_infinite_labels_are_refused_whatever_is_allowed(tmp_path):
+    write_tile(tmp_path, TILE, image=ramp(HEIGHT, WIDTH), shots=[(1, 20, 40, np.inf), *SHOTS])
+    with pytest.raises(RasterError, match=r"agbd\.tif: labels up to inf, 1 of them above inf Mg/ha"):
+        index(tmp_path, label_max=np.inf)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,9 @@
 import matplotlib.image
 import numpy as np
 import pytest
+import rasterio
 
-from biomass_jax.errors import PrepError
+from biomass_jax.errors import PrepError, RasterError
 from biomass_jax.figures import style
 from data_prep.chips import cells as chips
 from data_prep.chips import index as chip_index
@@ -91,6 +92,36 @@ def test_a_tile_with_its_chips_by_split(world, drawn):
     found = {(round(p.get_x() + 0.5 - inset), round(p.get_y() + 0.5 - inset), p.get_edgecolor()) for p in axes.patches}
     assert found == expected
     assert {text.get_text() for text in axes.get_legend().get_texts()} == set(frame["split"])
+
+
+def test_a_tile_s_picture_shows_labels_as_chips_have_them(tmp_path, drawn):
+    """In an alpha band, a tag, NaN, a cast: there is no label, and no point."""
+    _, label, _ = write_tile(tmp_path, TILE, image=ramp(20, 31), shots=[(1, 3, 4, 70.0), (2, 5, 6, 90.0)])
+    with rasterio.open(label) as file:
+        profile, values = file.profile, file.read(1)
+    odd = values.copy()
+    odd[9, :3] = 12345, np.nan, -3
+    cast = np.where(values < 0, 0, values).astype(np.uint16)
+    cast[9, :3] = 55537
+    opaque = np.full_like(values, 255)
+    opaque[5, 6] = 0
+    alpha = {"count": 2, "alpha": "yes", "photometric": "minisblack", "nodata": None}
+    for stored, changes, expected in (
+        (odd[None], {"nodata": 12345}, {(4, 3): 70, (6, 5): 90}),
+        (cast[None], {"nodata": 0, "dtype": "uint16"}, {(4, 3): 70, (6, 5): 90}),
+        (np.stack([values, opaque]), alpha, {(4, 3): 70}),
+    ):
+        with rasterio.open(label, "w", **{**profile, **changes}) as file:
+            file.write(stored)
+        preview.preview_tile(tmp_path, TILE)
+        (points,) = drawn.pop()[0].axes[0].collections
+        assert (
+            dict(zip(map(tuple, points.get_offsets().tolist()), points.get_array().tolist(), strict=True)) == expected
+        )
+    with rasterio.open(label, "w", **{**profile, "dtype": "complex64"}) as file:
+        file.write(values.astype(np.complex64) + 7j, 1)
+    with pytest.raises(RasterError, match=r"agbd\.tif: its labels are complex64; expected real numbers"):
+        preview.preview_tile(tmp_path, TILE)
 
 
 def test_the_command_writes_equal_bytes_from_index_and_shards(world, tmp_path, capsys):
