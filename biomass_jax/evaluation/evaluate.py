@@ -29,7 +29,7 @@ from biomass_jax.runtime import processes
 from biomass_jax.runtime.files import write_json
 from biomass_jax.runtime.progress import Progress
 from biomass_jax.runtime.settings import check
-from biomass_jax.tasks.create import choose_statistics
+from biomass_jax.tasks.create import check_pixel_size, choose_statistics
 from biomass_jax.tasks.scores import SCORES
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def run(config: ConfigDict, workdir: Path, *, shardings: Callable[[], dict[str, 
     placement = shardings()
     train = functools.partial(sources.open_source, group.path, "train", **chosen)
     paths = dict.fromkeys((config.bundle, config.against or config.bundle))
-    ready = [_made_ready(path, config, source.info, train, placement) for path in paths]  # both, before either works
+    ready = [_made_ready(path, config, source, train, placement) for path in paths]  # both, before either works
     models = [_scored_by(*made, config, source, drawn=number == 0) for number, made in enumerate(ready)]
     scored, pictures = models[0].scored, models[0].pictures
     if not len(scored.label):
@@ -106,12 +106,13 @@ class ScoredModel(NamedTuple):
 
 
 def _made_ready(
-    path: str, config: ConfigDict, info: sources.DatasetInfo, train: Callable[[], Source], placement: dict[str, Any]
+    path: str, config: ConfigDict, source: Source, train: Callable[[], Source], placement: dict[str, Any]
 ) -> tuple[Forward, dict[str, Any]]:
     """A model that fits the data, and its statistics as `ScoredModel` has them; `train` opens the training split."""
     bundle = bundles.load(path, placement["replicated"])
-    check_units(bundle, info)
+    check_units(bundle, source.info)
     check_bands(bundle)
+    check_pixel_size(source, bundle)
     means, stds, kind = choose_statistics(
         config.data, bundle.bands, loaded=bundle, training=train, reference=config.reference
     )

@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 from biomass_jax.bundle import PIXEL_SIZE, Bundle, software_versions
 from biomass_jax.data import bands, sources
 from biomass_jax.data.raster.chips import record_grid
-from biomass_jax.errors import ConfigError
+from biomass_jax.data.raster.resample import fits
+from biomass_jax.errors import ConfigError, DataError
 from biomass_jax.models.build import architecture_of, build_module
 from biomass_jax.models.swin import VARIANTS, SwinFields
 from biomass_jax.tasks.base import InputStatistics, Task
@@ -40,7 +41,10 @@ def choose(
 
     Raises:
         ConfigError: fields that don't fit.
+        DataError: chips of another pixel size than the loaded bundle's.
     """
+    if loaded is not None:
+        check_pixel_size(train, loaded)
     # The reference counts pixels of no data that are 0 into its statistics.
     means, stds, kind = choose_statistics(
         config.data, bands.BAND_NAMES, loaded=loaded, training=lambda: train, reference=config.get("reference", False)
@@ -122,6 +126,25 @@ def pixel_size(train: sources.Source) -> float:
     """Side of the first chip's pixels in metres, that of HLS where nothing tells its place."""
     size = record_grid(train[0]).pixel_size()
     return PIXEL_SIZE if size is None else round(max(size), 1)
+
+
+def check_pixel_size(chips: sources.Source, loaded: Bundle) -> None:
+    """Refuse chips whose pixels aren't as large as those that a bundle was trained on: 25 to 36 m for 30 m.
+
+    Looked at is the first chip of each data set; those without a place pass.
+
+    Raises:
+        DataError: the size on the ground, and the bundle's.
+    """
+    starts = np.cumsum([0, *(count for count, _ in chips.shares)])[:-1]
+    for index in map(int, starts):
+        size = record_grid(chips[index]).pixel_size()
+        if size is not None and not fits(size, loaded.pixel_size):
+            raise DataError(
+                f"{chips.info.path}: split {chips.info.split}, chip number {index}: its pixels are {size[0]:.4g} x "
+                f"{size[1]:.4g} m on the ground, but {loaded.path} was trained on {loaded.pixel_size:g} m; give chips "
+                "of that size, or a bundle trained on pixels of theirs"
+            )
 
 
 def regression(

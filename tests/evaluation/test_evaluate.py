@@ -227,6 +227,14 @@ def test_data_without_labels_and_in_other_units(model, tmp_path):
         evaluate.check_units(opened, other)
 
 
+def test_chips_of_another_pixel_size_are_refused(model, tmp_path):
+    place = np.array([10.0, 0, 600000, 0, -10, 4100000])
+    fine = write_world(tmp_path / "fine", transform=place)
+    message = "split test, chip number 0: its pixels are 10 x 10 m on the ground, but .*tiny was trained on 30 m"
+    with pytest.raises(DataError, match=message):
+        run(model, fine, tmp_path / "out")
+
+
 def test_scores_tell_which_data_and_statistics_they_are_of(result, model, world):
     found = result[0]["data"]
     assert found["sha256"] == sources.open_source(world, "test").digest()

@@ -21,7 +21,8 @@ pytestmark = pytest.mark.slow  # whole runs: each compiles its own step
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    return world.write(tmp_path_factory.mktemp("data") / "shards")
+    place = {"epsg": 32610, "transform": np.array([27.0, 0, 600000, 0, -27, 4100000])}
+    return world.write(tmp_path_factory.mktemp("data") / "shards", change=lambda record: record | place)
 
 
 def config_of(shards, **fields):
@@ -51,6 +52,7 @@ def test_a_run_writes_lines_checkpoints_events_and_the_best_model(unbroken, shar
     assert meta["training"]["scores"]["val/rmse"] == best["val/rmse"]
     assert meta["training"]["dataset"] == str(shards)
     assert meta["output"] == {"bands": ["agbd"], "units": "Mg ha-1", "nodata": -1}
+    assert meta["input"]["pixel_size"] == 27.0
     metadata = json.loads(json.loads((shards / "metadata.json").read_text())["biomass_jax"])
     np.testing.assert_allclose(meta["input"]["means"], metadata["means"], rtol=1e-12)
 

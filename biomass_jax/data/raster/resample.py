@@ -23,6 +23,11 @@ FINEST, COARSEST = 25 / 30, 36 / 30  # of the size that the model was trained on
 _SNAP = 0.01  # 2.999 times is 3 times
 
 
+def fits(size: tuple[float, float], wanted: float) -> bool:
+    """Whether pixels of so many metres across and down are taken as they are by a model trained on `wanted` metres."""
+    return all(FINEST <= one / wanted <= COARSEST for one in size)
+
+
 def factors(grid: Grid, wanted: float, resample: float | None, name: str) -> tuple[float, float] | None:
     """How many pixels of an image, across and down, make one of the wanted size; None where they are left as they are.
 
@@ -38,7 +43,7 @@ def factors(grid: Grid, wanted: float, resample: float | None, name: str) -> tup
     if resample is not None and not FINEST <= resample / wanted <= COARSEST:
         raise RasterError(f"{name}: resample is {resample:g} m, but the model was trained on pixels of {wanted:g} m")
     size = grid.pixel_size()
-    if size is None or all(FINEST <= one / wanted <= COARSEST for one in size):
+    if size is None or fits(size, wanted):
         return None
     found = f"{name}: its pixels are {size[0]:.4g} x {size[1]:.4g} m on the ground"
     trained = f"the model was trained on {wanted:g} m"
