@@ -149,6 +149,10 @@ def test_every_file_is_read_where_it_is_asked_for(put, write):
     assert len(sources.open_source(root, "train")) == 1
     with pytest.raises(DataError, match="chip number 0: can't be read: .*labels up to 300000"):
         sources.open_source(root, "train", verify=True)
+    with rasterio.open(label, "r+") as file:
+        file.write(np.full((1, SIZE, SIZE), np.inf, np.float32))
+    with pytest.raises(DataError, match="labels up to inf, 144 of them above inf Mg/ha"):
+        sources.open_source(root, "train", label_max=np.inf, verify=True)
 
 
 def test_the_digest_is_of_the_files_bytes_and_of_what_lies_beside_them(put, tmp_path):

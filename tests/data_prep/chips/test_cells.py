@@ -346,12 +346,6 @@ def test_high_labels_are_refused_unless_allowed(tmp_path):
     assert len(index(tmp_path, label_max=1e6)[0]) == 12
 
 
-def test_infinite_labels_are_refused_whatever_is_allowed(tmp_path):
-    write_tile(tmp_path, TILE, image=ramp(HEIGHT, WIDTH), shots=[(1, 20, 40, np.inf), *SHOTS])
-    with pytest.raises(RasterError, match=r"agbd\.tif: labels up to inf, 1 of them above inf Mg/ha"):
-        index(tmp_path, label_max=np.inf)
-
-
 @pytest.mark.parametrize(
     ("image", "says"),
     [
