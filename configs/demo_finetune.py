@@ -19,7 +19,7 @@ def get_config() -> config_dict.ConfigDict:
     config.data.threads = 2
     config.batch_size = 2
     config.epochs = 10
-    config.log_every = 10
+    config.log_every = 5
     config.draw_every = 5
     # Tokens of two pixels, and two blocks a stage: the second one shifts its windows, as the released model does.
     config.model.patch_size = 2
