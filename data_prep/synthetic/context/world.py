@@ -32,15 +32,7 @@ def write_context_world(
 ) -> dict[str, Any]:
     """Write HLS granules of one to three tiles, GEDI orbits over them, and `plan.json`; return what that holds.
 
-    Args:
-        out: folder that takes `granules/hls/`, `granules/gedi/` and `plan.json`.
-        shape: (H, W) of a tile in pixels; 900 x 1120 holds 20 chips of 224 x 224.
-        scenes: number of dates in the season.
-        tiles: number of tiles; neighbours overlap.
-        seed: another seed, another land; the same seed gives the same bytes.
-
-    Raises:
-        ValueError: too small a shape, no scene, or not 1 to 3 tiles.
+    Arguments and errors are those of `write_forest_world`.
     """
     land = Context(seed)
     pixels = functools.lru_cache(maxsize=1)(land.pixels)  # a single tile's scenes and its limits want the same ones
