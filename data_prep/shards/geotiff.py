@@ -164,8 +164,7 @@ def _compare(record: Record, pair: Pair) -> None:
         names = dataset.descriptions if names is None else names
         indexes = [names.index(name) + 1 for name in bands.BAND_NAMES]
         image = np.moveaxis(dataset.read(indexes), 0, -1)
-        odd = np.isinf(image) | (image == bands.CAST_FILLS.get(dataset.dtypes[indexes[0] - 1], bands.FILL))
-        grid, missing = grid_of(dataset), bands.no_data(image, dataset.nodata) | odd.any(axis=-1)
+        grid, missing = grid_of(dataset), bands.no_data(image, dataset.nodata)
         if (hidden := hidden_pixels(dataset, indexes, {})) is not None:
             missing |= hidden.any(axis=0)
         told = [SCALES.get(pair.encoding) or declared(dataset, index) for index in indexes]
