@@ -1,6 +1,7 @@
 """NASA's archive as GDAL meets it: a gate that wants a token and points to a store, which refuses to see the token."""
 
 import threading
+import uuid
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -55,7 +56,7 @@ class Store(_Handler):
             return self.say(400, b"only one way to log in")
         if self.server.broken:
             return self.say(500, b"")
-        path = self.server.folder / self.path.partition("?")[0].lstrip("/")
+        path = self.server.folder / self.path.partition("?")[0].split("/", 2)[2]  # behind the archive's own name
         if not path.is_file():
             return self.say(404)
         body, asked = path.read_bytes(), self.headers.get("Range")
@@ -81,11 +82,16 @@ class Archive:
         self.gate = _Server(Gate, store=self.store, polite=True)
         self.asked = self.store.asked
         self.searches = []
+        self.name = uuid.uuid4().hex  # GDAL keeps what it read by its URL, and a later server may get the same port
+
+    def url(self, server):
+        """Where one of the two servers has the granules."""
+        return f"http://127.0.0.1:{server.server_port}/{self.name}"
 
     def search(self, **query):
         """In place of `earthaccess.search_data`."""
         self.searches.append(query)
-        url = f"http://127.0.0.1:{self.gate.server_port}"
+        url = self.url(self.gate)
         granules = sorted(path for path in self.store.folder.iterdir() if path.name.startswith("HLS."))
         wanted = [path for path in granules if path.name.split(".")[1] == query["short_name"][-3:]]
         return [answer(path.name, sorted(file.name for file in path.iterdir()), url=url) for path in wanted]

@@ -19,7 +19,7 @@ def store(tmp_path, monkeypatch):
     monkeypatch.setitem(grid.SETTINGS, "GDAL_HTTP_RETRY_DELAY", "0.01")
     (tmp_path / "far").mkdir()
     with open_archive(tmp_path / "far") as archive:
-        yield archive.store, f"http://127.0.0.1:{archive.store.server_port}"
+        yield archive.store, archive.url(archive.store)
 
 
 def test_a_far_images_map_begins_with_its_first_rows(store, tmp_path, stub):

@@ -4,6 +4,7 @@ import random
 import socket
 import threading
 import time
+import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -23,7 +24,8 @@ class FaultyServer(ThreadingHTTPServer):
         self.folder, self.faults, self.share, self.well, self.silence = Path(folder), faults, share, well, silence
         self.random, self.lock, self.ranges, self.failed, self.asked = random.Random(seed), threading.Lock(), 0, 0, []
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
+        # GDAL keeps what it read by its URL, and a later server may get the same port.
+        self.url = f"http://127.0.0.1:{self.server_port}/{uuid.uuid4().hex}"
 
     def __enter__(self):
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
@@ -60,7 +62,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _file(self):
         self.server.asked.append(self.path)
-        path = self.server.folder / self.path.split("?")[0].lstrip("/")
+        path = self.server.folder / self.path.split("?")[0].split("/", 2)[2]
         return path.read_bytes() if path.is_file() else b""
 
     def _answer(self, data, fault, asked=None):
