@@ -5,12 +5,12 @@ import dataclasses
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 from biomass_jax.convert.declared import Options
 from biomass_jax.runtime import environment
-from biomass_jax.runtime.lock import lock_beside, one_writer
+from biomass_jax.runtime.lock import writer_beside
 
 _OPTIONS = tuple(field.name for field in dataclasses.fields(Options) if field.name != "command")
 _DESCRIPTION = """\
@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _check_usage(options, parse)
     try:
         environment.settle(lambda what: print(f"warning: {what}", file=sys.stderr))
-        with _alone(options.output):
+        with writer_beside(Path(options.output)) if options.output else nullcontext():
             _run(options, f"python -m biomass_jax.convert {shlex.join(arguments)}")
     except Exception as error:
         told = environment.told(error) or (str(error) if isinstance(error, OSError) else None)
@@ -143,12 +143,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {' '.join(told.split())}", file=sys.stderr)
         return 1
     return 0
-
-
-def _alone(output: str | None) -> AbstractContextManager[None]:
-    """Have what is to be written for oneself; no folder is made for a conversion that may fail."""
-    folder, name = lock_beside(Path(output or "."))
-    return one_writer(folder, name) if output and folder.is_dir() else nullcontext()
 
 
 def _run(options: argparse.Namespace, command: str) -> None:

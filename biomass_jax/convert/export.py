@@ -26,6 +26,7 @@ _ALWAYS: dict[str, dict[str, Any]] = {
     "simmim": {"shift_single_window": False},
     "encoder": {"shift_single_window": False, "stage_norms": False, "final_norm": True},
 }
+SPREAD_FIELDS = ("spread", "spread_scale", "quantile_levels")  # of our models alone
 _INSTEAD = (
     "; maps are made from the bundle as it is, and a model fine-tuned with --config.model.shift_single_window=true can "
     "be exported"
@@ -72,16 +73,24 @@ def export(
     root = _lightning(state, meta) if layout is GRANITE else {"model": state} | _declarations(meta)
     output.parent.mkdir(parents=True, exist_ok=True)
     torch_write.write(output, root)
-    return [
+    done = [
         ("layout", layout.name),
         ("tensors", f"{len(arrays)} of the bundle, {len(state) - len(arrays)} counters and buffers"),
         ("weights", meta["weights_sha256"]),
         ("file", str(output)),
     ]
+    if "uncertainty" in meta:
+        done.append(("left out", "calibration, for which a checkpoint has no place"))
+    return done
 
 
 def _check_exportable(layout: Layout, meta: Mapping[str, Any], source: str) -> None:
     """Raise where a checkpoint of this layout would be read as another model than the bundle's."""
+    if "members" in meta["architecture"]:
+        raise ConvertError(
+            f"{source}: is an ensemble, which no checkpoint's layout holds; export its members, which its bundle.json "
+            "names under provenance.members"
+        )
     resized = meta["provenance"].get("window_resized")
     if layout is GRANITE and resized:
         raise ConvertError(
@@ -89,6 +98,12 @@ def _check_exportable(layout: Layout, meta: Mapping[str, Any], source: str) -> N
             "cannot be undone; export a bundle that was converted without --window-size"
         )
     always, fields = _ALWAYS[layout.task], meta["architecture"]
+    if (spread := fields.get("spread", "none")) != "none":
+        raise ConvertError(
+            f"{source}: spread={spread}; the original of the layout {layout.name} gives a mean alone and has no place "
+            "for params/head/spread; maps are made from the bundle as it is, and the bundle that a spread was added to "
+            "with --config.spread_only=True has the same mean and can be exported"
+        )
     if other := [name for name, value in always.items() if fields.get(name, value) != value]:
         raise ConvertError(
             f"{source}: {name_list(f'{name}={fields[name]}' for name in other)}; the original of the layout "
@@ -100,7 +115,8 @@ def _check_exportable(layout: Layout, meta: Mapping[str, Any], source: str) -> N
         back = _way_back(layout, meta)
     except ConvertError as error:
         raise ConvertError(f"{source}: a file of the layout {layout.name} cannot say what it is ({error})") from None
-    wrong = [name for name, value in fields.items() if name not in UNSCALED and _listed(back.get(name)) != value]
+    known = {*UNSCALED, *SPREAD_FIELDS}  # the first are put into weights, the others say nothing without a spread
+    wrong = [name for name, value in fields.items() if name not in known and _listed(back.get(name)) != value]
     if wrong:
         told = name_list(f"{name}={fields[name]}, which would be read as {back.get(name)}" for name in wrong)
         raise ConvertError(f"{source}: a file of the layout {layout.name} cannot say {told}")
@@ -209,10 +225,15 @@ def _declarations(meta: Mapping[str, Any]) -> dict[str, Any]:
             "no_data_replace": 0,
             OURS: {
                 "input": {name: source[name] for name in declared.INPUT_FIELDS if name in source},
-                "output": {name: meta["output"][name] for name in ("bands", "units")},
+                "output": {"bands": _own_bands(meta), "units": meta["output"]["units"]},
             },
         },
     }
+
+
+def _own_bands(meta: Mapping[str, Any]) -> list[str]:
+    """What the network itself gives: calibration's bands need what no checkpoint holds."""
+    return meta["output"]["bands"][:1] if "uncertainty" in meta else meta["output"]["bands"]
 
 
 def _hyper_parameters(meta: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from biomass_jax.data.fingerprints import content, digest_of, fingerprint
 from biomass_jax.data.raster import chips as chip_files
 from biomass_jax.data.raster.chips import IMAGE_SUFFIX, LABEL_MAX, Pair, describe_pairs, pair_files, read_pair
 from biomass_jax.data.raster.encoding import AUTO
+from biomass_jax.data.raster.grid import epsg_code
 from biomass_jax.data.records import Record
 from biomass_jax.data.shards import check_files, read_metadata, shards_of
 from biomass_jax.data.shards import verify as verify_shards
@@ -42,7 +43,7 @@ class Place(NamedTuple):
 
 
 class Chip(NamedTuple):
-    """What is known of a chip besides its pixels; all empty for padding, the place also where no record was read."""
+    """What is known of a chip besides its pixels; all empty for padding."""
 
     chip_id: str
     tile: str
@@ -103,6 +104,8 @@ class Source(ABC):
             raise IndexError(f"{self.info.path}: split {self.info.split} has {len(self)} chips, no chip {index}")
         try:
             return self._read(index)
+        except DataError:  # of a source that this one is made of
+            raise
         except (OSError, RuntimeError, ValueError, KeyError, IndexError) as error:
             where = f"{self.info.path}: split {self.info.split}, chip number {index}"
             raise DataError(f"{where}: can't be read: {error}; check the files, or write the data set anew") from error
@@ -116,7 +119,7 @@ class Source(ABC):
         return ((len(self), len(self)),)
 
     def chips(self) -> list[Chip]:
-        """Every chip's name, tile and biome; read once."""
+        """Every chip's name, tile, biome and place; read once."""
         if self._chips is None:
             with ThreadPoolExecutor(_READERS) as pool:
                 self.remember(list(pool.map(lambda index: chip_of(self[index]), range(len(self)))))
@@ -181,6 +184,17 @@ def open_source(
     raise DataError(
         f"{root}: split {split}: {found}; expected shards with their dataset_info.json, or folders like "
         f"{split}_images and {split}_labels{hint}"
+    )
+
+
+def _place(pair: Pair) -> Place:
+    """Where an image lies, as its record will tell."""
+    grid = pair.grid
+    if grid.crs is None:
+        return Place()
+    return Place(
+        epsg_code(grid.crs, str(pair.image)),
+        *records.centre(np.array(tuple(grid.transform)[:6]), (grid.height, grid.width)),
     )
 
 
@@ -290,7 +304,12 @@ class FolderSource(Source):
             fill=float(band_table.FILL),
             sensors=(_SENSORS,),
         )
-        self.remember([Chip(pair.chip_id, pair.tile, "unknown") for pair in self._pairs])
+
+    def chips(self) -> list[Chip]:
+        """See Source; from names and headers, without reading pixels."""
+        if self._chips is None:
+            self.remember([Chip(pair.chip_id, pair.tile, records.UNKNOWN_BIOME, _place(pair)) for pair in self._pairs])
+        return super().chips()
 
     def _read(self, index: int) -> Record:
         new = index not in self._odd

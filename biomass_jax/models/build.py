@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from biomass_jax.errors import ArchitectureError
 from biomass_jax.models.biomass import BiomassModel
+from biomass_jax.models.ensemble import BiomassEnsemble, join_variables
 from biomass_jax.models.simmim import SimMIM
 from biomass_jax.models.swin import SwinEncoder
 
@@ -27,23 +28,23 @@ def build_module(
     """The Flax module of a task, not yet holding any variables.
 
     Args:
-        task: `biomass` (`BiomassModel`), `simmim` (`SimMIM`) or `encoder` (`SwinEncoder`).
+        task: `biomass` (`BiomassModel`; with a field `members`, `BiomassEnsemble`), `simmim` (`SimMIM`) or `encoder`
+            (`SwinEncoder`).
         architecture: the module's constructor fields as JSON has them, lists for tuples.
         dtype: `float32` or `bfloat16`, of the computation; parameters are float32.
         remat: stages (0 to 3) whose blocks are computed a second time in the backward pass, to save memory.
 
     Raises:
-        ArchitectureError: unknown task or field.
+        ArchitectureError: unknown task or field, or what can't be an ensemble.
     """
     if task not in MODULES:
         raise ArchitectureError(f"unknown task {task!r}; expected one of {', '.join(MODULES)}")
-    known = _fields(MODULES[task])
+    kind = BiomassEnsemble if task == "biomass" and "members" in architecture else MODULES[task]
+    known = _fields(kind)
     if unknown := sorted(set(architecture) - set(known)):
-        raise ArchitectureError(
-            f"architecture has unknown fields {unknown}; {MODULES[task].__name__} has {sorted(known)}"
-        )
+        raise ArchitectureError(f"architecture has unknown fields {unknown}; {kind.__name__} has {sorted(known)}")
     fields = {key: tuple(value) if isinstance(value, list) else value for key, value in architecture.items()}
-    return MODULES[task](**fields, dtype=jnp.dtype(dtype), remat=tuple(remat))
+    return kind(**fields, dtype=jnp.dtype(dtype), remat=tuple(remat))
 
 
 def architecture_of(module: nn.Module) -> dict[str, Any]:
@@ -83,7 +84,13 @@ def abstract_variables(module: object) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=8)
 def _traced_shapes(module: nn.Module) -> dict[str, Any]:
-    """Traces one block a stage, a quarter of the time for Swin-B: all blocks of a stage have the same shapes."""
+    """Traces one block a stage, a quarter of the time for Swin-B: all blocks of a stage have the same shapes.
+
+    Of an ensemble one member is traced, since all have the same shapes.
+    """
+    if isinstance(module, BiomassEnsemble):
+        one = _traced_shapes(module.make_member(parent=None))
+        return join_variables([one] * module.members, shared_encoder=module.shared_encoder)
     shallow = module.clone(depths=tuple(min(depth, 1) for depth in module.depths))
     shapes = jax.eval_shape(lambda: shallow.init(jax.random.key(0), *dummy_inputs(module)))
     for stage, depth in enumerate(module.depths):

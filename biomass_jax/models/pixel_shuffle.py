@@ -3,6 +3,7 @@
 Shi et al., arXiv 1609.05158, in torch's channel order.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -12,6 +13,8 @@ from flax import linen as nn
 from biomass_jax.models import initialisation
 from biomass_jax.models.layers import BatchNorm
 from biomass_jax.runtime import cpu
+
+_LOG_SPREAD_LIMIT = 5.0
 
 
 def pixel_shuffle(x: jax.Array, factor: int) -> jax.Array:
@@ -45,27 +48,73 @@ class Upscale(nn.Module):
 
 
 class RegressionHead(nn.Module):
-    """Upscaling steps, channel dropout and a 1 x 1 convolution to one value a pixel.
+    """Upscaling steps, then channel dropout and 1 x 1 convolutions: one value a pixel, and its spread where asked for.
 
     The value is `output_scale` times the convolution's plus `output_offset`; granite has 1 and 0. With a scale like the
     labels' spread and an offset like their mean, a model that starts from random weights need not first learn those.
+
+    The spread is a second convolution's on the same features, float32, which leaves the value as it is: see
+    `BiomassModel`. Its logarithm of a scale is ln `spread_scale` + 5 tanh(raw / 5), so that no pixel's scale leaves
+    `spread_scale` by more than a factor of e^5 = 148, however wild its features. Its first quantile follows the value's
+    convention without the ReLU; the others are above the one before by softplus(raw) `spread_scale`.
     """
 
+    channels: int
     upscale_layers: int = 2
     dropout: float = 0.0
     final_relu: bool = True
     output_scale: float = 1.0
     output_offset: float = 0.0
     dtype: Any = jnp.float32
+    spread_channels: int = 0
+    log_spread: bool = True
+    spread_scale: float = 1.0
 
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """x [B, H, W, C] -> float32 [B, H * 2**n, W * 2**n, 1]; dropout draws from the `dropout` stream."""
-        for i in range(self.upscale_layers):
-            x = Upscale(x.shape[-1], self.dtype, name=f"upscale_{i}")(x, train=train)
-        x = nn.Dropout(self.dropout, broadcast_dims=(1, 2))(x, deterministic=not train)
-        # The last product is float32: a bfloat16 output would round 300 Mg/ha to steps of 2.
-        x = nn.Conv(1, (1, 1), dtype=jnp.float32, name="final", **initialisation.conv(x.shape[-1]))(x)
-        if (self.output_scale, self.output_offset) != (1.0, 0.0):
-            x = x * self.output_scale + self.output_offset
-        return nn.relu(x) if self.final_relu else x
+    def setup(self) -> None:
+        """Build the layers."""
+        self.upscale = [Upscale(self.channels, self.dtype) for _ in range(self.upscale_layers)]
+        # Its name is part of what it draws from: the same as ever, so that a run draws what it always has.
+        self.channel_dropout = nn.Dropout(self.dropout, broadcast_dims=(1, 2), name="Dropout_0")
+        # The last products are float32: a bfloat16 output would round 300 Mg/ha to steps of 2.
+        self.final = nn.Conv(1, (1, 1), dtype=jnp.float32, **initialisation.conv(self.channels))
+        if self.spread_channels:
+            draws = initialisation.conv(self.channels)
+            self.spread = nn.Conv(self.spread_channels, (1, 1), dtype=jnp.float32, **draws)
+
+    def __call__(self, x: jax.Array, *, train: bool) -> Any:
+        """x [B, H, W, channels] -> the value, float32 [B, H * 2**n, W * 2**n, 1]; with a spread both of `estimate`."""
+        value, spread = self.estimate(self.features(x, train=train), train=train)
+        return value if spread is None else (value, spread)
+
+    def features(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """The upscaling steps: x [B, H, W, channels] -> [B, H * 2**n, W * 2**n, channels]."""
+        for layer in self.upscale:
+            x = layer(x, train=train)
+        return x
+
+    def estimate(self, features: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array | None]:
+        """Value and spread of `features`; dropout draws from the `dropout` stream.
+
+        Args:
+            features: [B, H, W, channels].
+            train: dropout on; both see the same channels.
+
+        Returns:
+            the value, float32 [B, H, W, 1], and the spread, float32 [B, H, W, spread_channels]: logarithms of a scale,
+            or the first quantile and what each further one is above the one before; None where there is no spread.
+        """
+        x = self.channel_dropout(features, deterministic=not train)
+        value = self._scaled(self.final(x))
+        value = nn.relu(value) if self.final_relu else value
+        if not self.spread_channels:
+            return value, None
+        raw = self.spread(x)
+        if self.log_spread:
+            return value, math.log(self.spread_scale) + _LOG_SPREAD_LIMIT * jnp.tanh(raw / _LOG_SPREAD_LIMIT)
+        above = self.spread_scale * nn.softplus(raw[..., 1:])
+        return value, jnp.concatenate([self._scaled(raw[..., :1]), above], axis=-1)
+
+    def _scaled(self, x: jax.Array) -> jax.Array:
+        if (self.output_scale, self.output_offset) == (1.0, 0.0):
+            return x
+        return x * self.output_scale + self.output_offset

@@ -18,7 +18,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -129,6 +129,16 @@ def refuse_if_held(folder: Path, name: str = LOCK) -> None:
 def lock_beside(path: Path) -> tuple[Path, str]:
     """Folder and name of the lock of a file or folder that is written beside its place and renamed."""
     return path.absolute().parent, f".{path.absolute().name}{LOCK}"
+
+
+def writer_beside(path: Path) -> AbstractContextManager[None]:
+    """`one_writer` of a file or folder that is written beside its place; no folder is made for what may yet fail.
+
+    Raises:
+        FolderError: another one is at it.
+    """
+    folder, name = lock_beside(path)
+    return one_writer(folder, name) if folder.is_dir() else nullcontext()
 
 
 def _claim(path: Path, mine: Holder) -> None:

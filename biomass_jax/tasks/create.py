@@ -13,8 +13,10 @@ from biomass_jax.data import bands, sources
 from biomass_jax.data.raster.chips import record_grid
 from biomass_jax.data.raster.resample import fits
 from biomass_jax.errors import ConfigError, DataError
+from biomass_jax.models.biomass import BiomassModel
 from biomass_jax.models.build import architecture_of, build_module
 from biomass_jax.models.swin import VARIANTS, SwinFields
+from biomass_jax.tasks import losses
 from biomass_jax.tasks.base import InputStatistics, Task
 from biomass_jax.tasks.regression import Regression
 from biomass_jax.tasks.simmim import Pretraining
@@ -23,6 +25,10 @@ log = logging.getLogger(__name__)
 
 LABEL = {"name": "agbd", "units": "Mg ha-1"}  # of GeoTIFF folders, which don't say
 REFERENCE_DEGREES = 30.0
+# What a spread adds to a bundle's output bands, after the label's name.
+SPREAD_BANDS = {"none": (), "gaussian": ("_sd",), "laplace": ("_sd",), "quantiles": ("_lo", "_hi")}
+# Fields of a module that leave the mean of given weights as it is.
+_NOT_OF_THE_MEAN = {"spread", "spread_scale", "quantile_levels", "drop_path_rate", "head_dropout"}
 
 
 def choose(
@@ -43,6 +49,11 @@ def choose(
         ConfigError: fields that don't fit.
         DataError: chips of another pixel size than the loaded bundle's.
     """
+    if loaded is not None and "members" in loaded.meta["architecture"]:
+        raise ConfigError(
+            f"config.init_from: {loaded.path} is an ensemble, which isn't trained further; begin from one of its "
+            "members, which its bundle.json names under provenance.members"
+        )
     if loaded is not None:
         check_pixel_size(train, loaded)
     # The reference counts pixels of no data that are 0 into its statistics.
@@ -68,7 +79,7 @@ def choose(
             "pixel_size": pixel_size(train),
         },
         "output": output,
-        "training": {"dataset": str(info.path), "season": info.season},
+        "training": {"dataset": str(info.path), "season": info.season, "seed": config.seed} | _draw(config),
         "provenance": {
             "source": str(config.init_from or "trained from random weights"),
             "sha256": loaded.weights_sha256 if loaded else None,
@@ -77,6 +88,12 @@ def choose(
         },
     }
     return task, about
+
+
+def _draw(config: ConfigDict) -> dict[str, int]:
+    """For `training` of a bundle: which draw of the training chips was learnt from; {} where all were."""
+    seed = config.data.get("bootstrap")
+    return {} if seed is None else {"bootstrap": seed}
 
 
 def choose_statistics(
@@ -152,6 +169,9 @@ def regression(
 ) -> tuple[Task, dict[str, Any]]:
     """Fine-tuning: the task, and `output` of its bundles."""
     module = build_module("biomass", architecture(config, "biomass", loaded), config.dtype, remat=config.model.remat)
+    _check_spread(config, module, loaded)
+    if config.spread_only and loaded is not None:  # without a bundle `check_fields` refuses it
+        _check_same_mean(module, loaded)
     augment, reference = config.augment.to_dict(), config.reference
     if reference and config.loss != "rmse":
         raise ConfigError(f"config.reference with config.loss={config.loss}: the reference's loss is rmse")
@@ -173,12 +193,62 @@ def regression(
         statistics=statistics,
         loss=config.loss,
         huber_delta=config.huber_delta,
+        nll_beta=config.nll_beta,
+        spread_only=config.spread_only,
         augment=tuple(sorted(augment.items())),
         reference=reference,
     )
     label = train.info.metadata.get("label", LABEL)
-    nodata = -1 if module.final_relu else -9999  # a model without the ReLU may say -1 itself
-    return task, {"bands": [label["name"]], "units": label["units"], "nodata": nodata}
+    # What no ReLU has passed, quantiles among it, may be -1 itself.
+    nodata = -1 if module.final_relu and module.spread != "quantiles" else -9999
+    names = [label["name"] + suffix for suffix in ("", *SPREAD_BANDS[module.spread])]
+    return task, {"bands": names, "units": label["units"], "nodata": nodata}
+
+
+def _check_spread(config: ConfigDict, module: BiomassModel, loaded: Bundle | None) -> None:
+    """Refuse a loss whose spread the model lacks, a spread that the loss doesn't train, fields that nothing reads.
+
+    Raises:
+        ConfigError: the fields, and what to set.
+    """
+    spread, loss, group = module.spread, config.loss, config.model
+    needed = losses.SPREAD_KINDS.get(loss, "none")
+    inherited = group.spread is None and spread != "none" and loaded is not None
+    has = f"config.model.spread={spread}" + (f", as {loaded.path} has it" if inherited and loaded is not None else "")
+    if config.spread_only and needed == "none":
+        kinds = ", ".join(losses.SPREAD_KINDS)
+        raise ConfigError(
+            f"config.spread_only with config.loss={loss}, which trains no spread; expected one of {kinds}"
+        )
+    if needed == "none" and spread != "none":
+        kinds = " or ".join(kind for kind, one in losses.SPREAD_KINDS.items() if one == spread)
+        raise ConfigError(
+            f"config.loss={loss} doesn't train what {has} adds; set --config.loss={kinds}, or "
+            "--config.model.spread=none"
+        )
+    if needed != spread:
+        raise ConfigError(
+            f"config.loss={loss} needs config.model.spread={needed}, found {has}; add --config.model.spread={needed}, "
+            "or choose another loss"
+        )
+    for name, where in (("spread_scale", tuple(losses.SPREAD_KINDS.values())), ("quantile_levels", ("quantiles",))):
+        if group[name] is not None and spread not in where:
+            raise ConfigError(f"config.model.{name} with {has}: nothing reads it; leave it out")
+
+
+def _check_same_mean(module: BiomassModel, loaded: Bundle) -> None:
+    """Refuse fields that would change the mean of a bundle whose spread alone is trained.
+
+    Raises:
+        ConfigError: the field.
+    """
+    before, now = architecture_of(loaded.module()), architecture_of(module)
+    for name in sorted(set(now) - _NOT_OF_THE_MEAN):
+        if now[name] != before.get(name):
+            raise ConfigError(
+                f"config.spread_only with config.model.{name}={now[name]}: {loaded.path} has {before.get(name)}, and "
+                "its mean has to stay as it is; leave the field out, or train without spread_only"
+            )
 
 
 def pretraining(

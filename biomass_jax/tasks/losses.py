@@ -4,12 +4,22 @@ The loss of any number of parts is `finish(sum of totals, sum of counts)`, and i
 d finish / d total times the sum of the parts' gradients of their totals. The mean of per-part losses is neither.
 """
 
+import math
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from biomass_jax.tasks.scores import REFERENCE_EPSILON
 
-KINDS = ("rmse", "mse", "mae", "huber")
+Array = TypeVar("Array", jax.Array, np.ndarray)
+
+KINDS = ("rmse", "mse", "mae", "huber")  # of the mean alone
+# Losses of a spread, and the `spread` of the model that each belongs to.
+SPREAD_KINDS = {"gaussian_nll": "gaussian", "beta_nll": "gaussian", "laplace_nll": "laplace", "pinball": "quantiles"}
+CHOICES = (*KINDS, *SPREAD_KINDS)
 # The original adds it to the number of masked pixels, lest none be masked.
 _EPSILON = 1e-5
 # MAE's and Swin's, added to a patch's variance.
@@ -53,7 +63,8 @@ def finish(total: jax.Array, count: jax.Array, kind: str) -> jax.Array:
     Raises:
         ValueError: unknown kind.
     """
-    _check(kind)
+    if kind not in SPREAD_KINDS:
+        _check(kind)
     if kind != "rmse":
         return total / jnp.maximum(count, 1)
     perfect = total == 0
@@ -75,6 +86,85 @@ def _pixel_loss(error: jax.Array, kind: str, huber_delta: float) -> jax.Array:
 def _check(kind: str) -> None:
     if kind not in KINDS:
         raise ValueError(f"unknown loss {kind!r}; expected one of {', '.join(KINDS)}")
+
+
+def spread_sums(
+    outputs: jax.Array,
+    label: jax.Array,
+    kind: str,
+    *,
+    nll_beta: float = 0.5,
+    quantile_levels: Sequence[float] = (),
+    mean_scale: float | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Sum of the pixel losses of mean and spread where there is a label, and how many those are.
+
+    Args:
+        outputs: [B, H, W, C], named by `BiomassModel.outputs`, the mean first. Values at pixels without a label, NaN
+            among them, have no influence, neither on the sum nor on its gradient.
+        label: [B, H, W], Mg/ha; below 0 or NaN for none.
+        kind: one of `SPREAD_KINDS`; see `spread_pixel_losses`.
+        nll_beta: read by `beta_nll` alone, which weighs each pixel's `gaussian_nll` by sigma^(2 beta), without a
+            gradient through the weight (Seitzer et al. 2022, arXiv 2203.09168, equation 4, constants kept): 0 is the
+            likelihood itself, 1 gives the mean the gradient of the squared error.
+        quantile_levels: of `pinball`.
+        mean_scale: Mg/ha; see `spread_pixel_losses`.
+
+    Returns:
+        (total, count), float32 scalars; `finish` makes their loss.
+
+    Raises:
+        ValueError: unknown kind, or shapes that don't belong together.
+    """
+    if kind not in SPREAD_KINDS:
+        raise ValueError(f"unknown loss {kind!r} of a spread; expected one of {', '.join(SPREAD_KINDS)}")
+    channels = 1 + len(quantile_levels) if kind == "pinball" else 2
+    if outputs.shape != (*label.shape, channels):
+        raise ValueError(f"outputs {outputs.shape} and label {label.shape}; {kind} takes outputs [B, H, W, {channels}]")
+    known = label >= 0
+    # Replaced before the arithmetic and left out after it: 0 times the gradient of a NaN is NaN.
+    outputs = jnp.where(known[..., None], outputs.astype(jnp.float32), 0)
+    target = jnp.where(known, label.astype(jnp.float32), 0)
+    losses = spread_pixel_losses(outputs, target, kind, quantile_levels=quantile_levels, mean_scale=mean_scale)
+    if kind == "beta_nll":
+        losses *= jax.lax.stop_gradient(jnp.exp(2 * nll_beta * outputs[..., 1]))
+    return jnp.where(known, losses, 0).sum(), known.sum(dtype=jnp.float32)
+
+
+def spread_pixel_losses(
+    outputs: Array, label: Array, kind: str, *, quantile_levels: Sequence[float] = (), mean_scale: float | None = None
+) -> Array:
+    """Loss of each labelled pixel, by JAX or by NumPy, whichever the arrays are of.
+
+    With the error e = label - mean and a scale s, both in Mg/ha:
+
+    - `gaussian_nll`, `beta_nll` (before its weight): ln(2 pi) / 2 + ln s + (e / s)^2 / 2, minus the log density of a
+      normal distribution with standard deviation s.
+    - `laplace_nll`: ln 2 + ln s + |e| / s, likewise of a Laplace distribution with scale s (standard deviation
+      sqrt(2) s).
+    - `pinball`: the mean over the levels t of max(t d, (t - 1) d), d = label - quantile (Koenker and Bassett 1978),
+      which does nothing for the mean; with `mean_scale`, e^2 / (2 mean_scale) besides, in Mg/ha too, so that a mean
+      that is trained stays a mean.
+
+    Args:
+        outputs: [..., C], the mean, then ln s or the quantiles.
+        label: [...], Mg/ha.
+        kind: one of `SPREAD_KINDS`.
+        quantile_levels: of `pinball`.
+        mean_scale: Mg/ha; read by `pinball` alone.
+    """
+    numbers: Any = outputs.__array_namespace__()
+    error = label - outputs[..., 0]
+    if kind == "pinball":
+        levels = numbers.asarray(quantile_levels, dtype=outputs.dtype)
+        above = label[..., None] - outputs[..., 1:]
+        losses = numbers.maximum(levels * above, (levels - 1) * above).mean(-1)
+        return losses if mean_scale is None else losses + 0.5 / mean_scale * error**2
+    log_scale = outputs[..., 1]
+    z = error * numbers.exp(-log_scale)
+    if kind == "laplace_nll":
+        return math.log(2) + log_scale + numbers.abs(z)
+    return 0.5 * math.log(2 * math.pi) + log_scale + 0.5 * z**2
 
 
 def simmim_chip_sums(

@@ -22,8 +22,12 @@ class Regression:
     Attributes:
         module: `BiomassModel`.
         statistics: of the inputs.
-        loss: rmse, mse, mae or huber.
+        loss: one of `losses.CHOICES`, one of a spread exactly where the module has that spread.
         huber_delta: Mg/ha, where `huber` turns from square to linear.
+        nll_beta: of `beta_nll`, whose `val/loss` is the likelihood without the weight: weighted ones of different
+            scales can't be compared.
+        spread_only: nothing but `head/spread` learns; the rest is as in a prediction, without dropout, drop path or new
+            batch statistics. `pinball` has a term for the mean only where the mean learns.
         augment: arguments of `transforms.augment`.
         reference: as the reference does, keep labels on no-data pixels and the bands of those that aren't filled, and
             have as `val/loss` the batch-size-weighted mean of per-batch RMSEs instead of the loss over all pixels.
@@ -33,6 +37,8 @@ class Regression:
     statistics: InputStatistics
     loss: str = "rmse"
     huber_delta: float = 50.0
+    nll_beta: float = 0.5
+    spread_only: bool = False
     augment: tuple[tuple[str, Any], ...] = ()
     reference: bool = False
 
@@ -52,24 +58,55 @@ class Regression:
 
     def loss_sums(self, variables: Arrays, inputs: Arrays, key: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
         """See `Task`; sums over labelled pixels."""
-        prediction, updated = self.module.apply(
-            variables, inputs["image"], train=True, rngs=model_keys(key), mutable=["batch_stats"]
-        )
-        total, count = losses.loss_sums(prediction, inputs["label"], self.loss, huber_delta=self.huber_delta)
-        return total, count, updated["batch_stats"]
+        image, label = inputs["image"], inputs["label"]
+        if self.spread_only:
+            outputs, batch_stats = self._on_frozen_features(variables, image), variables["batch_stats"]
+        else:
+            outputs, updated = self.module.apply(
+                variables, image, train=True, rngs=model_keys(key), mutable=["batch_stats"]
+            )
+            batch_stats = updated["batch_stats"]
+        if self._has_spread:
+            total, count = losses.spread_sums(outputs, label, self.loss, nll_beta=self.nll_beta, **self._pinball())
+        else:
+            total, count = losses.loss_sums(outputs, label, self.loss, huber_delta=self.huber_delta)
+        return total, count, batch_stats
+
+    @property
+    def _has_spread(self) -> bool:
+        return self.loss in losses.SPREAD_KINDS
+
+    def _pinball(self) -> dict[str, Any]:
+        """Arguments of the losses of a spread that `pinball` alone reads."""
+        if self.loss != "pinball":
+            return {}
+        mean_scale = None if self.spread_only else self.module.spread_scale
+        return {"quantile_levels": self.module.quantile_levels, "mean_scale": mean_scale}
+
+    def _on_frozen_features(self, variables: Arrays, image: jax.Array) -> jax.Array:
+        """The module's outputs, their gradient that of the last layers alone."""
+        maps = self.module.apply(variables, image, method="encode")
+        features = jax.lax.stop_gradient(self.module.apply(variables, maps, method="decode"))
+        return self.module.apply(variables, features, image.shape[1:3], method="estimate")
 
     def finish(self, total: jax.Array, count: jax.Array) -> jax.Array:
         """See `Task`."""
         return losses.finish(total, count, self.loss)
 
     def evaluate(self, variables: Arrays, batch: Arrays, number: jax.Array) -> tuple[Arrays, Arrays]:
-        """{"prediction", "label"}, float32 [B, H, W], Mg/ha; padded rows have no labels."""
+        """{"prediction", "label"}, float32 [B, H, W], Mg/ha; padded rows have no labels.
+
+        Of a model with a spread, the mean is the prediction, and "spread" [B, H, W, C - 1] has its further outputs.
+        """
         del number  # nothing is drawn
         image, label, nodata = transforms.clean(
             batch["image"], batch["label"], fill=self.statistics.fill, reference=self.reference
         )
         inputs = transforms.normalize(image, self.statistics.means, self.statistics.stds)
         outputs = {"prediction": self.module.apply(variables, inputs), "label": label}
+        if self._has_spread:
+            found = outputs["prediction"]
+            outputs |= {"prediction": found[..., 0], "spread": found[..., 1:]}
         return outputs, first_chips(outputs | {"image": image, "nodata": nodata})
 
     def figure(self, shown: dict[str, np.ndarray], titles: Sequence[str]) -> Any:
@@ -85,14 +122,21 @@ class Regression:
 
     def scorer(self) -> "RegressionScorer":
         """See `Task`."""
-        return RegressionScorer(self.loss, self.huber_delta, self.reference)
+        return RegressionScorer(self.loss, self.huber_delta, self.reference, self._pinball())
 
 
 class RegressionScorer:
     """Exact scores over all labelled pixels of a split: float64 sums, and three of them a batch."""
 
-    def __init__(self, loss: str, huber_delta: float, mean_of_batches: bool) -> None:
-        self._loss, self._delta, self._mean_of_batches = loss, huber_delta, mean_of_batches
+    def __init__(
+        self, loss: str, huber_delta: float, mean_of_batches: bool, pinball: dict[str, Any] | None = None
+    ) -> None:
+        self._loss, self._delta, self._mean_of_batches, self._pinball = (
+            loss,
+            huber_delta,
+            mean_of_batches,
+            pinball or {},
+        )
         self._sums = scores.RegressionSums()
         self._batches: list[tuple[float, int, int]] = []  # total, labelled pixels, chips
 
@@ -101,15 +145,23 @@ class RegressionScorer:
         prediction, label = outputs["prediction"][valid], outputs["label"][valid]
         self._sums.add(prediction, label)
         known = label >= 0
-        error = np.abs(prediction[known].astype(np.float64) - label[known])
-        self._batches.append((float(self._pixel_loss(error).sum()), error.size, int(valid.sum())))
+        prediction, target = prediction[known].astype(np.float64), label[known].astype(np.float64)
+        if self._loss in losses.SPREAD_KINDS:
+            found = np.concatenate([prediction[:, None], outputs["spread"][valid][known]], axis=-1)
+            pixel = losses.spread_pixel_losses(found, target, self._loss, **self._pinball)
+        else:
+            pixel = self._pixel_loss(np.abs(prediction - target))
+        self._batches.append((float(pixel.sum()), target.size, int(valid.sum())))
 
     def vector(self) -> np.ndarray:
         """See `Scorer`: the sums, then three numbers a batch."""
         return np.concatenate([self._sums.to_array(), np.asarray(self._batches, np.float64).ravel()])
 
     def results(self, vectors: list[np.ndarray]) -> dict[str, Any]:
-        """`val/loss`, `val/rmse`, `val/mae`, `val/bias`, `val/r2`, `val/n`; None where no pixel has a label."""
+        """`val/loss`, `val/rmse`, `val/mae`, `val/bias`, `val/r2`, `val/n`; None where no pixel has a label.
+
+        All but the loss are of the mean.
+        """
         sums, size = scores.RegressionSums(), scores.RegressionSums.SIZE
         for vector in vectors:
             sums.merge(scores.RegressionSums.from_array(vector[:size]))

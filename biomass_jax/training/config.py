@@ -46,6 +46,15 @@ class BiomassModelSettings(ModelSettings):
         None, "prediction = scale x last layer + offset: from random weights, the labels' std and mean save many epochs"
     )
     output_offset: float | None = setting(None, "Mg/ha")
+    spread: str | None = setting(
+        None,
+        "what a pixel is given beside its mean: gaussian, laplace, quantiles, none; not given, the bundle's, else none",
+        choices="biomass_jax.models.biomass:SPREADS",
+    )
+    spread_scale: float | None = setting(
+        None, "Mg/ha, about where a fresh spread starts, and how far quantiles are apart there; 30", within=_ABOVE_0
+    )
+    quantile_levels: tuple[float, ...] | None = setting(None, "of `spread=quantiles`, increasing; (0.05, 0.95)")
 
 
 @dataclasses.dataclass
@@ -76,6 +85,18 @@ class DataSettings:
     threads: int = setting(8, "that read chips", within=_FROM_1)
     cache: str = setting(
         "host", "device: all chips lie on the device (one process)", choices="biomass_jax.pipeline.batches:CACHES"
+    )
+
+
+@dataclasses.dataclass
+class LabelledDataSettings(DataSettings):
+    """One data set, of which a member of an ensemble sees a draw."""
+
+    bootstrap: int | None = setting(
+        None,
+        "learn from as many blocks of ground as the training chips lie in, drawn with replacement by this seed; see "
+        "[ensembles](train.md#ensembles)",
+        within=_FROM_0,
     )
 
 
@@ -227,11 +248,21 @@ class Finetune(Training):
     """Fields of a fine-tuning run."""
 
     loss: str = setting(
-        "rmse", "rmse (root once, over the whole batch), mse, mae, huber", choices="biomass_jax.tasks.losses:KINDS"
+        "rmse",
+        "rmse (root once, over the whole batch), mse, mae, huber; of a spread: gaussian_nll, beta_nll, laplace_nll, "
+        "pinball, see above",
+        choices="biomass_jax.tasks.losses:CHOICES",
     )
     huber_delta: float = setting(50.0, "Mg/ha, where huber turns from square to linear", within=_ABOVE_0)
+    nll_beta: float = setting(
+        0.5, "of beta_nll: each pixel's likelihood weighs sigma^(2 beta); 0 = all alike", within=Range(0, 1, "[]")
+    )
+    spread_only: bool = setting(
+        False, "train the spread alone: everything else stays as `init_from` has it, to the bit"
+    )
     reference: bool = setting(False, "train as the reference did, see above")
     model: BiomassModelSettings = group(BiomassModelSettings)
+    data: LabelledDataSettings = group(LabelledDataSettings)
     augment: AugmentSettings = group(AugmentSettings)
 
 
@@ -271,3 +302,21 @@ def check_fields(config: ConfigDict) -> None:
         )
     if config.resume_optimizer and config.optimizer.freeze:
         raise ConfigError("config.resume_optimizer with config.optimizer.freeze: frozen weights have no moments")
+    if config.get("spread_only"):
+        _check_spread_only(config)
+
+
+def _check_spread_only(config: ConfigDict) -> None:
+    """Fields that would change what stays; `tasks.create` compares those of the model with the bundle's."""
+    if config.init_from is None or config.load != "all":
+        raise ConfigError(
+            "config.spread_only goes with config.init_from and load='all': the weights that stay come from a bundle"
+        )
+    if config.resume_optimizer:
+        raise ConfigError("config.spread_only with config.resume_optimizer: frozen weights have no moments")
+    if config.data.statistics == "dataset" or config.data.means:
+        name = "means" if config.data.means else "statistics"
+        raise ConfigError(
+            f"config.spread_only with config.data.{name}={config.data[name]}: frozen weights need the statistics of "
+            "their bundle; leave it out"
+        )

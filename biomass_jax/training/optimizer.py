@@ -166,6 +166,11 @@ def trainable_mask(params: Tree, freeze: Sequence[str]) -> Tree:
     return mask
 
 
+def all_but(params: Tree, name: str) -> tuple[str, ...]:
+    """The paths that `freeze` takes to leave the parameters under one path alone."""
+    return tuple(path for path in _flat(params) if not _under(path, name))
+
+
 def layer_scales(params: Tree, layer_decay: float) -> Tree:
     """Factor of each parameter's learning rate, as a tree of floats: `layer_decay` ** (layers above it).
 

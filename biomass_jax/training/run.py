@@ -16,7 +16,8 @@ from ml_collections import ConfigDict
 
 from biomass_jax import bundle
 from biomass_jax.data import bands, sources
-from biomass_jax.errors import CheckpointError, ConfigError
+from biomass_jax.data.blocks import Drawn, draw_blocks
+from biomass_jax.errors import CheckpointError, ConfigError, name_list
 from biomass_jax.pipeline import batches as pipeline
 from biomass_jax.pipeline.batches import Feed
 from biomass_jax.runtime import mesh as sharding
@@ -30,7 +31,7 @@ from biomass_jax.training.checkpoint import BEST, FIGURES, FOLDER, Checkpoints, 
 from biomass_jax.training.config import PLATEAU, check_fields
 from biomass_jax.training.loop import Run
 from biomass_jax.training.monitor import METRICS, Profiler, Writer
-from biomass_jax.training.optimizer import create_optimizer, create_schedule, import_adam, trainable_mask
+from biomass_jax.training.optimizer import all_but, create_optimizer, create_schedule, import_adam, trainable_mask
 from biomass_jax.training.state import TrainState, check_weights, create_train_state, load_weights, plan_train_state
 from biomass_jax.training.steps import Schedule, Steps, StepSettings, compile_steps
 
@@ -50,9 +51,9 @@ MAY_CHANGE = (
     "checkpoint.",
 )
 # It can't with others of these: they decide which chips are learnt from when, or what `val/loss` is.
-MUST_STAY = {"mode", "batch_size", "seed", "loss", "huber_delta", "reference"}
+MUST_STAY = {"mode", "batch_size", "seed", "loss", "huber_delta", "nll_beta", "reference", "spread_only"}
 MUST_STAY |= {"mask_patch_size", "mask_ratio", "skip_nodata", "normalize_targets"}
-MUST_STAY |= {"data.weights", "data.bands", "data.encoding", "data.label_max"}
+MUST_STAY |= {"data.weights", "data.bootstrap", "data.bands", "data.encoding", "data.label_max"}
 TRAINING_ONLY = ("drop_path_rate", "head_dropout")  # fields of a module that change nothing of what it is
 
 
@@ -103,6 +104,7 @@ def set_up(config: ConfigDict, workdir: Path, *, command: str) -> Run:
     train, valid = open_splits(config)
     loaded = bundle.load(config.init_from) if config.init_from else None
     task, about = choose(config, train, loaded, command=command)
+    train = drawn_anew(config, train)  # after the statistics, which all members of an ensemble share
     steps_per_epoch = pipeline.steps_per_epoch(train, config.batch_size)
     total_steps = config.steps or config.epochs * steps_per_epoch
     plan = plan_steps(config, task, mesh, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
@@ -178,7 +180,7 @@ def plan_steps(
         seed=config.seed,
         accumulation=config.optimizer.gradient_accumulation,
         ema_decay=ema_decay,
-        trainable=trainable_mask(params, tuple(config.optimizer.freeze)),
+        trainable=trainable_mask(params, frozen(config, params)),
     )
     return PlannedRun(init, state, compile_steps(task, optimizer, schedule, settings, mesh, state), host)
 
@@ -215,6 +217,19 @@ def open_split(config: ConfigDict, split: str) -> sources.Source:
     return sources.open_source(config.data.path, split, **chosen)
 
 
+def drawn_anew(config: ConfigDict, train: sources.Source) -> sources.Source:
+    """The training chips, or a draw of their blocks where `data.bootstrap` asks for one; all processes get the same.
+
+    Raises:
+        DataError: see `draw_blocks`.
+    """
+    seed = config.data.get("bootstrap")
+    if seed is None:
+        return train
+    numbers = draw_blocks(train, seed) if jax.process_index() == 0 else None  # which looks at every chip
+    return Drawn(train, json.loads(processes.gather(json.dumps(numbers).encode())[0]))
+
+
 def make_optimizer(config: ConfigDict, params: dict[str, Any]) -> optax.GradientTransformation:
     """AdamW as the config has it; `reference` decays every parameter."""
     group = config.optimizer
@@ -225,8 +240,14 @@ def make_optimizer(config: ConfigDict, params: dict[str, Any]) -> optax.Gradient
         betas=tuple(group.betas),
         clip_norm=group.clip_norm or None,
         layer_decay=group.layer_decay,
-        freeze=tuple(group.freeze),
+        freeze=frozen(config, params),
     )
+
+
+def frozen(config: ConfigDict, params: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the parameters that stay: those of `freeze`, and with `spread_only` all but the spread's."""
+    rest = all_but(params, "head/spread") if config.get("spread_only") else ()
+    return (*config.optimizer.freeze, *rest)
 
 
 def learning_rate(config: ConfigDict) -> float:
@@ -322,7 +343,12 @@ def check_start(state: TrainState, loaded: bundle.Bundle, config: ConfigDict) ->
             f"config.resume_optimizer: {loaded.path} holds no optimizer/; convert the full Lightning file "
             "(biomass_jax.convert --with-optimizer), or leave resume_optimizer off"
         )
-    check_weights(state, loaded, load=config.load)
+    found, wanted = check_weights(state, loaded, load=config.load)
+    if config.resume_optimizer and (new := [path for path in wanted if path not in found]):
+        raise ConfigError(
+            f"config.resume_optimizer: {loaded.path} has no {name_list(new)}, nor moments of them; leave "
+            "resume_optimizer off, or train its spread first (--config.spread_only=True)"
+        )
 
 
 def start_from(
@@ -372,7 +398,7 @@ def check_same(saved: HostState, now: HostState, workdir: Path) -> None:
             "%s: its checkpoint, an older version's, doesn't tell which data it is of; resumed as it is", workdir
         )
     else:
-        changes += changed_fields(saved.inputs, now.inputs or {})
+        changes += changed_fields(saved.inputs, known_fields(saved.inputs, now.inputs or {}))
     if changes:
         more = f", and {len(changes) - 1} more changes" if changes[1:] else ""
         raise CheckpointError(

@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 # Of a decoder, which has norms of its own for the encoder's stages: a pretrained encoder has none.
 STAGE_NORM = re.compile(r"params/encoder/stages_\d+/norm/\w+")
+SPREAD = re.compile(r"params/head/spread/\w+")  # beside a released head: one whose bundle has none begins anew
 
 
 @flax.struct.dataclass
@@ -91,7 +92,8 @@ def check_weights(
     found = flatten(loaded.variables)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     wanted = {path: x for path, x in flatten(variables).items() if load == "all" or path.split("/")[1] == "encoder"}
-    missing = [path for path in wanted if path not in found and not (load == "encoder" and STAGE_NORM.fullmatch(path))]
+    anew = STAGE_NORM if load == "encoder" else SPREAD
+    missing = [path for path in wanted if path not in found and not anew.fullmatch(path)]
     if missing:
         raise BundleError(f"{loaded.path}: no {name_list(missing)}; config.load is {load!r}")
     for path in wanted:
@@ -108,7 +110,8 @@ def load_weights(state: TrainState, loaded: Bundle, *, load: str) -> TrainState:
     Args:
         state: fresh, its shardings decided.
         loaded: the bundle; its task may be another one where only the encoder is taken.
-        load: `all` (every weight and batch statistic, each of which must be there) or `encoder`.
+        load: `all` (every weight and batch statistic, each of which must be there, but for a spread that the bundle
+            doesn't have) or `encoder`.
 
     Raises:
         BundleError: a weight that was asked for is missing or has another shape.

@@ -55,10 +55,15 @@ def train_step(
     ema = state.ema
     if ema is not None:
         decay, new = settings.ema_decay, {"params": params, "batch_stats": batch_stats}
-        ema = jax.tree.map(lambda old, value: decay * old + (1 - decay) * value, ema, new)
+        ema = jax.tree.map(functools.partial(_average, decay), ema, new)
     state = TrainState(state.step + 1, params, batch_stats, opt_state, ema, state.learning_rate)
     norm = optax.tree.norm(grads)
     return state, {"loss": loss, "learning_rate": learning_rate, "grad_norm": norm, "count": count}
+
+
+def _average(decay: float, old: jax.Array, value: jax.Array) -> jax.Array:
+    # The average of two equal numbers is that number, which rounding can miss: what is frozen stays.
+    return jnp.where(old == value, old, decay * old + (1 - decay) * value)
 
 
 def accumulated_sums(

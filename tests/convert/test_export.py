@@ -63,6 +63,19 @@ def test_an_exported_checkpoint_converts_again_without_flags(granite_bundle, tmp
     assert again.provenance["num_batches_tracked"] == meta["provenance"]["num_batches_tracked"]
 
 
+def test_an_exported_calibrated_bundle_is_the_model_alone(granite_bundle, tmp_path):
+    arrays = {"centres": np.ones((5, 3), np.float32)}
+    calibrated = bundle.with_uncertainty(
+        bundle.load(granite_bundle), tmp_path / "c", {}, arrays, output_bands=["agbd", "agbd_sd", "di"], provenance={}
+    )
+    done = export.export(calibrated, tmp_path / "model.ckpt")
+    assert done[-1] == ("left out", "calibration, for which a checkpoint has no place")
+    again, meta = read(tmp_path / "model.ckpt"), bundle.read_meta(granite_bundle)
+    assert again.output["bands"] == ["agbd"]
+    assert bundle.weights_sha256(nested(again.variables)) == meta["weights_sha256"]
+    assert export.export(granite_bundle, tmp_path / "plain.ckpt")[-1][0] == "file"
+
+
 def test_an_output_scale_and_offset_go_into_the_last_layer(granite_bundle, tmp_path):
     loaded = bundle.load(granite_bundle)
     names = ("task", "input", "output", "training", "provenance")
@@ -76,6 +89,28 @@ def test_an_output_scale_and_offset_go_into_the_last_layer(granite_bundle, tmp_p
         path = f"params/head/final/{name}"
         np.testing.assert_allclose(found[path], np.asarray(original[path]) * factor + shift, rtol=1e-6)
     assert again.architecture["output_scale"] == 1
+
+
+def test_a_spread_has_no_place_there_and_its_fields_are_in_nobodys_way_without_one(granite_bundle, tmp_path):
+    loaded = bundle.load(granite_bundle)
+    about = {name: loaded.meta[name] for name in ("task", "input", "output", "training", "provenance")}
+    head = loaded.variables["params"]["head"]
+    layer = {
+        "kernel": np.zeros((1, 1, head["final"]["kernel"].shape[2], 1), np.float32),
+        "bias": np.zeros(1, np.float32),
+    }
+    params = loaded.variables["params"] | {"head": head | {"spread": layer}}
+    fields = loaded.meta["architecture"] | {"spread": "gaussian"}
+    bundle.save(tmp_path / "spread", loaded.variables | {"params": params}, architecture=fields, **about)
+    message = (
+        "spread: spread=gaussian; the original of the layout granite gives a mean alone and has no place for params"
+    )
+    with pytest.raises(ConvertError, match=message):
+        export.export(tmp_path / "spread", tmp_path / "model.ckpt")
+    assert not (tmp_path / "model.ckpt").exists()
+    fields = loaded.meta["architecture"] | {"spread_scale": 5.0, "quantile_levels": [0.1, 0.9]}
+    bundle.save(tmp_path / "without", loaded.variables, architecture=fields, **about)
+    export.export(tmp_path / "without", tmp_path / "model.ckpt")
 
 
 def test_a_bundle_that_never_was_torchs_declares_its_architecture(granite_bundle, tmp_path):

@@ -54,6 +54,7 @@ def test_records_are_those_of_conversion(put, tmp_path):
     expected = {record["chip_id"]: record for record in ShardSource(tmp_path / "shards", "train")}
     for chip, index in zip(source.chips(), (0, 1), strict=True):
         record = source[index]
+        assert chip == sources.chip_of(record) and chip.place.epsg == 32610
         assert chip[:3] == (record["chip_id"], "10SFF", "unknown")
         for name, value in expected.pop(record["chip_id"]).items():
             np.testing.assert_array_equal(record[name], value, err_msg=name)

@@ -104,6 +104,15 @@ def test_a_value_that_cannot_be_names_its_field(tmp_path, shards, field, value):
         ({"schedule.warmup_epochs": 1.0}, "config.schedule.warmup_epochs with config.schedule.kind=plateau"),
         ({"schedule.kind": "multistep", "schedule.milestones": (3, 2)}, "config.schedule: multistep schedule"),
         ({"reference": True, "loss": "mae"}, "config.reference with config.loss=mae"),
+        ({"nll_beta": 1.5}, "config.nll_beta is 1.5; expected a number from 0 to 1"),
+        (
+            {"model.spread": "normal"},
+            "config.model.spread is 'normal'; expected one of none, gaussian, laplace, quantil",
+        ),
+        (
+            {"model.spread": "quantiles", "loss": "pinball", "model.quantile_levels": (0.9, 0.1)},
+            "config.model: quantile_levels are (0.9, 0.1); expected two or more that increase between 0 and 1",
+        ),
     ],
 )
 def test_fields_that_do_not_fit_are_one_line(tmp_path, shards, fields, words):
@@ -114,6 +123,24 @@ def test_fields_that_do_not_fit_are_one_line(tmp_path, shards, fields, words):
 def test_moments_of_frozen_weights_are_refused(tmp_path, shards):
     fields = {"resume_optimizer": True, "init_from": "b", "optimizer__freeze": ("encoder",)}
     assert "frozen weights have no moments" in fault(tmp_path, shards, **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"init_from": None}, "config.spread_only goes with config.init_from and load='all'"),
+        ({"load": "encoder"}, "config.spread_only goes with config.init_from and load='all'"),
+        ({"resume_optimizer": True}, "config.spread_only with config.resume_optimizer: frozen weights have no moments"),
+        (
+            {"data__statistics": "dataset"},
+            "config.spread_only with config.data.statistics=dataset: frozen weights need",
+        ),
+        ({"data__means": (1.0,) * 6, "data__stds": (1.0,) * 6}, "config.spread_only with config.data.means=(1.0, 1.0"),
+    ],
+)
+def test_what_a_spread_alone_cannot_be_trained_with(tmp_path, shards, fields, words):
+    given = {"spread_only": True, "init_from": "b", "loss": "gaussian_nll", "model__spread": "gaussian"}
+    assert words in fault(tmp_path, shards, **given | fields)
 
 
 @pytest.mark.parametrize(

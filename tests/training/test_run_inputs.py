@@ -9,6 +9,8 @@ import rasterio
 
 from biomass_jax import bundle
 from biomass_jax.data.bands import BAND_NAMES
+from biomass_jax.data.blocks import draw_blocks
+from biomass_jax.data.sources import open_source
 from biomass_jax.errors import BundleError, CheckpointError, ConfigError, DataError
 from biomass_jax.training import run as training
 from configs import finetune_all_biomes
@@ -37,8 +39,8 @@ def save(config, workdir):
     begun.close()
 
 
-def folders(root, change=0, seed=0):
-    """GeoTIFF folders of a few chips; `change` is added to the last validation label."""
+def folders(root, change=0, seed=0, apart=960):
+    """GeoTIFF folders of a few chips, metres `apart`; `change` is added to the last validation label."""
     for split, count in (("train", 4), ("val", 2)):
         for index in range(count):
             record = world.make_record(split, index, seed)
@@ -50,7 +52,7 @@ def folders(root, change=0, seed=0):
                 folder = root / f"{split}_{'images' if kind == 'img' else 'labels'}"
                 folder.mkdir(parents=True, exist_ok=True)
                 size = {"count": len(values), "height": world.SIDE, "width": world.SIDE}
-                place = rasterio.Affine(30, 0, 600000 + 960 * index, 0, -30, 4100000)
+                place = rasterio.Affine(30, 0, 600000 + apart * index, 0, -30, 4100000)
                 with rasterio.open(
                     folder / f"T10SFF_{index}_tile_{kind}.tif", "w", driver="GTiff", dtype=dtype, crs="EPSG:32610",
                     transform=place, **size,
@@ -112,6 +114,29 @@ def test_a_label_changed_in_place_and_a_bundle_edited_are_named(model, tmp_path)
     (model / "bundle.json").write_text(json.dumps(meta))
     with pytest.raises(CheckpointError, match="statistics.means: was "):
         training.set_up(config, tmp_path / "run", command="")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:tiles 10SFF")  # whose cells lie side by side, and these chips don't
+def test_a_bootstrap_changes_the_training_chips_and_nothing_else(tmp_path):
+    data = folders(tmp_path / "data", apart=60_000)  # four chips in blocks of their own
+    whole, drawn = (
+        training.set_up(config_of(data, data__bootstrap=seed), tmp_path / str(seed), command="") for seed in (None, 1)
+    )
+    whole.close()
+    found, expected = drawn.host.inputs, whole.host.inputs
+    assert found["data"]["val"] == expected["data"]["val"]
+    assert found["statistics"] == expected["statistics"]
+    assert found["data"]["train"]["chips"] == expected["data"]["train"]["chips"] == 4
+    assert found["data"]["train"]["sha256"] != expected["data"]["train"]["sha256"]
+    numbers = draw_blocks(open_source(data, "train"), 1)
+    assert len({*numbers}) < 4
+    batch = next(drawn.feed.batches(start=0))
+    assert sorted(chip.chip_id for chip in batch.chips) == sorted(f"10SFF_{number}" for number in numbers)
+    drawn.checkpoints.save(drawn.state, drawn.host, loss=None)
+    drawn.close()
+    with pytest.raises(CheckpointError, match="config.data.bootstrap: was 1, now 2"):
+        training.set_up(config_of(data, data__bootstrap=2), tmp_path / "1", command="")
 
 
 def no_compiling(monkeypatch):

@@ -24,6 +24,7 @@ def test_two_processes_train_as_two_devices_do(root, tmp_path):
     shards = world.write(tmp_path / "shards")
     fields = [f"--config.{name}={value!r}" for name, value in world.TINY.items()]
     fields += [f"--config.data.path={shards}", "--config.epochs=2", "--config.optimizer.learning_rate=1e-3"]
+    fields += ["--config.data.bootstrap=1"]  # of two tiles one twice
     arguments = ["--config", "configs/finetune_all_biomes.py", *fields]
     environment = {
         **os.environ,

@@ -61,6 +61,25 @@ def test_averages_are_what_is_scored():
     assert values(fresh(ema=False).evaluated()["params"]) == [1, 1]
 
 
+def test_a_spread_begins_anew_where_the_bundle_has_none_and_nothing_else_may_be_missing():
+    class WithSpread(Task):
+        def init(self, key):
+            found = super().init(key)
+            found["params"]["head"]["spread"] = {"kernel": jnp.ones((3, 2))}
+            return found
+
+    mesh = sharding.create_mesh(jax.devices()[:1])
+    empty = create_train_state(*plan_train_state(WithSpread(), optax.identity(), mesh, seed=0))
+    state = load_weights(empty, bundle(), load="all")
+    assert values(state.params) == [7, 8, 1]
+    state = load_weights(empty, bundle(spread={"kernel": np.full((3, 2), 5.0)}), load="all")
+    assert values(state.params) == [7, 8, 5]
+    lacking = bundle()
+    del lacking.variables["params"]["head"]["kernel"]
+    with pytest.raises(BundleError, match="bundle: no params/head/kernel; config.load is 'all'"):
+        load_weights(empty, lacking, load="all")
+
+
 def test_another_shape_is_refused():
     with pytest.raises(BundleError, match=r"head/kernel has shape \(4,\)"):
         load_weights(fresh(ema=False), bundle(kernel=np.ones(4)), load="all")
