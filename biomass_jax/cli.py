@@ -72,6 +72,11 @@ TOOLS = {
         "biomass_jax.convert.__main__",
         "--input biomass_model.ckpt --config config.yaml --output granite",
     ),
+    "calibrate": ToolCommand(
+        "a bundle whose maps say how sure they are",
+        "biomass_jax.evaluation.calibrate",
+        "--bundle granite --data data/shards --split val --output calibrated",
+    ),
     "validate": ToolCommand(
         "maps beside field plots",
         "biomass_jax.evaluation.__main__",
@@ -81,6 +86,11 @@ TOOLS = {
         "search for good settings by many trainings",
         "biomass_jax.launch.sweep",
         "--config finetune_all_biomes --space finetune --workdir sweep --trials 50 --config.data.path=data/shards",
+    ),
+    "ensemble": ToolCommand(
+        "several models as one, which tells how sure it is",
+        "biomass_jax.launch.ensemble",
+        "--members 5 --config finetune_all_biomes --workdir ensemble --config.data.path=data/shards",
     ),
     "demo": ToolCommand(
         "a synthetic forest: training data, a tiny model, its scores, its map",
@@ -124,8 +134,10 @@ _MGRS_TILE = re.compile(r"T?\d{2}[A-Z]{3}")
 # The programs that the tools name in their help when they are called by themselves.
 _OTHER_NAMES = {
     "python -m biomass_jax.convert": f"{PROGRAM} convert",
+    "python -m biomass_jax.evaluation.calibrate": f"{PROGRAM} calibrate",
     "python -m biomass_jax.evaluation": f"{PROGRAM} validate",
     "python -m launch.sweep": f"{PROGRAM} sweep",
+    "python -m launch.ensemble": f"{PROGRAM} ensemble",
     "python -m launch.demo": f"{PROGRAM} demo",
     "python -m data_prep": PROGRAM,
 }
@@ -280,10 +292,12 @@ def _steps() -> dict[str, str]:
 
 def _overview() -> str:
     """What `--help` shows."""
+    models = ("convert", "ensemble")
     parts = {
-        "models and maps": {name: run.about for name, run in RUNS.items()} | {"convert": TOOLS["convert"].about},
+        "models and maps": {name: run.about for name, run in RUNS.items()}
+        | {name: TOOLS[name].about for name in models},
         "training data": _steps(),
-        "more": {name: tool.about for name, tool in TOOLS.items() if name != "convert"}
+        "more": {name: tool.about for name, tool in TOOLS.items() if name not in models}
         | {COMPLETION: f"completion for {', '.join(SHELLS)}"},
     }
     lines = [f"usage: {PROGRAM} COMMAND [options]", ""]

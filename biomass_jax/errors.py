@@ -127,7 +127,7 @@ class PrepError(BiomassError):
 
 
 class SweepError(BiomassError):
-    """A sweep that can't be run as asked; the message names the option or the field."""
+    """A sweep, or an ensemble's trainings, that can't be run as asked; the message names the option or the field."""
 
 
 def name_list(names: Iterable[str], limit: int = 5) -> str:

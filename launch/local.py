@@ -23,6 +23,8 @@ import time
 from biomass_jax.errors import STOPPED, UsageError
 from biomass_jax.runtime.system import end_group
 
+from . import sweep_child
+
 GRACE = 10.0  # seconds that the others have from SIGTERM to SIGKILL once a process has failed
 GRACE_STOPPED = 60.0  # and once one has stopped as it was told: they may still be saving
 USAGE = """usage: launch/local.sh N --config configs/X.py --workdir DIR [--config.field=value]
@@ -86,8 +88,16 @@ def how_it_ended(code: int) -> str:
 class Group:
     """The processes, each with a thread that prints its lines with its number in front."""
 
-    def __init__(self, count: int, command: list[str], gpus: list[str]) -> None:
-        """Start them, and take SIGTERM and Ctrl-C from here on."""
+    def __init__(self, count: int, command: list[str], gpus: list[str], *, name: str = "") -> None:
+        """Start them, and take SIGTERM and Ctrl-C from here on.
+
+        Args:
+            count: of processes.
+            command: of each, without its three flags.
+            gpus: one for each process; empty leaves them as they are.
+            name: of a single process, which gets no flags; its lines begin with it.
+        """
+        self._names = [name or str(number) for number in range(count)]
         with socket.create_server(("127.0.0.1", 0)) as server:
             address = f"127.0.0.1:{server.getsockname()[1]}"
         self._ended: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -96,19 +106,22 @@ class Group:
         self._signals = 0
         for signum in (signal.SIGTERM, signal.SIGINT):  # before there is a process that could be left alone
             signal.signal(signum, self.hand_on)
+        # A single one is started by a program that does more than this, perhaps in threads: nothing may run in it
+        # between fork and exec.
+        before, preexec = (sweep_child.words(), None) if name else ([], _die_with_launcher if LIBC else None)
         for number in range(count):
-            flags = [f"--coordinator={address}", f"--process_count={count}", f"--process_id={number}"]
+            flags = [] if name else [f"--coordinator={address}", f"--process_count={count}", f"--process_id={number}"]
             environment = os.environ | {"PYTHONUNBUFFERED": "1"}
             if gpus:
                 environment["CUDA_VISIBLE_DEVICES"] = gpus[number]
             process = subprocess.Popen(
-                [*command, *flags],
+                [*before, *command, *flags],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C comes here alone and is handed on
-                preexec_fn=_die_with_launcher if LIBC else None,
+                preexec_fn=preexec,
             )
             self._processes.append(process)
         if self._signals:  # came while they were being started
@@ -121,15 +134,21 @@ class Group:
     def _print(self, number: int) -> None:
         pipe = self._processes[number].stdout
         assert pipe is not None
-        for line in pipe:
-            # Where nobody listens any more the lines are lost, but the process must not wait with them.
-            with contextlib.suppress(OSError):
-                sys.stdout.buffer.write(b"[%d] " % number + line.rstrip(b"\r\n") + b"\n")
-                sys.stdout.buffer.flush()
+        with pipe:
+            for line in pipe:
+                # Where nobody listens any more the lines are lost, but the process must not wait with them.
+                with contextlib.suppress(OSError):
+                    sys.stdout.buffer.write(f"[{self._names[number]}] ".encode() + line.rstrip(b"\r\n") + b"\n")
+                    sys.stdout.buffer.flush()
 
     def _wait(self, number: int) -> None:
         self._processes[number].wait()
         self._ended.put(number)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether SIGTERM or Ctrl-C came."""
+        return self._signals > 0
 
     def hand_on(self, *_: object) -> None:
         """SIGTERM to all; SIGKILL the second time."""

@@ -31,8 +31,9 @@ from biomass_jax.errors import STOPPED, BiomassError, SweepError
 from biomass_jax.runtime.lock import refuse_if_held
 from biomass_jax.runtime.settings import find_config
 
+from .run_config import depends_on, parse_config
 from .sweep_report import as_text, ordered, page, rows, short
-from .sweep_space import CONFIGS, SAMPLERS, Space, as_overrides, best_config, check_space, load_space, parse_config
+from .sweep_space import CONFIGS, SAMPLERS, Space, as_overrides, best_config, check_space, load_space
 from .sweep_study import SharedStudy, SweepPlan, write
 from .sweep_trial import TrialJob
 
@@ -285,17 +286,7 @@ def described(config: ConfigDict, space: Space) -> dict[str, Any]:
         SweepError: data or a bundle that can't be used.
     """
     data, start = (_named(config, space, field) for field in ("data.path", "init_from"))
-    if "data" in config and not data:
-        raise SweepError("config.data.path is not given; add --config.data.path=FOLDER, shards or GeoTIFF folders")
-    try:
-        return {
-            "fields": config.to_dict(),
-            "data": {path: _data_digests(config, path) for path in data},
-            "init_from": {path: _bundle(path)["weights_sha256"] for path in start},
-            "bundles": {path: _taken_from(path) for path in start},
-        }
-    except BiomassError as error:
-        raise SweepError(str(error)) from error
+    return depends_on(config, data=data, start=start)
 
 
 def _named(config: ConfigDict, space: Space, field: str) -> list[str]:
@@ -305,27 +296,6 @@ def _named(config: ConfigDict, space: Space, field: str) -> list[str]:
     group, _, name = field.rpartition(".")
     value = (config.get(group, {}) if group else config).get(name)
     return [value] if value else []
-
-
-# JAX takes seconds to import, and the sweep itself needs none.
-def _data_digests(config: ConfigDict, path: str) -> dict[str, str]:
-    from biomass_jax.training.run import open_split
-
-    one = config.copy_and_resolve_references().unlock()
-    one.data.path = path
-    return {split: open_split(one, split).digest() for split in ("train", "val")}
-
-
-def _bundle(path: str) -> dict[str, Any]:
-    from biomass_jax.bundle import read_meta
-
-    return read_meta(path)
-
-
-def _taken_from(path: str) -> dict[str, Any]:
-    from biomass_jax.training.run import taken_from
-
-    return taken_from(_bundle(path))
 
 
 def main(argv: Sequence[str] | None = None, *, program: Sequence[str] = PROGRAM) -> int:

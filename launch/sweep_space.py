@@ -1,6 +1,5 @@
 """What a sweep varies: the base config, the search space or grid, and the best config as a file."""
 
-import difflib
 import itertools
 import random
 import runpy
@@ -8,63 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-from ml_collections import config_flags
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from biomass_jax import configs
 from biomass_jax.errors import SweepError
 
+from .run_config import PREFIX, check_field, parse_config
+
 CONFIGS = Path(configs.__path__[0]).resolve()
-PREFIX = "--config."
 SAMPLERS = ("tpe", "random", "grid")
 
 Value = str | int | float | bool | None
 Space = dict[str, BaseDistribution]
-
-
-def parse_config(path: Path, overrides: Sequence[str]) -> Any:
-    """The config that `biomass_jax.main --config PATH OVERRIDES` would run.
-
-    Raises:
-        SweepError: a field that the config lacks, or a value that doesn't fit the field's type.
-    """
-    plain = _parse(path, [])
-    for override in overrides:
-        if not override.startswith(PREFIX) or "=" not in override:
-            raise SweepError(f"unexpected argument {override!r}; fields are given as --config.field=value")
-        check_field(plain, override.removeprefix(PREFIX).partition("=")[0], f"{path}: the command line")
-    return _parse(path, overrides)
-
-
-def _parse(path: Path, overrides: Sequence[str]) -> Any:
-    values, argv = flags.FlagValues(), ["sweep", *overrides]
-    config = runpy.run_path(str(path))["get_config"]()
-    try:
-        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
-        values(argv)
-    except (flags.Error, TypeError, ValueError) as error:
-        raise SweepError(f"{path} with {' '.join(overrides)}: {error}") from error
-    return config
-
-
-def check_field(config: Any, field: str, origin: str) -> None:
-    """Refuse a dotted field that the config lacks.
-
-    Raises:
-        SweepError: names the field, who asked for it, and the nearest one that there is.
-    """
-    if field not in (known := fields(config)):
-        near = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(field, known, 1))
-        raise SweepError(f"{origin} names {field!r}, a field that the config lacks{near}")
-
-
-def fields(config: Any, prefix: str = "") -> list[str]:
-    """Dotted names of all fields of a config that hold values."""
-    found = []
-    for name, value in config.items():
-        found += fields(value, f"{prefix}{name}.") if hasattr(value, "items") else [f"{prefix}{name}"]
-    return found
 
 
 def load_space(path: Path, sampler: str) -> Space:

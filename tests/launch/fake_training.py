@@ -1,12 +1,13 @@
 """Stands in for `biomass_jax.main` in tests of sweeps: takes its arguments, writes losses, resumes, stops on SIGTERM.
 
-An epoch's loss is (log10(optimizer.learning_rate) + 3)^2 + |epoch - 2|, lowest in the second. It needs no package, so
-that it starts at once.
+An epoch's loss is (log10(optimizer.learning_rate) + 3)^2 + |epoch - 2|, lowest in the second. Where the config begins
+from a bundle, `best/` is that one. It needs no package, so that it starts at once.
 """
 
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -30,6 +31,7 @@ epochs = int(fields.get("epochs", 3))
 rate = float(fields.get("optimizer.learning_rate", 1e-3))
 crash = fields.get("model.crash", "never")
 signal.signal(signal.SIGTERM, stop)
+workdir.mkdir(parents=True, exist_ok=True)
 note(f"start {os.getpid()} gpu {os.environ.get('CUDA_VISIBLE_DEVICES', 'all')}")
 starts = (workdir / "notes.txt").read_text().count("start")
 
@@ -49,3 +51,5 @@ with metrics.open("a") as file:
         time.sleep(float(fields.get("model.pause", 0)))
         if rate > 1:  # a bad trial that takes long
             time.sleep(0.1)
+if fields.get("init_from"):
+    shutil.copytree(fields["init_from"], workdir / "best", dirs_exist_ok=True)
