@@ -1,14 +1,17 @@
 """A model on disk: weights, architecture, bands, statistics and where they came from.
 
-A bundle is a folder with `bundle.json`, Orbax `variables/` and, to train further, Orbax `optimizer/`.
-Nothing else is needed to make a map. Reading `bundle.json` alone (`read_meta`) does not start JAX.
+A bundle is a folder with `bundle.json`, Orbax `variables/` and, to train further, Orbax `optimizer/`; a calibrated one
+has a section `uncertainty` in `bundle.json` and may have its area of applicability in Orbax `applicability/`. Nothing
+else is needed to make a map. Reading `bundle.json` alone (`read_meta`) does not start JAX.
 """
 
+import functools
 import hashlib
 import json
 import os
 import shutil
 import sys
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from html import escape
 from importlib.metadata import version
@@ -92,6 +95,24 @@ class Bundle:
     def weights_sha256(self) -> str:
         """Digest of the weights (see `weights_sha256`)."""
         return self.meta["weights_sha256"]
+
+    @functools.cached_property
+    def applicability(self) -> dict[str, np.ndarray] | None:
+        """Arrays of the area of applicability, on the host, read when first asked for; None where there is none.
+
+        Raises:
+            BundleError: arrays that are missing, damaged, or not those of `uncertainty.applicability_sha256`.
+        """
+        folder = self.path / "applicability"
+        expected = self.meta.get("uncertainty", {}).get("applicability_sha256")
+        if expected is None and not folder.is_dir():
+            return None
+        found = _restore_plain(folder, _stored_shapes(folder, "arrays"), "arrays")
+        if (digest := weights_sha256(found)) != expected:
+            raise BundleError(
+                f"{folder}: the arrays' SHA-256 is {digest}, bundle.json says {expected}; calibrate the model again"
+            )
+        return found
 
     def _repr_html_(self) -> str:
         """What notebooks show: bands with their statistics, pixel size, output, provenance."""
@@ -195,8 +216,7 @@ def save(
         BundleError: the folder exists, the variables do not fit the architecture, or they give no finite output.
     """
     path = Path(path)
-    if path.exists() and not overwrite:
-        raise BundleError(f"{path}: already exists; choose another folder or ask to overwrite it")
+    _refuse_existing(path, overwrite)
     module = _build(path, task, architecture)
     variables = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
     _compare_trees(str(path), abstract_variables(module), variables)
@@ -217,6 +237,50 @@ def save(
     if optimizer is not None:
         trees["optimizer"] = jax.tree.map(lambda leaf: leaf if hasattr(leaf, "shape") else np.asarray(leaf), optimizer)
     return _write(path, meta, trees)
+
+
+def with_uncertainty(
+    bundle: Bundle,
+    path: str | os.PathLike[str],
+    uncertainty: Mapping[str, Any],
+    applicability: Mapping[str, np.ndarray] | None = None,
+    *,
+    output_bands: Sequence[str],
+    provenance: Mapping[str, Any],
+    overwrite: bool = False,
+) -> Path:
+    """Write a calibrated copy of a bundle, whole or not at all: the same weights, no optimiser's state.
+
+    Args:
+        bundle: the one to copy.
+        path: the folder to make.
+        uncertainty: the section of bundle.json; the digest of `applicability` is added to it.
+        applicability: arrays of the area of applicability, float32.
+        output_bands: what its maps have.
+        provenance: fields that are added to the bundle's own, or stand in their place.
+        overwrite: replace a bundle that is there.
+
+    Raises:
+        BundleError: the folder exists, or the bundle's weights are damaged.
+    """
+    path = Path(path)
+    _refuse_existing(path, overwrite)
+    section = {name: value for name, value in uncertainty.items() if name != "applicability_sha256"}
+    trees = {"variables": _without_empty(bundle.variables)}
+    if applicability is not None:
+        trees["applicability"] = dict(applicability)
+        section["applicability_sha256"] = weights_sha256(trees["applicability"])
+    meta = bundle.meta | {
+        "output": bundle.meta["output"] | {"bands": list(output_bands)},
+        "provenance": bundle.meta["provenance"] | dict(provenance),
+        "uncertainty": section,
+    }
+    return _write(path, meta, trees)
+
+
+def _refuse_existing(path: Path, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise BundleError(f"{path}: already exists; choose another folder or ask to overwrite it")
 
 
 def _write(path: Path, meta: dict[str, Any], trees: dict[str, Any]) -> Path:
@@ -270,6 +334,8 @@ def read_meta(path: str | os.PathLike[str]) -> dict[str, Any]:
     for field, kind in _REQUIRED.items():
         if not isinstance(meta.get(field), kind):
             raise BundleError(f"{file}: field `{field}` must be a {kind.__name__}, found {meta.get(field)!r}")
+    if not isinstance(meta.get("uncertainty", {}), dict):
+        raise BundleError(f"{file}: field `uncertainty` must be a dict, found {meta['uncertainty']!r}")
     return meta
 
 
@@ -320,18 +386,19 @@ def load_optimizer(bundle: Bundle, sharding: object = None) -> dict[str, Any] | 
 
 
 def verify(path: str | os.PathLike[str]) -> dict[str, float]:
-    """Recompute a bundle's digest and check.
+    """Recompute a bundle's digests and check.
 
     Returns:
         Difference of each summary from the recorded one, relative to the largest recorded value.
 
     Raises:
-        BundleError: the weights' digest differs, or a summary differs by more than 1e-4.
+        BundleError: a digest differs, of the weights or the area of applicability, or a summary by more than 1e-4.
     """
     bundle = load(path)
     found = weights_sha256(bundle.variables)
     if found != bundle.weights_sha256:
         raise BundleError(f"{path}: the weights' SHA-256 is {found}, bundle.json says {bundle.weights_sha256}")
+    bundle.applicability  # noqa: B018  read, it checks its digest
     recorded, computed = bundle.meta["check"], compute_check(bundle.module(), bundle.variables)
     scale = max(abs(v) for v in (recorded["min"], recorded["max"])) or 1.0
     names = ("mean", "std", "min", "max", "values")
@@ -351,7 +418,7 @@ def _build(path: str | os.PathLike[str], task: str, architecture: dict[str, Any]
         raise BundleError(f"{path}: {error}") from error
 
 
-def _stored_shapes(folder: Path) -> dict[str, Any]:
+def _stored_shapes(folder: Path, what: str = "weights") -> dict[str, Any]:
     """What an Orbax folder holds, as a tree of `jax.ShapeDtypeStruct`."""
     import orbax.checkpoint as ocp
 
@@ -359,26 +426,31 @@ def _stored_shapes(folder: Path) -> dict[str, Any]:
         with ocp.StandardCheckpointer() as checkpointer:
             stored = checkpointer.metadata(folder.absolute()).item_metadata.tree
     except (ValueError, KeyError, OSError, AttributeError) as error:
-        raise BundleError(f"{folder}: no readable weights there: {_first_line(error)}") from error
+        raise BundleError(f"{folder}: no readable {what} there: {_first_line(error)}") from error
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored)
 
 
 def _restore(folder: Path, abstract: Any, sharding: object) -> Any:
-    import orbax.checkpoint as ocp
-
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     if isinstance(sharding, jax.sharding.Sharding):
         sharding = jax.tree.map(lambda _: sharding, abstract)
     # By way of NumPy: Orbax takes twice as long to put hundreds of arrays on their devices one by one.
+    return jax.device_put(_restore_plain(folder, abstract, "weights"), sharding)
+
+
+def _restore_plain(folder: Path, abstract: dict[str, Any], what: str) -> Any:
+    """Arrays on the host."""
+    import orbax.checkpoint as ocp
+
     plain = jax.tree.map(lambda x: ocp.RestoreArgs(restore_type=np.ndarray, dtype=x.dtype), abstract)
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             found = checkpointer.restore(folder.absolute(), args=ocp.args.PyTreeRestore(abstract, restore_args=plain))
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise BundleError(f"{folder}: the weights are damaged: {_first_line(error)}") from error
+        raise BundleError(f"{folder}: the {what} are damaged: {_first_line(error)}") from error
     _compare_trees(str(folder), abstract, found)
-    return jax.device_put(found, sharding)
+    return found
 
 
 def _first_line(error: Exception) -> str:

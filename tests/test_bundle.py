@@ -78,6 +78,9 @@ def test_every_field_of_the_architecture_is_written_down(saved):
         "drop_path_rate": 0.3,
         "shift_single_window": True,
         "pool_scales": [1, 2, 3, 6],
+        "spread": "none",
+        "spread_scale": 30.0,
+        "quantile_levels": [0.05, 0.95],
         "upscale_layers": 2,
         "head_dropout": 0.16194593880230534,
         "final_relu": True,
@@ -208,6 +211,123 @@ def test_optimizer_state_comes_back_whole(variables, tmp_path):
     for name, leaf in bundle.flatten(state).items():
         np.testing.assert_array_equal(bundle.flatten(opened)[name], leaf, err_msg=name)
     assert bundle.load_optimizer(bundle.load(bundle.save(tmp_path / "c", variables, **FIELDS))) is None
+
+
+SECTION = {"level": 0.9, "applicability": {"threshold": 0.4, "blocks": 3}}
+BANDS = ["agbd", "agbd_sd", "agbd_lo", "agbd_hi", "di"]
+
+
+def area(seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = {"centres": (11, 3), "mean": (3,), "scale": (3,), "mean_distance": ()}
+    return {name: np.asarray(rng.random(shape), np.float32) for name, shape in shapes.items()}
+
+
+def calibrate(source, path, applicability=None, **options):
+    given = {"output_bands": BANDS, "provenance": {"command": "calibrate"}} | options
+    return bundle.with_uncertainty(bundle.load(source), path, SECTION, applicability, **given)
+
+
+@pytest.fixture(scope="module")
+def calibrated(saved, tmp_path_factory):
+    return calibrate(saved, tmp_path_factory.mktemp("calibrated") / "c", area())
+
+
+def test_a_calibrated_copy_has_the_same_weights_and_says_what_was_added(saved, calibrated):
+    before, after = bundle.load(saved), bundle.load(calibrated)
+    digest = bundle.weights_sha256(area())
+    assert after.meta == before.meta | {
+        "output": {"bands": BANDS, "units": "Mg ha-1", "nodata": -1},
+        "provenance": {"source": "random", "command": "calibrate"},
+        "uncertainty": SECTION | {"applicability_sha256": digest},
+    }
+    assert bundle.weights_sha256(after.variables) == before.weights_sha256
+    assert max(bundle.verify(calibrated).values()) < 1e-6
+
+
+def test_the_area_of_applicability_comes_back_and_older_bundles_have_none(saved, calibrated):
+    found = bundle.load(calibrated).applicability
+    assert found.keys() == area().keys()
+    for name, array in area().items():
+        assert type(found[name]) is np.ndarray and found[name].dtype == np.float32 and found[name].shape == array.shape
+        np.testing.assert_array_equal(found[name], array)
+    assert bundle.load(saved).applicability is None
+
+
+def test_calibrating_again_may_leave_the_area_out(calibrated, tmp_path):
+    section = bundle.load(calibrated).meta["uncertainty"]
+    options = {"output_bands": BANDS[:4], "provenance": {}}
+    without = bundle.with_uncertainty(bundle.load(calibrated), tmp_path / "without", section, **options)
+    assert bundle.load(without).applicability is None and bundle.read_meta(without)["uncertainty"] == SECTION
+
+
+def test_a_calibrated_copy_has_no_optimizer(saved, tmp_path):
+    trained = edit(saved, tmp_path / "trained")
+    (trained / "optimizer").mkdir()
+    names = sorted(path.name for path in calibrate(trained, tmp_path / "c", area()).iterdir())
+    assert names == ["applicability", "bundle.json", "variables"]
+
+
+def test_a_calibrated_copy_is_whole_or_not_there(calibrated, tmp_path, monkeypatch):
+    with pytest.raises(BundleError, match="already exists"):
+        calibrate(calibrated, calibrated, area(seed=1))
+    target = edit(calibrated, tmp_path / "c")
+    opened, given = bundle.load(target), {"output_bands": BANDS, "provenance": {}, "overwrite": True}
+    with monkeypatch.context() as patch:
+        patch.setattr(bundle.json, "dumps", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            bundle.with_uncertainty(opened, target, SECTION, area(seed=1), **given)
+    np.testing.assert_array_equal(opened.applicability["centres"], area()["centres"])
+    bundle.with_uncertainty(opened, target, SECTION, area(seed=1), **given)
+    np.testing.assert_array_equal(bundle.load(target).applicability["centres"], area(seed=1)["centres"])
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def without_area(folder):
+    subprocess.run(["rm", "-r", folder / "applicability"], check=True)
+
+
+def cut_short(folder):
+    largest = max((folder / "applicability").rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+    largest.write_bytes(largest.read_bytes()[:-40])
+
+
+def of_another_digest(folder):
+    meta = json.loads((folder / "bundle.json").read_text())
+    meta["uncertainty"]["applicability_sha256"] = "0" * 64
+    (folder / "bundle.json").write_text(json.dumps(meta))
+
+
+def with_no_digest(folder):
+    meta = json.loads((folder / "bundle.json").read_text())
+    del meta["uncertainty"]
+    (folder / "bundle.json").write_text(json.dumps(meta))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without_area, r"damaged/applicability: no readable arrays there"),
+        (cut_short, r"damaged/applicability: (the arrays are damaged|no readable arrays there)"),
+        (of_another_digest, r"damaged/applicability: the arrays' SHA-256 is \w{64}, bundle.json says 0{64}; calibrate"),
+        (with_no_digest, r"damaged/applicability: the arrays' SHA-256 is \w{64}, bundle.json says None"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # as above
+def test_a_damaged_area_of_applicability_is_refused_and_the_weights_are_not(calibrated, tmp_path, damage, message):
+    folder = edit(calibrated, tmp_path / "damaged")
+    damage(folder)
+    opened = bundle.load(folder)
+    assert bundle.weights_sha256(opened.variables) == opened.weights_sha256
+    for read in (lambda: opened.applicability, lambda: bundle.verify(folder)):
+        with pytest.raises(BundleError, match=message):
+            _ = read()
+    gc.collect()
+
+
+def test_refuses_a_section_that_is_none(calibrated, tmp_path):
+    with pytest.raises(BundleError, match="field `uncertainty` must be a dict, found 'yes'"):
+        bundle.load(edit(calibrated, tmp_path / "c", uncertainty="yes"))
 
 
 @pytest.mark.parametrize(

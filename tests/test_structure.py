@@ -16,15 +16,14 @@ FOLDERS = ("biomass_jax", "data_prep", "configs", "benchmarks", "launch", "tests
 MOST_FILE_LINES = 500
 MOST_FUNCTION_LINES = 60
 MOST_MODULES_IN_A_FOLDER = 14
-MOST_PRODUCT_LINES = 31_300  # of biomass_jax and data_prep; lower it when they shrink, raise it for what users get
+MOST_PRODUCT_LINES = 34_200  # of biomass_jax and data_prep; lower it when they shrink, raise it for what users get
 # Modules that one other module imports stand for an idea of their own, or belong to that one.
 OF_THEIR_OWN = {
     "biomass_jax.convert.torch_file.pickle": "safe against hostile files; read and tested by itself",
     "biomass_jax.convert.torch_file.write": "the other direction of the file formats",
     "biomass_jax.data.raster.stac": "what a raster tells of itself to catalogs, without a model or a run",
-    "biomass_jax.evaluation.tables": "scores of pixels as numbers, without a model or a run",
+    "biomass_jax.evaluation.uncertainty": "measures of pixels' uncertainty as numbers, without a model or a run",
     "biomass_jax.models.attention": "where another kernel for attention goes",
-    "biomass_jax.models.biomass": "the model",
     "biomass_jax.models.simmim": "the other model",
     "biomass_jax.models.upernet": "the decoder of the literature",
     "biomass_jax.tasks.regression": "one task a module",
@@ -45,9 +44,9 @@ LAYERS: tuple[set[str], ...] = (
     {"data", "figures"},
     {"models"},
     {"bundle"},
-    {"pipeline", "tasks"},
+    {"pipeline", "tasks", "uncertainty"},
     {"convert", "training", "prediction"},
-    {"uncertainty", "evaluation", "regional"},
+    {"evaluation", "regional"},
     {"__init__", "main", "cli", "serving", "launch"},
 )
 BESIDE = {("tasks", "pipeline"), ("data", "figures"), ("cli", "main")}  # of one line, and one may know the other

@@ -46,6 +46,15 @@ class Evaluate:
     reference: bool = setting(
         False, "as the reference did: labels on pixels without data too, see [training](train.md)"
     )
+    uncertainty: str = setting(
+        "auto",
+        "whose uncertainty is scored too: as the bundle was calibrated, else as its model has it by itself, else none; "
+        "see [uncertainty](uncertainty.md)",
+        choices="biomass_jax.prediction.layers:CHOICES",
+    )
+    samples: int | None = setting(
+        None, "of dropout and drop_path; not given, those of the calibration, else 10", within=Range(2)
+    )
     block_km: float | None = setting(
         None,
         "edge of the blocks of ground that intervals leave out; not given, that of the data set's split, else 50",
@@ -65,3 +74,30 @@ class Evaluate:
         "highest", "default, high, highest; TPUs and some GPUs round float32 products otherwise"
     )
     mode: str | None = setting(None, "what `main` runs")
+
+
+@dataclasses.dataclass
+class Calibrate:
+    """How a bundle is calibrated: options of `biomass-jax calibrate`."""
+
+    split: str = setting("val", "chips that it is calibrated on: none that it was trained or will be tested on")
+    level: float = setting(0.9, "share of the labels that an interval is to hold", within=Range(0.5, 1, ends="[)"))
+    uncertainty: str = setting(
+        "auto",
+        "how the model says how sure it is: by itself where it can, else by dropout, else by symmetries",
+        choices="biomass_jax.prediction.layers:CHOICES",
+    )
+    samples: int = setting(10, "of dropout and drop_path", within=Range(2))
+    seed: int = setting(0, "of all draws")
+    block_km: float | None = setting(
+        None,
+        "edge of the blocks of ground; not given, that of the data set's split, else 50",
+        within=Range(0, ends="()"),
+    )
+    applicability: bool = setting(True, "learn from the split `train` where the model is applicable")
+    applicability_chips: int = setting(1000, "of that split that are looked at, evenly spread", within=Range(1))
+    bands: str | None = setting(None, "names of GeoTIFFs' bands where they don't say")
+    encoding: str = setting("auto", "what GeoTIFFs' numbers are", choices="biomass_jax.data.raster.encoding:ENCODINGS")
+    biomes: str | None = setting(None, "polygons that tell biomes: any file that GDAL reads, GeoParquet")
+    biome_field: str | None = setting(None, "their column of names")
+    batch_size: int | None = setting(None, "chips a step; not given, 4 a device on CPUs and 32 elsewhere")

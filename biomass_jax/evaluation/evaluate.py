@@ -17,14 +17,18 @@ from biomass_jax import figures
 from biomass_jax.bundle import software_versions
 from biomass_jax.data import bands, records, sources
 from biomass_jax.data.biomes import with_biomes
+from biomass_jax.data.blocks import split_block_km
 from biomass_jax.data.sources import Source
 from biomass_jax.errors import EvaluationError, name_list
 from biomass_jax.evaluation import tables
 from biomass_jax.evaluation.config import Evaluate
 from biomass_jax.evaluation.intervals import LEVEL
 from biomass_jax.evaluation.nugget import nugget
+from biomass_jax.evaluation.uncertainty import COLUMNS as UNCERTAINTY_COLUMNS
+from biomass_jax.evaluation.uncertainty import how_sure, sure_lines
 from biomass_jax.pipeline import batches as pipeline
 from biomass_jax.prediction.forward import Forward
+from biomass_jax.prediction.layers import Layers
 from biomass_jax.runtime import processes
 from biomass_jax.runtime.files import write_json
 from biomass_jax.runtime.progress import Progress
@@ -97,12 +101,16 @@ class ScoredModel(NamedTuple):
         scored: see `tables.Scored`.
         pictures: of the chips that are drawn.
         statistics: where means and stds come from, and both.
+        layers: what its maps have.
+        channels: what it gives of a pixel.
     """
 
     bundle: bundles.Bundle
     scored: tables.Scored
     pictures: list[figures.ChipPanel]
     statistics: dict[str, Any]
+    layers: Layers
+    channels: tuple[str, ...]
 
 
 def _made_ready(
@@ -117,22 +125,25 @@ def _made_ready(
         config.data, bundle.bands, loaded=bundle, training=train, reference=config.reference
     )
     how = {"dtype": config.dtype, "matmul_precision": config.matmul_precision, "reference": config.reference}
-    forward = Forward(bundle, means=means, stds=stds, **how, **placement)
-    return forward, {"bundle": bundle, "statistics": kind, "means": means.tolist(), "stds": stds.tolist()}
+    layers = Layers(bundle, uncertainty=config.uncertainty, samples=config.samples)
+    asked: dict[str, Any] = {"spread": layers.spread, "di": layers.di, **how}
+    forward = Forward(bundle, means=means, stds=stds, **asked, **placement)
+    known = {"statistics": kind, "means": means.tolist(), "stds": stds.tolist()}
+    return forward, {"bundle": bundle, "layers": layers, **known}
 
 
 def _scored_by(
     forward: Forward, known: dict[str, Any], config: ConfigDict, source: Source, *, drawn: bool
 ) -> ScoredModel:
     """A model on all chips, by all processes; `drawn` keeps chips for pictures."""
-    bundle = known.pop("bundle")
+    bundle, layers = known.pop("bundle"), known.pop("layers")
     wanted = chosen_chips(config.figures, source) if drawn else []
     on_chips = chip_forward(forward, bundle.bands, fill=source.info.fill, reference=config.reference)
     part = score(source, on_chips, batch_size(forward, config.batch_size), config.data.threads, wanted)
     parts = [part]
     if jax.process_count() > 1:  # pickled: JAX would round float64
         parts = [pickle.loads(data) for data in processes.gather(pickle.dumps(part))]
-    return ScoredModel(bundle, *tables.join(parts), known)
+    return ScoredModel(bundle, *tables.join(parts), known, layers, forward.channels)
 
 
 def check_given(config: ConfigDict) -> None:
@@ -255,13 +266,6 @@ def _matches(chip_id: str, name: str) -> bool:
     return chip_id == name or chip_id.startswith(f"{name}_")
 
 
-def split_block_km(metadata: dict[str, Any]) -> float:
-    """Edge of the blocks by which a data set was split, `tables.BLOCK_KM` where its metadata don't tell."""
-    split = metadata.get("split")
-    value = split.get("block_km") if isinstance(split, dict) else None
-    return float(value) if value else tables.BLOCK_KM
-
-
 def summarize(
     model: ScoredModel, config: ConfigDict, info: sources.DatasetInfo, blocks: tables.Blocks
 ) -> dict[str, Any]:
@@ -278,6 +282,7 @@ def summarize(
             "is": BEST_CONSTANT,
         },
         "label_error": label_error(model.scored, rows[0]["rmse"]),
+        "uncertainty": how_sure(model.scored, model.channels, model.layers, blocks),
         "interval": {"level": LEVEL, "blocks": rows[0]["blocks"], "blocks_are": blocks.are, "is": interval_of(rows[0])},
         "label": {"name": bundle.meta["output"]["bands"][0], "units": bundle.meta["output"]["units"]},
         "bundle": {"path": str(config.bundle), "weights_sha256": bundle.weights_sha256},
@@ -367,6 +372,10 @@ def write(workdir: Path, result: dict[str, Any], scored: tables.Scored, pictures
     else:
         for name in compared:
             (workdir / name).unlink(missing_ok=True)  # of an earlier run
+    if result["uncertainty"] is None:
+        (workdir / "uncertainty.csv").unlink(missing_ok=True)  # of an earlier run
+    else:
+        tables.write_csv(workdir / "uncertainty.csv", UNCERTAINTY_COLUMNS, result["uncertainty"]["tables"])
     write_json(workdir / "metrics.json", result)
     for line in lines(result):
         log.info("%s", line)
@@ -394,6 +403,14 @@ def draw(workdir: Path, result: dict[str, Any], scored: tables.Scored, pictures:
     references = {"Best constant": result["best_constant"]["rmse"]}
     bins = figures.error_by_bin(panels, title=title, scores=result, references=references, unit=unit)
     figures.save(workdir / "error_by_bin.png", bins, title)
+    sure = result["uncertainty"]
+    if sure is None:
+        (workdir / "uncertainty.png").unlink(missing_ok=True)  # of an earlier run
+    else:
+        told = [row for row in sure["tables"] if row["table"] == "prediction_bin" and row["n"]]
+        given: tuple[Any, ...] = (sure["reliability"], told, sure["sparsification"])
+        panels_of = figures.uncertainty_panels(*given, level=sure["level"], title=title, unit=unit)
+        figures.save(workdir / "uncertainty.png", panels_of, title)
     if pictures:
         chips = figures.chip_panels(pictures, title=title, name=name, unit=unit)
         figures.save(workdir / "chips.png", chips, title)
@@ -411,6 +428,8 @@ def lines(result: dict[str, Any]) -> list[str]:
     known = error["rmse"] is not None
     about = f"{error['rmse']:.2f}, {error['share']:.0%} of the squared error" if known else "not known"
     made.append(f"geolocation and GEDI itself: about {about} ({error['is']})")
+    if result["uncertainty"] is not None:
+        made += sure_lines(result["uncertainty"])
     if "against" in result:
         other = result["against"]
         made += [f"against {other['bundle']['path']}:", *_table_lines(other["tables"])]

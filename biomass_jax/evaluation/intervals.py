@@ -9,6 +9,7 @@ observations, 1989). With s the score of all G blocks and s_g that without block
 
 Scale: RMSE and MAE are jackknifed as logarithms, as Miller does variances (Jackknifing variances, 1968): squares are
 skew, and an interval as long above as below misses more often above. Bias, R2 and differences are taken as they are.
+Means of other values that pixels have (`mean_intervals`) are jackknifed as logarithms too, shares as logits.
 
 Degrees of freedom: blocks hold unequally many labels, and a few large ones carry the score. f = 1 / sum of w_g^2 - 1,
 with w_g the share of the labels in block g, is the number of blocks that count (Kish, Survey sampling, 1965), less one;
@@ -21,7 +22,7 @@ How often such intervals hold the truth is simulated in tests/evaluation/test_in
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.special import stdtrit
+from scipy.special import expit, logit, stdtrit
 
 from biomass_jax.tasks.scores import SCORES, RegressionSums
 
@@ -48,16 +49,50 @@ def block_intervals(
         there is none at all, "" where there are some.
     """
     used = [number for number, part in enumerate(parts) if part.n]
-    if len(used) < LEAST_BLOCKS:
-        return {}, f"{len(used)} {'block' if len(used) == 1 else 'blocks'} with labels; it takes {LEAST_BLOCKS}"
+    if why := _too_few(np.array([[parts[number].n] for number in used], float)):
+        return {}, why
     sums = block_sums([parts[number] for number in used])
-    shares = sums[:, 0] / sums[:, 0].sum()
-    if blocks_that_count(sums) < LEAST_THAT_COUNT:
-        return {}, f"one of {len(used)} blocks has {100 * shares.max():.0f} % of the labels"
     other = None if against is None else block_sums([against[number] for number in used])
     ends = jackknife(sums, other)
     found = {name: (float(low), float(high)) for name, (low, high) in ends.items()}
     return {name: pair for name, pair in found.items() if np.isfinite(pair).all()}, ""
+
+
+def mean_intervals(sums: np.ndarray, shares: Sequence[bool]) -> tuple[list[Interval | None], str]:
+    """95 % intervals of means over pixels, such as of an interval's width or of being inside it.
+
+    Args:
+        sums: (G, 1 + k): labelled pixels of each block, and sums of k values of theirs; none without a label.
+        shares: of each value, whether it is 0 or 1 at every pixel; the others are from 0 on and skew.
+
+    Returns:
+        Each value's (low, high), None where it isn't defined when some block is left out: a mean of 0, or a share of 1;
+        and why there is none at all, "" where there are some.
+    """
+    if why := _too_few(sums):
+        return [None] * len(shares), why
+    total = sums.sum(0)
+    n, values = total[0] - sums[:, 0], total[1:] - sums[:, 1:]
+    found: list[Interval | None] = []
+    for whole, without, share in zip(total[1:] / total[0], (values / n[:, None]).T, shares, strict=True):
+        defined = (without > _ROUNDING * whole) & (without < 1 - _ROUNDING if share else True)
+        if not defined.all():
+            found.append(None)
+            continue
+        scale, back = (logit, expit) if share else (np.log, np.exp)
+        half = _half(scale(without), blocks_that_count(sums) - 1)
+        found.append((float(back(scale(whole) - half)), float(back(scale(whole) + half))))
+    return found, ""
+
+
+def _too_few(sums: np.ndarray) -> str:
+    """Why blocks (G, 1 or more), their labels first, give no interval; "" where they do."""
+    blocks = len(sums)
+    if blocks < LEAST_BLOCKS:
+        return f"{blocks} {'block' if blocks == 1 else 'blocks'} with labels; it takes {LEAST_BLOCKS}"
+    if blocks_that_count(sums) < LEAST_THAT_COUNT:
+        return f"one of {blocks} blocks has {100 * sums[:, 0].max() / sums[:, 0].sum():.0f} % of the labels"
+    return ""
 
 
 def block_sums(parts: Sequence[RegressionSums]) -> np.ndarray:
@@ -71,7 +106,7 @@ def block_sums(parts: Sequence[RegressionSums]) -> np.ndarray:
 
 
 def blocks_that_count(sums: np.ndarray) -> np.ndarray:
-    """Kish's effective number of blocks: (..., G, 6) as `block_sums` gives them -> (...)."""
+    """Kish's effective number of blocks: (..., G, 1 or more), their labels first -> (...)."""
     n = sums[..., 0]
     return n.sum(-1) ** 2 / (n**2).sum(-1)
 
@@ -96,15 +131,20 @@ def jackknife(sums: np.ndarray, against: np.ndarray | None = None) -> dict[str, 
         if against is not None:
             other, others = _on_scale(name, against, differs=True)
             whole, without = whole - other, without - others
-        squares = (without - without.mean(-1, keepdims=True)) ** 2
-        error = np.sqrt((blocks - 1) / blocks * squares.sum(-1))
         freedom = np.where(np.isnan(counting), np.nan, blocks - 1) if name == "r2" else counting
-        half = stdtrit(freedom, (1 + LEVEL) / 2) * error
+        half = _half(without, freedom)
         low, high = whole - half, whole + half
         if against is None and name in _LOGARITHMS:
             low, high = np.exp(low), np.exp(high)
         found[name] = (low, np.minimum(high, 1) if against is None and name == "r2" else high)
     return found
+
+
+def _half(without: np.ndarray, freedom: np.ndarray) -> np.ndarray:
+    """Half an interval's length (...), of a score without each block (..., G) and its degrees of freedom (...)."""
+    blocks = without.shape[-1]
+    squares = (without - without.mean(-1, keepdims=True)) ** 2
+    return stdtrit(freedom, (1 + LEVEL) / 2) * np.sqrt((blocks - 1) / blocks * squares.sum(-1))
 
 
 def _on_scale(name: str, sums: np.ndarray, *, differs: bool) -> tuple[np.ndarray, np.ndarray]:

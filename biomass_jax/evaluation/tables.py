@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from biomass_jax.data.bands import BAND_NAMES
-from biomass_jax.data.raster.grid import equal_area_blocks
+from biomass_jax.data.blocks import BLOCK_KM, UNKNOWN, ground_blocks
 from biomass_jax.data.sources import Chip, Place
 from biomass_jax.errors import EvaluationError
 from biomass_jax.evaluation.intervals import block_intervals
@@ -33,8 +33,6 @@ Bin = tuple[float, float]
 # Mg/ha, [low, high). The first four are the reference's, in its order.
 BINS: tuple[Bin, ...] = ((0, 100), (100, 200), (200, 300), (0, 300), (300, math.inf))
 BELOW_ZERO: Bin = (-math.inf, 0)  # only predictions, of a model without a final ReLU
-UNKNOWN = "unknown"
-BLOCK_KM = 50.0  # as data preparation splits by, where a data set doesn't tell
 DIFFERENCE_COLUMNS = (
     "table",
     "group",
@@ -62,6 +60,7 @@ class Scored:
         biomes: of each chip.
         places: of each chip.
         pairs: sums over pairs of errors, see `nugget.error_pairs`.
+        more: (n, channels - 1) float32, what the model gave beside its mean.
     """
 
     prediction: np.ndarray
@@ -72,6 +71,7 @@ class Scored:
     biomes: tuple[str, ...]
     places: tuple[Place, ...]
     pairs: np.ndarray = field(default_factory=no_pairs)
+    more: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
 
 
 # (images as stored, labels) -> predictions, labels that count, no-data; see `evaluate.chip_forward`.
@@ -88,6 +88,7 @@ class ScoredPart:
     chips: list[Chip] = field(default_factory=list)
     pictures: list[ChipPanel] = field(default_factory=list)
     pairs: np.ndarray = field(default_factory=no_pairs)
+    more: list[np.ndarray] = field(default_factory=list)
 
 
 def score_batches(
@@ -113,14 +114,18 @@ def score_batches(
     part = ScoredPart()
     started = one_ahead(batches, lambda batch: forward(batch.arrays["image"], batch.arrays["label"]))
     for batch, results in started:
-        prediction, label, missing = (np.asarray(values) for values in results)
+        answer, label, missing = (np.asarray(values) for values in results)
+        answer = answer if answer.ndim > label.ndim else answer[..., None]
+        prediction = answer[..., 0]
         valid = batch.arrays["valid"]
         rows, y, x = np.nonzero((label >= 0) & valid[:, None, None])
-        found = prediction[rows, y, x]
-        bad = np.flatnonzero(~np.isfinite(found))
+        every = answer[rows, y, x]
+        bad = np.argwhere(~np.isfinite(every))
         if bad.size:
-            chip = batch.chips[rows[bad[0]]].chip_id
-            raise EvaluationError(f"chip {chip}: the model gave {found[bad[0]]} at a labelled pixel; expected a number")
+            chip, gave = batch.chips[rows[bad[0][0]]].chip_id, every[tuple(bad[0])]
+            raise EvaluationError(f"chip {chip}: the model gave {gave} at a labelled pixel; expected a number")
+        found = every[:, 0]
+        part.more.append(every[:, 1:])
         numbers = len(part.chips) + np.cumsum(valid) - 1  # padding lies at the end, and has no number
         part.prediction.append(found)
         part.label.append(label[rows, y, x])
@@ -159,6 +164,7 @@ def join(parts: Sequence[ScoredPart]) -> tuple[Scored, list[ChipPanel]]:
         biomes,
         places,
         pairs,
+        np.concatenate([more for part in parts for more in part.more] or [np.zeros((0, 0), np.float32)]),
     )
     if len(set(scored.chip_ids)) < len(chips):
         again = next(name for name in scored.chip_ids if scored.chip_ids.count(name) > 1)
@@ -201,10 +207,7 @@ def blocks_of(scored: Scored, block_km: float = BLOCK_KM) -> Blocks:
             f"{scored.chip_ids[lost[0]]}); tiles that lie side by side overlap and err together{unknown}",
         )
     names = np.full(len(scored.places), UNKNOWN, dtype=object)
-    epsg, x, y = (np.array(values) for values in zip(*scored.places, strict=True)) if scored.places else (names,) * 3
-    for code in np.unique(epsg[labelled]).tolist():
-        mine = epsg == code
-        names[mine] = equal_area_blocks(code, x[mine], y[mine], block_km)
+    names[labelled] = ground_blocks([scored.places[number] for number in labelled], block_km)
     return Blocks(names, f"blocks of ground, {block_km:g} km on a side")
 
 
@@ -219,9 +222,8 @@ def tables(scored: Scored, *, blocks: Blocks | None = None) -> list[Row]:
         blocks: see `blocks_of`; those of the default size where none are given.
     """
     blocks = blocks or blocks_of(scored)
-    bins = [("prediction_bin", bin_name(limits), within(scored.prediction, limits)) for limits in (BELOW_ZERO, *BINS)]
     rows = []
-    for table, group, chosen in _groups(scored, bins):
+    for table, group, chosen in groups(scored, prediction_bins(scored)):
         made, (parts,) = _row(COLUMNS, table, group, chosen, blocks, scored)
         whole = _whole(parts)
         constant = whole.best_constant()
@@ -252,7 +254,7 @@ def differences(scored: Scored, against: Scored, *, blocks: Blocks | None = None
         )
     blocks = blocks or blocks_of(scored)
     rows = []
-    for table, group, chosen in _groups(scored, []):
+    for table, group, chosen in groups(scored, []):
         made, parts = _row(DIFFERENCE_COLUMNS, table, group, chosen, blocks, scored, against)
         mine, theirs = (_whole(part).results() for part in parts)
         made["n"] = mine["n"]
@@ -263,7 +265,12 @@ def differences(scored: Scored, against: Scored, *, blocks: Blocks | None = None
     return rows
 
 
-def _groups(scored: Scored, between: Iterable[tuple[str, str, np.ndarray]]) -> Iterator[tuple[str, str, np.ndarray]]:
+def prediction_bins(scored: Scored) -> list[tuple[str, str, np.ndarray]]:
+    """Table, group and bool (n,) of its pixels, by bin of the prediction."""
+    return [("prediction_bin", bin_name(limits), within(scored.prediction, limits)) for limits in (BELOW_ZERO, *BINS)]
+
+
+def groups(scored: Scored, between: Iterable[tuple[str, str, np.ndarray]]) -> Iterator[tuple[str, str, np.ndarray]]:
     """Table, group and bool (n,) of its pixels, `between` after the bins of labels."""
     yield "all", "all", np.ones(scored.label.shape, bool)
     for limits in BINS:
@@ -279,17 +286,27 @@ def _row(
     columns: Sequence[str], table: str, group: str, chosen: np.ndarray, blocks: Blocks, *models: Scored
 ) -> tuple[Row, list[list[RegressionSums]]]:
     """What rows of one model and of two share, intervals among it; and each model's sums by block."""
-    chips = models[0].chip[chosen]
-    names = blocks.of_chip[chips]
+    made = counted(columns, table, group, chosen, blocks, models[0])
+    names = blocks.of_chip[models[0].chip[chosen]]
     parts = [list(sums_by(names, one.prediction[chosen], one.label[chosen]).values()) for one in models]
-    read = np.unique(chips)
-    made: Row = dict.fromkeys(columns)
-    made |= {"table": table, "group": group, "chips": len(read), "blocks": len(parts[0])}
-    made["tiles"] = len({models[0].tiles[chip] for chip in read.tolist()})
     intervals, why = block_intervals(*parts)
     for score, (low, high) in intervals.items():
         made |= {f"{score}_low": low, f"{score}_high": high}
     return made | {"no_interval": why or None}, parts
+
+
+def counted(columns: Sequence[str], table: str, group: str, chosen: np.ndarray, blocks: Blocks, scored: Scored) -> Row:
+    """A row with what it is of: labelled pixels, their chips, tiles and blocks; None in all other columns."""
+    read = np.unique(scored.chip[chosen])
+    made: Row = dict.fromkeys(columns)
+    return made | {
+        "table": table,
+        "group": group,
+        "n": int(chosen.sum()),
+        "chips": len(read),
+        "tiles": len({scored.tiles[chip] for chip in read.tolist()}),
+        "blocks": len(set(blocks.of_chip[read].tolist())),
+    }
 
 
 def _whole(parts: Sequence[RegressionSums]) -> RegressionSums:

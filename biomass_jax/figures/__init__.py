@@ -14,6 +14,7 @@ from biomass_jax.figures.scores import (
     plot_scatter,
     residual_histogram,
     training_curves,
+    uncertainty_panels,
 )
 from biomass_jax.figures.style import save, to_array
 
@@ -34,4 +35,5 @@ __all__ = [
     "save",
     "to_array",
     "training_curves",
+    "uncertainty_panels",
 ]

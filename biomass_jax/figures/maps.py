@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from biomass_jax.figures.legend import MAP_COLOURS
+from biomass_jax.figures.legend import MAP_COLOURS, SPREAD_COLOURS
 from biomass_jax.figures.style import (
     COLOURS,
     GREY,
@@ -27,14 +27,22 @@ _MOST_SHOWN = 99  # percentile of the distances that the axis reaches to, for ea
 
 
 def quicklook(
-    path: str | os.PathLike[str], rgb: np.ndarray, values: np.ndarray, *, title: str, name: str, unit: str
+    path: str | os.PathLike[str],
+    rgb: np.ndarray,
+    values: np.ndarray,
+    sd: np.ndarray | None = None,
+    *,
+    title: str,
+    name: str,
+    unit: str,
 ) -> Path:
-    """An image beside the map made from it, as PNG.
+    """An image beside the map made from it, and beside the map's standard deviation where it has one, as PNG.
 
     Args:
         path: the picture; written beside its place and renamed.
         rgb: (h, w, 3) digital numbers of red, green, blue, NaN for no-data.
         values: (h, w) of the map, NaN for no-data.
+        sd: (h, w), its standard deviation, NaN for no-data; None where the map tells none.
         title: what the image is called.
         name: what the values are.
         unit: their unit.
@@ -43,18 +51,26 @@ def quicklook(
         The picture's path.
     """
     height, width = values.shape
-    # Two panels of equal scale; very long or wide rasters stay readable.
+    # Panels of equal scale; very long or wide rasters stay readable.
     side = float(np.clip(4.6 * height / width, 1.6, 9.0))
-    figure = new_figure(10.6, side + 1.0, facecolor="none")  # grey ink on no paper suits white and black pages
-    left, right = figure.subplots(1, 2)
+    panels = 2 if sd is None else 3
+    figure = new_figure(5.3 * panels, side + 1.0, facecolor="none")  # grey ink on no paper suits white and black pages
+    left, right, *more = figure.subplots(1, panels)
     left.imshow(stretch(rgb), interpolation="nearest")
     colours = limits(values, tail=1)
     drawn = right.imshow(np.ma.masked_invalid(values), cmap=MAP_COLOURS, interpolation="nearest", **colours)
     left.set_title("Red, green, blue", fontsize=10, color=GREY)
     right.set_title(_summary(values, unit), fontsize=10, color=GREY)
-    for axes in (left, right):
+    for axes in (left, right, *more):
         image_axes(axes)
     colour_bar(figure, drawn, right, f"{name} ({unit})", size=10, extend="max")
+    if sd is not None:
+        (third,) = more
+        drawn = third.imshow(
+            np.ma.masked_invalid(sd), cmap=SPREAD_COLOURS, interpolation="nearest", **limits(sd, tail=1)
+        )
+        third.set_title("How sure the map is", fontsize=10, color=GREY)
+        colour_bar(figure, drawn, third, f"Standard deviation ({unit})", size=10, extend="max")
     figure.suptitle(title, fontsize=12, color=GREY, parse_math=False)
     return save(path, figure, title)
 

@@ -1,4 +1,4 @@
-"""Pictures of scores: predictions beside labels, training curves, several ways over the number of chips."""
+"""Pictures of scores: predictions beside labels, their uncertainty, training curves, ways over the number of chips."""
 
 import json
 import math
@@ -148,6 +148,62 @@ def error_by_bin(
     handles, texts = panels[0].get_legend_handles_labels()
     figure.legend(handles, texts, loc="outside lower center", ncols=len(texts), frameon=False, fontsize=9)
     figure.suptitle(f"{title}\n{summary(scores, unit, score_name)}", fontsize=11, parse_math=False)
+    return figure
+
+
+def uncertainty_panels(
+    reliability: Mapping[str, Sequence[float]],
+    rows: Sequence[Mapping[str, Any]],
+    sparsification: Mapping[str, Any],
+    *,
+    level: float,
+    title: str,
+    unit: str = "Mg/ha",
+) -> Any:
+    """Whether sds and intervals are right, by nominal level and by bin of the prediction, and whether they sort errors.
+
+    Args:
+        reliability: `nominal` and `observed` shares.
+        rows: a bin each: group, n, coverage, coverage_low and coverage_high, None for nothing.
+        sparsification: `removed`, `rmse`, `oracle` and `ause`.
+        level: share of labels that the intervals are to hold.
+        title: what was scored.
+        unit: of the errors.
+    """
+    figure = new_figure(15.6, 4.8)
+    shares, bins, curve = figure.subplots(1, 3)
+    plot_axes(shares, "Share that the sd's Gaussian is to hold", "Share of labels held")
+    shares.plot([0, 1], [0, 1], color="black", linewidth=1, linestyle="--", label="Right")
+    shares.plot(reliability["nominal"], reliability["observed"], color=COLOURS[0], linewidth=1.8, marker=".")
+    shares.set(xlim=(0, 1), ylim=(0, 1))
+    shares.set_title("Standard deviations: below the line they are too small", fontsize=10)
+    shares.legend(loc="upper left", frameon=False, fontsize=9)
+
+    plot_axes(bins, f"Prediction ({unit})", "Share of labels inside the interval")
+    bins.grid(axis="x", visible=False)
+    for place, row in enumerate(rows):
+        if row["coverage"] is not None:
+            bins.plot(place, row["coverage"], "o", color=COLOURS[0])
+        if row["coverage_low"] is not None:
+            bins.vlines(place, row["coverage_low"], row["coverage_high"], color=COLOURS[0], linewidth=1.6)
+    bins.set_xticks(range(len(rows)), [f"{row['group']}\nn = {row['n']:,}" for row in rows], fontsize=8)
+    ends = [row[end] for row in rows for end in ("coverage", "coverage_low") if row[end] is not None]
+    bins.set(xlim=(-0.5, len(rows) - 0.5), ylim=(max(0.0, min([level, *ends]) - 0.05), 1.005))
+    bins.axhline(level, color="black", linewidth=1, linestyle="--", label=f"Level {level:g}")
+    bins.set_title("Coverage of the intervals, with its own 95 % interval", fontsize=10)
+    bins.legend(loc="lower left", frameon=False, fontsize=9)
+
+    plot_axes(curve, "Share of pixels taken out", f"RMSE of the rest ({unit})")
+    ause = sparsification["ause"]
+    name = "By sd" if ause is None else f"By sd, area between {ause:.2f}"
+    curve.plot(sparsification["removed"], sparsification["rmse"], color=COLOURS[0], linewidth=1.8, label=name)
+    curve.plot(
+        sparsification["removed"], sparsification["oracle"], color=GREY, linewidth=1.2, label="By the error itself"
+    )
+    curve.set(xlim=(0, 1), ylim=(0, None))
+    curve.set_title("The most uncertain pixels taken out", fontsize=10)
+    curve.legend(loc="lower left", frameon=False, fontsize=9)
+    figure.suptitle(title, fontsize=11, parse_math=False)
     return figure
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from biomass_jax.runtime.settings import setting
+from biomass_jax.runtime.settings import Range, setting
 
 
 @dataclasses.dataclass
@@ -32,6 +32,24 @@ class Predict:
     blend: str = setting("cosine", "ramps over the overlap of tiles; none takes their plain mean")
     tiling: str = setting(
         "default", "reference_0_99, reference_1_2: the two published algorithms, to compare with their maps"
+    )
+    uncertainty: str = setting(
+        "auto",
+        "how a map says how sure it is: as the bundle was calibrated, else as its model does by itself, else not; "
+        "dropout, drop_path, symmetries need no training, see [uncertainty](uncertainty.md)",
+        choices="biomass_jax.prediction.layers:CHOICES",
+    )
+    samples: int | None = setting(
+        None, "of dropout and drop_path; not given, those of the calibration, else 10", within=Range(2)
+    )
+    di: bool | None = setting(
+        None, "the band `di`, how unlike the training chips a place is; not given, where the bundle can tell"
+    )
+    biome: str = setting("", "of all pixels, for the intervals that the bundle has of that biome")
+    outside: str = setting(
+        "keep",
+        "or nodata, which leaves out where `di` is above its threshold, outside the area of applicability",
+        choices="biomass_jax.prediction.layers:OUTSIDE",
     )
     mask: str | None = setting(None, "a raster of land-cover classes on any grid")
     mask_keep: tuple[int, ...] = setting((), "its classes to map, as `(10, 95)`; all else becomes no-data")

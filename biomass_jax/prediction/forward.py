@@ -1,7 +1,6 @@
 """What of predictions and scores runs on the device: no-data, z-scores and the model, in one compiled function."""
 
 import logging
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -14,17 +13,17 @@ from biomass_jax.errors import PredictionError
 from biomass_jax.models.build import abstract_variables
 from biomass_jax.pipeline.augment import normalize, without_fill
 from biomass_jax.runtime import cpu, numerics
+from biomass_jax.uncertainty.applicability import dissimilarity, feature_stage, to_pixels
+from biomass_jax.uncertainty.spread import ModelFunction, Spread, channels_of, with_spread
 
 log = logging.getLogger(__name__)
 
-# (variables, z-scored float32 (B, H, W, bands)) -> (B, H, W)
-ModelFunction = Callable[[Any, jax.Array], jax.Array]
 PRECISIONS = ("default", "high", "highest")
 DTYPES = ("float32", "bfloat16")
 
 
 class Forward:
-    """Digital numbers in, Mg/ha out; one program for each shape and type of batch.
+    """Digital numbers in, Mg/ha out, and how sure the model is of them; one program for each shape and type of batch.
 
     Batches are split over the devices of `batch_sharding` where their number divides the batch, and predicted whole on
     every device where it doesn't.
@@ -38,7 +37,12 @@ class Forward:
         batch_sharding: where batches go; None is the default device.
         replicated: where the variables go; None is the default device.
         reference: set filled bands to 0 and not the whole pixel, see `augment.without_fill`.
-        model_fn: another model.
+        model_fn: another model, that gives a mean alone.
+        spread: how the uncertainty comes about; None for none.
+        di: give the dissimilarity to the training chips too, for which the bundle needs an area of applicability.
+
+    Attributes:
+        channels: what there is of a pixel: `mean`; `sd`, or `lo` and `hi` (Mg/ha, not calibrated); `di`.
 
     Raises:
         PredictionError: a bundle of another task, or a wrong setting.
@@ -56,6 +60,8 @@ class Forward:
         replicated: jax.sharding.Sharding | None = None,
         reference: bool = False,
         model_fn: ModelFunction | None = None,
+        spread: Spread | None = None,
+        di: bool = False,
     ) -> None:
         for name, value, choices in (("dtype", dtype, DTYPES), ("matmul_precision", matmul_precision, PRECISIONS)):
             if value not in choices:
@@ -67,11 +73,17 @@ class Forward:
         # Less than full precision is the very point of bfloat16.
         self._precision = matmul_precision if dtype == "float32" else "default"
         self._batch_sharding, self._replicated, self._reference = batch_sharding, replicated, reference
-        self._model = model_fn or bundle.module(dtype).apply
+        module = None if model_fn else bundle.module(dtype)
+        spread = spread or Spread()
+        self.channels: tuple[str, ...] = (*channels_of(module, spread), *(("di",) if di else ()))
+        stage, self._stride = feature_stage(module.patch_size, len(module.depths)) if di and module else (None, 0)
+        one_by_one = self.platform == "cpu" and self.devices == 1
+        self._model = with_spread(module, spread, stub=model_fn, stage=stage, one_by_one=one_by_one)
         self._means = np.asarray(bundle.means if means is None else means, np.float32)
         self._stds = np.asarray(bundle.stds if stds is None else stds, np.float32)
         self._bundle = bundle
-        self._variables: dict[str, Any] | None = None  # maps that are kept need no weights
+        self._variables: tuple[Any, Any] | None = None  # maps that are kept need no weights
+        self._centres: dict[str, np.ndarray] = (bundle.applicability or {}) if di else {}
         self._stub = model_fn is not None
         self._run = jax.jit(self._predict)
         self._programs: dict[tuple[tuple[int, ...], np.dtype], Future[jax.stages.Compiled]] = {}
@@ -120,7 +132,8 @@ class Forward:
         variables = self._bundle.variables if self._stub else abstract_variables(self._bundle.module())
         batch = jax.ShapeDtypeStruct(shape, dtype, sharding=self._sharding(shape[0]))
         with numerics.fixed():
-            return self._run.lower(jax.tree.map(described, variables), batch, described(np.float32(0))).compile()
+            known = jax.tree.map(described, (variables, self._centres))
+            return self._run.lower(known, batch, described(np.float32(0))).compile()
 
     def _sharding(self, count: int) -> jax.sharding.Sharding | None:
         return self._batch_sharding if count % self.devices == 0 else self._replicated
@@ -133,25 +146,33 @@ class Forward:
             fill: the file's fill value, None where it has none.
 
         Returns:
-            (B, H, W) float32 Mg/ha, still being computed; pixels without data get a number too.
+            (B, H, W) float32 Mg/ha, or (B, H, W, channels) where there are more than the mean, still being computed;
+            pixels without data get numbers too.
         """
         program = self.prepare(images.shape, images.dtype)
         if self._variables is None:
-            self._variables = jax.device_put(self._bundle.variables, self._replicated)
+            self._variables = jax.device_put((self._bundle.variables, self._centres), self._replicated)
         batch = jax.device_put(images, self._sharding(len(images)))
         scalar = np.asarray(np.nan if fill is None else fill, np.float32)  # traced: files don't recompile
         return program.result()(self._variables, batch, jax.device_put(scalar, self._replicated))
 
-    def _predict(self, variables: object, images: jax.Array, fill: jax.Array) -> jax.Array:
-        """(B, H, W, bands) digital numbers -> (B, H, W) float32, on one CPU part by part where they come out even."""
+    def _predict(self, variables: tuple[Any, Any], images: jax.Array, fill: jax.Array) -> jax.Array:
+        """(B, H, W, bands) digital numbers -> float32, on one CPU part by part where they come out even."""
         part = cpu.images_at_once() if self.platform == "cpu" and self.devices == 1 else len(images)
         if len(images) <= part or len(images) % part:
             return self._predict_part(variables, images, fill)
         parts = images.reshape(-1, part, *images.shape[1:])
-        return jax.lax.map(lambda some: self._predict_part(variables, some, fill), parts).reshape(images.shape[:-1])
+        found = jax.lax.map(lambda some: self._predict_part(variables, some, fill), parts)
+        return found.reshape(len(images), *found.shape[2:])
 
-    def _predict_part(self, variables: object, images: jax.Array, fill: jax.Array) -> jax.Array:
-        """(B, H, W, bands) digital numbers -> (B, H, W) float32; no-data pixels are 0 before z-scoring."""
+    def _predict_part(self, variables: tuple[Any, Any], images: jax.Array, fill: jax.Array) -> jax.Array:
+        """(B, H, W, bands) digital numbers -> float32, as `__call__` says; no-data pixels are 0 before z-scoring."""
         present = without_fill(images, fill, reference=self._reference)
         with jax.default_matmul_precision(self._precision):
-            return self._model(variables, normalize(present, self._means, self._stds)).astype(jnp.float32)
+            values, features = self._model(variables[0], normalize(present, self._means, self._stds))
+        values = values.astype(jnp.float32)
+        if features is None:
+            return values
+        size = images.shape[1], images.shape[2]
+        di = to_pixels(dissimilarity(variables[1], features), size, self._stride)
+        return jnp.concatenate([values.reshape(*di.shape, -1), di[..., None]], axis=-1)

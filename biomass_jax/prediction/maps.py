@@ -32,7 +32,13 @@ log = logging.getLogger(__name__)
 IDENTITY = ("MODEL_SHA256", "MODEL", "SETTINGS", "SOURCE_READING", "SOURCE_SIZE", "SOURCE_MTIME_NS", "SOURCE_FILES")
 _MODEL_FIELDS = ("task", "architecture", "input", "output")  # of bundle.json, on which values depend
 QUICKLOOK_SIZE = 1000  # px of the longer side
-LAYER_TITLES = {"agbd": "Above-ground biomass"}
+LAYER_TITLES = {
+    "agbd": "Above-ground biomass",
+    "agbd_sd": "Standard deviation of the above-ground biomass",
+    "agbd_lo": "Above-ground biomass, lower end of the interval",
+    "agbd_hi": "Above-ground biomass, upper end of the interval",
+    "di": "Dissimilarity to the training chips",
+}
 UNIT_TITLES = {"Mg ha-1": "Mg/ha"}
 TIFF_SUFFIXES = (".tif", ".tiff")
 Failure = tuple[str, Exception]  # the input's name, what went wrong
@@ -106,12 +112,18 @@ def origin_tags(source: ImageSource, bundle: Bundle, settings: Mapping[str, Any]
         "SEASON": source.season or "unknown",
         "SENSORS": source.sensor or "unknown",
         "MODEL_SHA256": bundle.weights_sha256,
-        "MODEL": json.dumps({name: bundle.meta.get(name) for name in _MODEL_FIELDS}, sort_keys=True),
+        "MODEL": json.dumps(_model(bundle), sort_keys=True),
         "SOFTWARE": f"biomass_jax {__version__}",
         "SETTINGS": json.dumps(settings, sort_keys=True),
         "SOURCE_READING": json.dumps(source.reading(), sort_keys=True),
         **({"ENVIRONMENT": json.dumps(shell)} if shell else {}),
     }
+
+
+def _model(bundle: Bundle) -> dict[str, Any]:
+    known = {name: bundle.meta.get(name) for name in _MODEL_FIELDS}
+    section = bundle.meta.get("uncertainty")
+    return known if section is None else {**known, "uncertainty": section}
 
 
 def _data_sources(source: ImageSource) -> str:
@@ -151,7 +163,7 @@ def _changes(key: str, found: Mapping[str, str], now: Mapping[str, str]) -> list
 
 
 def write_beside(
-    source: ImageSource, path: Path, options: MapOptions, layer: str, unit: str, *, missing_only: bool
+    source: ImageSource, path: Path, options: MapOptions, layers: Mapping[str, str], *, missing_only: bool
 ) -> None:
     """Write what is wanted beside a finished map: its picture, its colours, its STAC item.
 
@@ -159,8 +171,7 @@ def write_beside(
         source: the map's image, open.
         path: the map.
         options: what is wanted.
-        layer: name of the map's band.
-        unit: its unit.
+        layers: name and unit of each of the map's bands.
         missing_only: leave what lies there, the map being the same as before.
 
     Raises:
@@ -171,9 +182,10 @@ def write_beside(
     def due(wanted: bool, *places: Path) -> bool:
         return wanted and not (missing_only and all(place.is_file() for place in places))
 
+    layer, unit = next(iter(layers.items()))
     named = {"name": LAYER_TITLES.get(layer, layer), "unit": UNIT_TITLES.get(unit, unit)}
     if due(options.quicklook, quicklook_path(path)):
-        _write_quicklook(source, path, **named)
+        _write_quicklook(source, path, list(layers), **named)
     if due(options.style, style_path(path), colours_path(path)):
         style, ramp = figures.map_style(read_preview(path, QUICKLOOK_SIZE), **named)
         write_text(style_path(path), style)
@@ -182,14 +194,15 @@ def write_beside(
         stac.write_item(path, source.name)
 
 
-def _write_quicklook(source: ImageSource, path: Path, *, name: str, unit: str) -> None:
-    """Draw a finished map beside its image, both at reduced size."""
+def _write_quicklook(source: ImageSource, path: Path, layers: Sequence[str], *, name: str, unit: str) -> None:
+    """Draw a finished map beside its image, and how sure it is where it says so, all at reduced size."""
     image = source.read_preview(QUICKLOOK_SIZE)
     colours = [source.bands.index(name) for name in ("RED", "GREEN", "BLUE")]
     values = read_preview(path, QUICKLOOK_SIZE)
-    figures.quicklook(
-        quicklook_path(path), image[..., colours], values, title=PurePath(source.name).name, name=name, unit=unit
-    )
+    spread = [number for number, layer in enumerate(layers, 1) if layer.endswith("_sd")]
+    sd = read_preview(path, QUICKLOOK_SIZE, number=spread[0]) if spread else None
+    named = {"title": PurePath(source.name).name, "name": name, "unit": unit}
+    figures.quicklook(quicklook_path(path), image[..., colours], values, sd, **named)
 
 
 def reason(name: str, error: Exception) -> str:
@@ -217,10 +230,11 @@ class OneMap:
         """Begin; arguments and errors as for `Predictor.predict_file`."""
         self._began = time.perf_counter()
         self._predictor, self._item, self._options = predictor, item, options
-        self._path = map_path(dst, item.relative, predictor.layer)
+        self._path = map_path(dst, item.relative, next(iter(predictor.layers)))
         with ExitStack() as stack:
             self._source = stack.enter_context(open_image(item, **predictor.reading(options)))
-            tags = map_tags(self._source, predictor.bundle, {**predictor.settings, **options.settings()})
+            settings = {**predictor.settings, **options.settings()}
+            tags = map_tags(self._source, predictor.bundle, settings) | predictor.tags()
             self._kept = not options.overwrite and is_finished(self._path, tags)
             if self._kept:
                 log.info("%s: finished before, %s is kept", item.name, self._path)
@@ -233,14 +247,7 @@ class OneMap:
         check_source(self._source)
         predictor = self._predictor
         writer = self._writer = stack.enter_context(
-            MapWriter(
-                self._path,
-                self._source.grid,
-                nodata=predictor.bundle.nodata,
-                description=predictor.layer,
-                unit=predictor.unit,
-                tags=tags,
-            )
+            MapWriter(self._path, self._source.grid, nodata=predictor.bundle.nodata, layers=predictor.layers, tags=tags)
         )
         name = self._path.name
         self._pixels = stack.enter_context(MapPixels(predictor, self._source, self._options, writer.write_rows, name))
@@ -249,8 +256,7 @@ class OneMap:
         """Wait for the device where need be, write the file and what belongs beside it; to be called once."""
         with self._held:
             result = MapResult(self._item.name, self._path, "skipped") if self._kept else self._write()
-            layer, unit = self._predictor.layer, self._predictor.unit
-            write_beside(self._source, self._path, self._options, layer, unit, missing_only=self._kept)
+            write_beside(self._source, self._path, self._options, self._predictor.layers, missing_only=self._kept)
         return result
 
     def _write(self) -> MapResult:

@@ -49,13 +49,21 @@ class Mapper(Protocol):
     one_at_a_time: threading.Lock
 
     @property
-    def layer(self) -> str:
-        """Name of the map's band."""
+    def layers(self) -> dict[str, str]:
+        """Name and unit of each of the map's bands."""
         ...
 
     @property
-    def unit(self) -> str:
-        """Its unit."""
+    def channels(self) -> tuple[int, ...]:
+        """(): `forward` gives one value a pixel; or how many."""
+        ...
+
+    def tags(self) -> dict[str, str]:
+        """What a map's file says of its layers."""
+        ...
+
+    def finish(self, values: np.ndarray) -> np.ndarray:
+        """What `forward` gave as what the map has: float32 (rows, W[, channels]) -> (rows, W[, layers])."""
         ...
 
     def plan(self, height: int, width: int) -> TilePlan | None:
@@ -223,6 +231,8 @@ class MapPixels(ExitStack[None]):
                 batch_size=self._predictor.batch_size,
                 nodata=self._predictor.bundle.nodata,
                 advance=shown.advance if shown else lambda chips: None,
+                channels=self._predictor.channels,
+                finish=self._predictor.finish,
             )
 
     def finish(self) -> None:
@@ -233,6 +243,7 @@ class MapPixels(ExitStack[None]):
             values = np.array(self._whole)[0]
             self.timings.compute = time.perf_counter() - began
             check_finite(values, self._wanted)
+            values = self._predictor.finish(values)
             values[~self._wanted] = self._predictor.bundle.nodata
             self._write(0, values)
         self._reader.check(self._options.allow_empty)
@@ -259,9 +270,10 @@ def say_oddities(name: str, oddities: Mapping[str, tuple[int, int, int]]) -> Non
 
 
 def map_now(predictor: Mapper, source: ImageSource, options: MapOptions) -> np.ndarray:
-    """float32 (H, W) of an open image."""
+    """float32 (H, W) of an open image, (H, W, layers) where there are several."""
     check_source(source)
-    values = np.empty((source.grid.height, source.grid.width), np.float32)
+    several = (len(predictor.layers),) if len(predictor.layers) > 1 else ()
+    values = np.empty((source.grid.height, source.grid.width, *several), np.float32)
 
     def write(start: int, rows: np.ndarray) -> None:
         values[start : start + len(rows)] = rows
@@ -272,10 +284,11 @@ def map_now(predictor: Mapper, source: ImageSource, options: MapOptions) -> np.n
 
 
 def map_lazily(predictor: Mapper, source: arrays.ArraySource, options: MapOptions) -> Any:
-    """A Dask array (H, W): a task for each row of tiles, and one that blends neighbours for each band of rows."""
+    """A Dask array (H, W[, layers]): a task for each row of tiles, and one that blends neighbours for each row band."""
     _say(source.warnings)
     grid = source.grid
     plan = predictor.plan(grid.height, grid.width)
+    several = (len(predictor.layers),) if len(predictor.layers) > 1 else ()
     if plan is None:
         options = replace(options, allow_empty=True)
 
@@ -283,14 +296,16 @@ def map_lazily(predictor: Mapper, source: arrays.ArraySource, options: MapOption
             with predictor.one_at_a_time:
                 return map_now(predictor, source.with_rows(first, rows), options)
 
-        return arrays.lazy_bands([(arrays.delayed(whole)(*source.lazy_rows(0, grid.height)), grid.height)], grid.width)
+        only = arrays.delayed(whole)(*source.lazy_rows(0, grid.height))
+        return arrays.lazy_bands([(only, grid.height)], (grid.width, *several))
 
     def predict_row(index: int, first: int, rows: list[np.ndarray]) -> TileRowPrediction:
         return _predict_row(predictor, plan, index, source.with_rows(first, rows), options)
 
     def blend(start: int, stop: int, indexes: Sequence[int], rows: Sequence[TileRowPrediction]) -> np.ndarray:
         predictions = dict(zip(indexes, rows, strict=True))
-        return blend_band(plan, start, stop, predictions, nodata=predictor.bundle.nodata)
+        how: Any = {"channels": predictor.channels, "finish": predictor.finish}
+        return blend_band(plan, start, stop, predictions, nodata=predictor.bundle.nodata, **how)
 
     rows = [
         arrays.delayed(predict_row)(index, *source.lazy_rows(*plan.source_rows(index)))
@@ -300,7 +315,7 @@ def map_lazily(predictor: Mapper, source: arrays.ArraySource, options: MapOption
         (arrays.delayed(blend)(start, stop, indexes, [rows[index] for index in indexes]), stop - start)
         for start, stop, indexes in plan.bands()
     ]
-    return arrays.lazy_bands(parts, grid.width)
+    return arrays.lazy_bands(parts, (grid.width, *several))
 
 
 def _predict_row(

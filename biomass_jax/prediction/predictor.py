@@ -3,7 +3,7 @@
 import logging
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +19,17 @@ from biomass_jax.data.raster.image import Reading, open_image
 from biomass_jax.data.raster.inputs import InputItem, StacItem, find_inputs, is_stac_item, stac_input
 from biomass_jax.errors import PredictionError, RasterError
 from biomass_jax.prediction import maps
-from biomass_jax.prediction.forward import Forward, ModelFunction
+from biomass_jax.prediction.forward import Forward
+from biomass_jax.prediction.layers import AUTO, KEEP, Layers
 from biomass_jax.prediction.maps import Failure, MapResult
 from biomass_jax.prediction.pixels import MapOptions, map_lazily, map_now, say_oddities
 from biomass_jax.prediction.reference_tiling import reference_0_99_plan, reference_1_2_plan
 from biomass_jax.prediction.stream import check_finite
 from biomass_jax.prediction.tiling import TilePlan, check_settings, default_plan
+from biomass_jax.uncertainty.spread import ModelFunction
 
 if TYPE_CHECKING:
+    import dask.array
     import xarray
 
 log = logging.getLogger(__name__)
@@ -50,6 +53,12 @@ class Predictor:
         replicated: where the variables go; None is the default device.
         model_fn: another model: (variables, z-scored (B, H, W, bands)) -> (B, H, W). Maps made with one aren't told
             from those made with another: `overwrite` them.
+        uncertainty: how the map says how sure it is: `auto`, as the bundle was calibrated, else as its model does by
+            itself, else not at all; or one of `uncertainty.spread.WAYS`.
+        samples: for `dropout` and `drop_path`; None for those of the calibration, else 10.
+        di: give the dissimilarity to the training chips; None where the bundle has an area of applicability.
+        biome: of all pixels, for the calibration's intervals of that biome; "" for those of all.
+        outside: the area of applicability, where `di` is above its threshold: `keep` what is there, or `nodata`.
 
     Raises:
         TilingError: contradicting tile settings.
@@ -71,6 +80,11 @@ class Predictor:
         batch_sharding: jax.sharding.Sharding | None = None,
         replicated: jax.sharding.Sharding | None = None,
         model_fn: ModelFunction | None = None,
+        uncertainty: str = AUTO,
+        samples: int | None = None,
+        di: bool | None = None,
+        biome: str = "",
+        outside: str = KEEP,
     ) -> None:
         check_settings(tile, stride, margin, blend, tiling)
         if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
@@ -79,7 +93,11 @@ class Predictor:
         self.tile = tile
         self.tiling = tiling
         self._geometry: dict[str, Any] = {"tile": tile, "stride": stride, "margin": margin, "blend": blend}
+        if model_fn is not None and uncertainty == AUTO:
+            uncertainty = "none"
+        self._layers = Layers(bundle, uncertainty=uncertainty, samples=samples, di=di, biome=biome, outside=outside)
         self.settings = {**self._geometry, "tiling": tiling, "dtype": dtype, "matmul_precision": matmul_precision}
+        self.settings |= self._layers.settings()
         self.forward = Forward(
             bundle,
             dtype=dtype,
@@ -87,6 +105,8 @@ class Predictor:
             batch_sharding=batch_sharding,
             replicated=replicated,
             model_fn=model_fn,
+            spread=self._layers.spread,
+            di=self._layers.di,
         )
         self.batch_size = self.forward.batch_size(batch_size)
         self.one_at_a_time = threading.Lock()  # of Dask's threads, which would each hold a batch on the device
@@ -129,7 +149,7 @@ class Predictor:
             encoding: what the numbers are, one of `encoding.ENCODINGS` but `from_file`.
 
         Returns:
-            float32 (H, W) or (B, H, W), Mg/ha.
+            float32 (H, W) or (B, H, W), Mg/ha; a last axis has the layers where there are several (see `layers`).
 
         Raises:
             PredictionError: another shape or kind of number, numbers that can't be digital numbers, or the model gave
@@ -147,6 +167,7 @@ class Predictor:
         missing = band_table.no_data(batch, self.bundle.fill)
         for values, gone in zip(result, missing, strict=True):
             check_finite(values, ~gone)
+        result = self.finish(result)
         if mask_nodata:
             result[missing] = self.bundle.nodata
         return result if image.ndim == 4 else result[0]
@@ -220,8 +241,10 @@ class Predictor:
         mask_keep: Sequence[int] | None = None,
         allow_empty: bool = False,
         progress: bool = False,
-    ) -> "xarray.DataArray":
+    ) -> "xarray.DataArray | xarray.Dataset":
         """Map an image of any size as an xarray DataArray, with the pixels that `predict_file` writes.
+
+        A map of several layers is a Dataset with a variable each.
 
         Args:
             image: a DataArray of the dimensions band, y, x in any order, with or without a time; a Dataset with a
@@ -237,7 +260,7 @@ class Predictor:
 
         Returns:
             DataArray of float32 (y, x), or (time, y, x), in Mg/ha, with the image's CRS and coordinates; no data is the
-            attribute `_FillValue`. Other attributes are the tags of a map's file.
+            attribute `_FillValue`. Other attributes are the tags of a map's file. Of a Dataset they are its own.
 
         Raises:
             RasterError: as `predict_file`, an array that doesn't tell where its pixels or bands are, or xarray missing.
@@ -259,9 +282,9 @@ class Predictor:
                 "(predict_array takes NumPy's arrays)"
             )
         with open_image(items[0], **self.reading(options)) as source:
-            tags = maps.map_tags(source, self.bundle, {**self.settings, **options.settings()})
+            tags = maps.map_tags(source, self.bundle, {**self.settings, **options.settings()}) | self.tags()
             values = map_now(self, source, options)
-            return arrays.as_array(values, source.grid, self.layer, self._attributes(tags))
+            return self._as_xarray(values, tags, lambda *named: arrays.as_array(named[0], source.grid, *named[1:]))
 
     def reading(self, options: MapOptions) -> Reading:
         """Keyword arguments of `open_image` for this model's images."""
@@ -274,25 +297,54 @@ class Predictor:
             "resample": options.resample,
         }
 
-    def _attributes(self, tags: Mapping[str, str]) -> dict[str, Any]:
-        title = maps.LAYER_TITLES.get(self.layer, self.layer)
-        return {"long_name": title, "units": self.unit, "_FillValue": float(self.bundle.nodata), **tags}
+    def _as_xarray(
+        self, values: "np.ndarray | dask.array.Array", tags: Mapping[str, str], make: Callable[..., Any]
+    ) -> Any:
+        """A map's values (H, W[, layers]); `make` takes those of one layer, its name and its attributes."""
+        fill = float(self.bundle.nodata)
+        about = {
+            name: {"long_name": maps.LAYER_TITLES.get(name, name), "units": unit, "_FillValue": fill}
+            for name, unit in self.layers.items()
+        }
+        if len(about) == 1:
+            ((name, attributes),) = about.items()
+            return make(values, name, {**attributes, **tags})
+        parts = {name: make(values[..., number], name, one) for number, (name, one) in enumerate(about.items())}
+        return arrays.as_dataset(parts, tags)
 
-    def _map_array(self, images: arrays.ArrayImages, options: MapOptions) -> "xarray.DataArray":
+    def _map_array(self, images: arrays.ArrayImages, options: MapOptions) -> Any:
         source = images.source(**self.reading(options))
-        tags = maps.origin_tags(source, self.bundle, {**self.settings, **options.settings()})
+        tags = maps.origin_tags(source, self.bundle, {**self.settings, **options.settings()}) | self.tags()
         values = (map_lazily if images.lazy else map_now)(self, source, options)
-        return images.as_map(values, source.grid, self.layer, self._attributes(tags))
+        return self._as_xarray(values, tags, lambda *named: images.as_map(named[0], source.grid, *named[1:]))
+
+    @property
+    def layers(self) -> dict[str, str]:
+        """Name and unit of each of the map's bands, in order."""
+        return self._layers.named(self.forward.channels)
 
     @property
     def layer(self) -> str:
-        """Name of the map's band."""
-        return self.bundle.meta["output"]["bands"][0]
+        """Name of the map's first band, the estimate."""
+        return next(iter(self.layers))
 
     @property
     def unit(self) -> str:
         """Its unit."""
-        return self.bundle.meta["output"]["units"]
+        return self.layers[self.layer]
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """(): the model gives one value a pixel; or how many."""
+        return (len(self.forward.channels),) if len(self.forward.channels) > 1 else ()
+
+    def finish(self, values: np.ndarray) -> np.ndarray:
+        """What the model gave as what the map has: float32 (..., W[, channels]) -> (..., W[, layers])."""
+        return self._layers.finish(values, self.forward.channels)
+
+    def tags(self) -> dict[str, str]:
+        """What a map's file says of its layers, beside where it comes from."""
+        return self._layers.tags()
 
     def plan(self, height: int, width: int) -> TilePlan | None:
         """Tiles of a raster of so many pixels, in order; None where it is predicted whole."""

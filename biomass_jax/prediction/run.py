@@ -23,7 +23,10 @@ from biomass_jax.runtime.settings import check
 
 log = logging.getLogger(__name__)
 
-PREDICTOR_FIELDS = ("batch_size", "tile", "stride", "margin", "blend", "tiling", "dtype", "matmul_precision")
+PREDICTOR_FIELDS = (
+    *("batch_size", "tile", "stride", "margin", "blend", "tiling", "dtype", "matmul_precision"),
+    *("uncertainty", "samples", "di", "biome", "outside"),
+)
 
 
 def run(config: ConfigDict, workdir: Path, *, shardings: Callable[[], dict[str, Any]]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,9 +21,12 @@ from biomass_jax.prediction.tiling import Blender, SourceRows, Tile, TilePlan
 
 # Reads source rows [start, stop) -> pixels (rows, W, C) and bool (rows, W), True where the map gets a value.
 ReadRows = Callable[[int, int], tuple[np.ndarray, np.ndarray]]
-# Starts the forward pass of a batch (B, h, w, C) -> something that np.asarray turns into (B, h, w), waiting if need be.
+# Starts the forward pass of a batch (B, h, w, C) -> something that np.asarray turns into (B, h, w) or, of several
+# channels, (B, h, w, channels), waiting if need be.
 StartBatch = Callable[[np.ndarray], object]
 WriteRows = Callable[[int, np.ndarray], None]
+# What the model gives of a pixel -> what the map has of it: (rows, W[, channels]) -> (rows, W[, layers]).
+Finish = Callable[[np.ndarray], np.ndarray]
 
 READ_AHEAD = 3  # batches: one that is being read, and two that wait for the device
 WRITE_BEHIND = 5  # bands of rows: one that is being written, and four that wait for the disk
@@ -146,8 +149,9 @@ def _tile_batches(
 
 
 def check_finite(values: np.ndarray, wanted: np.ndarray, first_row: int = 0) -> None:
-    """Raise PredictionError where a pixel with data has no finite prediction (rows, W)."""
-    bad = np.argwhere(~np.isfinite(values) & wanted)
+    """Raise PredictionError where a pixel with data, `wanted` (rows, W), has no finite prediction (rows, W[, C])."""
+    finite = np.isfinite(values)
+    bad = np.argwhere(~(finite.all(axis=-1) if values.ndim > wanted.ndim else finite) & wanted)
     if len(bad):
         row, column = bad[0]
         raise PredictionError(
@@ -163,9 +167,14 @@ def _finished_rows(
     *,
     nodata: float,
     advance: Callable[[int], None],
+    channels: tuple[int, ...],
+    finish: Finish,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Blend batches: (first row, values (rows, W)), no-data where none is wanted; a wanted pixel must have a number."""
-    blender = Blender(plan)
+    """Blend batches: (first row, values (rows, W[, layers])), no-data where none is wanted.
+
+    A wanted pixel must have a number.
+    """
+    blender = Blender(plan, channels=channels)
     wanted = np.zeros((0, plan.width), bool)  # of rows that are not finished
 
     def masked(bands: Iterable[tuple[int, np.ndarray]]) -> Iterator[tuple[int, np.ndarray]]:
@@ -173,6 +182,7 @@ def _finished_rows(
         for start, values in bands:
             mine, wanted = wanted[: len(values)], wanted[len(values) :]
             check_finite(values, mine, start)
+            values = finish(values)
             values[~mine] = nodata
             yield start, values
 
@@ -199,6 +209,8 @@ def stream_map(
     batch_size: int,
     nodata: float,
     advance: Callable[[int], None] = lambda tiles: None,
+    channels: tuple[int, ...] = (),
+    finish: Finish = lambda values: values,
 ) -> Timings:
     """Predict a raster tile by tile and hand its rows to `write` in order, each once.
 
@@ -206,10 +218,12 @@ def stream_map(
         plan: from `default_plan` or a reference plan.
         read: see ReadRows; called from a thread of its own, rows in order, each once.
         forward: see `StartBatch`; called from this thread with batches of `batch_size`, the last padded with zeros.
-        write: called from a thread of its own with (first row, float32 values (rows, W)).
+        write: called from a thread of its own with (first row, float32 values (rows, W[, layers])).
         batch_size: tiles a forward pass.
         nodata: value of pixels that are not wanted.
         advance: called with the number of tiles that were finished.
+        channels: () or (C,), what `forward` gives of a pixel.
+        finish: makes of it what is written; pixels that are not wanted may be NaN.
 
     Raises:
         PredictionError: a wanted pixel has no finite prediction.
@@ -225,7 +239,8 @@ def stream_map(
         closing(read_ahead(_tile_batches(plan, read, batch_size, timings), READ_AHEAD)) as batches,
     ):
         predicted = one_ahead(batches, start)
-        for first_row, values in _finished_rows(plan, predicted, timings, nodata=nodata, advance=advance):
+        how: Any = {"nodata": nodata, "advance": advance, "channels": channels, "finish": finish}
+        for first_row, values in _finished_rows(plan, predicted, timings, **how):
             put(first_row, values)
     return timings
 
@@ -236,7 +251,7 @@ class TileRowPrediction:
 
     Attributes:
         tiles: those with a pixel to map, in order.
-        values: float32 (tiles, h, w).
+        values: float32 (tiles, h, w[, C]).
         start: the first source row that was read for them.
         wanted: bool (rows, W), which pixels of the rows from `start` on get a value.
     """
@@ -269,7 +284,14 @@ def predict_tile_row(
 
 
 def blend_band(
-    plan: TilePlan, start: int, stop: int, predictions: Mapping[int, TileRowPrediction], *, nodata: float
+    plan: TilePlan,
+    start: int,
+    stop: int,
+    predictions: Mapping[int, TileRowPrediction],
+    *,
+    nodata: float,
+    channels: tuple[int, ...] = (),
+    finish: Finish = lambda values: values,
 ) -> np.ndarray:
     """Rows of a map, blended as `stream_map` does.
 
@@ -279,17 +301,19 @@ def blend_band(
         stop: the row behind the last.
         predictions: of all rows of tiles that touch these rows, by number.
         nodata: value of pixels that are not wanted.
+        channels: as for `stream_map`.
+        finish: as for `stream_map`.
 
     Returns:
-        float32 (rows, W).
+        float32 (rows, W[, layers]).
 
     Raises:
         PredictionError: a wanted pixel has no finite prediction.
     """
     part = replace(plan, rows=tuple(plan.rows[index] for index in sorted(predictions)))
-    blender = Blender(part, part.first_rows()[0])
-    blended = np.full((stop - start, plan.width), np.nan, np.float32)
-    wanted = np.ones(blended.shape, bool)
+    blender = Blender(part, part.first_rows()[0], channels)
+    blended = np.full((stop - start, plan.width, *channels), np.nan, np.float32)
+    wanted = np.ones(blended.shape[:2], bool)
 
     def take(number: int) -> None:
         for first, values in blender.finished_before(number):
@@ -309,5 +333,6 @@ def blend_band(
             wanted[low - start : high - start] = one.wanted[low - one.start : high - one.start]
     take(len(predictions))
     check_finite(blended, wanted, start)
+    blended = finish(blended)
     blended[~wanted] = nodata
     return blended

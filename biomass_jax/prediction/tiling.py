@@ -240,21 +240,24 @@ class Blender:
     `finished_before` of the number of rows of tiles yields. Rows come out in order, each once.
     """
 
-    def __init__(self, plan: TilePlan, start: int = 0) -> None:
-        """`start` is the first row that any tile touches."""
+    def __init__(self, plan: TilePlan, start: int = 0, channels: tuple[int, ...] = ()) -> None:
+        """`start` is the first row that any tile touches; `channels` () or (C,) values a pixel, each blended alike."""
         self._plan = plan
+        self._shape = (plan.width, *channels)
         self._firsts = [*plan.first_rows(), plan.height]
         self._start = start
         rows = min(plan.tile_height, plan.height)
-        self._sum = np.zeros((rows, plan.width), np.float32)
-        self._weight = np.zeros((rows, plan.width), np.float32)
+        self._sum = np.zeros((rows, *self._shape), np.float32)
+        self._weight = np.zeros((rows, plan.width, *(1 for _ in channels)), np.float32)
 
     def add(self, index: int, tile: Tile, prediction: np.ndarray) -> None:
-        """Add the prediction (tile height, tile width) of one tile of the row of tiles number `index`."""
+        """Add the prediction (tile height, tile width[, C]) of one tile of the row of tiles number `index`."""
         rows, columns, inside_rows, inside_columns = self._plan.window(self._plan.rows[index], tile)
         weights = self._plan.weights[tile.kind]
         used = prediction[tile.crop : tile.crop + weights.shape[0], tile.crop : tile.crop + weights.shape[1]]
-        weights = weights[inside_rows, inside_columns]
+        weights = weights[inside_rows, inside_columns].reshape(
+            -1, columns.stop - columns.start, *self._weight.shape[2:]
+        )
         band = slice(rows.start - self._start, rows.stop - self._start)
         self._sum[band, columns] += weights * used[inside_rows, inside_columns]
         self._weight[band, columns] += weights
@@ -267,7 +270,7 @@ class Blender:
         stop = self._firsts[index]
         while self._start < stop:
             count = min(stop - self._start, len(self._sum))
-            values = np.full((count, self._plan.width), np.nan, np.float32)
+            values = np.full((count, *self._shape), np.nan, np.float32)
             np.divide(self._sum[:count], self._weight[:count], out=values, where=self._weight[:count] > 0)
             for accumulator in (self._sum, self._weight):
                 accumulator[: len(accumulator) - count] = accumulator[count:].copy()

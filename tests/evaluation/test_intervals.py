@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import t as student
 
-from biomass_jax.evaluation.intervals import block_intervals
+from biomass_jax.evaluation.intervals import block_intervals, mean_intervals
 from biomass_jax.tasks.scores import RegressionSums
 
 
@@ -128,3 +128,36 @@ def test_two_models_on_the_same_ground_differ_more_surely_than_their_intervals_s
     assert mine[0] < theirs[1]
     low, high = block_intervals(parts(prediction, label, block), parts(other, label, block))[0]["rmse"]
     assert 0 < low < high < mine[1] - mine[0]
+
+
+def test_means_of_pixels_values_against_a_loop_and_the_scores():
+    prediction, _, label, block = ground((5, 90, 17, 33, 60, 8, 41))
+    error = prediction - label
+    values = np.stack([np.abs(error), (error > 0).astype(float)], axis=1)
+    sums = np.array([[sum(block == g), *values[block == g].sum(0)] for g in range(7)])
+    (absolute, share), why = mean_intervals(sums, [False, True])
+    assert why == ""
+    assert absolute == pytest.approx(block_intervals(parts(prediction, label, block))[0]["mae"], rel=1e-9)
+    of_share = lambda chosen: {"share": np.mean(error[chosen] > 0)}  # noqa: E731
+    assert share == pytest.approx(by_hand_means(of_share, block), rel=1e-9)
+
+
+def by_hand_means(values_of, block):
+    odds = lambda share: np.log(share / (1 - share))  # noqa: E731
+    blocks = int(block.max()) + 1
+    weights = np.bincount(block) / len(block)
+    without = np.array([odds(values_of(block != g)["share"]) for g in range(blocks)])
+    error = np.sqrt((blocks - 1) / blocks * np.sum((without - without.mean()) ** 2))
+    half, whole = student.ppf(0.975, 1 / np.sum(weights**2) - 1) * error, odds(values_of(block >= 0)["share"])
+    return tuple(1 / (1 + np.exp(-end)) for end in (whole - half, whole + half))
+
+
+def test_shares_end_at_0_and_1_and_say_nothing_where_all_blocks_but_one_are_alike():
+    n = np.full(6, 10.0)
+    (share,), _ = mean_intervals(np.stack([n, [10, 10, 10, 10, 9, 2]], axis=1), [True])
+    assert 0 < share[0] < 51 / 60 < share[1] < 1
+    for inside in ([10] * 6, [10, 10, 10, 10, 10, 2], [0] * 6, [5, 0, 0, 0, 0, 0]):
+        assert mean_intervals(np.stack([n, inside], axis=1), [True]) == ([None], "")
+    assert mean_intervals(np.stack([n, [5, 0, 0, 0, 0, 0]], axis=1), [False]) == ([None], "")
+    few = np.stack([n, n / 2], axis=1)[:4]
+    assert mean_intervals(few, [True]) == ([None], "4 blocks with labels; it takes 5")

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from scipy.special import erf
+from scipy.special import erf, ndtr
 
-from biomass_jax.evaluation.intervals import jackknife
+from biomass_jax.evaluation.intervals import jackknife, mean_intervals
 from biomass_jax.tasks.scores import SCORES
 
 LABEL_SD, ERROR_SD, BIAS = 50.0, 25.0, 4.0  # of pixels within a block, Mg/ha
@@ -107,3 +107,21 @@ def test_the_worlds_truth_is_that_of_many_blocks():
     np.testing.assert_allclose(absolute / n, truth["mae"], rtol=0.01)
     np.testing.assert_allclose(error / n, truth["bias"], atol=0.2)
     np.testing.assert_allclose(1 - squared / (squares - label**2 / n), truth["r2"], atol=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [0.0, 0.7])
+@pytest.mark.parametrize("blocks", [5, 10, 20, 40])
+def test_intervals_of_a_share_hold_the_truth_about_as_often_as_they_say(sizes, blocks):
+    """Of labels, 90 % of which lie inside an interval; a fifth of their errors' variance is a block's."""
+    rng, shared, held = np.random.default_rng([int(10 * sizes), blocks]), 0.2, []
+    for _ in range(1000):
+        n = np.clip(np.round(PIXELS * np.exp(rng.normal(-(sizes**2) / 2, sizes, blocks))), 2, None).astype(int)
+        centre = shared**0.5 * rng.normal(size=blocks)
+        chance = ndtr((1.6448536 + centre) / (1 - shared) ** 0.5) - ndtr((centre - 1.6448536) / (1 - shared) ** 0.5)
+        ((interval,), _) = mean_intervals(np.stack([n, rng.binomial(n, chance)], axis=1).astype(float), [True])
+        if interval is not None:
+            held.append(interval[0] <= 0.9 <= interval[1])
+    print(sizes, blocks, len(held), np.mean(held))
+    assert len(held) > 900
+    assert 0.92 <= np.mean(held) <= 0.985

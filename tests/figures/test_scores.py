@@ -193,3 +193,34 @@ def test_files_that_hold_no_curve(tmp_path, text, fault):
     path.write_text(text)
     with pytest.raises(FigureError, match=fault):
         figures.training_curves([path])
+
+
+def uncertainty(**changes):
+    nominal = [k / 20 for k in range(1, 20)]
+    row = {"group": "0-100", "n": 1234, "coverage": 0.91, "coverage_low": 0.87, "coverage_high": 0.94}
+    none = dict.fromkeys(row) | {"group": "below 0", "n": 0}
+    curves = {"removed": [0, 0.5, 0.9], "rmse": [40.0, 30.0, 21.0], "oracle": [40.0, 12.0, 3.0], "ause": 0.43}
+    given = {"reliability": {"nominal": nominal, "observed": [value**1.2 for value in nominal]}, "level": 0.9}
+    given |= {"rows": [none, row, row | {"group": "100-200", "coverage_low": None}], "sparsification": curves}
+    return figures.uncertainty_panels(**given | {"title": "granite"} | changes)
+
+
+def test_uncertainty_panels_show_the_curves_and_coverages_as_given():
+    figure = uncertainty()
+    shares, bins, curve = figure.axes
+    np.testing.assert_allclose(shares.lines[1].get_ydata()[9], 0.5**1.2)
+    assert [tuple(line.get_xydata()[0]) for line in bins.lines[:2]] == [(1, 0.91), (2, 0.91)]
+    assert [collection.get_segments()[0].tolist() for collection in bins.collections] == [[[1, 0.87], [1, 0.94]]]
+    assert [list(line.get_ydata()) for line in curve.lines] == [[40, 30, 21], [40, 12, 3]]
+    texts = texts_of(figure)
+    assert {"granite", "0-100\nn = 1,234", "below 0\nn = 0", "Level 0.9", "By sd, area between 0.43"} <= set(texts)
+    assert inside(figure)
+
+
+def test_uncertainty_panels_do_without_errors_and_reach_down_to_low_coverages():
+    row = {"group": "0-100", "n": 9, "coverage": 0.2, "coverage_low": None, "coverage_high": None}
+    curves = {"removed": [0, 0.5], "rmse": [0.0, 0.0], "oracle": [0.0, 0.0], "ause": None}
+    figure = uncertainty(rows=[row], sparsification=curves)
+    assert figure.axes[1].get_ylim()[0] < 0.2
+    assert "By sd" in texts_of(figure)
+    assert inside(figure)

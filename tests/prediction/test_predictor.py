@@ -270,7 +270,7 @@ def test_precision_is_highest_in_float32_and_default_in_bfloat16(stub):
 
     def precisions(**settings):
         run = stub(model, **settings).forward._run
-        return str(jax.make_jaxpr(run)({}, jnp.ones((1, 2, 2, 6)), jnp.float32(0)))
+        return str(jax.make_jaxpr(run)(({}, {}), jnp.ones((1, 2, 2, 6)), jnp.float32(0)))
 
     assert "Precision.HIGHEST" in precisions()
     assert "Precision.HIGHEST" not in precisions(matmul_precision="default")

@@ -228,3 +228,24 @@ def test_weights_without_overlap_are_flat():
     assert (blend_weights(224, 208, 8, "cosine") == 1).all()
     assert (blend_weights(224, 192, 8, "none") == 1).all()
     assert blend_weights(224, 192, 8, "cosine").shape == (208, 208)
+
+
+def test_several_channels_are_each_blended_as_one_is():
+    plan = default_plan(90, 71, tile=40, stride=28, margin=3, blend="cosine")
+    rng = np.random.default_rng(0)
+    tiles = {
+        (i, t.column): rng.normal(size=(40, 40, 3)).astype(np.float32) for i, r in enumerate(plan.rows) for t in r.tiles
+    }
+
+    def blended(channels, choose):
+        blender, done = Blender(plan, channels=channels), []
+        for index, row in enumerate(plan.rows):
+            done += blender.finished_before(index)
+            for tile in row.tiles:
+                blender.add(index, tile, choose(tiles[index, tile.column]))
+        return np.concatenate([values for _, values in [*done, *blender.finished_before(len(plan.rows))]])
+
+    together = blended((3,), lambda tile: tile)
+    assert together.shape == (90, 71, 3)
+    for channel in range(3):
+        np.testing.assert_array_equal(together[..., channel], blended((), lambda tile, c=channel: tile[..., c]))

@@ -315,8 +315,15 @@ def as_array(
     return result.rio.write_transform(grid.transform) if t.b or t.d else result
 
 
+def as_dataset(layers: Mapping[str, Any], attributes: Mapping[str, Any]) -> Any:
+    """A map's layers, DataArrays of `as_array` or `as_map`, as one Dataset."""
+    import xarray
+
+    return xarray.Dataset({name: one.drop_vars("band") for name, one in layers.items()}, attrs=dict(attributes))
+
+
 def stacked(maps: Sequence[Any], images: ArrayImages) -> Any:
-    """The maps of all times as one DataArray, or the only one."""
+    """The maps of all times as one DataArray or Dataset, or the only one."""
     if images.time is None:
         return maps[0]
     import xarray
@@ -325,16 +332,16 @@ def stacked(maps: Sequence[Any], images: ArrayImages) -> Any:
     return xarray.concat(maps, dim=along, coords="minimal", compat="override", join="override")
 
 
-def lazy_bands(parts: Sequence[tuple[Any, int]], width: int) -> Any:
-    """One Dask array (rows, width) float32 of row bands.
+def lazy_bands(parts: Sequence[tuple[Any, int]], row: tuple[int, ...]) -> Any:
+    """One Dask array (rows, *row) float32 of row bands.
 
     Args:
-        parts: (Dask's delayed values (rows, width), number of rows), from north to south.
-        width: columns.
+        parts: (Dask's delayed values (rows, *row), number of rows), from north to south.
+        row: (columns,) or (columns, layers).
     """
     import dask.array
 
-    arrays = [dask.array.from_delayed(part, (rows, width), np.float32) for part, rows in parts]
+    arrays = [dask.array.from_delayed(part, (rows, *row), np.float32) for part, rows in parts]
     return dask.array.concatenate(arrays, axis=0)
 
 

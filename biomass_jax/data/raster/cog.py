@@ -253,14 +253,15 @@ class CogWriter:
     def _finish_dataset(self) -> None:
         with raster_errors(f"{self.path}: writing {self._partial.name}; {_FULL}"):
             self._dataset.update_tags(**{**self._tags, "AREA_OR_POINT": "Area"})
-            self._dataset.update_tags(1, **self._band_tags())
+            for number, texts in enumerate(self._band_tags(), 1):
+                self._dataset.update_tags(number, **texts)
             if self._layout.overviews_first:
                 self._dataset.build_overviews(self._overview_factors(), Resampling.average)
         self._close_dataset()
 
-    def _band_tags(self) -> Mapping[str, str]:
-        """Texts for the first band."""
-        return {}
+    def _band_tags(self) -> Sequence[Mapping[str, str]]:
+        """Texts for the bands, from the first on."""
+        return ()
 
     def _overview_factors(self) -> list[int]:
         """2, 4, 8 ... until the smallest overview is one tile."""
@@ -367,7 +368,7 @@ class _Statistics:
 
 
 class MapWriter(CogWriter):
-    """Writes one float32 map as a COG, with the statistics of its values; see `CogWriter`."""
+    """Writes a float32 map of one layer or several as a COG, with the statistics of each; see `CogWriter`."""
 
     def __init__(
         self,
@@ -375,8 +376,7 @@ class MapWriter(CogWriter):
         grid: Grid,
         *,
         nodata: float,
-        description: str,
-        unit: str,
+        layers: Mapping[str, str],
         tags: Mapping[str, str],
         block: int = MAP_LAYOUT.block,
     ) -> None:
@@ -386,41 +386,42 @@ class MapWriter(CogWriter):
             dst: the map's path.
             grid: size and place of the map.
             nodata: value of pixels without one.
-            description: name of the band.
-            unit: its unit.
+            layers: name and unit of each band, in order.
             tags: texts for the file.
             block: edge of its tiles in pixels, a multiple of 16.
         """
         layout = CogLayout(block, MAP_LAYOUT.compression, MAP_LAYOUT.working)
-        super().__init__(
-            dst, grid, dtype=np.float32, band_names=[description], nodata=nodata, tags=tags, units=[unit], layout=layout
-        )
-        self._statistics = _Statistics(nodata)
+        named: dict[str, Any] = {"band_names": list(layers), "units": list(layers.values())}
+        super().__init__(dst, grid, dtype=np.float32, nodata=nodata, tags=tags, layout=layout, **named)
+        self._statistics = [_Statistics(nodata) for _ in layers]
 
     def write_rows(self, start: int, values: np.ndarray) -> None:
         """Add rows below those already written.
 
         Args:
             start: their first row, which has to be the next one.
-            values: (rows, width) Mg/ha or the no-data value.
+            values: (rows, width) of a single layer, else (rows, width, layers); the no-data value where there is none.
 
         Raises:
             RasterError: rows out of order, of another width, not finite, or the disk doesn't take them.
         """
-        if start != self._next_row or values.ndim != 2 or values.shape[1] != self.grid.width:
+        layers = len(self._statistics)
+        wanted = (self.grid.width,) if layers == 1 else (self.grid.width, layers)
+        if start != self._next_row or values.shape[1:] != wanted:
             raise RasterError(
-                f"{self.path}: got values {values.shape} for row {start}, expected row {self._next_row} and width "
-                f"{self.grid.width}"
+                f"{self.path}: got values {values.shape} for row {start}, expected row {self._next_row} and "
+                f"{' x '.join(map(str, wanted))} values a row"
             )
         if not np.isfinite(values).all():
             stop = start + values.shape[0]
             raise RasterError(f"{self.path}: the model gave values that are not finite in rows {start} to {stop}")
-        values = values.astype(np.float32, copy=False)
-        self.write(values[None])
-        self._statistics.add(values)
+        values = np.moveaxis(values.astype(np.float32, copy=False).reshape(-1, self.grid.width, layers), -1, 0)
+        self.write(values)
+        for statistics, rows in zip(self._statistics, values, strict=True):
+            statistics.add(rows)
 
-    def _band_tags(self) -> Mapping[str, str]:
-        return self._statistics.tags()
+    def _band_tags(self) -> Sequence[Mapping[str, str]]:
+        return [statistics.tags() for statistics in self._statistics]
 
 
 def write_cog(

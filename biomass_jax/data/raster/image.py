@@ -416,6 +416,7 @@ def read_preview(
     band_list: object = None,
     fill: float | None = None,
     wanted: Sequence[str] | None = None,
+    number: int = 1,
 ) -> np.ndarray:
     """A raster at reduced size for a picture, NaN for no-data.
 
@@ -424,7 +425,8 @@ def read_preview(
         max_size: most pixels along the longer side.
         band_list: as for `open_image`.
         fill: as for `open_image`.
-        wanted: None for a map: its first band; else the bands of an image.
+        wanted: None for a map: one band; else the bands of an image.
+        number: of a map's band, from 1.
 
     Returns:
         float32, (rows, columns) of a map or (rows, columns, bands) of an image.
@@ -434,7 +436,7 @@ def read_preview(
             return image.read_preview(max_size)[..., [bands.BAND_NAMES.index(name) for name in wanted]]
     path = source.paths[0] if isinstance(source, InputItem) else os.fspath(source)
     with raster_errors(path), open_quietly(path) as dataset:
-        values = dataset.read(1, out_shape=_preview_shape(grid_of(dataset), max_size)).astype(np.float32)
+        values = dataset.read(number, out_shape=_preview_shape(grid_of(dataset), max_size)).astype(np.float32)
         if dataset.nodata is not None:
             values[values == np.float32(dataset.nodata)] = np.nan
         return values

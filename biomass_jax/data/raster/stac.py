@@ -51,7 +51,8 @@ def write_item(path: Path, source: str) -> None:
         OSError: the item can't be written.
     """
     with raster_errors(str(path)), open_quietly(str(path)) as dataset:
-        grid, tags, band = grid_of(dataset), dataset.tags(), _band(dataset)
+        grid, tags = grid_of(dataset), dataset.tags()
+        bands = [_band(dataset, number) for number in dataset.indexes]
         name = dataset.descriptions[0] or "data"
     granules = _granules(tags.get("DATA_SOURCES", ""))
     when = _time(tags.get("SEASON", ""), granules)
@@ -61,7 +62,8 @@ def write_item(path: Path, source: str) -> None:
         if when is None:
             raise RasterError("nothing tells its date; give the image a tag SEASON, as 2020-06-01/2020-09-01")
         place = outline(grid)
-        band["spatial_resolution"] = float(np.mean(grid.pixel_size() or ()))
+        for band in bands:
+            band["spatial_resolution"] = float(np.mean(grid.pixel_size() or ()))
     except RasterError as error:
         log.warning("%s: has no STAC item: %s", path, error)
         return
@@ -72,7 +74,7 @@ def write_item(path: Path, source: str) -> None:
         "roles": ["data"],
         "file:size": path.stat().st_size,
         "file:checksum": _SHA256 + sha256_of(path),
-        "raster:bands": [band],
+        "raster:bands": bands,
     }
     item = {
         "type": "Feature",
@@ -164,13 +166,16 @@ def _projection(crs: CRS) -> dict[str, Any]:
         return {"proj:code": None, "proj:wkt2": crs.to_wkt(version=WktVersion.WKT2_2019)}
 
 
-def _band(dataset: rasterio.DatasetReader) -> dict[str, Any]:
-    """What the map's band holds; statistics are those that the file carries, where they are no estimates."""
-    tags = dataset.tags(1)
+def _band(dataset: rasterio.DatasetReader, number: int) -> dict[str, Any]:
+    """What a band of the map holds; statistics are those that the file carries, where they are no estimates."""
+    tags = dataset.tags(number)
     names = () if "STATISTICS_APPROXIMATE" in tags else ("minimum", "maximum", "mean", "stddev", "valid_percent")
     texts = {name: tags.get(f"STATISTICS_{name.upper()}") for name in names}
     found = {name: float(text) for name, text in texts.items() if text is not None}
-    band = {"data_type": dataset.dtypes[0], "nodata": dataset.nodata, "unit": dataset.units[0], "sampling": "area"}
+    kind, unit = dataset.dtypes[number - 1], dataset.units[number - 1]
+    band = {"data_type": kind, "nodata": dataset.nodata, "unit": unit, "sampling": "area"}
+    if dataset.count > 1:
+        band = {"name": dataset.descriptions[number - 1], **band}
     return {key: value for key, value in {**band, "statistics": found or None}.items() if value is not None}
 
 

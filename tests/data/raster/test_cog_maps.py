@@ -22,7 +22,7 @@ from biomass_jax.data.raster.tiff import verify_blocks
 from biomass_jax.errors import RasterError
 
 GRID = Grid(301, 427, CRS.from_epsg(32610), Affine(30, 0, 400020, 0, -30, 4200000))
-META = {"nodata": -1, "description": "agbd", "unit": "Mg ha-1"}
+META = {"nodata": -1, "layers": {"agbd": "Mg ha-1"}}
 TAGS = {"SEASON": "2020-06-01/2020-09-30", "SETTINGS": '{"tile": 224}', "COUNT": "7"}
 
 
@@ -125,7 +125,7 @@ def test_a_map_lies_where_its_image_lies(tmp_path, crs, transform):
 
 
 def test_another_no_data_value(tmp_path):
-    with MapWriter(tmp_path / "a.tif", GRID, nodata=-9999, description="x", unit="m", tags={}) as writer:
+    with MapWriter(tmp_path / "a.tif", GRID, nodata=-9999, layers={"x": "m"}, tags={}) as writer:
         writer.write_rows(0, field())
     with rasterio.open(tmp_path / "a.tif") as dataset:
         assert (dataset.nodata, dataset.descriptions, dataset.units) == (-9999, ("x",), ("m",))
@@ -135,7 +135,7 @@ def test_another_no_data_value(tmp_path):
     ("start", "shape", "value", "message"),
     [
         (10, (5, 427), 1, r"got values \(5, 427\) for row 10, expected row 0"),
-        (0, (5, 426), 1, "expected row 0 and width 427"),
+        (0, (5, 426), 1, "expected row 0 and 427 values a row"),
         (0, (302, 427), 1, "rows 0 to 302 of a raster with 301"),
         (0, (5, 427), np.nan, "not finite in rows 0 to 5"),
         (0, (5, 427), 1, "5 of 301 rows were written"),
@@ -176,7 +176,7 @@ def child(code, *arguments):
         values = np.random.default_rng(0).normal(100, 30, (700, 427)).astype(np.float32)
         grid = Grid(700, 427, CRS.from_epsg(32610), Affine(30, 0, 400020, 0, -30, 4200000))
         def write():
-            meta = {"nodata": -1, "description": "agbd", "unit": "u", "tags": {}, "block": 128}
+            meta = {"nodata": -1, "layers": {"agbd": "u"}, "tags": {}, "block": 128}
             with MapWriter(sys.argv[1], grid, **meta) as writer:
                 for start in range(0, 700, 70):
                     writer.write_rows(start, values[start:start + 70])
@@ -322,7 +322,7 @@ def test_memory_does_not_grow_with_the_height(tmp_path):
     code = """
         grid = Grid(int(sys.argv[2]), 4000, grid.crs, grid.transform)
         rows = np.tile(np.arange(4000, dtype=np.float32), (400, 1))
-        with MapWriter(sys.argv[1], grid, nodata=-1, description="agbd", unit="u", tags={}) as writer:
+        with MapWriter(sys.argv[1], grid, nodata=-1, layers={"agbd": "u"}, tags={}) as writer:
             for start in range(0, grid.height, 400):
                 writer.write_rows(start, rows)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)

@@ -21,7 +21,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cogs")
     values = np.random.default_rng(0).integers(1, 300, (3, GRID.height, GRID.width)).astype(np.int16)
     values[:, 600:] = -1  # blocks without data
-    with MapWriter(folder / "map.tif", GRID, nodata=-1, description="agbd", unit="Mg ha-1", tags={"A": "b"}) as writer:
+    with MapWriter(folder / "map.tif", GRID, nodata=-1, layers={"agbd": "Mg ha-1"}, tags={"A": "b"}) as writer:
         for start in range(0, GRID.height, 100):
             writer.write_rows(start, values[0, start : start + 100].astype(np.float32))
     names = ("BLUE", "GREEN", "COUNT")

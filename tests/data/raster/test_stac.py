@@ -34,7 +34,7 @@ def map_at(path, grid=GRID, **tags):
     rng = np.random.default_rng(0)
     values = rng.gamma(2, 60, (grid.height, grid.width)).astype(np.float32)
     values[0] = -1
-    with MapWriter(path, grid, nodata=-1, description="agbd", unit="Mg ha-1", tags=TAGS | tags) as writer:
+    with MapWriter(path, grid, nodata=-1, layers={"agbd": "Mg ha-1"}, tags=TAGS | tags) as writer:
         writer.write_rows(0, values)
     return values
 
