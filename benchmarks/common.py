@@ -72,7 +72,11 @@ def random_bundle(architecture: Mapping[str, Any], path: Path) -> Path:
                 "stds": GRANITE_STDS,
                 "sensors": ["L30"],
             },
-            output={"bands": ["agbd"], "units": "Mg ha-1", "nodata": -1},
+            output={
+                "bands": ["agbd", "agbd_sd"] if "members" in architecture else ["agbd"],
+                "units": "Mg ha-1",
+                "nodata": -1,
+            },
             training={},
             provenance={"source": "random weights, for benchmarks"},
         )

@@ -70,6 +70,39 @@ def forward(bundle: str, batch_size: int, dtype: str) -> tuple[dict[str, Any], O
     return facts, lambda: {"gflops_peak": rate(), "seconds": once()}
 
 
+def uncertainty(bundle: str, ensemble: str, samples: int, side: int, dtype: str) -> tuple[dict[str, Any], Once]:
+    """Seconds of the program that predictions run, `plain` and by each way of being sure, one after another a round.
+
+    Tiles of `side` px, a batch as large as maps have it; `ensemble` is a bundle whose members share an encoder.
+    """
+    from biomass_jax import bundle as bundles
+    from biomass_jax.prediction.forward import Forward
+    from biomass_jax.uncertainty.spread import Spread
+
+    ways = {"plain": (bundle, "none"), "dropout": (bundle, "dropout"), "symmetries": (bundle, "symmetries")}
+    ways["ensemble"] = (ensemble, "model")
+    opened = {path: bundles.load(path) for path in (bundle, ensemble)}
+    programs = {
+        name: Forward(opened[path], dtype=dtype, spread=Spread(way, samples)) for name, (path, way) in ways.items()
+    }
+    batch_size = programs["plain"].batch_size(None)
+    tiles = np.random.default_rng(0).integers(1, 5000, (batch_size, side, side, 6)).astype(np.int16)
+    images = jax.device_put(tiles)
+
+    def timing(program: Forward) -> Callable[[], float]:
+        results: list[Any] = []
+
+        def call() -> None:
+            results[:] = [program(images, -9999)]
+
+        return common.per_call(call, lambda: jax.block_until_ready(results))
+
+    timings = {name: timing(program) for name, program in programs.items()}
+    channels = {name: list(program.channels) for name, program in programs.items()}
+    facts = {"batch_size": batch_size, "channels": channels}
+    return facts, lambda: {name: once() for name, once in timings.items()}
+
+
 def training(shards: str, batch_size: int, dtype: str, fields: dict[str, Any], steps: int = 1) -> Any:
     """The config of the released model's training, on the benchmark's shards; `fields` of another model than Swin-B."""
     from configs import finetune_all_biomes
@@ -257,6 +290,7 @@ JOBS: dict[str, common.Job] = {
     "peak": peak,
     "reference": reference,
     "forward": forward,
+    "uncertainty": uncertainty,
     "step": step,
     "breakdown": breakdown,
     "load": load_chips,

@@ -1,4 +1,7 @@
-"""Maps: a raster in a running process, and sixteen chips from the start of a process, beside the rival's."""
+"""Maps: a raster in a running process, and sixteen chips from the start of a process, beside the rival's.
+
+The part `uncertainty`: what it costs that a map says how sure it is.
+"""
 
 import os
 import shutil
@@ -16,6 +19,15 @@ MAP_ROUNDS, START_ROUNDS = 3, 3
 CHIPS = 16
 MAP_TARGET, START_TARGET = Target("ratio", ">=", 1.4), Target("ratio", ">=", 2.5)
 MEMORY_TARGET = Target("ratio", ">=", 1.0)
+SURE_ROUNDS = 9
+SAMPLES, MEMBERS = 10, 5
+# Name of a way, and at most so many times the plain map's time. The job `uncertainty` of benchmarks/jax_work.py knows
+# what each of them is.
+WAYS = {
+    "dropout": (f"sd by {SAMPLES} samples of the head's dropout", Target("ours", "<=", 1.3)),
+    "symmetries": ("mean and sd of the eight symmetries", Target("ours", "<=", 8.2)),
+    "ensemble": (f"ensemble of {MEMBERS} on one encoder", Target("ours", "<=", 1.2)),
+}
 
 
 def scene(side: int, folder: Path = common.FOLDER, seed: int = 0) -> Path:
@@ -112,6 +124,27 @@ def measure_start(settings: suite.Settings) -> suite.SuitePart:
         TableRow("predict", f"{name}, empty cache", "s", seconds["cold"], theirs, less=True),
     ]
     return suite.SuitePart(rows, {"seconds": seconds})
+
+
+def measure_uncertainty(settings: suite.Settings) -> suite.SuitePart:
+    """How many times as long a batch takes by each way of being sure as plain, in turns in one process."""
+    ensemble = settings.bundle_of({"members": MEMBERS, "shared_encoder": True})
+    arguments = {"bundle": settings.bundle, "ensemble": ensemble, "samples": SAMPLES}
+    arguments |= {"side": suite.SIDE, "dtype": settings.dtype}
+    with common.Crew() as workers:
+        workers["ours"] = common.Worker(suite.OURS, "uncertainty", settings.env(), **arguments)
+        facts = workers["ours"].facts
+        runs = common.in_turns(workers, settings.turns(SURE_ROUNDS))["ours"]
+    rows = [
+        TableRow("uncertainty", f"{name}, of a plain map's time", "x", costs(runs, way), less=True, target=target)
+        for way, (name, target) in WAYS.items()
+    ]
+    return suite.SuitePart(rows, {"facts": facts, "rounds": runs})
+
+
+def costs(runs: list[dict[str, float]], way: str) -> list[float]:
+    """How many times as long as a plain map a way took, round by round."""
+    return [run[way] / run["plain"] for run in runs]
 
 
 def _run(command: list[str], env: dict[str, str]) -> None:

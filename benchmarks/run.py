@@ -1,4 +1,4 @@
-"""The benchmark suite: `python -m benchmarks.run [--only model,predict,train,input,prep]`.
+"""The benchmark suite: `python -m benchmarks.run [--only model,predict,uncertainty,train,input,prep]`.
 
 Ours beside the PyTorch original's model (benchmarks/rival/model.py), each in a process of its own, in turns on one
 machine; the two are compared on shared weights first. Prints one table and writes JSON with the machine, the versions
@@ -21,14 +21,18 @@ from benchmarks.programs import roofline
 PARTS: dict[str, Callable[[suite.Settings], suite.SuitePart]] = {
     "model": model.measure,
     "predict": predict.measure,
+    "uncertainty": predict.measure_uncertainty,
     "train": train.measure,
     "input": train.measure_input,
     "prep": data_prep.measure,
     "breakdown": train.measure_breakdown,
     "roofline": roofline.measure,
 }
-ALONE = {"prep", "breakdown", "roofline"}  # without the PyTorch rival
-USUAL = {"cpu": ("model", "predict", "train", "input", "prep"), "gpu": ("model", "train", "predict", "input")}
+ALONE = {"uncertainty", "prep", "breakdown", "roofline"}  # without the PyTorch rival
+USUAL = {
+    "cpu": ("model", "predict", "uncertainty", "train", "input", "prep"),
+    "gpu": ("model", "train", "predict", "uncertainty", "input"),
+}
 SIZES = {
     "cpu": {"forward": (1, 2, 4, 8), "step": (4,)},
     "gpu": {"forward": (1, 8, 32, 64, 128, 256), "step": (16, 32, 64, 128)},

@@ -58,8 +58,13 @@ class Settings:
     @property
     def bundle(self) -> str:
         """The folder of random weights, written once."""
-        name = "_".join(str(value) for value in self.fields.values()) if self.fields else "swin_b"
-        return str(common.random_bundle(self.fields, common.FOLDER / re.sub(r"\W+", "_", name)))
+        return self.bundle_of({})
+
+    def bundle_of(self, more: Mapping[str, Any]) -> str:
+        """That of a model with more fields than the run's."""
+        fields = {**self.fields, **more}
+        name = "_".join([*([] if self.fields else ["swin_b"]), *(str(value) for value in fields.values())])
+        return str(common.random_bundle(fields, common.FOLDER / re.sub(r"\W+", "_", name)))
 
     @property
     def training(self) -> dict[str, Any]:

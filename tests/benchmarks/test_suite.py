@@ -1,10 +1,11 @@
 """The suite's arithmetic and its plumbing; nothing is timed."""
 
+import dataclasses
 import json
 
 import pytest
 
-from benchmarks import common, plots, run, suite, table, train
+from benchmarks import common, jax_work, plots, predict, run, suite, table, train
 from benchmarks.programs import roofline, trace
 from benchmarks.table import TableRow, Target
 
@@ -95,6 +96,47 @@ def test_parts_of_a_step_are_differences():
     runs = [{"inputs": 1.0, "forward": 3.0, "backward": 8.0, "step": 9.5}]
     expected = {"inputs": [1.0], "forward": [2.0], "backward": [5.0], "optimiser": [1.5]}
     assert train.differences(runs) == expected
+
+
+def test_what_being_sure_costs_is_of_the_same_round(monkeypatch):
+    # The machine slows down threefold; each way goes on to take as many times a plain map's time.
+    runs = [{"plain": t, "dropout": 1.25 * t, "symmetries": 8.5 * t, "ensemble": 1.2 * t} for t in (1.0, 3.0)]
+
+    class Told:
+        def __init__(self, *_, **arguments):
+            self.facts, self.left = arguments, iter(runs)
+
+        def once(self):
+            return next(self.left)
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(common, "Worker", Told)
+    monkeypatch.setattr(common, "random_bundle", lambda fields, path: path)
+    found = predict.measure_uncertainty(dataclasses.replace(SETTINGS, rounds=2))
+    assert [list(row.ours) for row in found.rows] == [[1.25, 1.25], [8.5, 8.5], pytest.approx([1.2, 1.2])]
+    assert [row.cells()[2:6:3] for row in found.rows] == [
+        ["1.25 x (1.25-1.25)", "<= 1.30 x, met"],
+        ["8.50 x (8.50-8.50)", "<= 8.20 x, MISSED"],
+        ["1.20 x (1.20-1.20)", "<= 1.20 x, met"],
+    ]
+    models = [found.raw["facts"][name].rsplit("/", 1)[1] for name in ("bundle", "ensemble")]
+    assert (models, found.raw["facts"]["samples"]) == (["swin_b", "swin_b_5_True"], 10)
+
+
+@pytest.mark.slow
+def test_each_way_of_being_sure_is_timed_on_a_program_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "FOLDER", tmp_path)
+    monkeypatch.setattr(common, "SECONDS_A_CALL", 0.0)
+    settings = dataclasses.replace(SETTINGS, fields=run.TINY)
+    models = {"bundle": settings.bundle, "ensemble": settings.bundle_of({"members": 2, "shared_encoder": True})}
+    facts, once = jax_work.uncertainty(**models, samples=2, side=32, dtype="float32")
+    sure = ["mean", "sd"]
+    expected = {"plain": ["mean"], "dropout": sure, "symmetries": sure, "ensemble": sure}
+    assert facts == {"batch_size": 4, "channels": expected}
+    assert all(seconds > 0 for seconds in once().values())
+    assert once().keys() == expected.keys()
 
 
 PROGRAM = """HloModule m

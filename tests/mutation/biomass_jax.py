@@ -5,6 +5,7 @@ from tests.mutation.fault import Mutation, in_file
 SWIN, SWIN_OPS, LAYERS = (f"biomass_jax/models/{name}.py" for name in ("swin", "swin_ops", "layers"))
 LOSSES, SCORES = (f"biomass_jax/tasks/{name}.py" for name in ("losses", "scores"))
 OPTIMIZER, STATE, STEPS = (f"biomass_jax/training/{name}.py" for name in ("optimizer", "state", "steps"))
+ENSEMBLE, BLOCKS = "biomass_jax/models/ensemble.py", "biomass_jax/data/blocks.py"
 TILING = "biomass_jax/prediction/tiling.py"
 MESH = "biomass_jax/runtime/mesh.py"
 
@@ -86,6 +87,52 @@ LOSS = (
         "huber_without_its_half",
         "tests/tasks/test_losses.py::test_against_a_loop_with_its_gradient",
         in_file(LOSSES, ("near * (magnitude - 0.5 * near)", "near * (magnitude - near)")),
+    ),
+    Mutation(
+        "variance_for_the_sd",
+        "tests/tasks/test_losses_spread.py::test_sums_against_scipy_and_loops",
+        in_file(LOSSES, ("z = error * numbers.exp(-log_scale)", "z = error * numbers.exp(-0.5 * log_scale)")),
+    ),
+    Mutation(
+        "gradient_through_the_weight_of_beta",
+        "tests/tasks/test_losses_spread.py::test_the_weight_of_beta_has_no_gradient",
+        in_file(
+            LOSSES,
+            (
+                "jax.lax.stop_gradient(jnp.exp(2 * nll_beta * outputs[..., 1]))",
+                "jnp.exp(2 * nll_beta * outputs[..., 1])",
+            ),
+        ),
+    ),
+    Mutation(
+        "sides_of_pinball_swapped",
+        "tests/tasks/test_losses_spread.py::test_sums_against_scipy_and_loops",
+        in_file(
+            LOSSES,
+            (
+                "numbers.maximum(levels * above, (levels - 1) * above)",
+                "numbers.maximum(-levels * above, (1 - levels) * above)",
+            ),
+        ),
+    ),
+    Mutation(
+        "quantiles_not_added_up",
+        "tests/models/test_biomass_spread.py::test_quantiles_are_their_closed_form",
+        in_file(
+            "biomass_jax/models/biomass.py",
+            (
+                'if self.spread == "quantiles":\n            # Added',
+                'if self.spread == "gaussian":\n            # Added',
+            ),
+        ),
+    ),
+    Mutation(
+        "a_frozen_trunk_in_training_mode",
+        "tests/training/test_run_spread.py::test_everything_but_the_spread_keeps_every_bit",
+        in_file(
+            "biomass_jax/tasks/regression.py",
+            ("        if self.spread_only:\n            outputs", "        if False:\n            outputs"),
+        ),
     ),
     Mutation(
         "patch_variance_biased",
@@ -315,7 +362,7 @@ EVALUATION = (
     Mutation(
         "students_t_is_normal",
         JACKKNIFE,
-        in_file(INTERVALS, ("stdtrit(freedom, (1 + LEVEL) / 2) * error", "1.959964 * error")),
+        in_file(INTERVALS, ("stdtrit(freedom, (1 + LEVEL) / 2) * np.sqrt(", "1.959964 * np.sqrt(")),
     ),
     Mutation(
         "unequal_blocks_count_alike",
@@ -338,11 +385,57 @@ EVALUATION = (
         in_file(
             "biomass_jax/evaluation/tables.py",
             (
-                "names[mine] = equal_area_blocks(code, x[mine], y[mine], block_km)",
-                "names[mine] = np.array(scored.chip_ids, dtype=object)[mine]",
+                "ground_blocks([scored.places[number] for number in labelled], block_km)",
+                "np.array(scored.chip_ids, dtype=object)[labelled]",
             ),
         ),
     ),
 )
 
-MUTATIONS = (*MODEL, *LOSS, *TRAINING, *PLACES, *CONVERTER, *EVALUATION)
+VARIANCE = "jnp.mean(variances + jnp.square(differences - middle), axis=0)"
+
+ENSEMBLES = (
+    Mutation(
+        "variance_of_means_lost",
+        "tests/models/test_ensemble.py::test_the_variance_is_that_of_the_mixtures_samples_and_formula",
+        in_file(ENSEMBLE, (VARIANCE, "jnp.mean(variances + 0 * differences, axis=0)")),
+    ),
+    Mutation(
+        "sample_variance_of_means",
+        "tests/models/test_ensemble.py::test_the_variance_is_that_of_the_mixtures_samples_and_formula",
+        in_file(ENSEMBLE, (VARIANCE, "jnp.mean(variances, axis=0) + jnp.var(means, axis=0, ddof=1)")),
+    ),
+    Mutation(
+        "shared_encoder_is_each_ones_own",
+        "tests/models/test_ensemble.py::test_variables_lie_as_the_module_draws_them",
+        in_file(ENSEMBLE, ('if part != "encoder" or not shared_encoder', "")),
+    ),
+    Mutation(
+        "bootstrap_by_chip",
+        "tests/data/test_blocks.py::test_a_block_is_drawn_whole_and_as_often_as_its_name",
+        in_file(
+            BLOCKS,
+            ("integers(len(names), size=len(names))", "integers(len(block), size=len(block))"),
+            ("np.flatnonzero(block == one).tolist()", "[one]"),
+        ),
+    ),
+    Mutation(
+        "bootstrap_without_replacement",
+        "tests/data/test_blocks.py::test_a_block_is_drawn_whole_and_as_often_as_its_name",
+        in_file(BLOCKS, ("integers(len(names), size=len(names))", "permutation(len(names))")),
+    ),
+    Mutation(
+        "bootstrap_of_statistics",
+        "tests/training/test_run_inputs.py::test_a_bootstrap_changes_the_training_chips_and_nothing_else",
+        in_file(
+            "biomass_jax/training/run.py",
+            (
+                "    train, valid = open_splits(config)\n    loaded",
+                "    train, valid = open_splits(config)\n    train = drawn_anew(config, train)\n    loaded",
+            ),
+            ("    train = drawn_anew(config, train)  # after", "    # after"),
+        ),
+    ),
+)
+
+MUTATIONS = (*MODEL, *LOSS, *TRAINING, *PLACES, *CONVERTER, *EVALUATION, *ENSEMBLES)
