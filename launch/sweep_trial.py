@@ -6,7 +6,6 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,13 +13,13 @@ from typing import Any
 
 from biomass_jax.runtime.system import end_group
 
+from . import sweep_child
 from .sweep_study import Claim
 
 LOG = "log.txt"
 METRICS = "metrics.jsonl"
 TAIL_LINES = 15  # of the log, kept where a trial crashed
 GRACE = 120.0  # seconds that a pruned trial may take to leave
-CHILD = Path(__file__).with_name("sweep_child.py")
 
 
 class TrialJob:
@@ -58,8 +57,7 @@ class TrialJob:
             log.write(f"== {time.strftime('%Y-%m-%d %H:%M:%S')} $ {shlex.join(command)}\n".encode())
             log.flush()
             self._began = log.tell()
-            posix = os.name == "posix"  # elsewhere no program becomes another, nor is given open files
-            before = [sys.executable, "-I", "-S", str(CHILD), str(os.getpid())] if posix else []
+            before = sweep_child.words()  # none where no program becomes another, nor is given open files
             self._process = subprocess.Popen(
                 [*before, *command],
                 stdin=subprocess.DEVNULL,
@@ -67,7 +65,7 @@ class TrialJob:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,  # Ctrl-C is for the sweep, which then asks its trials to save
-                pass_fds=(self._lock.handle,) if posix else (),
+                pass_fds=(self._lock.handle,) if before else (),
             )
         self._told = None
 

@@ -17,13 +17,14 @@ from launch import demo
 
 def test_stages_pass_on_what_the_one_before_wrote(tmp_path):
     commands = (command for _, command in demo.stages(tmp_path))
-    synthetic, prepare, preview, pretrain, finetune, evaluate, final, convert, predict = commands
+    synthetic, prepare, preview, pretrain, finetune, calibrate, evaluate, final, convert, predict = commands
     out = synthetic[synthetic.index("--out") + 1]
     assert prepare[prepare.index("--out") + 1] == preview[preview.index("--out") + 1] == out == str(tmp_path)
     assert f"--config.data.path={out}/shards" in pretrain and f"--config.data.path={out}/shards" in finetune
     assert f"--config.init_from={pretrain[pretrain.index('--workdir') + 1]}/best" in finetune
+    assert calibrate[calibrate.index("--bundle") + 1] == f"{finetune[finetune.index('--workdir') + 1]}/best"
     for command in (evaluate, final):
-        assert f"--config.bundle={finetune[finetune.index('--workdir') + 1]}/best" in command
+        assert f"--config.bundle={calibrate[calibrate.index('--output') + 1]}" in command
     assert f"--config.inputs={out}/granules/hls/{demo.GRANULE}" in predict
     assert f"--config.bundle={convert[convert.index('--output') + 1]}" in predict
     assert demo.Path(convert[convert.index("--input") + 1]).is_file()
@@ -84,6 +85,26 @@ def test_the_rivals_of_the_score_are_those_of_plain_formulas():
     assert demo.rmse_of_oracle([chip], truth, (600000.0, 4100040.0)) == pytest.approx(np.sqrt(12.5))
 
 
+def check_how_sure(out, scores):
+    """The map's four bands, and whether the intervals hold the labels of the test chips."""
+    (path,) = (out / "biomass").glob("*_agbd.tif")
+    with rasterio.open(path) as file:
+        values = file.read()
+        assert file.descriptions == ("agbd", "agbd_sd", "agbd_lo", "agbd_hi")
+        assert file.units == ("Mg ha-1",) * 4
+        assert (file.tags()["INTERVAL_LEVEL"], file.nodata) == ("0.9", -1)
+    there = values[0] != -1
+    assert all(np.array_equal(band != -1, there) for band in values)
+    agbd, sd, low, high = (band[there] for band in values)
+    assert sd.min() > 0
+    assert (low <= agbd).all() and (agbd <= high).all()
+    assert (out / "scores" / "uncertainty.png").read_bytes().startswith(b"\x89PNG")
+    sure = scores["uncertainty"]
+    # One sd for all pixels, that of their mean, would hold as many in all, but not in each bin of the prediction.
+    assert 0.85 <= sure["coverage"] <= 0.95
+    assert 0.7 < sure["z_variance"] < 1.4
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # it takes 4 minutes; a machine may be slow or busy
 def test_demo_makes_shards_a_map_and_pictures(root, tmp_path, capsys):
@@ -104,10 +125,10 @@ def test_demo_makes_shards_a_map_and_pictures(root, tmp_path, capsys):
 
     builder = tfds.builder_from_directory(tmp_path / "shards")
     counts = {split: len(builder.as_data_source(split)) for split in ("train", "val", "test")}
-    assert counts == {"train": 34, "val": 4, "test": 4}
+    assert counts == {"train": 97, "val": 21, "test": 21}
     chip = builder.as_data_source("test")[0]
-    assert chip["image"].shape == (224, 224, 6)
-    assert (chip["label"] >= 0).sum() >= 20
+    assert chip["image"].shape == (112, 112, 6)
+    assert (chip["label"] >= 0).sum() >= 5
     assert (tmp_path / "preview" / f"{demo.TILE}.png").read_bytes().startswith(b"\x89PNG")
 
     granule = tmp_path / "granules" / "hls" / demo.GRANULE
@@ -125,6 +146,7 @@ def test_demo_makes_shards_a_map_and_pictures(root, tmp_path, capsys):
     lines = [json.loads(line) for line in (tmp_path / "finetune" / "metrics.jsonl").read_text().splitlines()]
     assert sum("train/loss" in line for line in lines) >= 20
     scores = json.loads((tmp_path / "scores" / "metrics.json").read_text())
+    check_how_sure(tmp_path, scores)
     # A model of single pixels has an R2 of 0.42 on this forest at best, and who knows the truth has 0.92.
     assert 0.5 < float(re.search(r"biomass: R2 (0\.\d+)", done.stdout)[1]) < 0.92
     score, one_pixel, oracle = map(
