@@ -108,10 +108,10 @@ def _check_alike(members: "Sequence[Bundle]") -> None:
     described = [_described(member) for member in members]
     for member, about in zip(members[1:], described[1:], strict=True):
         for field, expected in described[0].items():
-            if about[field] != expected:
+            if about.get(field) != expected:
                 raise BundleError(
-                    f"{member.path}: {field} is {about[field]}, but {members[0].path} has {expected}; the members of "
-                    "an ensemble have to be alike in it"
+                    f"{member.path}: {field} is {about.get(field)}, but {members[0].path} has {expected}; the members "
+                    "of an ensemble have to be alike in it"
                 )
 
 
@@ -133,7 +133,8 @@ def _described(member: "Bundle") -> dict[str, Any]:
             f"{member.path}: is calibrated, and its calibration doesn't hold for an ensemble; give the bundle that it "
             "was made from, and calibrate the ensemble"
         )
-    fields = architecture_of(member.module())  # with the defaults of what an older bundle leaves out
+    # With the defaults of what a bundle leaves out.
+    fields = {"spread": "none"} | architecture_of(member.module())
     if fields["spread"] == "quantiles":
         raise BundleError(
             f"{member.path}: architecture.spread is 'quantiles', and the mean of quantiles is no quantile of the "

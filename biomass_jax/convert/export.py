@@ -16,7 +16,7 @@ from biomass_jax.convert.declared import FIELD_OF, OURS
 from biomass_jax.convert.layouts import COUNTER, GRANITE, SIMMIM, SIMMIM_ENCODER, TENSOR, Layout, expand
 from biomass_jax.convert.torch_file import write as torch_write
 from biomass_jax.errors import ConvertError, name_list
-from biomass_jax.models.build import abstract_variables, architecture_of, build_module
+from biomass_jax.models.build import SPREAD_FIELDS, abstract_variables, architecture_of, build_module
 from biomass_jax.models.swin_ops import relative_position_index, shift_mask
 
 _LAYOUTS = {"biomass": GRANITE, "simmim": SIMMIM, "encoder": SIMMIM_ENCODER}
@@ -26,7 +26,6 @@ _ALWAYS: dict[str, dict[str, Any]] = {
     "simmim": {"shift_single_window": False},
     "encoder": {"shift_single_window": False, "stage_norms": False, "final_norm": True},
 }
-SPREAD_FIELDS = ("spread", "spread_scale", "quantile_levels")  # of our models alone
 _INSTEAD = (
     "; maps are made from the bundle as it is, and a model fine-tuned with --config.model.shift_single_window=true can "
     "be exported"

@@ -17,6 +17,7 @@ from biomass_jax.models.simmim import SimMIM
 from biomass_jax.models.swin import SwinEncoder
 
 MODULES: dict[str, type[nn.Module]] = {"biomass": BiomassModel, "simmim": SimMIM, "encoder": SwinEncoder}
+SPREAD_FIELDS = ("spread", "spread_scale", "quantile_levels")
 CHECK_SEED = 20240712
 _SIDE = 96  # px; a multiple of SimMIM's stride, and small beside the time to compile
 _tracing = threading.Lock()
@@ -50,9 +51,12 @@ def build_module(
 def architecture_of(module: nn.Module) -> dict[str, Any]:
     """Every constructor field of a module that says what it is, as JSON has them: what `build_module` takes.
 
-    `dtype`, `remat` and `initializer` say how it is computed and drawn, and are left out.
+    `dtype`, `remat` and `initializer` say how it is computed and drawn, and are left out; so are the fields of a spread
+    that a model doesn't have: what it is, it has been since before there were spreads, and older versions open it.
     """
     values = {name: getattr(module, name) for name in _fields(type(module))}
+    if values.get("spread") == "none":
+        values = {name: value for name, value in values.items() if name not in SPREAD_FIELDS}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 

@@ -121,6 +121,15 @@ class BiomassEnsemble(BiomassModel):
         variances = _VARIANCES[self.spread](found[..., 1]) if self.spread in _VARIANCES else 0.0
         return jnp.stack(mixture(found[..., 0], variances), axis=-1)
 
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        """Predict biomass: x [B, H, W, bands], z-scored -> float32 [B, H, W, 2], see `estimate`.
+
+        Raises:
+            ArchitectureError: `train`.
+        """
+        _refuse_training(train)
+        return self.estimate(self.decode(self.encode(x)), x.shape[1:3])
+
     def members_of(self, x: jax.Array) -> jax.Array:
         """What each member gives by itself: x as for `__call__` -> float32 [members, B, H, W, C].
 

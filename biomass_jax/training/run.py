@@ -398,7 +398,7 @@ def check_same(saved: HostState, now: HostState, workdir: Path) -> None:
             "%s: its checkpoint, an older version's, doesn't tell which data it is of; resumed as it is", workdir
         )
     else:
-        changes += changed_fields(saved.inputs, known_fields(saved.inputs, now.inputs or {}))
+        changes += changed_fields(saved.inputs, now.inputs or {})
     if changes:
         more = f", and {len(changes) - 1} more changes" if changes[1:] else ""
         raise CheckpointError(
