@@ -19,7 +19,7 @@ def get_config() -> config_dict.ConfigDict:
     config.data.path = tiny.data.path
     config.data.threads = tiny.data.threads
     config.dtype = "float32"
-    config.batch_size = 24
+    config.batch_size = 8
     config.epochs = 4
     config.log_every = 5
     config.draw_every = 4
