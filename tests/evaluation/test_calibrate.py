@@ -72,7 +72,9 @@ def test_it_is_the_fit_of_what_the_model_gives_at_the_labels(calibrated, world):
         level=0.9,
     )
     found = Calibration.from_json(section["calibration"])
-    np.testing.assert_allclose(found.variance, expected.variance, rtol=1e-2)
+    np.testing.assert_allclose(
+        found.variance, expected.variance, rtol=1e-2, atol=1e-4
+    )  # a factor that is 0, by rounding
     assert [group.blocks for group in found.groups] == [group.blocks for group in expected.groups]
     # Blocks are drawn in the order of their names, which differs here.
     assert found.groups[0].quantile == pytest.approx(expected.groups[0].quantile, rel=0.2)

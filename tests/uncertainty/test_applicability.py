@@ -124,7 +124,7 @@ def test_a_training_cell_has_a_di_of_zero():
     features, labels, blocks = world(n=600, channels=13)
     features[:50] *= 300
     area = fit(features, labels, blocks)
-    assert on_device(area, features.reshape(4, 25, 6, 13)).max() == 0
+    assert on_device(area, features.reshape(4, 25, 6, 13)).max() < 1e-4  # 0 but for rounding
     nudged = features.copy()
     nudged[:, 0] += 0.01  # a hundredth of its standard deviation and less
     moved = on_device(area, nudged[None, None])
@@ -144,7 +144,7 @@ def test_channels_without_spread_count_nothing():
     area = fit(features, labels, blocks)
     assert area.scale[2] == 0 and np.count_nonzero(area.scale) == 6
     odd = features[None, None] + np.eye(7, dtype=np.float32)[2] * 1e6
-    assert on_device(area, odd).max() == 0
+    assert on_device(area, odd).max() < 1e-6  # a product that is fused with a sum is rounded once
 
 
 def test_features_that_are_no_numbers_stay_none():
