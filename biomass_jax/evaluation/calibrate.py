@@ -110,7 +110,7 @@ def _learn_intervals(
         raw,
         scored.label,
         blocks=blocks.of_chip[scored.chip],
-        biomes=np.array(scored.biomes, dtype=object)[scored.chip],
+        biomes=scored.pixel_biomes(),
         level=chosen.level,
         seed=chosen.seed,
     )
@@ -207,7 +207,7 @@ def _lines(
 ) -> list[str]:
     """What the command tells of the intervals."""
     everything = found.groups[0]
-    sd, lo, hi = found.apply(raw, np.array(scored.biomes, dtype=object)[scored.chip])
+    sd, lo, hi = found.apply(raw, scored.pixel_biomes())
     inside = np.mean((lo <= scored.label) & (scored.label <= hi))
     ways = ", ".join(f"{name} {value}" for name, value in spread.about().items())
     made = [

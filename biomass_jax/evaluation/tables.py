@@ -73,6 +73,10 @@ class Scored:
     pairs: np.ndarray = field(default_factory=no_pairs)
     more: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
 
+    def pixel_biomes(self) -> np.ndarray:
+        """(n,) text, the biome of each pixel."""
+        return np.array(self.biomes, dtype=object)[self.chip]
+
 
 # (images as stored, labels) -> predictions, labels that count, no-data; see `evaluate.chip_forward`.
 ChipForward = Callable[[np.ndarray, np.ndarray], tuple[Any, np.ndarray, np.ndarray]]

@@ -53,8 +53,7 @@ def how_sure(
     label = scored.label.astype(np.float64)
     found: dict[str, Any] = {}
     if layers.calibration is not None:
-        biomes = np.array(scored.biomes, dtype=object)[scored.chip]
-        sd, low, high = layers.finish(given, tuple(channels), biomes)[:, 1:4].T.astype(np.float64)
+        sd, low, high = layers.finish(given, tuple(channels), scored.pixel_biomes())[:, 1:4].T.astype(np.float64)
         level, found["is"] = layers.calibration.level, "calibrated"
     elif "sd" in channels:
         level, sd = LEVEL, np.maximum(given[:, 1].astype(np.float64), np.finfo(np.float32).tiny)

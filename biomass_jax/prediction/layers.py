@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from biomass_jax.bundle import Bundle
-from biomass_jax.errors import PredictionError
+from biomass_jax.errors import BundleError, PredictionError
 from biomass_jax.uncertainty.calibration import Calibration
 from biomass_jax.uncertainty.spread import WAYS, Spread, own_channels
 
@@ -41,6 +41,7 @@ class Layers:
         threshold: of it, up to which a place is like the training chips; None where it isn't given.
 
     Raises:
+        BundleError: a calibration that can't be read.
         PredictionError: another way than the bundle was calibrated for, a biome that the calibration doesn't know, or a
             dissimilarity to chips that the bundle knows nothing of.
     """
@@ -61,7 +62,10 @@ class Layers:
             uncertainty = known.get("way") or _own_way(bundle)
         self.spread = Spread(uncertainty, samples or known.get("samples", 10), known.get("seed", 0))
         told = section.get("calibration")
-        self.calibration = Calibration.from_json(told) if told and uncertainty != "none" else None
+        try:
+            self.calibration = Calibration.from_json(told) if told and uncertainty != "none" else None
+        except BundleError as error:
+            raise BundleError(f"{bundle.path}: {error}") from error
         if self.calibration is not None and self.spread.about() != known:
             raise PredictionError(
                 f"{bundle.path}: its intervals were calibrated for {_words(known)}, asked for is "
