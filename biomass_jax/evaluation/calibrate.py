@@ -4,7 +4,8 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from biomass_jax.data import bands, sources
 from biomass_jax.data.biomes import with_biomes
 from biomass_jax.data.blocks import Drawn, chip_blocks, split_block_km
 from biomass_jax.data.sources import Source
-from biomass_jax.errors import EvaluationError
+from biomass_jax.errors import DataError, EvaluationError
 from biomass_jax.evaluation import evaluate, tables
 from biomass_jax.evaluation.config import Calibrate
 from biomass_jax.pipeline import batches as pipeline
@@ -106,14 +107,9 @@ def _learn_intervals(
     scored = _scored(forward, model, source, chosen)
     blocks = tables.blocks_of(scored, block_km)
     raw = dict(zip(forward.channels, [scored.prediction, *scored.more.T], strict=True))
-    found = calibration.fit(
-        raw,
-        scored.label,
-        blocks=blocks.of_chip[scored.chip],
-        biomes=scored.pixel_biomes(),
-        level=chosen.level,
-        seed=chosen.seed,
-    )
+    on_blocks = {"blocks": blocks.of_chip[scored.chip], "biomes": scored.pixel_biomes()}
+    with _named(source):
+        found = calibration.fit(raw, scored.label, **on_blocks, level=chosen.level, seed=chosen.seed)
     on = {"split": chosen.split, "chips": len(np.unique(scored.chip)), "labels": len(scored.label)}
     section: dict[str, Any] = {
         "spread": spread.about(),
@@ -199,7 +195,17 @@ def learn_applicability(
                 means, valid = applicability.cell_labels(label[row], missing[row], stride)
                 sample.add(chip.chip_id, found[row], means, block[chip.chip_id], valid=valid)
             shown.advance(int(batch.arrays["valid"].sum()))
-    return applicability.fit(*sample.cells(), seed=chosen.seed)
+    with _named(train):
+        return applicability.fit(*sample.cells(), seed=chosen.seed)
+
+
+@contextmanager
+def _named(source: Source) -> Iterator[None]:
+    """What is wrong with chips as a whole names their data set and split."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{source.info.path}: split {source.info.split}: {error}") from error
 
 
 def _lines(
