@@ -280,7 +280,7 @@ def _from_archive(archive: argparse.ArgumentParser, rest: list[str]) -> list[str
     out = os.path.join(asked.workdir, "composites")
     from biomass_jax.runtime import environment
 
-    environment.settle(lambda what: print(f"warning: {what}", file=sys.stderr), jax=False)  # before PROJ starts
+    environment.settle(jax=False)  # before PROJ starts
     path = importlib.import_module(_ARCHIVE).stream(asked.tile, asked.season, out, **place)
     return [*left, "--workdir", asked.workdir, "--inputs", str(path)]
 

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: no step {step!r}; expected one of {', '.join(STEPS)}", file=sys.stderr)
         return 2
     # before the step's modules are imported, with which PROJ starts
-    environment.settle(lambda what: print(f"warning: {what}", file=sys.stderr), jax=False)
+    environment.settle(jax=False)
     return importlib.import_module(STEPS[step][0]).main(rest) or 0
 
 

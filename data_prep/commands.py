@@ -28,11 +28,7 @@ def command(main: Main) -> Callable[..., int]:
             try:
                 return main(argv)
             except Exception as error:
-                told = environment.told(error)
-                if told is None:
-                    raise
-                print(f"error: {told}", file=sys.stderr)
-                return 1
+                return environment.failed(error)
 
     return run
 

@@ -133,15 +133,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse.parse_args(arguments)
     _check_usage(options, parse)
     try:
-        environment.settle(lambda what: print(f"warning: {what}", file=sys.stderr))
+        environment.settle()
         with writer_beside(Path(options.output)) if options.output else nullcontext():
             _run(options, f"python -m biomass_jax.convert {shlex.join(arguments)}")
     except Exception as error:
-        told = environment.told(error) or (str(error) if isinstance(error, OSError) else None)
-        if told is None:
-            raise
-        print(f"error: {' '.join(told.split())}", file=sys.stderr)
-        return 1
+        return environment.failed(error, OSError)
     return 0
 
 

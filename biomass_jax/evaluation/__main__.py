@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     args = _parser().parse_args(argv)
     try:
-        environment.settle(lambda what: print(f"warning: {what}", file=sys.stderr), jax=False)
+        environment.settle(jax=False)
         maps = [path for given in args.maps for path in (sorted(glob.glob(given)) or [given])]
         columns = {what: getattr(args, f"column_{what}") for what in COLUMNS}
         found = validate(
@@ -47,11 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             min_cover=args.min_cover,
         )
     except Exception as error:
-        told = environment.told(error)
-        if told is None:
-            raise
-        print(f"error: {told}", file=sys.stderr)
-        return 1
+        return environment.failed(error)
     everything = found["scores"][0]
     print(
         f"{found['used']} of {found['plots']} plots: bias {everything['bias']:+.1f}, RMSD {everything['rmsd']:.1f} "

@@ -259,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     args = _parser().parse_args(words)
     try:
-        environment.settle(lambda what: print(f"warning: {what}", file=sys.stderr))
+        environment.settle()
         for value, flag in ((args.bundle, "--bundle"), (args.output, "--output"), (args.data, "--data")):
             check_local(value, flag)
         with writer_beside(Path(args.output)):
@@ -273,11 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 **options_of(args, Calibrate),
             )
     except Exception as error:
-        told = environment.told(error)
-        if told is None:
-            raise
-        print(f"error: {told}", file=sys.stderr)
-        return 1
+        return environment.failed(error)
     print("\n".join([*done.lines, f"{done.path}: the calibrated bundle"]))
     return 0
 

@@ -75,7 +75,11 @@ class Forward:
         self._batch_sharding, self._replicated, self._reference = batch_sharding, replicated, reference
         module = None if model_fn else bundle.module(dtype)
         spread = spread or Spread()
-        self.channels: tuple[str, ...] = (*channels_of(module, spread), *(("di",) if di else ()))
+        try:
+            channels = channels_of(module, spread)
+        except PredictionError as error:
+            raise PredictionError(f"{bundle.path}: {error}") from error
+        self.channels: tuple[str, ...] = (*channels, *(("di",) if di else ()))
         stage, self._stride = feature_stage(module.patch_size, len(module.depths)) if di and module else (None, 0)
         one_by_one = self.platform == "cpu" and self.devices == 1
         self._model = with_spread(module, spread, stub=model_fn, stage=stage, one_by_one=one_by_one)

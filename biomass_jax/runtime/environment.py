@@ -6,6 +6,7 @@ Nothing here starts JAX, GDAL or PROJ. They read the environment when they start
 import mmap
 import os
 import re
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -36,11 +37,15 @@ _CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA
 _PROXIES = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "https_proxy", "http_proxy", "all_proxy", "GDAL_HTTP_PROXY")
 
 
-def settle(say: Callable[[str], None], *, jax: bool = True) -> None:
+def _warn(what: str) -> None:
+    print(f"warning: {what}", file=sys.stderr)
+
+
+def settle(say: Callable[[str], None] = _warn, *, jax: bool = True) -> None:
     """Take what bears on results out of this process's environment; to be called before JAX, GDAL or PROJ start.
 
     Args:
-        say: is told which variables were left out, in one line.
+        say: is told which variables were left out, in one line; standard error where nothing is given.
         jax: whether JAX will be started.
 
     Raises:
@@ -109,6 +114,25 @@ def told(error: Exception) -> str | None:
     if isinstance(error, BiomassError):
         return str(error) if why is None or why in str(error) else f"{error}; {why}"
     return why
+
+
+def failed(error: Exception, *known: type[Exception]) -> int:
+    """Print an error that is for the user as one line; the exit code 1.
+
+    Args:
+        error: what a command ended with.
+        known: types whose message is for the user as it is, beside those of `told`.
+
+    Raises:
+        Exception: the error itself, a fault of the program.
+    """
+    line = told(error)
+    if line is None and isinstance(error, known):
+        line = " ".join(str(error).split())
+    if line is None:
+        raise error
+    print(f"error: {line}", file=sys.stderr)
+    return 1
 
 
 def _texts(error: BaseException | None) -> Iterator[str]:

@@ -128,7 +128,7 @@ def test_training_chips_are_at_no_distance_and_others_are(calibrated):
     ("more", "said"),
     [
         (["--uncertainty", "none"], "intervals need some"),
-        (["--uncertainty", "model"], "gives a mean alone"),
+        (["--uncertainty", "model"], "micro: uncertainty is 'model', but the model gives a mean alone"),
         (["--level", "1.5"], "config.level is 1.5"),
         (["--level", "0.99"], "shards: split val: 14 blocks of ground have labels"),
         (["--split", "test"], "split 'test' is not there"),

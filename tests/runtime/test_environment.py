@@ -193,6 +193,17 @@ def test_other_errors_are_left_as_they_are(shell, text):
     assert environment.told(PrepError(text)) == text
 
 
+def test_a_command_ends_with_one_line_or_with_the_programs_own_fault(capsys):
+    assert environment.failed(PrepError("a.h5: lost")) == 1
+    assert environment.failed(OSError("disk\n full"), OSError) == 1
+    assert capsys.readouterr().err == "error: a.h5: lost\nerror: disk full\n"
+    for fault in (KeyError("x"), OSError("disk full")):
+        with pytest.raises(type(fault)) as raised:
+            environment.failed(fault)
+        assert raised.value is fault
+    assert capsys.readouterr().err == ""
+
+
 def run(root, command, **variables):
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_", "PROJ_"))}
     return subprocess.run(
