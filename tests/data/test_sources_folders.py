@@ -141,6 +141,22 @@ def test_complex_labels_are_refused_when_the_split_is_opened(put, write):
         sources.open_source(root, "train")
 
 
+@pytest.mark.parametrize("internal", [True, False])
+def test_what_an_image_masks_is_no_data(put, internal):
+    root = put("train", 1, dtype="int16")
+    image = root / "train_images" / "T10SFF_1_tile_img.tif"
+    before = sources.open_source(root, "train")[0]["image"]
+    shown = np.full((SIZE, SIZE), 255, np.uint8)
+    shown[2:5, 7:] = 0
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=internal), rasterio.open(image, "r+") as file:
+        file.nodata = None  # a no-data value goes before a mask
+        file.write_mask(shown)
+    assert image.with_name(f"{image.name}.msk").exists() is not internal
+    found = sources.open_source(root, "train")[0]["image"]
+    assert (found[shown == 0] == bands.FILL).all()
+    np.testing.assert_array_equal(found[shown == 255], before[shown == 255])
+
+
 def test_every_file_is_read_where_it_is_asked_for(put, write):
     root = put("train", 1)
     assert len(sources.open_source(root, "train", verify=True)) == 1

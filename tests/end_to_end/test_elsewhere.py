@@ -43,8 +43,9 @@ def test_such_names_are_seen():
 
 
 @pytest.mark.slow
-def test_all_modules_and_the_short_path_without_what_linux_alone_has(root, tmp_path):
-    command = [sys.executable, "-m", "tests.end_to_end.elsewhere", str(tmp_path), "win32"]
+@pytest.mark.parametrize("system", ["win32", pytest.param("darwin", marks=pytest.mark.long)])  # which lacks less
+def test_all_modules_and_the_short_path_without_what_linux_alone_has(root, tmp_path, system):
+    command = [sys.executable, "-m", "tests.end_to_end.elsewhere", str(tmp_path), system]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -412,6 +412,13 @@ def test_another_scale_is_refused_and_converted_when_asked(copies, image, codes,
     np.testing.assert_array_equal(taken, image)
 
 
+@pytest.mark.parametrize("encoding", ["auto", "digital_numbers", "reflectance"])
+def test_complex_numbers_are_refused_without_advice_that_cannot_help(copies, encoding):
+    changed("B04", values=lambda v: v.astype(np.complex64) + 7j, nodata=None)(copies / L30)
+    with pytest.raises(PrepError, match=r"B04\.tif: complex64, expected int16$"):
+        hls.open_scene(copies / L30, encoding)
+
+
 def test_other_types_are_converted_and_cast_fill_is_told(copies, image):
     """uint16 with -9999 as 55,537, as a cast makes it, and reflectance with NaN; infinite values are none."""
     known = np.where(image == -9999, 100, np.abs(image)).astype(np.uint16)
