@@ -293,20 +293,31 @@ def of_seed(data, names, calibrated, forward, threshold, oracle, chips):
 
 
 def of_groups(rows):
-    """Coverage of each biome and bin of the estimate with enough blocks."""
+    """Coverage of each biome and bin of the estimate with enough blocks, and its labels."""
     return {
-        (row["table"], row["group"]): row["coverage"]
+        (row["table"], row["group"]): (row["coverage"], row["n"])
         for row in rows
         if row["table"] in ("biome", "prediction_bin") and row["blocks"] >= LEAST_BLOCKS
     }
 
 
+def over_draws(seeds):
+    """Coverage of each biome and bin over the labels of all draws, and its lowest in a single one."""
+    groups = [of_groups(rows) for rows in seeds]
+    there = {group: [by[group] for by in groups if group in by] for group in set().union(*groups)}
+    return {
+        group: (np.average(*np.transpose(parts)), min(coverage for coverage, _ in parts))
+        for group, parts in there.items()
+    }
+
+
 def test_intervals_hold_what_they_say_overall_and_in_every_biome_and_bin(found):
-    for seed in found:
-        groups = of_groups(seed.rows)
-        assert {group for _, group in groups} >= {*BIOMES, "0-100", "100-200", "200-300"}
-        assert 0.88 <= seed.rows[0]["coverage"] <= 0.92
-        assert all(0.85 <= coverage <= 0.95 for coverage in groups.values()), groups
+    assert all(0.88 <= seed.rows[0]["coverage"] <= 0.92 for seed in found)
+    groups = over_draws([seed.rows for seed in found])
+    assert {group for _, group in groups} >= {*BIOMES, "0-100", "100-200", "200-300"}
+    assert all(0.85 <= coverage <= 0.95 for coverage, _ in groups.values()), groups
+    # A bin's quantile hangs on the twenty to fifty blocks that this draw calibrates it by.
+    assert all(lowest >= 0.75 for _, lowest in groups.values()), groups
 
 
 def test_standard_deviations_are_as_large_as_errors(found):
@@ -326,7 +337,8 @@ def test_who_knows_the_truth_has_narrower_ones(found):
 
 
 def test_one_width_for_all_fails_in_bins(found):
-    assert all(min(of_groups(seed.constant).values()) < 0.8 for seed in found)
+    groups = over_draws([seed.constant for seed in found])
+    assert min(coverage for coverage, _ in groups.values()) < 0.75
 
 
 def test_a_spread_half_as_large_is_mended(found):
