@@ -1,4 +1,4 @@
-"""What the shell says: what bears on results is left out, the rest recorded, and what can't work said in one sentence.
+"""What the shell says: what bears on results is left out, the rest recorded; a known error becomes one sentence.
 
 Nothing here starts JAX, GDAL or PROJ. They read the environment when they start, so a command calls `settle` first.
 """

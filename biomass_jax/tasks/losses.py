@@ -5,7 +5,7 @@ d finish / d total times the sum of the parts' gradients of their totals. The me
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -50,7 +50,9 @@ def loss_sums(
     labelled = label >= 0
     # Replaced before the arithmetic: 0 times the gradient of a NaN is NaN. Every loss of 0 is 0.
     error = jnp.where(labelled, prediction.astype(jnp.float32) - label.astype(jnp.float32), 0)
-    return _pixel_loss(error, kind, huber_delta).sum(), labelled.sum(dtype=jnp.float32)
+    # |e|, whose derivative at 0 is 0 as in torch; that of `jnp.abs` is 1.
+    magnitude = error * jax.lax.stop_gradient(jnp.sign(error))
+    return pixel_losses(magnitude, kind, huber_delta).sum(), labelled.sum(dtype=jnp.float32)
 
 
 def finish(total: jax.Array, count: jax.Array, kind: str) -> jax.Array:
@@ -63,29 +65,33 @@ def finish(total: jax.Array, count: jax.Array, kind: str) -> jax.Array:
     Raises:
         ValueError: unknown kind.
     """
-    if kind not in SPREAD_KINDS:
-        _check(kind)
+    if kind not in CHOICES:
+        raise _unknown(kind, CHOICES)
     if kind != "rmse":
         return total / jnp.maximum(count, 1)
     perfect = total == 0
     return jnp.where(perfect, 0, jnp.sqrt(jnp.where(perfect, 1, total / (count + REFERENCE_EPSILON))))
 
 
-def _pixel_loss(error: jax.Array, kind: str, huber_delta: float) -> jax.Array:
-    _check(kind)
-    # |e|, whose derivative at 0 is 0 as in torch; that of `jnp.abs` is 1.
-    magnitude = error * jax.lax.stop_gradient(jnp.sign(error))
+def pixel_losses(magnitude: Array, kind: str, huber_delta: float) -> Array:
+    """Loss of each pixel by the magnitude of its error, see `loss_sums`; by JAX or by NumPy, as the array is.
+
+    Raises:
+        ValueError: unknown kind.
+    """
     if kind == "mae":
         return magnitude
     if kind == "huber":
-        near = jnp.minimum(magnitude, huber_delta)
+        numbers: Any = magnitude.__array_namespace__()
+        near = numbers.minimum(magnitude, huber_delta)
         return near * (magnitude - 0.5 * near)
-    return jnp.square(error)
+    if kind in ("rmse", "mse"):
+        return magnitude * magnitude
+    raise _unknown(kind, KINDS)
 
 
-def _check(kind: str) -> None:
-    if kind not in KINDS:
-        raise ValueError(f"unknown loss {kind!r}; expected one of {', '.join(KINDS)}")
+def _unknown(kind: str, known: Iterable[str]) -> ValueError:
+    return ValueError(f"unknown loss {kind!r}; expected one of {', '.join(known)}")
 
 
 def spread_sums(
@@ -117,7 +123,7 @@ def spread_sums(
         ValueError: unknown kind, or shapes that don't belong together.
     """
     if kind not in SPREAD_KINDS:
-        raise ValueError(f"unknown loss {kind!r} of a spread; expected one of {', '.join(SPREAD_KINDS)}")
+        raise _unknown(kind, SPREAD_KINDS)
     channels = 1 + len(quantile_levels) if kind == "pinball" else 2
     if outputs.shape != (*label.shape, channels):
         raise ValueError(f"outputs {outputs.shape} and label {label.shape}; {kind} takes outputs [B, H, W, {channels}]")
@@ -152,6 +158,9 @@ def spread_pixel_losses(
         kind: one of `SPREAD_KINDS`.
         quantile_levels: of `pinball`.
         mean_scale: Mg/ha; read by `pinball` alone.
+
+    Raises:
+        ValueError: unknown kind.
     """
     numbers: Any = outputs.__array_namespace__()
     error = label - outputs[..., 0]
@@ -164,7 +173,9 @@ def spread_pixel_losses(
     z = error * numbers.exp(-log_scale)
     if kind == "laplace_nll":
         return math.log(2) + log_scale + numbers.abs(z)
-    return 0.5 * math.log(2 * math.pi) + log_scale + 0.5 * z**2
+    if kind in ("gaussian_nll", "beta_nll"):
+        return 0.5 * math.log(2 * math.pi) + log_scale + 0.5 * z**2
+    raise _unknown(kind, SPREAD_KINDS)
 
 
 def simmim_chip_sums(

@@ -150,7 +150,7 @@ class RegressionScorer:
             found = np.concatenate([prediction[:, None], outputs["spread"][valid][known]], axis=-1)
             pixel = losses.spread_pixel_losses(found, target, self._loss, **self._pinball)
         else:
-            pixel = self._pixel_loss(np.abs(prediction - target))
+            pixel = losses.pixel_losses(np.abs(prediction - target), self._loss, self._delta)  # the root comes last
         self._batches.append((float(pixel.sum()), target.size, int(valid.sum())))
 
     def vector(self) -> np.ndarray:
@@ -174,12 +174,3 @@ class RegressionScorer:
             mean = total / n if n else 0.0
             loss = float(np.sqrt(mean) if self._loss == "rmse" else mean)
         return {"val/loss": loss} | {f"val/{name}": value for name, value in sums.results().items()}
-
-    def _pixel_loss(self, error: np.ndarray) -> np.ndarray:
-        """`losses.loss_sums` in float64, from absolute errors; the root of rmse comes last."""
-        if self._loss == "mae":
-            return error
-        if self._loss == "huber":
-            near = np.minimum(error, self._delta)
-            return near * (error - 0.5 * near)
-        return np.square(error)
