@@ -28,7 +28,7 @@ from biomass_jax.runtime.files import check_local
 from biomass_jax.runtime.lock import writer_beside
 from biomass_jax.runtime.mesh import local_placement
 from biomass_jax.runtime.progress import Progress
-from biomass_jax.runtime.settings import add_options, check, options_of, to_config
+from biomass_jax.runtime.settings import add_options, checked, options_of
 from biomass_jax.tasks.create import check_pixel_size
 from biomass_jax.uncertainty import applicability, calibration
 from biomass_jax.uncertainty.calibration import Calibration
@@ -69,7 +69,7 @@ def calibrate(
         EvaluationError: the bundle doesn't fit the data, or nothing to calibrate on.
         BundleError, DataError, RasterError, BandError, BiomeError, PredictionError: what can't be read or used.
     """
-    chosen, output = _checked(settings), Path(output)
+    chosen, output = checked(Calibrate, settings), Path(output)
     if output.exists() and not overwrite:
         raise EvaluationError(f"{output}: already exists; choose another folder, or give --overwrite")
     placement = placement or {}
@@ -117,15 +117,6 @@ def _learn_intervals(
         "calibrated_on": {**on, "blocks_are": blocks.are},
     }
     return section, _lines(found, spread, raw, scored, blocks)
-
-
-def _checked(settings: dict[str, object]) -> Calibrate:
-    """The settings, each of its type and in its range. ConfigError where one isn't."""
-    config = to_config(Calibrate)
-    with config.ignore_type():
-        config.update(settings)
-    check(config, Calibrate)
-    return Calibrate(**config)
 
 
 def _way(model: Bundle, asked: str) -> str:

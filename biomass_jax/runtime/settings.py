@@ -25,6 +25,7 @@ from ml_collections import config_dict
 from biomass_jax.errors import ConfigError
 
 Choices = tuple[str, ...] | str
+Group = typing.TypeVar("Group")
 _EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", tuple: "a list"}
 _FLAGS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
@@ -137,6 +138,19 @@ def check(config: config_dict.ConfigDict, kind: type) -> None:
             with holder.unlocked(), holder.ignore_type():
                 holder[last] = None  # or a whole number would become a float again
                 holder[last] = value
+
+
+def checked(kind: type[Group], values: Mapping[str, object]) -> Group:
+    """A group of the given values and of the defaults of the others, each of its type and in its range.
+
+    Raises:
+        ConfigError: one isn't; see `check`.
+    """
+    config = to_config(kind)
+    with config.ignore_type():
+        config.update(values)
+    check(config, kind)
+    return kind(**config)
 
 
 def typed(value: Any, annotation: Any, name: str) -> Any:

@@ -1,0 +1,1 @@
+"""Figures of regions: from maps to the numbers that are reported."""

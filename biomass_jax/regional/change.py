@@ -1,0 +1,430 @@
+"""`biomass-jax change`: what two maps of the same ground tell of its change, and which of it is no chance.
+
+The difference of two maps, after - before, has the variance
+
+    sd_before^2 + sd_after^2 - 2 r sd_before sd_after,
+
+where r is how far the errors of the two dates go together: one model sees the same slopes and the same trees twice, and
+errs alike. r is what makes the differences on ground that has not changed as large as they are there.
+
+- With a raster of stable ground the differences there have the mean `offset`, weighted by 1 / (sd_before^2 +
+  sd_after^2), which is taken off everywhere, and r follows from their mean square.
+- Without one most of the ground is taken for unchanged, and the middle of all differences tells r: a normal
+  distribution cut off at its ends is fitted to it (the empirical null of Efron, Large-scale simultaneous hypothesis
+  testing, 2004). A common change, such as growth, is not taken off.
+
+**Which changes are significant.** z = (difference - offset) / sd, its two-sided p by the normal distribution. Of all
+pixels those count whose p is small enough for a false discovery rate (Benjamini and Hochberg 1995): of the pixels
+called changed, at most that share is by chance, on average, where errors of neighbours go together, too (Benjamini and
+Yekutieli 2001). Patches smaller than the minimum mapping unit are left out afterwards.
+"""
+
+import argparse
+import dataclasses
+import math
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import ndimage
+from scipy.optimize import minimize
+from scipy.special import ndtr
+
+from biomass_jax.data.raster.cog import MapWriter
+from biomass_jax.data.raster.maps import MapFile
+from biomass_jax.data.raster.resample import MaskSource
+from biomass_jax.errors import RegionalError
+from biomass_jax.prediction.layers import ENDINGS
+from biomass_jax.runtime import environment
+from biomass_jax.runtime.files import check_local
+from biomass_jax.runtime.lock import writer_beside
+from biomass_jax.runtime.settings import Range, add_options, checked, options_of, setting
+
+NODATA = -9999.0
+GUARDS = ("sensor", "season", "model")
+_ROWS = 512  # read at a time
+_SEASON_DAYS = 16  # by which seasons may be shifted: one cycle of Landsat
+_MOST_R = 0.99
+_LEAST_STABLE = 100  # pixels of stable ground
+_STEP, _STEPS = 1e-3, 60_000  # of the histograms of |z|: 0 to 60
+_WINDOWS = 3  # in which the middle of the differences is looked for
+
+
+@dataclass(frozen=True)
+class Change:
+    """Settings of the command."""
+
+    stable: str | None = setting(None, "raster whose classes tell what has not changed; most ground where not given")
+    stable_keep: tuple[float, ...] = setting((), "its classes that are stable")
+    fdr: float = setting(0.05, "false discovery rate", within=Range(0, 0.5, "(]"))
+    min_area_ha: float = setting(0.5, "patches of change smaller than this are left out, ha", within=Range(0))
+    allow: tuple[str, ...] = setting((), "differences between the maps to go on with: sensor, season, model")
+
+
+@dataclass(frozen=True)
+class Null:
+    """What differences are where nothing has changed.
+
+    Attributes:
+        offset: Mg/ha, taken off.
+        r: correlation of the two maps' errors.
+        pixels: that told it.
+        z_variance: of z there, which is 1 where r could be told and the maps' sds are right.
+    """
+
+    offset: float
+    r: float
+    pixels: int
+    z_variance: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """What came of it.
+
+    Attributes:
+        path: of the raster.
+        null: see `Null`.
+        tested: pixels with values in both maps.
+        threshold: least |z| that is significant, infinite where nothing is.
+        loss: pixels of loss that were kept, and the mean of their difference.
+        gain: likewise.
+        pixel_ha: area of a pixel in the middle.
+        unit: of the maps.
+    """
+
+    path: Path
+    null: Null
+    tested: int
+    threshold: float
+    loss: tuple[int, float]
+    gain: tuple[int, float]
+    pixel_ha: float
+    unit: str
+
+
+class MapPair:
+    """Two maps of the same ground: rows of their difference and of both sds."""
+
+    def __init__(self, before: MapFile, after: MapFile, allow: Sequence[str]) -> None:
+        """Check that they can be compared.
+
+        Raises:
+            RegionalError: they differ in more than the time, or their order is wrong.
+            RasterError: a band is missing.
+        """
+        self.before, self.after = before, after
+        label = before.bands[0]
+        self.names = (label, f"{label}{ENDINGS['sd']}")
+        for one in (before, after):
+            if lost := [name for name in self.names if name not in one.bands]:
+                raise RegionalError(
+                    f"{one.path}: no band {lost[0]}, found {', '.join(one.bands)}; a change needs maps that tell how "
+                    "sure they are: predict with a calibrated bundle"
+                )
+        _check(before, after, allow)
+
+    @property
+    def grid(self) -> Any:
+        """Of both."""
+        return self.before.grid
+
+    def blocks(self, height: int = _ROWS, halo: int = 0) -> Iterator[tuple[int, int, np.ndarray]]:
+        """First row, last row + 1, and (3, rows, W): difference, and both sds; NaN where one map has none.
+
+        With `halo`, so many rows more above and below, as far as there are.
+        """
+        for start in range(0, self.grid.height, height):
+            stop = min(start + height, self.grid.height)
+            first, last = max(start - halo, 0), min(stop + halo, self.grid.height)
+            (mean_1, sd_1), (mean_2, sd_2) = (one.rows(first, last, self.names) for one in (self.before, self.after))
+            values = np.stack([mean_2 - mean_1, sd_1, sd_2])
+            values[:, ~np.isfinite(values).all(0) | ~(sd_1**2 + sd_2**2 > 0)] = np.nan
+            yield start, stop, values
+
+
+def _check(before: MapFile, after: MapFile, allow: Sequence[str]) -> None:
+    if unknown := sorted({*allow} - {*GUARDS}):
+        raise RegionalError(f"allow is {unknown[0]!r}; expected of {', '.join(GUARDS)}")
+    pair = f"{before.path} and {after.path}"
+    if not before.grid.same_as(after.grid):
+        raise RegionalError(
+            f"{pair}: their grids differ: {before.grid.describe()}, and {after.grid.describe()}; bring both to one grid"
+        )
+    if (units := (before.units()[0], after.units()[0]))[0] != units[1]:
+        raise RegionalError(f"{pair}: their units differ: {units[0]!r} and {units[1]!r}")
+    for guard, tag in (("sensor", "SENSORS"), ("model", "MODEL_SHA256")):
+        found = [one.tags.get(tag, "") for one in (before, after)]
+        if found[0] != found[1] and guard not in allow:
+            raise RegionalError(
+                f"{pair}: they differ in their {guard} ({tag} is {found[0]!r} and {found[1]!r}), so that a difference "
+                f"need not be a change; --allow {guard} takes it"
+            )
+    first, second = _season(before), _season(after)
+    if first is None or second is None:
+        if "season" not in allow:
+            lost = before if first is None else after
+            raise RegionalError(f"{lost.path}: no tag SEASON tells when it is of; --allow season takes it")
+        return
+    if first >= second:
+        raise RegionalError(f"{pair}: the first is of {first[0]}, the second of {second[0]}; exchange them")
+    if max(map(_apart, first, second)) > _SEASON_DAYS and "season" not in allow:
+        told = " and ".join(f"{begin} to {end}" for begin, end in (first, second))
+        raise RegionalError(
+            f"{pair}: their seasons differ ({told}), so that a difference need not be a change; --allow season takes it"
+        )
+
+
+def _season(one: MapFile) -> tuple[date, date] | None:
+    first, _, last = one.tags.get("SEASON", "").partition("/")
+    try:
+        return date.fromisoformat(first), date.fromisoformat(last)
+    except ValueError:
+        return None
+
+
+def _apart(one: date, other: date) -> int:
+    """Days between two dates if they were of one year."""
+    days = abs(one.timetuple().tm_yday - other.timetuple().tm_yday)
+    return min(days, 365 - days)
+
+
+def variance(sd_1: np.ndarray, sd_2: np.ndarray, r: float) -> np.ndarray:
+    """Of the difference of two estimates whose errors have the correlation r."""
+    return sd_1**2 + sd_2**2 - 2 * r * sd_1 * sd_2
+
+
+def null_of(pair: MapPair, stable: MaskSource | None) -> Null:
+    """What differences are on stable ground, or where most of the ground is taken for stable.
+
+    Raises:
+        RegionalError: too few pixels tell it.
+    """
+    offset = 0.0 if stable is None else _offset(pair, stable)
+    count, squares, product = 0, 0.0, 0.0
+    histogram = np.zeros(2 * _STEPS, np.int64)
+    for u, q in _scaled(pair, stable, offset):
+        count, squares, product = count + len(u), squares + float((u**2).sum()), product + float(q.sum())
+        histogram += _counted(u + _STEP * _STEPS, len(histogram))
+    if count < _LEAST_STABLE:
+        where = "values in both maps" if stable is None else f"values on the stable ground of {stable.name}"
+        raise RegionalError(
+            f"{pair.before.path} and {pair.after.path}: {count} pixels have {where}; expected {_LEAST_STABLE} or more "
+            "to tell what differences are by chance"
+        )
+    spread = squares / count if stable else _central_variance(histogram)
+    r = float(np.clip((1 - spread) / (product / count), -1, _MOST_R))
+    return Null(offset, r, count, spread / (1 - r * product / count))
+
+
+def _offset(pair: MapPair, stable: MaskSource) -> float:
+    """The mean difference on stable ground, Mg/ha; 0 where there is none."""
+    weight = weighted = 0.0
+    for start, stop, (d, sd_1, sd_2) in pair.blocks():
+        known = np.isfinite(d) & stable.read_rows(start, stop)
+        inverse = 1 / variance(sd_1[known], sd_2[known], 0.0)
+        weight, weighted = weight + float(inverse.sum()), weighted + float((inverse * d[known]).sum())
+    return weighted / weight if weight else 0.0
+
+
+def _scaled(pair: MapPair, stable: MaskSource | None, offset: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Of each block's pixels: the difference over its sd if r were 0, and what r takes from the square of that sd."""
+    for start, stop, (d, sd_1, sd_2) in pair.blocks():
+        known = np.isfinite(d)
+        if stable is not None:
+            known &= stable.read_rows(start, stop)
+        square = variance(sd_1[known], sd_2[known], 0.0)
+        yield (d[known] - offset) / np.sqrt(square), 2 * sd_1[known] * sd_2[known] / square
+
+
+def _counted(values: np.ndarray, bins: int) -> np.ndarray:
+    """How many of the values lie in each step from 0 on; the last bin takes all beyond, the first all below."""
+    return np.bincount(np.clip(values / _STEP, 0, bins - 1).astype(np.int64), minlength=bins)
+
+
+def _central_variance(histogram: np.ndarray) -> float:
+    """Variance of the normal distribution that the middle of what was counted is a part of.
+
+    The middle is the narrowest half first, then 1.5 standard deviations around the mean of what that half tells. What
+    lies outside, such as changes, bears on it only by moving the middle.
+    """
+    total = np.concatenate([[0], np.cumsum(histogram)])
+    starts = np.flatnonzero(total <= total[-1] / 2)
+    stops = np.searchsorted(total, total[starts] + total[-1] / 2)
+    narrowest = np.argmin(stops - starts)
+    mean, sd = _normal_of(histogram, int(starts[narrowest]), int(stops[narrowest]))
+    for _ in range(_WINDOWS):
+        low, high = np.clip((mean + np.array([-1.5, 1.5]) * sd) / _STEP, 0, len(histogram)).astype(int)
+        mean, sd = _normal_of(histogram, int(low), int(high))
+    return sd**2
+
+
+def _normal_of(histogram: np.ndarray, first: int, last: int) -> tuple[float, float]:
+    """Mean and standard deviation of a normal distribution by its part in some bins (maximum likelihood)."""
+    counts, middles = histogram[first:last], _STEP * (np.arange(first, last) + 0.5)
+    low, high = _STEP * first, _STEP * last
+    mean = float(np.average(middles, weights=counts))
+    square = float(np.average((middles - mean) ** 2, weights=counts))
+
+    def loss(at: np.ndarray) -> float:
+        shift, sd = at[0], math.exp(at[1])
+        inside = ndtr((high - mean - shift) / sd) - ndtr((low - mean - shift) / sd)
+        return float((square + shift**2) / (2 * sd**2) + math.log(sd) + math.log(max(inside, 1e-300)))
+
+    start = [0.0, math.log((high - low) / 2)]
+    shift, log_sd = minimize(loss, start, method="Nelder-Mead", options={"xatol": 1e-6, "fatol": 1e-12}).x
+    return mean + float(shift), math.exp(float(log_sd))
+
+
+def least_significant(histogram: np.ndarray, fdr: float) -> float:
+    """The least |z| that Benjamini and Hochberg's step-up procedure calls significant; infinite where none is.
+
+    Args:
+        histogram: how many |z| lie in each step of 0.001 from 0 on.
+        fdr: share of the significant that may be so by chance.
+    """
+    beyond = np.cumsum(histogram[::-1])[::-1]  # how many are at least as large as a bin's lower end
+    lower = _STEP * np.arange(len(histogram))
+    passes = (2 * ndtr(-lower) <= fdr * beyond / max(int(beyond[0]), 1)) & (beyond > 0)
+    return float(lower[np.argmax(passes)]) if passes.any() else math.inf
+
+
+def without_small_patches(classes: np.ndarray, least: int) -> np.ndarray:
+    """Classes -1, 0, 1 (H, W), with 0 for patches of one sign of fewer than `least` pixels, by sides and corners."""
+    kept = classes.copy()
+    for sign in (-1, 1):
+        patches, count = ndimage.label(classes == sign, structure=np.ones((3, 3)))
+        small = np.bincount(patches.ravel(), minlength=count + 1) < least
+        small[0] = False
+        kept[small[patches]] = 0
+    return kept
+
+
+def change(
+    before: str | os.PathLike[str],
+    after: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    command: str = "biomass_jax.regional.change.change",
+    **settings: object,
+) -> Found:
+    """Write the raster of change.
+
+    Its bands are the difference and its sd, both in the maps' unit, and `significant`: -1 for loss, 1 for gain, 0 for
+    neither. Memory is bounded by some hundred rows, and more of them for a large `min_area_ha`.
+
+    Args:
+        before: the earlier map, with the band `agbd_sd`.
+        after: the later one.
+        out: the raster to write.
+        command: for its tags.
+        **settings: fields of `Change`.
+
+    Raises:
+        ConfigError: a setting can't be.
+        RasterError: a file can't be read or written.
+        RegionalError: the maps can't be compared.
+    """
+    chosen = checked(Change, settings)
+    if chosen.stable is None and chosen.stable_keep:
+        raise RegionalError("stable_keep is given without stable; give the raster of classes, too")
+    with MapFile(before) as first, MapFile(after) as second:
+        pair = MapPair(first, second, chosen.allow)
+        stable = None if chosen.stable is None else MaskSource(chosen.stable, pair.grid, chosen.stable_keep)
+        if stable is not None:
+            first.enter_context(stable)
+        null = null_of(pair, stable)
+        histogram = np.zeros(_STEPS, np.int64)
+        for _, _, values in pair.blocks():
+            histogram += _counted(np.abs(z := _z(values, null))[np.isfinite(z)], _STEPS)
+        threshold = least_significant(histogram, chosen.fdr)
+        across, down = pair.grid.pixel_size() or (0.0, 0.0)
+        pixel_ha = across * down / 1e4
+        least = max(math.ceil(chosen.min_area_ha / pixel_ha - 1e-6), 1)
+        sums = {sign: [0, 0.0] for sign in (-1, 1)}
+        unit, label = first.units()[0], pair.names[0]
+        layers = {f"{label}_change": unit, f"{label}_change_sd": unit, "significant": "1"}
+        tags = _tags(pair, chosen, null, threshold, command)
+        with MapWriter(out, pair.grid, nodata=NODATA, layers=layers, tags=tags) as writer:
+            for start, stop, values in pair.blocks(halo=least):
+                z = _z(values, null)
+                kept = without_small_patches(np.where(np.abs(z) >= threshold, np.sign(z), 0), least)
+                inner = slice(top := min(start, least), top + stop - start)
+                (d, sd_1, sd_2), kept = values[:, inner], kept[inner]
+                rows = np.stack([d - null.offset, np.sqrt(variance(sd_1, sd_2, null.r)), kept], axis=-1)
+                rows[~np.isfinite(d)] = NODATA
+                for sign, sum_of in sums.items():
+                    sum_of[0] += int((kept == sign).sum())
+                    sum_of[1] += float((d - null.offset)[kept == sign].sum())
+                writer.write_rows(start, rows)
+    loss, gain = ((int(count), total / max(count, 1)) for count, total in sums.values())
+    return Found(Path(out), null, int(histogram.sum()), threshold, loss, gain, pixel_ha, unit)
+
+
+def _z(values: np.ndarray, null: Null) -> np.ndarray:
+    d, sd_1, sd_2 = values
+    return (d - null.offset) / np.sqrt(variance(sd_1, sd_2, null.r))
+
+
+def _tags(pair: MapPair, settings: Change, null: Null, threshold: float, command: str) -> dict[str, str]:
+    both = {"SEASON", "SENSORS", "MODEL_SHA256"}
+    tags = {f"{name}_BEFORE": text for name, text in pair.before.tags.items() if name in both}
+    tags |= {f"{name}_AFTER": text for name, text in pair.after.tags.items() if name in both}
+    tags |= {"BEFORE": Path(pair.before.path).name, "AFTER": Path(pair.after.path).name, "COMMAND": command}
+    tags |= {"OFFSET": repr(null.offset), "ERROR_CORRELATION": repr(null.r), "Z_THRESHOLD": repr(threshold)}
+    tags |= {name.upper(): str(value) for name, value in dataclasses.asdict(settings).items()}
+    return tags
+
+
+def _lines(found: Found, stable: str | None) -> list[str]:
+    null = found.null
+    where = "all" if stable is None else f"those of {stable}, where the maps differ by {null.offset:+.2f}, taken off"
+    said = [f"errors of the two maps go together: correlation {null.r:.2f}, by {null.pixels:,} pixels ({where})"]
+    if not 0.8 <= null.z_variance <= 1.25:
+        said.append(
+            f"warning: the maps' standard deviations don't fit: on stable ground the variance of z is "
+            f"{null.z_variance:.2f}, not 1"
+        )
+    for name, (count, mean) in (("loss", found.loss), ("gain", found.gain)):
+        about = f", {count * found.pixel_ha:,.1f} ha, {mean:+.1f} {found.unit} on average" if count else ""
+        said.append(f"{name}: {count:,} of {found.tested:,} pixels{about}")
+    return [*said, f"{found.path}: the change"]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m biomass_jax.regional.change",
+        description="The difference of two maps of the same ground, how sure it is, and where it is no chance.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--before", required=True, metavar="MAP", help="the earlier map, with its standard deviation")
+    parser.add_argument("--after", required=True, metavar="MAP", help="the later one")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the raster of change to write")
+    add_options(parser, Change)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = _parser().parse_args(words)
+    try:
+        environment.settle(jax=False)
+        check_local(args.out, "--out")
+        with writer_beside(Path(args.out)):
+            command = shlex.join(["biomass-jax", "change", *words])
+            found = change(args.before, args.after, args.out, command=command, **options_of(args, Change))
+    except Exception as error:
+        return environment.failed(error)
+    print("\n".join(_lines(found, args.stable)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
