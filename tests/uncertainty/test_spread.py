@@ -32,10 +32,9 @@ def made(**changed):
     """A model of random weights, all of them, and images (3, 16, 24, 6)."""
     module = BiomassModel(**FIELDS | changed)
     x = jax.random.normal(jax.random.key(1), (3, 16, 24, 6))
-    variables = module.init(jax.random.key(0), x[:1])
-    leaves, tree = jax.tree.flatten(variables)
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    moved = [leaf + 0.3 * jnp.abs(jax.random.normal(k, leaf.shape)) for leaf, k in zip(leaves, keys, strict=True)]
+    leaves, tree = jax.tree.flatten(jax.eval_shape(module.init, jax.random.key(0), x[:1]))
+    rng = np.random.default_rng(2)
+    moved = [0.3 * np.abs(rng.standard_normal(leaf.shape)).astype(np.float32) for leaf in leaves]
     return module, jax.tree.unflatten(tree, moved), x
 
 
@@ -62,10 +61,10 @@ def test_quantiles_are_the_first_and_the_last():
 
 def test_dropout_scatters_as_its_variance_says():
     module, variables, x = made()
-    features = np.asarray(module.apply(variables, module.apply(variables, x, method="encode"), method="decode"))
+    features = jax.jit(lambda v, x: module.apply(v, module.apply(v, x, method="encode"), method="decode"))(variables, x)
     kernel = np.asarray(variables["params"]["head"]["final"]["kernel"])[0, 0, :, 0]
     # Of a sum of k f m / keep with m one of keep and 0 otherwise, and the head's output scale.
-    expected = 20.0 * np.sqrt(np.square(kernel * features).sum(-1) * 0.3 / 0.7)
+    expected = 20.0 * np.sqrt(np.square(kernel * np.asarray(features)).sum(-1) * 0.3 / 0.7)
     found = run(module, variables, x, way="dropout", samples=4000, seed=5)
     np.testing.assert_allclose(found[..., 1], expected, rtol=0.06)
     np.testing.assert_allclose(found[..., 0], np.asarray(jax.jit(module.apply)(variables, x)), rtol=1e-5)
@@ -165,7 +164,7 @@ def test_symmetries_of_a_turned_image_are_the_turned_map_to_the_bit():
 
 
 def test_what_a_model_cannot_say_is_refused():
-    plain, _, _ = made(head_dropout=0.0, drop_path_rate=0.0)
+    plain = BiomassModel(**FIELDS | {"head_dropout": 0.0, "drop_path_rate": 0.0})
     assert own_channels(plain) == ("mean",)
     for way, said in (
         ("model", "gives a mean alone"),
@@ -174,7 +173,7 @@ def test_what_a_model_cannot_say_is_refused():
     ):
         with pytest.raises(PredictionError, match=said):
             channels_of(plain, Spread(way))
-    quantiles, _, _ = made(spread="quantiles")
+    quantiles = BiomassModel(**FIELDS, spread="quantiles")
     with pytest.raises(PredictionError, match="quantiles, which have no variance"):
         channels_of(quantiles, Spread("symmetries"))
     with pytest.raises(PredictionError, match="uncertainty is 'luck'"):
