@@ -27,6 +27,7 @@ WAYS = ("pretrained", "from scratch")
 LABELLED, LABEL_ERROR = 0.01, 4.0  # share of pixels with a footprint, Mg/ha of its noise: as GEDI in the demo
 ALPHAS = tuple(np.logspace(-2, 5, 22))
 BATCH = 8
+COLUMNS = 50  # of chips, 2.9 km each: all of them stay within their UTM zone
 FROZEN = "frozen"  # share of the steps for which a recipe keeps the encoder as it is, before the rest trains all
 RECIPES: dict[str, dict[str, Any]] = {
     "rate 1e-2": {"optimizer.learning_rate": 1e-2},
@@ -52,7 +53,9 @@ def context_chip(split: str, index: int, side: int, *, labelled: bool = True) ->
 
     rng = np.random.default_rng([index, *split.encode()])
     land = Context()
-    left, top = LEFT + 2 * PIXEL_M * side * index, TOP - 300e3 * ("train", "val", "test").index(split)
+    row, column = divmod(index, COLUMNS)
+    left = LEFT + PIXEL_M * side * column
+    top = TOP - 300e3 * ("train", "val", "test").index(split) - PIXEL_M * side * row
     ground, crowns = land.pixels(left, top, (side, side)), land.crowns(left, top, (side + 1, side))
     day = Day(leaves=0.9, clouds=0.0)
     image, _ = under_sky(surface(ground, crowns, day.leaves), day, rng)
