@@ -82,6 +82,11 @@ TOOLS = {
         "biomass_jax.evaluation.__main__",
         "--plots plots.gpkg --maps maps/*_agbd.tif --out validation",
     ),
+    "mosaic": ToolCommand(
+        "many maps as one on a grid of its own, by area",
+        "biomass_jax.regional.mosaic",
+        "--maps 'maps/*_agbd.tif' --out mosaic.tif",
+    ),
     "sweep": ToolCommand(
         "search for good settings by many trainings",
         "biomass_jax.launch.sweep",
@@ -136,6 +141,7 @@ _OTHER_NAMES = {
     "python -m biomass_jax.convert": f"{PROGRAM} convert",
     "python -m biomass_jax.evaluation.calibrate": f"{PROGRAM} calibrate",
     "python -m biomass_jax.evaluation": f"{PROGRAM} validate",
+    "python -m biomass_jax.regional.mosaic": f"{PROGRAM} mosaic",
     "python -m launch.sweep": f"{PROGRAM} sweep",
     "python -m launch.ensemble": f"{PROGRAM} ensemble",
     "python -m launch.demo": f"{PROGRAM} demo",

@@ -26,6 +26,7 @@ OF_THEIR_OWN = {
     "biomass_jax.models.attention": "where another kernel for attention goes",
     "biomass_jax.models.simmim": "the other model",
     "biomass_jax.models.upernet": "the decoder of the literature",
+    "biomass_jax.regional.overlap": "the arithmetic of mosaics, without their files",
     "biomass_jax.tasks.regression": "one task a module",
     "biomass_jax.tasks.simmim": "one task a module",
     "biomass_jax.training.loop": "what happens step by step, once a run is set up",

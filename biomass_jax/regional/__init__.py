@@ -1,0 +1,1 @@
+"""From maps to the figures of regions: mosaics, zones, change."""
