@@ -29,7 +29,7 @@ from biomass_jax.data.raster.image import read_tags
 from biomass_jax.data.raster.tiff import verify_blocks
 from biomass_jax.data.raster.warp import MapFile, Part, check_together, crs_of, lattice_of, map_file, place, snapped
 from biomass_jax.data.records import is_season
-from biomass_jax.errors import RasterError, UsageError
+from biomass_jax.errors import STOPPED, RasterError, Stopped, UsageError
 from biomass_jax.regional.overlap import BLOCK, INVERSE, MEAN, NEWEST, Member, MosaicPlan, block_values, sd_layer
 from biomass_jax.runtime import environment, system
 from biomass_jax.runtime.files import check_local, replacing, write_json, write_text
@@ -54,8 +54,10 @@ OF_ONE_MAP = ("SOURCE_SIZE", "SOURCE_MTIME_NS", "SOURCE_FILES", "DATA_SOURCES", 
 class Mosaic:
     """How maps become one: options of `biomass-jax mosaic`."""
 
-    crs: str = setting("EPSG:6933", "of the mosaic, as rasterio reads it; `same` for the one that all maps share")
-    pixel: float = setting(30.0, "edge of its pixels, in units of that CRS", within=Range(0, ends="()"))
+    crs: str = setting(
+        "EPSG:6933", "of the mosaic (EPSG:6933), as rasterio reads it; `same` for the one that all maps share"
+    )
+    pixel: float = setting(30.0, "edge of its pixels (30), in units of that CRS", within=Range(0, ends="()"))
     overlap: str = setting(
         AUTO,
         "what counts where maps overlap; auto: inverse_variance where all maps have a standard deviation, else mean",
@@ -371,8 +373,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for value, flag in ((args.out, "--out"), (args.table, "--table")):
             check_local(value, flag)
         maps = [path for given in args.maps for path in (sorted(glob.glob(given)) or [given])]
-        with writer_beside(Path(args.out)):
+        with system.sigterm_stops(), writer_beside(Path(args.out)):
             made = mosaic(maps, args.out, table=args.table, overwrite=args.overwrite, **options_of(args, Mosaic))
+    except Stopped:
+        print("stopped by SIGTERM; give the same command again to go on", file=sys.stderr)
+        return STOPPED
     except Exception as error:
         return environment.failed(error)
     print(f"{args.out}: {len(made.members)} maps, overlaps by {made.overlap}; {made.grid.describe()}")

@@ -6,6 +6,7 @@ brought to the mosaic's grid: so there are no seams within a zone, whatever its 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from typing import NamedTuple
 
@@ -53,11 +54,14 @@ class MosaicPlan:
 
     def meeting(self, top: int, left: int, bottom: int, right: int) -> list[Member]:
         """The maps that meet a part of the grid."""
-        return [
-            one
-            for one in self.members
-            if one.top < bottom and one.bottom > top and one.left < right and one.right > left
-        ]
+        tops, lefts, bottoms, rights = self._edges
+        met = (tops < bottom) & (bottoms > top) & (lefts < right) & (rights > left)
+        return [self.members[number] for number in np.flatnonzero(met).tolist()]
+
+    @cached_property
+    def _edges(self) -> np.ndarray:
+        """Tops, lefts, bottoms and rights of all maps, for many thousand questions."""
+        return np.array([(one.top, one.left, one.bottom, one.right) for one in self.members]).T
 
     def blocks(self) -> Iterator[Part]:
         """Top, left, bottom and right of its blocks, in reading order."""

@@ -13,7 +13,7 @@ import pytest
 import rasterio
 
 from biomass_jax.data.raster.warp import PACIFIC
-from biomass_jax.errors import BiomassError, ConfigError, RasterError, UsageError
+from biomass_jax.errors import STOPPED, BiomassError, ConfigError, RasterError, UsageError
 from biomass_jax.regional import mosaic as module
 from biomass_jax.regional import overlap
 from biomass_jax.regional.mosaic import main, mosaic
@@ -344,6 +344,26 @@ def test_a_map_that_changed_meanwhile_is_named_and_its_blocks_made_again(tmp_pat
     assert len(left) == 2 and sorted(made) == sorted([*left, (128, 256, 150, 336)])
     mosaic(maps, tmp_path / "whole.tif", **settings)
     assert (tmp_path / "out.tif").read_bytes() == (tmp_path / "whole.tif").read_bytes()
+
+
+def test_sigterm_stops_a_mosaic_that_goes_on(tmp_path, monkeypatch, six, capsys):
+    maps, _ = six
+    block_values = module.block_values
+
+    def terminated(layout, *at):
+        if at[:2] == (0, 256):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return block_values(layout, *at)
+
+    words = ["--maps", *map(str, maps), "--out", str(tmp_path / "out.tif"), "--crs", "same"]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "block_values", terminated)
+        assert main(words) == STOPPED
+    assert "stopped by SIGTERM; give the same command again" in capsys.readouterr().err
+    kept = len(list((tmp_path / ".out.tif.blocks").glob("*.block")))
+    made = counted(monkeypatch)
+    assert not (tmp_path / "out.tif").exists() and main(words) == 0
+    assert 1 <= kept == 6 - len(made)
 
 
 def test_a_damaged_block_is_made_again(tmp_path, monkeypatch, six):

@@ -115,6 +115,23 @@ def test_a_part_of_a_grid_gets_what_the_whole_gets():
     np.testing.assert_allclose(part_share, share[13:29, 7:31], atol=1e-6)
 
 
+def test_what_lies_beyond_a_grid_tells_nothing_in_it():
+    """GDAL's `sum` gives far pixels a part of what reaches beyond the right edge, in single rows of large grids."""
+    target = near(12.1, 60, 30.0, size=511)
+    lattice = lattice_of(grid())
+    source = lattice.grid(*lattice.cover(target))
+    column, row = np.meshgrid(np.arange(source.width + 1), np.arange(source.height + 1))
+    s, t = source.transform, target.transform
+    places = rasterio_warp.transform(source.crs, EASE, (s.c + 30 * column).ravel(), (s.f - 30 * row).ravel())
+    x, y = (np.reshape(axis, column.shape) for axis in places)
+    x, y = (np.stack([axis[i : i - 1 or None, j : j - 1 or None] for i, j in _CORNERS]) for axis in (x, y))
+    left, right, top, bottom = t.c, t.c + 30 * target.width, t.f, t.f - 30 * target.height
+    beyond = (x > right).all(0) | (x < left).all(0) | (y > top).all(0) | (y < bottom).all(0)
+    assert 0.05 < beyond.mean() < 0.5
+    means, share = area_means(np.where(beyond, 1e6, 0)[None], np.ones(beyond.shape, bool), source, target)
+    assert share.min() == 1 and means.max() < 1e-6
+
+
 def test_the_grid_of_the_map_itself_keeps_every_bit():
     values = np.random.default_rng(0).gamma(2, 60, (2, 20, 30)).astype(np.float32)
     valid = values[0] > 30
