@@ -87,6 +87,11 @@ TOOLS = {
         "biomass_jax.regional.change",
         "--before maps/2019_agbd.tif --after maps/2021_agbd.tif --out change.tif",
     ),
+    "mosaic": ToolCommand(
+        "many maps as one on a grid of its own, by area",
+        "biomass_jax.regional.mosaic",
+        "--maps 'maps/*_agbd.tif' --out mosaic.tif",
+    ),
     "sweep": ToolCommand(
         "search for good settings by many trainings",
         "biomass_jax.launch.sweep",
@@ -142,6 +147,7 @@ _OTHER_NAMES = {
     "python -m biomass_jax.evaluation.calibrate": f"{PROGRAM} calibrate",
     "python -m biomass_jax.evaluation": f"{PROGRAM} validate",
     "python -m biomass_jax.regional.change": f"{PROGRAM} change",
+    "python -m biomass_jax.regional.mosaic": f"{PROGRAM} mosaic",
     "python -m launch.sweep": f"{PROGRAM} sweep",
     "python -m launch.ensemble": f"{PROGRAM} ensemble",
     "python -m launch.demo": f"{PROGRAM} demo",

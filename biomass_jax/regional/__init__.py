@@ -1,1 +1,1 @@
-"""Figures of regions: from maps to the numbers that are reported."""
+"""From maps to the figures of regions: mosaics, zones, change, other maps."""

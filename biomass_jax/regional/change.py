@@ -26,6 +26,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -37,8 +38,8 @@ from scipy.optimize import minimize
 from scipy.special import ndtr
 
 from biomass_jax.data.raster.cog import MapWriter
-from biomass_jax.data.raster.maps import MapFile
 from biomass_jax.data.raster.resample import MaskSource
+from biomass_jax.data.raster.warp import MapFile, map_file
 from biomass_jax.errors import RegionalError
 from biomass_jax.prediction.layers import ENDINGS
 from biomass_jax.runtime import environment
@@ -117,15 +118,14 @@ class MapPair:
 
         Raises:
             RegionalError: they differ in more than the time, or their order is wrong.
-            RasterError: a band is missing.
         """
         self.before, self.after = before, after
-        label = before.bands[0]
+        label = next(iter(before.layers))
         self.names = (label, f"{label}{ENDINGS['sd']}")
         for one in (before, after):
-            if lost := [name for name in self.names if name not in one.bands]:
+            if lost := [name for name in self.names if name not in one.layers]:
                 raise RegionalError(
-                    f"{one.path}: no band {lost[0]}, found {', '.join(one.bands)}; a change needs maps that tell how "
+                    f"{one.path}: no band {lost[0]}, found {', '.join(one.layers)}; a change needs maps that tell how "
                     "sure they are: predict with a calibrated bundle"
                 )
         _check(before, after, allow)
@@ -143,9 +143,11 @@ class MapPair:
         for start in range(0, self.grid.height, height):
             stop = min(start + height, self.grid.height)
             first, last = max(start - halo, 0), min(stop + halo, self.grid.height)
-            (mean_1, sd_1), (mean_2, sd_2) = (one.rows(first, last, self.names) for one in (self.before, self.after))
+            window = (first, 0, last, self.grid.width)
+            (one, in_one), (other, in_other) = (file.read(self.names, window) for file in (self.before, self.after))
+            (mean_1, sd_1), (mean_2, sd_2) = one.astype(np.float64), other.astype(np.float64)
             values = np.stack([mean_2 - mean_1, sd_1, sd_2])
-            values[:, ~np.isfinite(values).all(0) | ~(sd_1**2 + sd_2**2 > 0)] = np.nan
+            values[:, ~(in_one & in_other & (sd_1**2 + sd_2**2 > 0))] = np.nan
             yield start, stop, values
 
 
@@ -157,8 +159,9 @@ def _check(before: MapFile, after: MapFile, allow: Sequence[str]) -> None:
         raise RegionalError(
             f"{pair}: their grids differ: {before.grid.describe()}, and {after.grid.describe()}; bring both to one grid"
         )
-    if (units := (before.units()[0], after.units()[0]))[0] != units[1]:
-        raise RegionalError(f"{pair}: their units differ: {units[0]!r} and {units[1]!r}")
+    one, other = (next(iter(file.layers.values())) for file in (before, after))
+    if one != other:
+        raise RegionalError(f"{pair}: their units differ: {one!r} and {other!r}")
     for guard, tag in (("sensor", "SENSORS"), ("model", "MODEL_SHA256")):
         found = [one.tags.get(tag, "") for one in (before, after)]
         if found[0] != found[1] and guard not in allow:
@@ -334,11 +337,11 @@ def change(
     chosen = checked(Change, settings)
     if chosen.stable is None and chosen.stable_keep:
         raise RegionalError("stable_keep is given without stable; give the raster of classes, too")
-    with MapFile(before) as first, MapFile(after) as second:
-        pair = MapPair(first, second, chosen.allow)
-        stable = None if chosen.stable is None else MaskSource(chosen.stable, pair.grid, chosen.stable_keep)
-        if stable is not None:
-            first.enter_context(stable)
+    pair = MapPair(map_file(before), map_file(after), chosen.allow)
+    with ExitStack() as stack:
+        stable = None
+        if chosen.stable is not None:
+            stable = stack.enter_context(MaskSource(chosen.stable, pair.grid, chosen.stable_keep))
         null = null_of(pair, stable)
         histogram = np.zeros(_STEPS, np.int64)
         for _, _, values in pair.blocks():
@@ -348,7 +351,7 @@ def change(
         pixel_ha = across * down / 1e4
         least = max(math.ceil(chosen.min_area_ha / pixel_ha - 1e-6), 1)
         sums = {sign: [0, 0.0] for sign in (-1, 1)}
-        unit, label = first.units()[0], pair.names[0]
+        label, unit = next(iter(pair.before.layers.items()))
         layers = {f"{label}_change": unit, f"{label}_change_sd": unit, "significant": "1"}
         tags = _tags(pair, chosen, null, threshold, command)
         with MapWriter(out, pair.grid, nodata=NODATA, layers=layers, tags=tags) as writer:

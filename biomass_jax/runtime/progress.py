@@ -10,7 +10,7 @@ log = logging.getLogger(__name__)
 
 
 class Progress:
-    """Counts the chips (tiles) of one map; use as a context manager around its prediction.
+    """Counts the chips (tiles) of one map, or other units; use as a context manager around its prediction.
 
     Speed is measured from the first chips on: before them programs are compiled, which says nothing of the rest.
     """
@@ -21,11 +21,13 @@ class Progress:
         total: int,
         *,
         terminal: bool | None = None,
+        unit: str = "chip",
         every: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`terminal` None asks standard error, or is a notebook; `every` is seconds between lines where it is none."""
         self._name = name
+        self._unit = unit
         self._total = total
         self._done = 0
         self._every = every
@@ -38,7 +40,7 @@ class Progress:
             # the plain bar in notebooks too: that of tqdm.notebook needs ipywidgets
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, desc=name, unit="chip", dynamic_ncols=True)
+            self._bar = tqdm(total=total, desc=name, unit=unit, dynamic_ncols=True)
 
     def __enter__(self) -> "Progress":
         return self
@@ -60,7 +62,8 @@ class Progress:
             rate = (self._done - self._first) / (now - self._began)
             left = (self._total - self._done) / rate if rate else float("inf")
             log.info(
-                "%s: %d of %d chips, %.1f chips/s, %s left", self._name, self._done, self._total, rate, duration(left)
+                "%s: %d of %d %ss, %.1f %ss/s, %s left",
+                *(self._name, self._done, self._total, self._unit, rate, self._unit, duration(left)),
             )
 
     def __exit__(self, *_: object) -> None:

@@ -1,12 +1,16 @@
-"""What operating systems do each in their own way: cores, locks on files, groups of processes, flushed folders."""
+"""What operating systems do each in their own way: cores, locks, signals, groups of processes, flushed folders."""
 
 import importlib
 import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from biomass_jax.errors import Stopped
 
 fcntl: Any = None
 msvcrt: Any = None
@@ -101,3 +105,18 @@ def flush_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def sigterm_stops() -> Iterator[None]:
+    """SIGTERM ends the block with `Stopped`, once; to be called in the main thread."""
+
+    def stop(*_: object) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not disturb the end
+        raise Stopped
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

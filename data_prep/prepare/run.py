@@ -6,18 +6,16 @@ finished and unchanged is kept; a run may be ended at any moment and started aga
 
 import argparse
 import runpy
-import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from biomass_jax.errors import STOPPED, PrepError, Stopped
 from biomass_jax.runtime.lock import one_writer
 from biomass_jax.runtime.settings import add_options, check, config_option, overrides
-from biomass_jax.runtime.system import cores
+from biomass_jax.runtime.system import cores, sigterm_stops
 from data_prep.commands import command
 from data_prep.prepare.chain import prepare
 from data_prep.prepare.runner import open_executor
@@ -109,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise PrepError(f"--workers {args.workers}: expected 1 or more")
     threads = None if args.scheduler else max(1, cores() // args.workers)
     began = time.monotonic()
-    with _sigterm_stops():
+    with sigterm_stops():
         try:
             with one_writer(args.out), open_executor(args.workers, args.scheduler) as executor:
                 report = prepare(config, args.out, executor, discard=args.discard_granules, threads=threads)
@@ -118,16 +116,3 @@ def main(argv: Sequence[str] | None = None) -> int:
             return STOPPED
     print(f"{table(report)}\n{args.out / 'report.json'}: done in {time.monotonic() - began:.0f} s")
     return 1 if report["errors"] else 0
-
-
-@contextmanager
-def _sigterm_stops() -> Iterator[None]:
-    def stop(*_: object) -> NoReturn:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not disturb the end
-        raise Stopped
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -153,9 +153,7 @@ def test_micro_batches_add_up_to_the_global_loss(batch, kind):
 
 def test_unknown_kinds_and_other_shapes_are_refused(batch):
     outputs, label = batch[0]["pinball"], batch[1]
-    with pytest.raises(
-        ValueError, match="unknown loss 'rmse'; expected one of gaussian_nll, beta_nll, lap"
-    ):
+    with pytest.raises(ValueError, match="unknown loss 'rmse'; expected one of gaussian_nll, beta_nll, lap"):
         spread_sums(outputs, label, "rmse")
     with pytest.raises(ValueError, match=r"outputs \(6, 9, 7, 4\) and label \(6, 9, 7\); gaussian_nll takes .*, 2\]"):
         spread_sums(outputs, label, "gaussian_nll")

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,6 +29,7 @@ from biomass_jax.errors import RasterError
 from biomass_jax.runtime import system
 
 SIDE_CARS = (".aux.xml", ".msk", ".ovr")  # what GDAL would read beside a raster
+_READ_BACK = 2**26  # bytes that are read at once to be compared
 _FULL = "is the disk full, or a limit on file sizes set (ulimit -f)?"
 
 
@@ -81,9 +83,16 @@ def check_space(folder: str | os.PathLike[str], needed: int) -> None:
         )
 
 
-def space_needed(grid: Grid, pixel_bytes: int = 4) -> int:
-    """Bytes that writing takes at its peak: the working copy and the COG, both with overviews, one compressed."""
-    return int(grid.height * grid.width * pixel_bytes * 4 / 3 * (1 + 0.85)) + 2**20
+def space_needed(grid: Grid, pixel_bytes: int = 4, share: float = 1.0) -> int:
+    """Bytes that writing takes at its peak: the working copy and the COG, both with overviews, one compressed.
+
+    Args:
+        grid: size of the raster.
+        pixel_bytes: of all bands.
+        share: of its blocks that will hold values; others pack to a hundredth.
+    """
+    packed = min(share + 0.01, 1.0)
+    return int(grid.height * grid.width * pixel_bytes * packed * 4 / 3 * (1 + 0.85)) + 2**20
 
 
 class CogWriter:
@@ -107,6 +116,7 @@ class CogWriter:
         tags: Mapping[str, str],
         units: Sequence[str] = (),
         layout: CogLayout = DATA_LAYOUT,
+        share: float = 1.0,
     ) -> None:
         """Open the working copy.
 
@@ -119,6 +129,7 @@ class CogWriter:
             tags: texts for the file; read after the last rows, so whoever makes those may add counts to it.
             units: unit of each band, or none.
             layout: blocks and compression.
+            share: of the blocks that will hold values, for the room that is asked for.
 
         Raises:
             RasterError: the folder can't be written to, or has too little room.
@@ -127,7 +138,7 @@ class CogWriter:
         self.grid = grid
         self.seconds = {"write": 0.0, "verify": 0.0, "copy": 0.0}
         self._dtype, self._bands, self._layout, self._tags = np.dtype(dtype), len(band_names), layout, tags
-        self._next_row = 0
+        self._next_row = self._next_column = 0  # of the pixel after the last one, in reading order of blocks
         self._checksums: list[int] = []
         self._partial = self.path.with_name(f".{self.path.stem}.partial.tif")
         self._cog = self.path.with_name(f".{self.path.stem}.cog.tif")
@@ -138,8 +149,8 @@ class CogWriter:
         if self.path.is_dir():
             raise RasterError(f"{self.path}: there is a folder of this name; a raster can't be written there")
         self._remove_working_files()  # what a killed run left counts neither as room taken nor as data
-        check_space(self.path.parent, space_needed(grid, self._bands * self._dtype.itemsize))
-        self._buffer = np.empty((self._bands, min(layout.block, grid.height), grid.width), self._dtype)
+        check_space(self.path.parent, space_needed(grid, self._bands * self._dtype.itemsize, share))
+        self._buffer: np.ndarray | None = None  # a row of blocks, for those who give rows
         self._dataset: Any = None
         with raster_errors(f"{self.path}: writing {self._partial.name}; {_FULL}"):
             self._dataset = self._create(float(nodata), band_names, units)
@@ -192,6 +203,8 @@ class CogWriter:
         if top + values.shape[1] > self.grid.height:
             raise RasterError(f"{self.path}: rows {top} to {top + values.shape[1]} of a raster with {self.grid.height}")
         began = time.perf_counter()
+        if self._buffer is None:
+            self._buffer = np.empty((self._bands, min(block, self.grid.height), self.grid.width), self._dtype)
         done = 0
         while done < values.shape[1]:
             at = self._next_row % block
@@ -200,18 +213,43 @@ class CogWriter:
             self._next_row += take
             done += take
             if self._next_row % block == 0 or self._next_row == self.grid.height:
-                self._flush(at + take)
+                self._put(self._next_row - at - take, 0, self._buffer[:, : at + take])
         self.seconds["write"] += time.perf_counter() - began
 
-    def _flush(self, rows: int) -> None:
-        """Write one row of blocks, each of them whole and once, and take their checksums."""
-        top = self._next_row - rows
-        with raster_errors(f"{self.path}: writing rows {top} to {self._next_row} to {self._partial.name}; {_FULL}"):
-            self._dataset.write(self._buffer[:, :rows], window=Window(0, top, self.grid.width, rows))
-        self._checksums += self._block_checksums(self._buffer[:, :rows])
+    def write_block(self, values: np.ndarray) -> None:
+        """Add the next block in reading order, in memory that doesn't grow with the raster's width either.
+
+        All of a raster is given by rows or all by blocks.
+
+        Args:
+            values: (bands, rows, columns) of a whole block, or of what of it lies in the raster.
+
+        Raises:
+            RasterError: another dtype or shape, too many blocks, or the disk doesn't take it.
+        """
+        top, left, block = self._next_row, self._next_column, self._layout.block
+        wanted = (self._bands, min(block, self.grid.height - top), min(block, self.grid.width - left))
+        if values.dtype != self._dtype or values.shape != wanted:
+            raise RasterError(
+                f"{self.path}: got {values.dtype} {values.shape} for the block at row {top}, column {left}, expected "
+                f"{self._dtype} {wanted}"
+            )
+        began = time.perf_counter()
+        self._put(top, left, values)
+        self._next_column = left + block
+        if self._next_column >= self.grid.width:
+            self._next_row, self._next_column = top + wanted[1], 0
+        self.seconds["write"] += time.perf_counter() - began
+
+    def _put(self, top: int, left: int, values: np.ndarray) -> None:
+        """Write one block or a row of them, each of them whole and once, and take their checksums."""
+        rows, columns = values.shape[1:]
+        with raster_errors(f"{self.path}: writing rows {top} to {top + rows} to {self._partial.name}; {_FULL}"):
+            self._dataset.write(values, window=Window(left, top, columns, rows))
+        self._checksums += self._block_checksums(values)
 
     def _block_checksums(self, values: np.ndarray) -> list[int]:
-        """Checksums of the blocks of one row of them: (bands, rows, width) -> one of all bands for each."""
+        """Checksums of blocks side by side: (bands, rows, columns) -> one of all bands for each."""
         block = self._layout.block
         return [
             zlib.crc32(np.ascontiguousarray(values[..., left : left + block]).data)
@@ -295,21 +333,22 @@ class CogWriter:
             verify_blocks(path)
         except RasterError as error:
             raise RasterError(f"{self.path}: not written whole; {_FULL} {error}") from error
-        block, each = self._layout.block, -(-self.grid.width // self._layout.block)
+        block, checksums = self._layout.block, iter(self._checksums)
+        pixels = _READ_BACK // (block * self._bands * self._dtype.itemsize) // block * block
         with (
             raster_errors(f"{self.path}: reading back {path.name}"),
             open_quietly(str(path), num_threads="ALL_CPUS") as dataset,
         ):
             if (dataset.height, dataset.width) != (self.grid.height, self.grid.width):
                 raise RasterError(f"{self.path}: {path.name} is {dataset.height} x {dataset.width} pixels")
-            for index, top in enumerate(range(0, self.grid.height, block)):
-                rows = Window(0, top, self.grid.width, min(block, self.grid.height - top))
-                found = self._block_checksums(dataset.read(window=rows))
-                for place, (one, other) in enumerate(zip(found, self._checksums[index * each :], strict=False)):
-                    if one != other:
+            for top, left in product(range(0, self.grid.height, block), range(0, self.grid.width, pixels or block)):
+                rows, columns = min(block, self.grid.height - top), min(pixels or block, self.grid.width - left)
+                found = dataset.read(window=Window(left, top, columns, rows))
+                for place, checksum in enumerate(self._block_checksums(found)):
+                    if checksum != next(checksums):
                         raise RasterError(
                             f"{self.path}: {path.name} holds other values than were written, in the block at row "
-                            f"{top}, column {place * block}; {_FULL}"
+                            f"{top}, column {left + place * block}; {_FULL}"
                         )
 
     def _publish(self) -> None:
@@ -379,6 +418,7 @@ class MapWriter(CogWriter):
         layers: Mapping[str, str],
         tags: Mapping[str, str],
         block: int = MAP_LAYOUT.block,
+        share: float = 1.0,
     ) -> None:
         """Open the working copy, as `CogWriter` does.
 
@@ -389,10 +429,11 @@ class MapWriter(CogWriter):
             layers: name and unit of each band, in order.
             tags: texts for the file.
             block: edge of its tiles in pixels, a multiple of 16.
+            share: of the blocks that will hold values, as for `CogWriter`.
         """
         layout = CogLayout(block, MAP_LAYOUT.compression, MAP_LAYOUT.working)
         named: dict[str, Any] = {"band_names": list(layers), "units": list(layers.values())}
-        super().__init__(dst, grid, dtype=np.float32, nodata=nodata, tags=tags, layout=layout, **named)
+        super().__init__(dst, grid, dtype=np.float32, nodata=nodata, tags=tags, layout=layout, share=share, **named)
         self._statistics = [_Statistics(nodata) for _ in layers]
 
     def write_rows(self, start: int, values: np.ndarray) -> None:
@@ -417,6 +458,16 @@ class MapWriter(CogWriter):
             raise RasterError(f"{self.path}: the model gave values that are not finite in rows {start} to {stop}")
         values = np.moveaxis(values.astype(np.float32, copy=False).reshape(-1, self.grid.width, layers), -1, 0)
         self.write(values)
+        self._count(values)
+
+    def write_block(self, values: np.ndarray) -> None:
+        """Add the next block, see `CogWriter`; finite values, the no-data value where there is none."""
+        if not np.isfinite(values).all():
+            raise RasterError(f"{self.path}: values that are not finite in the block at row {self._next_row}")
+        super().write_block(values)
+        self._count(values)
+
+    def _count(self, values: np.ndarray) -> None:
         for statistics, rows in zip(self._statistics, values, strict=True):
             statistics.add(rows)
 

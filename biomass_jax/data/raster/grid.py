@@ -147,6 +147,15 @@ class Grid:
         transform = Affine(t.a * across, t.b * down, t.c, t.d * across, t.e * down, t.f)
         return Grid(max(int(self.height / down), 1), max(int(self.width / across), 1), self.crs, transform)
 
+    def ring(self, side_points: int) -> tuple[np.ndarray, np.ndarray]:
+        """x and y of points along its outline, so many on each side; counterclockwise where north is up, not closed."""
+        steps = np.arange(side_points) / side_points
+        zero, one = np.zeros_like(steps), np.ones_like(steps)
+        column = np.concatenate([zero, steps, one, 1 - steps]) * self.width
+        row = np.concatenate([steps, one, 1 - steps, zero]) * self.height
+        t = self.transform
+        return t.a * column + t.b * row + t.c, t.d * column + t.e * row + t.f
+
     def describe(self) -> str:
         """Size, upper-left corner, pixel size and CRS in words."""
         t = self.transform

@@ -114,13 +114,8 @@ def outline(grid: Grid) -> dict[str, Any]:
     Raises:
         RasterError: a grid without a CRS, one that lies nowhere on Earth or one around a pole.
     """
-    steps = np.arange(_SIDE_POINTS) / _SIDE_POINTS
-    zero, one = np.zeros_like(steps), np.ones_like(steps)
-    column = np.concatenate([zero, steps, one, 1 - steps]) * grid.width  # counterclockwise where north is up
-    row = np.concatenate([steps, one, 1 - steps, zero]) * grid.height
-    t = grid.transform
     with raster_errors(grid.describe()):
-        lon, lat = warp.transform(grid.crs, "EPSG:4326", t.a * column + t.b * row + t.c, t.d * column + t.e * row + t.f)
+        lon, lat = warp.transform(grid.crs, "EPSG:4326", *grid.ring(_SIDE_POINTS))
     ring = np.array([lon, lat]).T
     if not np.isfinite(ring).all():
         raise RasterError(f"{grid.describe()}: its outline is nowhere on Earth")

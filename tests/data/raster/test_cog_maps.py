@@ -329,3 +329,54 @@ def test_memory_does_not_grow_with_the_height(tmp_path):
     """
     low, high = (int(child(code, tmp_path / "a.tif", height).stdout) for height in (16000, 48000))
     assert high < low + 100, (low, high)  # MiB; the higher map has 512 MiB more of values
+
+
+def in_blocks(values, block=128):
+    tops, lefts = range(0, GRID.height, block), range(0, GRID.width, block)
+    return [values[None, top : top + block, left : left + block] for top in tops for left in lefts]
+
+
+def write_blocks(path, blocks, spoil=None):
+    with MapWriter(path, GRID, **META, tags=TAGS, block=128) as writer:
+        for block in blocks:
+            writer.write_block(block)
+        if spoil is not None:
+            writer._checksums[spoil] += 1
+
+
+def test_a_map_in_blocks_is_the_map_in_rows(tmp_path, monkeypatch):
+    values = field()
+    monkeypatch.setattr(cog, "_READ_BACK", 2 * 128 * 128 * 4)  # two blocks of a row are read at once to be compared
+    write_blocks(tmp_path / "a.tif", in_blocks(values))
+    write(tmp_path / "b.tif", values)
+    with rasterio.open(tmp_path / "a.tif") as one, rasterio.open(tmp_path / "b.tif") as other:
+        np.testing.assert_array_equal(one.read(1), values)
+        np.testing.assert_array_equal(one.read(1, out_shape=(75, 106)), other.read(1, out_shape=(75, 106)))
+    for name, number in statistics(tmp_path / "b.tif").items():
+        assert statistics(tmp_path / "a.tif")[name] == pytest.approx(number, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda blocks: blocks[3:], r"got float32 \(1, 128, 43\) for the block at row 0, column 0, expected float32"),
+        (lambda blocks: [*blocks, blocks[0]], r"for the block at row 301, column 0, expected float32 \(1, 0, 128\)"),
+        (lambda blocks: [np.full_like(blocks[0], np.nan)], "not finite in the block at row 0"),
+        (lambda blocks: blocks[:4], "128 of 301 rows were written"),
+    ],
+)
+def test_blocks_are_taken_whole_and_in_order(tmp_path, change, said):
+    with pytest.raises(RasterError, match=said):
+        write_blocks(tmp_path / "a.tif", change(in_blocks(field())))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_value_than_was_written_is_named_by_its_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(cog, "_READ_BACK", 2 * 128 * 128 * 4)
+    with pytest.raises(RasterError, match="holds other values than were written, in the block at row 128, column 384"):
+        write_blocks(tmp_path / "a.tif", in_blocks(field()), spoil=7)
+
+
+def test_a_map_of_empty_blocks_asks_for_little_room():
+    full = space_needed(GRID, 16)
+    assert 2**20 < space_needed(GRID, 16, share=0.25) < 0.5 * full and space_needed(GRID, 16, share=1.0) == full
