@@ -266,7 +266,7 @@ def mosaic(
     if not _finished(path, layout.digest()):
         if path.exists() and not overwrite:
             raise RasterError(
-                f"{path}: already exists, and is another mosaic; choose another name, or give --overwrite"
+                f"{path}: already exists, made of other maps or settings; choose another name, or give --overwrite"
             )
         _write(path, layout, FinishedBlocks(path, layout))
     shutil.rmtree(_blocks_folder(path), ignore_errors=True)

@@ -269,7 +269,7 @@ def test_the_command_makes_keeps_and_replaces(tmp_path, capsys, caplog):
     before = os.stat(tmp_path / "out.tif").st_mtime_ns
     assert main(words) == 0 and os.stat(tmp_path / "out.tif").st_mtime_ns == before
     assert main([*words, "--overlap", "mean"]) == 1
-    assert "out.tif: already exists, and is another mosaic" in capsys.readouterr().err
+    assert "out.tif: already exists, made of other maps or settings" in capsys.readouterr().err
     assert main([*words, "--overlap", "mean", "--overwrite"]) == 0
     assert read(tmp_path / "out.tif")[1]["OVERLAP"] == "mean"
     assert main(["--maps", str(tmp_path / "none*.tif"), "--out", str(tmp_path / "new.tif")]) == 1

@@ -26,7 +26,7 @@ from biomass_jax.data.raster.identity import identity_of
 from biomass_jax.data.raster.image import hidden_pixels
 from biomass_jax.errors import RasterError
 
-MOST_PIXELS = 2**20  # of a map that are warped at once
+MOST_PIXELS = 2**19  # of a map that are warped at once
 _AT_ONCE = (128, 512)  # rows and columns of a warped raster that GDAL makes in one go
 _SIDE_POINTS = 32  # along each side of an outline: sides that are straight in one CRS bulge in another
 _AROUND = 2  # pixels of a map around the part that is warped
