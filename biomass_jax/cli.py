@@ -82,6 +82,11 @@ TOOLS = {
         "biomass_jax.evaluation.__main__",
         "--plots plots.gpkg --maps maps/*_agbd.tif --out validation",
     ),
+    "zones": ToolCommand(
+        "biomass by zone, with its standard error",
+        "biomass_jax.regional.zones",
+        "--maps maps/*_agbd.tif --zones districts.gpkg --footprints data/footprints --out districts_agb.csv",
+    ),
     "sweep": ToolCommand(
         "search for good settings by many trainings",
         "biomass_jax.launch.sweep",
@@ -136,6 +141,7 @@ _OTHER_NAMES = {
     "python -m biomass_jax.convert": f"{PROGRAM} convert",
     "python -m biomass_jax.evaluation.calibrate": f"{PROGRAM} calibrate",
     "python -m biomass_jax.evaluation": f"{PROGRAM} validate",
+    "python -m biomass_jax.regional.zones": f"{PROGRAM} zones",
     "python -m launch.sweep": f"{PROGRAM} sweep",
     "python -m launch.ensemble": f"{PROGRAM} ensemble",
     "python -m launch.demo": f"{PROGRAM} demo",

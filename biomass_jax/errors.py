@@ -118,6 +118,10 @@ class EvaluationError(BiomassError):
     """A setting is wrong, the bundle doesn't fit the data, or the model gave no number where it is scored."""
 
 
+class RegionalError(BiomassError):
+    """A regional figure that can't be told from the maps, zones or footprints that are given."""
+
+
 class FigureError(BiomassError):
     """A file that a picture is to be made from is missing or holds something else."""
 

@@ -1,0 +1,1 @@
+"""From maps to the figures that are reported of regions."""
