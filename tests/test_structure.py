@@ -21,11 +21,11 @@ MOST_PRODUCT_LINES = 34_200  # of biomass_jax and data_prep; lower it when they 
 OF_THEIR_OWN = {
     "biomass_jax.convert.torch_file.pickle": "safe against hostile files; read and tested by itself",
     "biomass_jax.convert.torch_file.write": "the other direction of the file formats",
-    "biomass_jax.data.raster.stac": "what a raster tells of itself to catalogs, without a model or a run",
     "biomass_jax.evaluation.uncertainty": "measures of pixels' uncertainty as numbers, without a model or a run",
     "biomass_jax.models.attention": "where another kernel for attention goes",
     "biomass_jax.models.simmim": "the other model",
     "biomass_jax.models.upernet": "the decoder of the literature",
+    "biomass_jax.regional.estimators": "totals and their errors as numbers, without maps or files",
     "biomass_jax.tasks.regression": "one task a module",
     "biomass_jax.tasks.simmim": "one task a module",
     "biomass_jax.training.loop": "what happens step by step, once a run is set up",

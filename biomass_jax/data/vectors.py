@@ -129,16 +129,15 @@ def _unwrapped(part: "Geometry") -> "Geometry | None":
     """A polygon whose longitudes have no jumps of 360 degrees; None where it goes around a pole or half the globe."""
     import shapely
 
-    rings, start = [], None
+    rings: list[np.ndarray] = []
     for ring in (part.exterior, *part.interiors):
         lon, lat = np.asarray(ring.coords).T
-        steps = np.diff(lon)
-        turns = -360 * np.cumsum(np.round(steps / 360))
-        lon = lon + np.concatenate([[0], turns])
-        start = lon.mean() if start is None else start
+        lon = lon - 360 * np.append(0, np.cumsum(np.round(np.diff(lon) / 360)))
         if abs(lon[-1] - lon[0]) > 1 or np.ptp(lon) > 180 or not np.isfinite(lon + lat).all():
             return None
-        rings.append(np.column_stack([lon - 360 * np.round((lon.mean() - start) / 360), lat]))
+        # The outer ring begins between -180 and 180, a hole is moved into it.
+        turns = np.round((lon.mean() - rings[0][:, 0].mean()) / 360) if rings else np.floor((lon.min() + 180) / 360)
+        rings.append(np.column_stack([lon - 360 * turns, lat]))
     return shapely.Polygon(rings[0], rings[1:])
 
 
@@ -197,7 +196,8 @@ def read_footprints(paths: Iterable[str | Path], boxes: Sequence[tuple[float, fl
             raise RegionalError(f"{path}: no *.parquet in it; expected tables of footprints (biomass-jax gedi)")
         files += found
     near = _near(boxes)
-    tables, covariances = [], {}
+    tables: list[dict[str, np.ndarray]] = []
+    covariances: dict[str, np.ndarray] = {}
     for file in files:
         table, own = _read_footprints(file)
         for name, covariance in own.items():
@@ -306,7 +306,13 @@ def write_table(frame: "GeoDataFrame", path: str | Path, layer: str) -> None:
 
 
 def add_columns(frame: "GeoDataFrame", columns: Mapping[str, Sequence[Any]]) -> "GeoDataFrame":
-    """A frame with more columns behind its own; one of its own that has the name of a new one becomes `zone_NAME`."""
+    """A frame with more columns, between its own and the outlines.
+
+    One of its own that has the name of a new one, in any case, becomes `zone_NAME`.
+
+    Raises:
+        RegionalError: the outlines' column has such a name.
+    """
     new = {name.casefold() for name in columns}
     taken = {name: f"zone_{name}" for name in frame.columns if str(name).casefold() in new}
     geometry = frame.geometry.name
@@ -315,4 +321,4 @@ def add_columns(frame: "GeoDataFrame", columns: Mapping[str, Sequence[Any]]) -> 
     found = frame.rename(columns=taken)
     for name, values in columns.items():
         found[name] = values
-    return found
+    return found[[name for name in found.columns if name != geometry] + [geometry]]

@@ -343,16 +343,17 @@ def _figures(found: Estimate, area: float, chosen: Zones) -> dict[str, float]:
 
 
 _ABOUT = {
-    MAP: "Standard errors are those of the map: each pixel has its own, and errors of pixels go together over distance; "
-    "all pairs of pixels count. They hold as far as what tells how errors go together does: the footprints, or the "
-    "numbers given.",
-    ASSISTED: "Mean of the map plus mean difference of GEDI's footprints from it (difference estimator; S&auml;rndal et "
-    "al. 1992), with the footprints as a sample of clusters, tracks of the satellite (St&aring;hl et al. 2016). A bias of "
-    "the map is corrected; GEDI's own is not, nor counted.",
+    MAP: "Standard errors are those of the map: each pixel has its own, and errors of pixels go together over "
+    "distance; all pairs of pixels count. They hold as far as what tells how errors go together does: the footprints, "
+    "or the numbers given.",
+    ASSISTED: "Mean of the map plus mean difference of GEDI's footprints from it (difference estimator; S&auml;rndal "
+    "et al. 1992), with the footprints as a sample of clusters, tracks of the satellite (St&aring;hl et al. 2016). A "
+    "bias of the map is corrected; GEDI's own is not, nor counted.",
     HYBRID: "Mean of GEDI's footprints as a sample of clusters, tracks of the satellite, with the error of the models "
-    "that made biomass of waveforms (hybrid inference; Patterson et al. 2019, St&aring;hl et al. 2016). No map is used.",
-    NONE: "No standard errors: they take footprints of GEDI, or maps with standard deviations and how far their errors "
-    "go together.",
+    "that made biomass of waveforms (hybrid inference; Patterson et al. 2019, St&aring;hl et al. 2016). No map is "
+    "used.",
+    NONE: "No standard errors: they take footprints of GEDI, or maps with standard deviations and how far their "
+    "errors go together.",
 }
 
 

@@ -3,8 +3,7 @@
 import functools
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 UNITS = ("Mg ha-1", "Mg/ha", "Mg ha^-1", "t ha-1", "t/ha")  # of values that times hectares are Mg
 SD = "_sd"  # of the band that holds the standard deviation of another one
-_AUTHALIC = 6933  # equal-area on WGS 84's ellipsoid: areas in its plane are those on the ground
+_AUTHALIC = "EPSG:6933"  # equal-area on WGS 84's ellipsoid: areas in its plane are those on the ground
 _WORLD = 2 * 17_367_530.445161372  # its width in metres
 _PIECE = 1024  # pixels along the side of a window
 _PATCH = 200.0  # metres, over which the ground area of pixels is taken as even
@@ -73,10 +72,11 @@ def covered_means(path: str | os.PathLike[str], polygons: "GeoDataFrame") -> Cov
 
 
 class Entry(NamedTuple):
-    """One of the maps: where it lies, its bands, and its box of degrees, whose east may be beyond 180."""
+    """One of the maps: where it lies, its CRS and bands, and its box of degrees, whose east may be beyond 180."""
 
     path: str
     grid: Grid
+    crs: Any
     value: int
     sd: int | None
     box: tuple[float, float, float, float]
@@ -130,7 +130,7 @@ class Plane(NamedTuple):
     step: tuple[float, float]
 
 
-class Maps(ExitStack[None]):
+class Maps:
     """Several maps as one surface: where they overlap, a pixel counts if no map before its own has data at its centre.
 
     So each piece of ground counts once, whatever the zones, and sums over zones that share no ground add up. Only a
@@ -147,19 +147,16 @@ class Maps(ExitStack[None]):
         Raises:
             RasterError: one can't be read, has no CRS, no such band, or another unit than Mg/ha.
         """
-        super().__init__()
         self._datasets: OrderedDict[Any, Any] = OrderedDict()
         self.classes = None if classes is None else os.fspath(classes)
         self.entries = [_entry(os.fspath(path)) for path in paths]
 
-    def close(self) -> None:
-        """Close what is open."""
+    def __enter__(self) -> "Maps":
+        return self
+
+    def __exit__(self, *error: object) -> None:
         while self._datasets:
             self._datasets.popitem()[1].close()
-        super().close()
-
-    def __exit__(self, *error: Any) -> None:
-        self.close()
 
     def meeting(self, outline: "Geometry") -> list[int]:
         """Numbers of the maps whose box meets that of an outline in degrees."""
@@ -199,10 +196,11 @@ class Maps(ExitStack[None]):
 
         entries = [self.entries[number] for number in self.meeting(outline)]
         first = entries[0].grid
-        t, own = first.transform, all(_alike(first, entry.grid) for entry in entries)
+        t, base = first.transform, entries[0].crs
+        own = all(_alike(entries[0], entry) for entry in entries)
         west, south, east, north = outline.bounds
         if own:
-            crs, step, metres = first.crs.to_wkt(), (t.a, t.e), first.crs.linear_units_factor[1]
+            crs, step, metres = base.to_wkt(), (t.a, t.e), base.linear_units_factor[1]
             spacing = (abs(t.e) * metres, abs(t.a) * metres)
         else:
             crs = f"+proj=laea +lat_0={(south + north) / 2:.6f} +lon_0={(west + east) / 2:.6f} +datum=WGS84 +units=m"
@@ -223,10 +221,10 @@ class Maps(ExitStack[None]):
 
     def in_plane(self, plane: Plane, cells: Cells) -> tuple[np.ndarray, np.ndarray]:
         """Rows and columns (n,) of pixels in a zone's plane."""
-        grid = self.entries[cells.entry].grid
-        t, c, r = grid.transform, cells.column + 0.5, cells.row + 0.5
+        entry = self.entries[cells.entry]
+        t, c, r = entry.grid.transform, cells.column + 0.5, cells.row + 0.5
         x, y = t.a * c + t.b * r + t.c, t.d * c + t.e * r + t.f
-        if (source := grid.crs.to_wkt()) != plane.crs:
+        if (source := entry.crs.to_wkt()) != plane.crs:
             x, y = _transformer(source, plane.crs).transform(x, y)
         at = ((y - plane.origin[1]) / plane.step[1], (x - plane.origin[0]) / plane.step[0])
         row, column = (
@@ -254,8 +252,8 @@ class Maps(ExitStack[None]):
             places = np.flatnonzero(near & np.isnan(found.value))
             if not len(places):
                 continue
-            x, y = _transformer("EPSG:4326", entry.grid.crs.to_wkt()).transform(lon[places], lat[places])
-            if entry.grid.crs.is_geographic:
+            x, y = _transformer("EPSG:4326", entry.crs.to_wkt()).transform(lon[places], lat[places])
+            if entry.crs.is_geographic:
                 x = entry.grid.transform.c + (x - entry.grid.transform.c) % 360
             row, column = _pixels_at(entry.grid, x, y)
             inside = (row >= 0) & (row < entry.grid.height) & (column >= 0) & (column < entry.grid.width)
@@ -298,7 +296,7 @@ class Maps(ExitStack[None]):
                 taken |= ~np.ma.getmaskarray(source.read(row, column, height, width))
         return taken
 
-    def _opened(self, key: Any, make: Any) -> Any:
+    def _opened(self, key: object, make: Callable[[], Any]) -> Any:
         if key not in self._datasets:
             while len(self._datasets) >= _OPEN:
                 self._datasets.popitem(last=False)[1].close()
@@ -327,19 +325,14 @@ def _entry(path: str) -> Entry:
             if (dataset.scales[band - 1], dataset.offsets[band - 1]) != (1, 0):
                 raise RasterError(f"{path}: band {band} has a scale or an offset; expected values in Mg/ha as they are")
     west, south, east, north = outline_of(grid)["bbox"]
-    return Entry(path, grid, value, sd, (west, south, east + 360 * (east < west), north))
+    return Entry(path, grid, grid.crs, value, sd, (west, south, east + 360 * (east < west), north))
 
 
-def _alike(grid: Grid, other: Grid) -> bool:
-    """Whether two grids have one CRS in metres and one pixel size, north up."""
-    return (
-        grid.crs == other.crs
-        and grid.crs.to_wkt() == other.crs.to_wkt()
-        and grid.crs.is_projected
-        and (grid.transform.b, grid.transform.d) == (0, 0)
-        and grid.transform[:2] == other.transform[:2]
-        and grid.transform[3:5] == other.transform[3:5]
-    )
+def _alike(one: Entry, other: Entry) -> bool:
+    """Whether the grids of two maps have one CRS in metres and one pixel size, north up."""
+    t, u = one.grid.transform, other.grid.transform
+    same = one.crs == other.crs and one.crs.to_wkt() == other.crs.to_wkt() and one.crs.is_projected
+    return bool(same and (t.b, t.d, u.b, u.d) == (0, 0, 0, 0) and (t.a, t.e) == (u.a, u.e))
 
 
 def _filled(values: np.ma.MaskedArray) -> np.ndarray:
@@ -354,7 +347,7 @@ def _turns(box: Sequence[float], other: Sequence[float]) -> list[float]:
 
 
 @functools.lru_cache(64)
-def _transformer(source: Any, target: Any) -> Any:
+def _transformer(source: str, target: str) -> Any:
     from pyproj import Transformer
 
     return Transformer.from_crs(source, target, always_xy=True)
@@ -364,7 +357,7 @@ def _in_pixels(entry: Entry, outline: "Geometry") -> "Geometry":
     """What of an outline in degrees lies about a map, in columns and rows of its grid (rows negative: north is up)."""
     import shapely
 
-    crs, (west, south, east, north) = entry.grid.crs, entry.box
+    crs, (west, south, east, north) = entry.crs, entry.box
     pad = 0.0 if crs.is_geographic else _PAD  # which would go around the globe
     near = shapely.segmentize(shapely.box(west - pad, south - pad, east + pad, north + pad), 5 * _PAD)
     parts = [
@@ -452,7 +445,9 @@ def pixel_areas(grid: Grid, row: int, column: int, height: int, width: int) -> n
     Raises:
         RasterError: a window that lies nowhere on Earth.
     """
-    size = grid.pixel_size() or (_PATCH, _PATCH)
+    size = grid.pixel_size()
+    if grid.crs is None or size is None:
+        raise RasterError(f"{grid.describe()}: nothing tells how large its pixels are on the ground")
     step = int(np.clip(_PATCH / max(size), 1, 64))
     rows, columns = (
         np.unique(np.append(np.arange(start, start + count, step), start + count))
