@@ -1,6 +1,5 @@
 """Tables of places from files and into them: field plots, zones, GEDI's footprints."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -160,9 +159,7 @@ class Footprints(NamedTuple):
         sigma: standard error of agbd, Mg/ha; NaN where there is none.
         track: orbit and beam as one number.
         orbit: number of the orbit.
-        stratum: name of the model that agbd is from; "" where the tables don't tell.
-        gradient: (n, p) derivatives of agbd by that model's parameters; p is 0 where a table doesn't tell.
-        covariances: of those parameters, by stratum.
+        number: shot_number, uint64.
     """
 
     lon: np.ndarray
@@ -171,9 +168,7 @@ class Footprints(NamedTuple):
     sigma: np.ndarray
     track: np.ndarray
     orbit: np.ndarray
-    stratum: np.ndarray
-    gradient: np.ndarray
-    covariances: Mapping[str, np.ndarray]
+    number: np.ndarray
 
 
 def read_footprints(paths: Iterable[str | Path], boxes: Sequence[tuple[float, float, float, float]]) -> Footprints:
@@ -197,27 +192,15 @@ def read_footprints(paths: Iterable[str | Path], boxes: Sequence[tuple[float, fl
         files += found
     near = _near(boxes)
     tables: list[dict[str, np.ndarray]] = []
-    covariances: dict[str, np.ndarray] = {}
     for file in files:
-        table, own = _read_footprints(file)
-        for name, covariance in own.items():
-            if name in covariances and not np.array_equal(covariances[name], covariance):
-                raise RegionalError(
-                    f"{file}: stratum {name}: its model isn't that of the tables before; give one release"
-                )
-            covariances[name] = covariance
+        table = _read_footprints(file)
         at = (np.floor(table["lat"] + 90).astype(int), np.floor((table["lon"] + 180) % 360).astype(int))
         kept = near[at] & np.isfinite(table["agbd"])
         tables.append({name: values[kept] for name, values in table.items()})
-    known = all(table["gradient"].shape[1] for table in tables if len(table["lon"]))
-    if not known:
-        tables = [table | {"gradient": table["gradient"][:, :0]} for table in tables]
-    tables = [table for table in tables if len(table["lon"])] or tables[:1]
     whole = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
-    _, first = np.unique(whole["shot_number"], return_index=True)
+    number, first = np.unique(whole["number"], return_index=True)
     whole = {name: values[first] for name, values in whole.items()}
-    number = whole.pop("shot_number")
-    return Footprints(**whole, track=number // _TRACK, orbit=number // _ORBIT, covariances=covariances)
+    return Footprints(**whole, track=number // _TRACK, orbit=number // _ORBIT)
 
 
 def _near(boxes: Sequence[tuple[float, float, float, float]]) -> np.ndarray:
@@ -230,8 +213,8 @@ def _near(boxes: Sequence[tuple[float, float, float, float]]) -> np.ndarray:
     return near
 
 
-def _read_footprints(file: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Columns of a table, and the covariances that it carries."""
+def _read_footprints(file: Path) -> dict[str, np.ndarray]:
+    """Columns of a table."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -240,9 +223,9 @@ def _read_footprints(file: Path) -> tuple[dict[str, np.ndarray], dict[str, np.nd
     try:
         with pq.ParquetFile(file) as opened:
             schema = opened.schema_arrow
-            more = {"agbd_sigma", "predict_stratum", "agbd_gradient"} & set(schema.names)
+            more = {"agbd_sigma"} & set(schema.names)
             lacking = [name for name in _NEEDED if name not in schema.names]
-            table = None if lacking else opened.read(columns=[*_NEEDED, *sorted(more)])
+            table = None if lacking else opened.read(columns=[*_NEEDED, *more])
     except (OSError, pa.ArrowException) as error:
         raise RegionalError(f"{file}: can't be read as a table of footprints (Parquet): {error}") from error
     if table is None:
@@ -252,21 +235,14 @@ def _read_footprints(file: Path) -> tuple[dict[str, np.ndarray], dict[str, np.nd
         )
     if not pa.types.is_integer(schema.field("shot_number").type):
         raise RegionalError(f"{file}: shot_number is {schema.field('shot_number').type}; expected uint64")
-    count = len(table)
     columns = {name: table.column(name).to_numpy().astype(float) for name in ("lon", "lat", "agbd")}
-    columns["shot_number"] = table.column("shot_number").to_numpy().astype(np.uint64)
+    columns["number"] = table.column("shot_number").to_numpy().astype(np.uint64)
     bad = ~((np.abs(columns["lat"]) <= 90) & (np.abs(columns["lon"]) <= 180))
     if bad.any():
         raise RegionalError(f"{file}: row {np.argmax(bad) + 1}: lon or lat is no degree of WGS 84")
-    nothing = np.full(count, np.nan)
-    columns["sigma"] = table.column("agbd_sigma").to_numpy().astype(float) if "agbd_sigma" in more else nothing
-    covariances = json.loads((schema.metadata or {}).get(b"biomass_jax", b"{}")).get("parameter_covariances", {})
-    columns["stratum"], columns["gradient"] = np.full(count, "", object), np.empty((count, 0))
-    if {"predict_stratum", "agbd_gradient"} <= more and covariances:
-        columns["stratum"] = table.column("predict_stratum").to_numpy(zero_copy_only=False).astype(object)
-        flat = table.column("agbd_gradient").combine_chunks()
-        columns["gradient"] = flat.flatten().to_numpy().astype(float).reshape(count, -1)
-    return columns, {name: np.asarray(matrix, float) for name, matrix in covariances.items()}
+    nothing = np.full(len(table), np.nan)
+    columns["sigma"] = table.column("agbd_sigma").to_numpy().astype(float) if more else nothing
+    return columns
 
 
 def check_table(path: str | Path) -> None:

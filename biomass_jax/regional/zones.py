@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from biomass_jax.data.gedi import Gradients, read_gradients
 from biomass_jax.data.raster.zonal import At, Maps
 from biomass_jax.data.vectors import (
     Footprints,
@@ -67,9 +68,7 @@ class Zones:
         20.0, "map: pairs of footprints that are fitted lie at most so far apart", within=Range(0, ends="()")
     )
     shared_sigma: float = setting(
-        1.0,
-        "hybrid: share of footprints' own variance that all have in common, where no parameters are known",
-        within=_SHARE,
+        1.0, "hybrid: share of footprints' own variance that all have in common, without --granules", within=_SHARE
     )
     classes: str | None = setting(None, "raster of classes: a row for each zone and class")
     keep: tuple[int, ...] = setting((), "of the classes: these alone, together in one row a zone (a forest mask)")
@@ -91,11 +90,12 @@ class Sums(NamedTuple):
 
 
 class Shots(NamedTuple):
-    """Footprints, what the maps have there, and which cluster each is of."""
+    """Footprints, what the maps have there, which cluster each is of, and how it hangs on GEDI's models, if told."""
 
     of: Footprints
     at: At
     cluster: np.ndarray
+    models: Gradients | None
 
 
 class Done(NamedTuple):
@@ -108,7 +108,12 @@ class Done(NamedTuple):
 
 
 def zones(
-    maps: Sequence[str | Path], places: str | Path, *, footprints: Sequence[str | Path] = (), **settings: object
+    maps: Sequence[str | Path],
+    places: str | Path,
+    *,
+    footprints: Sequence[str | Path] = (),
+    granules: Sequence[str | Path] = (),
+    **settings: object,
 ) -> Done:
     """Biomass by zone.
 
@@ -116,6 +121,7 @@ def zones(
         maps: paths of maps; where they overlap the first one that has data counts. None are needed for `hybrid`.
         places: the file of zones.
         footprints: tables of footprints, or folders of such.
+        granules: of GEDI L4A, that the footprints are from, or folders of such; for `hybrid`.
         **settings: fields of `Zones`.
 
     Returns:
@@ -130,11 +136,13 @@ def zones(
     frame = read_zones(places, chosen.layer)
     found = outlines(frame, str(places))
     method = _method(chosen, bool(footprints))
+    if granules and method != HYBRID:
+        raise RegionalError(f"--granules tell of GEDI's models, which method {method} doesn't take; only hybrid does")
     with Maps(maps, chosen.classes) as surface:
         shots = None
         if footprints:
             boxes = [entry.box for entry in surface.entries] if method == MAP else [one.bounds for one in found]
-            shots = _shots(read_footprints(footprints, boxes), surface, chosen, method)
+            shots = _shots(read_footprints(footprints, boxes), granules, surface, chosen, method)
         correlation = _correlation(chosen, shots) if method == MAP else None
         rows: list[dict[str, Any]] = []
         with Progress("zones", len(found), terminal=False, every=15.0) as shown:
@@ -184,10 +192,11 @@ def _method(chosen: Zones, footprints: bool) -> str:
     return ASSISTED if footprints else NONE
 
 
-def _shots(found: Footprints, surface: Maps, chosen: Zones, method: str) -> Shots:
+def _shots(found: Footprints, granules: Sequence[str | Path], surface: Maps, chosen: Zones, method: str) -> Shots:
     nothing = np.full(len(found.lon), np.nan)
     at = At(nothing, nothing, np.full(len(found.lon), -1)) if method == HYBRID else surface.at(found.lon, found.lat)
-    return Shots(found, at, found.orbit if chosen.clusters == "orbit" else found.track)
+    cluster = found.orbit if chosen.clusters == "orbit" else found.track
+    return Shots(found, at, cluster, read_gradients(granules, found.number) if granules else None)
 
 
 def _correlation(chosen: Zones, shots: Shots | None) -> Correlation:
@@ -306,20 +315,20 @@ def _estimate(
 
 
 def _hybrid(shots: Shots, mine: np.ndarray, chosen: Zones) -> Estimate:
-    """With the covariance of GEDI's models where the tables have it, else with each footprint's own error."""
-    agbd, cluster, variance, note = shots.of.agbd[mine], shots.cluster[mine], 0.0, ""
-    if shots.of.gradient.shape[1]:
-        variance = estimators.parameter_variance(shots.of.gradient[mine], shots.of.stratum[mine], shots.of.covariances)
+    """With the covariance of GEDI's models where granules tell it, else with each footprint's own error."""
+    variance, note, models = 0.0, "", shots.models
+    if models is not None:
+        variance = estimators.parameter_variance(models.slope[mine], models.stratum[mine], models.covariances)
     elif len(mine):
         sigma = shots.of.sigma[mine]
         if not np.isfinite(sigma).any():
             raise RegionalError(
-                "hybrid: footprints have neither agbd_gradient nor agbd_sigma, so nothing tells how sure GEDI's models "
-                "are; make their tables anew from whole granules (biomass-jax gedi)"
+                "hybrid: the footprints have no agbd_sigma, so nothing tells how sure GEDI's models are; give the "
+                "granules that they are from (--granules)"
             )
         variance = estimators.sigma_variance(sigma[np.isfinite(sigma)], chosen.shared_sigma)
         note = f"model's error from agbd_sigma, {chosen.shared_sigma:.0%} of it shared"
-    found = estimators.hybrid(agbd, cluster, variance)
+    found = estimators.hybrid(shots.of.agbd[mine], shots.cluster[mine], variance)
     return found if found.note else found._replace(note=note)
 
 
@@ -414,6 +423,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", required=True, metavar="FILE", help="the table to write: .gpkg, .csv or .parquet")
     parser.add_argument("--footprints", nargs="+", default=[], metavar="PATH", help="tables of footprints, or folders")
+    parser.add_argument("--granules", nargs="+", default=[], metavar="PATH", help="hybrid: GEDI L4A files, or folders")
     add_options(parser, Zones)
     return parser
 
@@ -429,7 +439,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         out, chosen = Path(args.out), options_of(args, Zones)
         maps = [path for given in args.maps for path in (sorted(glob.glob(given)) or [given])]
         with writer_beside(out):
-            done = zones(maps, args.zones, footprints=args.footprints, **chosen)
+            done = zones(maps, args.zones, footprints=args.footprints, granules=args.granules, **chosen)
             out.parent.mkdir(parents=True, exist_ok=True)
             write_table(done.table, out, "zones")
             write_text(out.with_suffix(".html"), _page(done, args.zones, maps, args.footprints, args.level))

@@ -1,7 +1,5 @@
 """Zones and footprints from files, and tables into them."""
 
-import json
-
 import geopandas
 import numpy as np
 import pyarrow as pa
@@ -100,12 +98,9 @@ def test_outlines_across_the_antimeridian_are_whole():
             outlines(geopandas.GeoDataFrame(geometry=[bad], crs=crs), "zones")
 
 
-def footprints(path, numbers, lon, lat, agbd, covariances=None, **more):
-    columns = {"shot_number": np.asarray(numbers, np.uint64), "lon": lon, "lat": lat, "agbd": np.float32(agbd)} | more
-    table = pa.table(columns)
-    if covariances:
-        table = table.replace_schema_metadata({"biomass_jax": json.dumps({"parameter_covariances": covariances})})
-    pq.write_table(table, path)
+def footprints(path, numbers, lon, lat, agbd, **more):
+    columns = {"shot_number": np.asarray(numbers, np.uint64), "lon": lon, "lat": lat, "agbd": np.float32(agbd)}
+    pq.write_table(pa.table(columns | more), path)
     return path
 
 
@@ -117,25 +112,9 @@ def test_footprints_count_once_and_tell_their_orbit_and_beam(tmp_path):
     found = read_footprints([tmp_path], EVERYWHERE)
     assert found.track.tolist() == [651505, 1234501] and found.orbit.tolist() == [6515, 12345]
     np.testing.assert_array_equal(found.sigma, [1, 3])
-    assert found.gradient.shape == (2, 0) and found.lon.tolist() == [10.0, 179.99]
+    assert found.number.tolist() == [numbers[0], numbers[2]] and found.lon.tolist() == [10.0, 179.99]
     for box, orbits in (((179.5, -4, 180.5, -2), [12345]), ((9, 49, 10.5, 51), [6515]), ((20, 0, 21, 1), [])):
         assert read_footprints([tmp_path / "a.parquet"], [box]).orbit.tolist() == orbits
-
-
-def test_footprints_bring_their_models(tmp_path):
-    gradient = pa.FixedSizeListArray.from_arrays(pa.array(np.arange(6, dtype=np.float32)), 3)
-    matrix = np.eye(3).tolist()
-    more = {"predict_stratum": ["EBT_SA", "DBT_Af"], "agbd_gradient": gradient}
-    path = footprints(tmp_path / "a.parquet", [1, 2], [1.0, 2.0], [3.0, 4.0], [5, 6], {"EBT_SA": matrix}, **more)
-    found = read_footprints([path], EVERYWHERE)
-    assert found.stratum.tolist() == ["EBT_SA", "DBT_Af"]
-    np.testing.assert_array_equal(found.gradient, [[0, 1, 2], [3, 4, 5]])
-    np.testing.assert_array_equal(found.covariances["EBT_SA"], np.eye(3))
-    other = footprints(tmp_path / "b.parquet", [3], [1.0], [3.0], [5], {"EBT_SA": (2 * np.eye(3)).tolist()})
-    with pytest.raises(RegionalError, match=r"b.parquet: stratum EBT_SA: its model isn't that of the tables before"):
-        read_footprints([path, other], EVERYWHERE)
-    plain = footprints(tmp_path / "c.parquet", [4], [1.0], [3.0], [5])
-    assert read_footprints([path, plain], EVERYWHERE).gradient.shape == (3, 0)
 
 
 def test_tables_that_are_no_footprints_are_refused(tmp_path):

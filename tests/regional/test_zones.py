@@ -4,6 +4,7 @@ import json
 import re
 
 import geopandas
+import h5py
 import numpy as np
 import pandas
 import pytest
@@ -16,6 +17,7 @@ from biomass_jax.errors import ConfigError, RegionalError
 from biomass_jax.regional import estimators
 from biomass_jax.regional.zones import main, zones
 from data_prep.gedi.footprints import write_footprints
+from data_prep.synthetic.gedi_file import shot_numbers, write_gedi
 
 CRS = "EPSG:32733"  # where a pixel's ground is almost its nominal size: 300 km from the middle
 TRANSFORM = Affine(30, 0, 320000, 0, -30, 8_500_000)
@@ -216,6 +218,41 @@ def test_hybrid_takes_no_map(land):
     assert apart["mean_se"][0] == pytest.approx(np.sqrt(sampling.variance + 400 / 107))
 
 
+def test_hybrid_with_the_models_of_the_granules(land):
+    """Of the same shots in a granule: the variance that its models' parameters bring, by drawing them anew."""
+    folder, number = land["folder"], 8852
+    at = np.column_stack([np.repeat([20, 40, 60, 80, 100], 8), np.tile(np.arange(15, 85, 9), 5)]) + 0.5
+    agbd = np.random.default_rng(3).gamma(4, 25, 40)
+    numbers = shot_numbers(number, "BEAM0101", 40)
+    shots = {"shot_number": numbers, "delta_time": np.full(40, 8e7), "agbd": agbd}
+    shots |= {"lat_lowestmode": np.full(40, -13.5), "lon_lowestmode": np.full(40, 13.3)}
+    name = f"GEDI04_A_2020183184512_O0{number}_02_T00198_02_002_02_V002.h5"
+    path = write_gedi(folder / name, {"BEAM0101": shots})
+    orbits, own = np.full(40, number), np.arange(40) // 8
+    write_shots(folder / "own.parquet", *at.T, agbd, orbits, own)
+    table = geopandas.read_parquet(folder / "own.parquet")
+    table["shot_number"] = numbers  # one beam in the granule, five tracks by orbit below
+    table["shot_number"] += (own * 10**13).astype(np.uint64)
+    table.to_parquet(folder / "own.parquet")
+    with h5py.File(path, "r+") as file:
+        file["BEAM0101/shot_number"][:] = table["shot_number"].to_numpy()
+        x = file["BEAM0101/xvar"][:, 0].astype(float)
+        models = {row["predict_stratum"]: row for row in file["ANCILLARY/model_data"][:]}
+        model = models[file["BEAM0101/predict_stratum"][0]]
+    words = ("--method", "hybrid", "--footprints", folder / "own.parquet")
+    found = pandas.read_csv(run(land, *words, "--granules", path, maps=()))
+    assert found["n_tracks"][0] == 5 and np.isnan(found["note"][0])
+    sampling = estimators.cluster_mean(agbd.astype(np.float32).astype(float), own).variance
+    small = 1e-3  # of the parameters' errors, so that first order is enough
+    par = np.random.default_rng(4).multivariate_normal(model["par"][:2], small**2 * model["vcov"][:2, :2], 20_000)
+    means = model["bias_correction_value"] * ((par[:, :1] + par[:, 1:] * x) ** 2).mean(axis=1)
+    assert found["mean_se"][0] ** 2 - sampling == pytest.approx(means.var() / small**2, rel=0.03)
+    with pytest.raises(RegionalError, match="--granules tell of GEDI's models, which method model_assisted"):
+        zones(
+            [folder / "map_agbd.tif"], folder / "districts.gpkg", footprints=[folder / "own.parquet"], granules=[path]
+        )
+
+
 def test_carbon_follows_from_the_fraction(land):
     table = pandas.read_csv(run(land, "--range-km", 1, "--nugget", 0.5, "--carbon-fraction", 0.47))
     for end in ("", "_se", "_lo", "_hi"):
@@ -300,5 +337,5 @@ def test_what_can_not_be_told_is_refused(land, capsys):
     assert not list(folder.glob("table.*")) and not list(folder.glob(".*partial*"))
     sigma = np.nan
     write_shots(folder / "bare.parquet", [20.5], [20.5], [80.0], [1], [1], sigma)
-    with pytest.raises(RegionalError, match="neither agbd_gradient nor agbd_sigma"):
+    with pytest.raises(RegionalError, match=r"no agbd_sigma.*\(--granules\)"):
         zones([], folder / "districts.gpkg", footprints=[folder / "bare.parquet"], method="hybrid")
