@@ -17,7 +17,7 @@ MODELS = ("exponential", "spherical")
 FEWEST_TRACKS = 5  # that give an interval
 MOST_CELLS = 2**20  # of a zone's lattice; more pixels than that are put together
 _NEAR = 6  # cells of a lattice within which the correlation between two of them is a mean over their pixels
-_ANCHORS, _PARTNERS = 1500, 150  # shots whose pairs make a bin of the variogram, and partners of each, about
+_ANCHORS, _PARTNERS = 1000, 150  # shots whose pairs make a bin of the variogram, and partners of each, about
 _SHOTS_OF_A_MEAN = 1500  # whose pairs tell how sure the mean of residuals is
 
 

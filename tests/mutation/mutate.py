@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.mutation import biomass_jax, data_prep, uncertainty
+from tests.mutation import biomass_jax, data_prep, regional, uncertainty
 from tests.mutation.fault import Mutation
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("biomass_jax", "configs", "data_prep", "tests", "pyproject.toml")
-MUTATIONS = (*biomass_jax.MUTATIONS, *uncertainty.MUTATIONS, *data_prep.MUTATIONS)
+MUTATIONS = (*biomass_jax.MUTATIONS, *uncertainty.MUTATIONS, *regional.MUTATIONS, *data_prep.MUTATIONS)
 AT_ONCE = 2  # each is one test, which waits for one core for most of its time
 
 
