@@ -56,7 +56,9 @@ XARRAY = [
 REGIONAL = [
     "exactextract>=0.2",  # means over polygons; the first of its Python releases that are on PyPI
     "geopandas>=1.0",  # as above
+    "h5py>=3.11",  # as above
     "pandas>=2.2.2",  # as above
+    "pyarrow>=16.1",  # as above
     "pyproj>=3.7",  # as above
     "shapely>=2.0.4",  # as above
 ]

@@ -92,6 +92,11 @@ TOOLS = {
         "biomass_jax.regional.mosaic",
         "--maps 'maps/*_agbd.tif' --out mosaic.tif",
     ),
+    "zones": ToolCommand(
+        "biomass by zone, with its standard error",
+        "biomass_jax.regional.zones",
+        "--maps maps/*_agbd.tif --zones districts.gpkg --footprints data/footprints --out districts_agb.csv",
+    ),
     "sweep": ToolCommand(
         "search for good settings by many trainings",
         "biomass_jax.launch.sweep",
@@ -148,6 +153,7 @@ _OTHER_NAMES = {
     "python -m biomass_jax.evaluation": f"{PROGRAM} validate",
     "python -m biomass_jax.regional.change": f"{PROGRAM} change",
     "python -m biomass_jax.regional.mosaic": f"{PROGRAM} mosaic",
+    "python -m biomass_jax.regional.zones": f"{PROGRAM} zones",
     "python -m launch.sweep": f"{PROGRAM} sweep",
     "python -m launch.ensemble": f"{PROGRAM} ensemble",
     "python -m launch.demo": f"{PROGRAM} demo",

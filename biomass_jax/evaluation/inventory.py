@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from biomass_jax.data.vectors import read_table
 from biomass_jax.errors import EvaluationError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def read_plots(path: str | Path, columns: Mapping[str, str | None], area_ha: flo
     Raises:
         EvaluationError: unreadable, without places, biomass or areas; a biomass or an error below 0.
     """
-    frame = _read(Path(path))  # which says what is missing where pandas is
+    frame = read_table(path, "plots", EvaluationError)  # which says what is missing where pandas is
     import pandas
 
     named = {what: _column(frame, what, columns.get(what), str(path)) for what in COLUMNS}
@@ -61,27 +62,6 @@ def read_plots(path: str | Path, columns: Mapping[str, str | None], area_ha: flo
     if area_ha is not None:
         found["area_ha"] = found["area_ha"].fillna(area_ha)
     return _with_outlines(found, _places(frame, named, str(path)), str(path))
-
-
-def _read(path: Path) -> "DataFrame":
-    try:
-        import geopandas
-        import pandas
-    except ImportError as error:
-        raise EvaluationError(f"{path}: plots need {error.name}; pip install 'biomass-jax[regional]'") from error
-    if not path.is_file():
-        raise EvaluationError(f"{path}: no such file; expected plots as CSV, GeoPackage or Parquet")
-    try:
-        if path.suffix.lower() == ".csv":
-            return pandas.read_csv(path)
-        if path.suffix.lower() in (".parquet", ".geoparquet"):
-            try:
-                return geopandas.read_parquet(path)
-            except ValueError:  # no geometry: a plain table
-                return pandas.read_parquet(path)
-        return geopandas.read_file(path)
-    except Exception as error:  # pandas, pyogrio, pyarrow and shapely each have their own
-        raise EvaluationError(f"{path}: can't be read as plots: {error}") from error
 
 
 def _column(frame: "DataFrame", what: str, given: str | None, path: str) -> str | None:

@@ -15,8 +15,9 @@ import numpy as np
 
 from biomass_jax import figures
 from biomass_jax.data.raster.image import read_tags
-from biomass_jax.data.raster.resample import Covered, covered_means
+from biomass_jax.data.raster.zonal import Covered, covered_means
 from biomass_jax.errors import EvaluationError
+from biomass_jax.figures import page as pages
 from biomass_jax.runtime.files import write_json, write_text
 
 if TYPE_CHECKING:
@@ -282,10 +283,7 @@ _TITLES = {
     "kind": "By kind of forest",
     "size": "By size of the plot",
 }
-_STYLE = (
-    "body{font:16px sans-serif;max-width:60em;margin:2em auto;padding:0 1em}td,th{padding:.2em .8em;text-align:right}"
-    "td:first-child,th:first-child{text-align:left}img{max-width:100%}"
-)
+_COLUMNS = ("", "plots", "bias", "95 % interval", "RMSD", "plots' own error", "RMSD beyond it")
 
 
 def _page(found: Mapping[str, Any], pictures: Sequence[str]) -> str:
@@ -293,8 +291,6 @@ def _page(found: Mapping[str, Any], pictures: Sequence[str]) -> str:
     left_out = "; ".join(f"{n} {why}" for why, n in found["left_out"].items()) or "none"
     apart = "any time" if found["max_years"] is None else f"at most {found['max_years']:g} years apart"
     parts = [
-        "<!DOCTYPE html><html lang='en'><meta charset='utf-8'><title>Map and field plots</title>",
-        f"<style>{_STYLE}</style><h1>Map and field plots</h1>",
         f"<p>{found['used']} of {found['plots']} plots, measured {apart} from the map's season and covered by it to "
         f"{found['min_cover']:.0%} or more; the map is its mean over each plot's area, by the share of each pixel that "
         f"lies in it. Left out: {html.escape(left_out)}.</p>",
@@ -306,16 +302,13 @@ def _page(found: Mapping[str, Any], pictures: Sequence[str]) -> str:
     for table, title in _TITLES.items():
         rows = [row for row in found["scores"] if row["table"] == table]
         if rows:
-            parts.append(f"<h2>{title}</h2><table><tr><th></th><th>plots</th><th>bias</th><th>95 % interval</th>")
-            parts.append("<th>RMSD</th><th>plots' own error</th><th>RMSD beyond it</th></tr>")
-            parts += [_row(row) for row in rows]
-            parts.append("</table>")
+            parts += [f"<h2>{title}</h2>", pages.table(_COLUMNS, [_row(row) for row in rows])]
     parts.append(
         "<p>Mg/ha. Bias is map - plot. By biomass of the plot any map that is right on average looks too high in the "
         "low bins and too low in the high ones; by biomass of the map, bias is what its reader meets. Plots that were "
-        "not chosen by chance tell of their places alone.</p></html>\n"
+        "not chosen by chance tell of their places alone.</p>"
     )
-    return "\n".join(parts)
+    return pages.page("Map and field plots", parts)
 
 
 def _about_line(line: Mapping[str, float] | None) -> str:
@@ -328,11 +321,10 @@ def _about_line(line: Mapping[str, float] | None) -> str:
     )
 
 
-def _row(row: Mapping[str, Any]) -> str:
+def _row(row: Mapping[str, Any]) -> list[str]:
     def text(value: float | None) -> str:
         return "" if value is None else f"{value:.1f}"
 
     ends = "" if row["bias_low"] is None else f"{row['bias_low']:.1f} to {row['bias_high']:.1f}"
-    cells = [html.escape(str(row["group"])), f"{row['n']:,}", text(row["bias"]), ends]
-    cells += [text(row[name]) for name in ("rmsd", "plot_error", "rmsd_beyond")]
-    return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+    cells = [str(row["group"]), f"{row['n']:,}", text(row["bias"]), ends]
+    return cells + [text(row[name]) for name in ("rmsd", "plot_error", "rmsd_beyond")]

@@ -1,1 +1,1 @@
-"""From maps to the figures of regions: mosaics, zones, change, other maps."""
+"""From maps to the figures that are reported of regions: mosaics, zones, change."""

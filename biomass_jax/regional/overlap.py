@@ -15,7 +15,7 @@ import numpy as np
 from biomass_jax.data.fingerprints import digest_of
 from biomass_jax.data.raster.cog import MAP_LAYOUT
 from biomass_jax.data.raster.grid import Grid
-from biomass_jax.data.raster.warp import MOST_PIXELS, Lattice, MapFile, Part, area_means, part_of
+from biomass_jax.data.raster.warp import MOST_PIXELS, PixelLattice, MapFile, Part, area_means, part_of
 from biomass_jax.version import __version__
 
 MEAN, NEWEST, INVERSE = "mean", "newest", "inverse_variance"
@@ -28,7 +28,7 @@ class Member(NamedTuple):
     """A map in a mosaic: where it lies on the mosaic's grid, in pixels, and when its season ends."""
 
     map: MapFile
-    lattice: Lattice
+    lattice: PixelLattice
     top: float
     left: float
     bottom: float
@@ -107,7 +107,7 @@ def _fill(layout: MosaicPlan, top: int, left: int, values: np.ndarray) -> None:
     """Fill a part of a mosaic in, by halves where that takes too many pixels of the maps."""
     height, width = values.shape[1:]
     grid = part_of(layout.grid, top, left, top + height, left + width)
-    by_lattice: dict[Lattice, list[Member]] = {}
+    by_lattice: dict[PixelLattice, list[Member]] = {}
     for one in layout.meeting(top, left, top + height, left + width):
         by_lattice.setdefault(one.lattice, []).append(one)
     windows = {lattice: window for lattice in by_lattice if (window := lattice.cover(grid)) is not None}
@@ -133,7 +133,7 @@ def _fill(layout: MosaicPlan, top: int, left: int, values: np.ndarray) -> None:
 
 
 def _stacked(
-    layout: MosaicPlan, lattice: Lattice, window: Part, members: Sequence[Member]
+    layout: MosaicPlan, lattice: PixelLattice, window: Part, members: Sequence[Member]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Maps whose pixels fall on each other as one, pixel by pixel.
 

@@ -7,34 +7,19 @@ agbd_t_se of agbd. For square roots this is half the product's own prediction in
 It is an error against field plots. `agbd_se` of the product isn't: it is bias_correction_value * agbd_t_se ** 2.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import h5py
 import numpy as np
+
+from biomass_jax.data.gedi import BACK_TRANSFORMS
 
 INPUTS = ("agbd_t", "agbd_t_se", "predict_stratum")  # fields of a shot
 UNKNOWN_MODEL = "of a stratum without a model in ANCILLARY/model_data"
 NO_INPUTS = f"without {', '.join(INPUTS[:-1])} or {INPUTS[-1]}"
 NO_SLOPE = "with agbd_t of 0 or less"  # a clipped prediction: the first order says nothing there
 FAULTS = ("", UNKNOWN_MODEL, NO_INPUTS, NO_SLOPE)
-
-
-class BackTransform(NamedTuple):
-    """How biomass without its bias correction follows from t, (N,) float64, and by how much it changes with t."""
-
-    value: Callable[[np.ndarray], np.ndarray]
-    slope: Callable[[np.ndarray], np.ndarray]
-
-
-_IDENTITY = BackTransform(lambda t: t, np.ones_like)
-BACK_TRANSFORMS = {
-    "sqrt": BackTransform(lambda t: np.maximum(t, 0) ** 2, lambda t: 2 * np.maximum(t, 0)),
-    "log": BackTransform(np.exp, np.exp),
-    "none": _IDENTITY,
-    "identity": _IDENTITY,
-    "": _IDENTITY,
-}
 
 
 class StratumModel(NamedTuple):

@@ -49,7 +49,7 @@ MUTATIONS = (
     Mutation(  # the product's own standard error is no error in Mg/ha
         "sigma_without_its_slope",
         SIGMA + "test_square_roots_logs_and_plain_models_have_the_slope_of_their_way_back",
-        in_file("data_prep/gedi/sigma.py", ("lambda t: 2 * np.maximum(t, 0)", "np.ones_like")),
+        in_file("biomass_jax/data/gedi.py", ("lambda t: 2 * np.maximum(t, 0)", "np.ones_like")),
     ),
     Mutation(
         "sigma_of_another_stratum",

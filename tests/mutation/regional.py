@@ -94,4 +94,117 @@ MOSAICS = (
     ),
 )
 
-MUTATIONS = MOSAICS
+ESTIMATORS = "biomass_jax/regional/estimators.py"
+ZONAL = "biomass_jax/data/raster/zonal.py"
+ZONES_PY = "biomass_jax/regional/zones.py"
+VECTORS = "biomass_jax/data/vectors.py"
+OF_ESTIMATORS = "tests/regional/test_estimators.py::"
+OF_ZONES = "tests/regional/test_zones.py::"
+OF_ZONAL = "tests/data/raster/test_zonal.py::"
+ZONES = (
+    Mutation(
+        "double_sum_wraps_around",
+        f"{OF_ESTIMATORS}test_the_double_sum_is_that_of_a_plain_loop[exponential]",
+        in_file(ESTIMATORS, ("fft.next_fast_len(2 * size - 1, real=True)", "fft.next_fast_len(size, real=True)")),
+    ),
+    Mutation(
+        "double_sum_with_down_and_across_exchanged",
+        f"{OF_ESTIMATORS}test_the_double_sum_is_that_of_a_plain_loop[spherical]",
+        in_file(
+            ESTIMATORS, ("zip((down, across), spacing, strict=True)", "zip((down, across), spacing[::-1], strict=True)")
+        ),
+    ),
+    Mutation(
+        "pixels_of_a_cell_at_one_place",
+        f"{OF_ESTIMATORS}test_cells_of_several_pixels_give_the_variance_of_their_pixels",
+        in_file(ESTIMATORS, ("    if factor > 1:\n", "    if factor > 1000:\n")),
+    ),
+    Mutation(
+        "bias_for_all_left_out",
+        f"{OF_ESTIMATORS}test_independent_errors_add_up_as_squares_and_shared_ones_as_they_are",
+        in_file(ESTIMATORS, ("* self.squares + decaying + common", "* self.squares + decaying")),
+    ),
+    Mutation(
+        "chance_taken_for_a_bias",
+        f"{OF_ESTIMATORS}test_a_fit_finds_what_residuals_were_drawn_with",
+        in_file(
+            ESTIMATORS,
+            ("residuals.mean()) ** 2 - _variance_of_mean", "residuals.mean()) ** 2 + 40 * _variance_of_mean"),
+        ),
+    ),
+    Mutation(
+        "tracks_of_unequal_size_weigh_alike",
+        f"{OF_ESTIMATORS}test_the_difference_estimator_by_hand",
+        in_file(ESTIMATORS, ("((sums - mean * sizes) ** 2)", "((sums - sums.mean()) ** 2)")),
+    ),
+    Mutation(
+        "no_correction_for_few_tracks",
+        f"{OF_ESTIMATORS}test_the_difference_estimator_by_hand",
+        in_file(ESTIMATORS, ("variance = count / (count - 1) *", "variance = 1.0 *")),
+    ),
+    Mutation(
+        "strata_share_parameters",
+        f"{OF_ESTIMATORS}test_parameters_errors_by_hand_and_by_drawing_parameters",
+        in_file(ESTIMATORS, ("gradients[strata == name].sum(0) / len(gradients)", "gradients[strata == name].mean(0)")),
+    ),
+    Mutation(
+        "hybrid_without_the_models",
+        f"{OF_ESTIMATORS}test_hybrid_adds_the_models_variance",
+        in_file(ESTIMATORS, ("_error(found.variance + model_variance,", "_error(found.variance,")),
+    ),
+    Mutation(
+        "nominal_areas",
+        f"{OF_ZONAL}test_pixels_have_their_geodesic_areas",
+        in_file(
+            ZONAL, ("np.repeat(patch / (down[:, None] * across), down, 0)", "np.repeat(0.09 + 0 * patch, down, 0)")
+        ),
+    ),
+    Mutation(
+        "overlaps_count_twice",
+        f"{OF_ZONAL}test_a_place_without_data_is_taken_from_the_next_map",
+        in_file(ZONAL, ("inside &= ~self._had_before(", "inside &= True | ~self._had_before(")),
+    ),
+    Mutation(
+        "maps_that_meet_across_the_antimeridian_missed",
+        f"{OF_ZONAL}test_a_zone_across_the_antimeridian[4326]",
+        in_file(ZONAL, ("for turn in (-360.0, 0.0, 360.0) if", "for turn in (0.0,) if")),
+    ),
+    Mutation(
+        "edges_bend_with_the_maps_crs",
+        "tests/data/test_vectors.py::test_edges_are_straight_in_the_zones_own_crs",
+        in_file(
+            VECTORS, ("shapely.segmentize(zones.geometry.array, step)", "shapely.segmentize(zones.geometry.array, 1e9)")
+        ),
+    ),
+    Mutation(
+        "beams_of_an_orbit_are_one_track",
+        f"{OF_ZONES}test_beams_of_one_orbit_are_one_cluster_where_orbits_are",
+        in_file(VECTORS, ("_TRACK, _ORBIT = 10**11, 10**13", "_TRACK, _ORBIT = 10**13, 10**13")),
+    ),
+    Mutation(
+        "footprints_of_two_tables_count_twice",
+        "tests/data/test_vectors.py::test_footprints_count_once_and_tell_their_orbit_and_beam",
+        in_file(
+            VECTORS, ("values[first] for name, values in whole.items()", "values for name, values in whole.items()")
+        ),
+    ),
+    Mutation(
+        "residuals_turned_around",
+        f"{OF_ZONES}test_model_assisted_by_tracks",
+        in_file(
+            ZONES_PY, ("(shots.of.agbd - shots.at.value)[mine], shots", "(shots.at.value - shots.of.agbd)[mine], shots")
+        ),
+    ),
+    Mutation(
+        "normal_quantiles_for_few_tracks",
+        f"{OF_ZONES}test_model_assisted_by_tracks",
+        in_file(ZONES_PY, ("estimators.quantile(chosen.level, found.freedom)", "estimators.quantile(chosen.level)")),
+    ),
+    Mutation(
+        "classes_together_as_if_independent",
+        f"{OF_ZONES}test_classes_part_a_zone_and_a_mask_keeps_some",
+        in_file(ZONES_PY, ("        whole.weights += lattice.weights\n", "        whole.weights = lattice.weights\n")),
+    ),
+)
+
+MUTATIONS = (*MOSAICS, *ZONES)

@@ -1,9 +1,9 @@
-"""Rasters on other shapes: means over larger pixels and over polygons, land-cover masks by nearest neighbour."""
+"""Rasters on other grids: means over larger pixels, classes and land-cover masks by nearest neighbour."""
 
 import os
 from collections.abc import Iterable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from affine import Affine
@@ -15,9 +15,6 @@ from biomass_jax.data import bands
 from biomass_jax.data.raster.grid import Grid, grid_of, open_quietly, raster_errors
 from biomass_jax.data.raster.identity import identity_of
 from biomass_jax.errors import RasterError
-
-if TYPE_CHECKING:
-    from geopandas import GeoDataFrame
 
 FINEST, COARSEST = 25 / 30, 36 / 30  # of the size that the model was trained on: taken as it is
 _SNAP = 0.01  # 2.999 times is 3 times
@@ -142,20 +139,8 @@ class MaskSource(ExitStack[None]):
         if outside is None:
             raise RasterError(f"{self.name}: {len(self.keep)} classes are to be kept, all there can be")
         return [
-            self.enter_context(
-                WarpedVRT(
-                    dataset,
-                    crs=self.grid.crs,
-                    src_transform=_moved(own.transform, turn),
-                    transform=self.grid.transform,
-                    width=self.grid.width,
-                    height=self.grid.height,
-                    resampling=Resampling.nearest,
-                    init_dest_nodata=False,
-                    INIT_DEST=str(outside),
-                )
-            )
-            for turn in _turns(own, self.grid)
+            self.enter_context(WarpedVRT(dataset, **options, init_dest_nodata=False, INIT_DEST=str(outside)))
+            for options in _nearest(own, self.grid)
         ]
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
@@ -166,11 +151,67 @@ class MaskSource(ExitStack[None]):
         return np.logical_or.reduce(kept)
 
 
+class NearestSource(ExitStack[None]):
+    """A raster's band on a map's grid, by nearest neighbour, window by window; it closes as a stack does."""
+
+    def __init__(self, path: str | os.PathLike[str], grid: Grid, band: int = 1) -> None:
+        """Open it.
+
+        Args:
+            path: the raster.
+            grid: the map's grid, with a CRS.
+            band: which band of the raster, from 1.
+
+        Raises:
+            RasterError: unreadable, or without a CRS.
+        """
+        super().__init__()
+        self.name, self._band = os.fspath(path), band
+        try:
+            with raster_errors(self.name):
+                dataset = self.enter_context(open_quietly(self.name))
+                own = grid_of(dataset)
+                if own.crs is None:
+                    raise RasterError(f"{self.name}: it has no CRS, so nothing tells where it lies")
+                mask = {"add_alpha": True} if dataset.nodata is None else {}
+                self._sources = [
+                    self.enter_context(WarpedVRT(dataset, **options, **mask)) for options in _nearest(own, grid)
+                ]
+        except BaseException:
+            self.close()
+            raise
+
+    def read(self, row: int, column: int, height: int, width: int) -> np.ma.MaskedArray:
+        """(height, width) of the map's pixels from a row and a column on, masked where the raster has no data."""
+        with raster_errors(f"{self.name}: reading rows {row} to {row + height}"):
+            window = Window(column, row, width, height)
+            found: np.ma.MaskedArray = self._sources[0].read(self._band, window=window, masked=True)
+            for source in self._sources[1:]:
+                other = source.read(self._band, window=window, masked=True)
+                found = np.ma.where(np.ma.getmaskarray(found), other, found)
+        return np.ma.masked_invalid(found, copy=False)
+
+
 def mask_identity(path: str | os.PathLike[str]) -> str:
     """A digest of what a mask is read from; RasterError where it can't be opened."""
     name = os.fspath(path)
     with raster_errors(name), open_quietly(name) as dataset:
         return identity_of(dataset).files
+
+
+def _nearest(own: Grid, grid: Grid) -> list[dict[str, Any]]:
+    """How a raster is warped to a grid, once for each turn around the globe at which both may meet."""
+    return [
+        {
+            "crs": grid.crs,
+            "src_transform": _moved(own.transform, turn),
+            "transform": grid.transform,
+            "width": grid.width,
+            "height": grid.height,
+            "resampling": Resampling.nearest,
+        }
+        for turn in _turns(own, grid)
+    ]
 
 
 def _moved(t: Affine, east: float) -> Affine:
@@ -184,50 +225,3 @@ def _turns(own: Grid, grid: Grid) -> list[float]:
     west, east = sorted((own.transform.c, own.transform.c + own.transform.a * own.width))
     most = 360.0 if grid.crs is not None and grid.crs.is_geographic else 180.0  # PROJ gives -180 to 180
     return [turn for turn in (0.0, -360.0, 360.0) if west + turn < most and east + turn > -180] or [0.0]
-
-
-class Covered(NamedTuple):
-    """Of each polygon: mean of the values inside, share of its area that has values, its area in pixels."""
-
-    mean: np.ndarray
-    cover: np.ndarray
-    pixels: np.ndarray
-
-
-def covered_means(path: str | os.PathLike[str], polygons: "GeoDataFrame") -> Covered:
-    """Means of a raster's first band over polygons.
-
-    Args:
-        path: the raster; its no-data value counts as none.
-        polygons: a GeoDataFrame with a CRS; empty outlines, and those elsewhere, get NaN and 0.
-
-    Returns:
-        float64 (n,) each.
-
-    Raises:
-        RasterError: the raster can't be read or has no CRS, or exactextract is missing.
-    """
-    try:
-        from exactextract import exact_extract
-    except ImportError as error:
-        raise RasterError(
-            f"means over polygons need exactextract: pip install 'biomass-jax[regional]' ({error})"
-        ) from error
-    found = Covered(np.full(len(polygons), np.nan), np.zeros(len(polygons)), np.zeros(len(polygons)))
-    with raster_errors(str(path)), open_quietly(os.fspath(path)) as dataset:
-        grid = grid_of(dataset)
-        if grid.crs is None:
-            raise RasterError(f"{path}: it has no CRS, so nothing tells which polygons lie on it")
-        outlines = polygons.geometry.to_crs(grid.crs.to_wkt())
-        pixel = abs(grid.transform.a * grid.transform.e - grid.transform.b * grid.transform.d)
-        found.pixels[:] = [outline.area / pixel if outline else 0 for outline in outlines]
-        left, bottom, right, top = dataset.bounds
-        bounds = outlines.bounds.to_numpy()
-        meets = (bounds[:, 0] < right) & (bounds[:, 2] > left) & (bounds[:, 1] < top) & (bounds[:, 3] > bottom)
-        places = np.flatnonzero(meets & (found.pixels > 0))
-        if len(places):
-            layer = outlines.iloc[places].to_frame("geometry").reset_index(drop=True)
-            table = exact_extract(dataset, layer, ["mean", "count"], output="pandas", progress=False)
-            found.cover[places] = table["count"].to_numpy(float) / found.pixels[places]
-            found.mean[places] = np.where(found.cover[places] > 0, table["mean"].to_numpy(float), np.nan)
-    return found

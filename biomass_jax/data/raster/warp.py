@@ -121,7 +121,7 @@ def crs_of(text: str) -> CRS:
 
 
 @dataclass(frozen=True)
-class Lattice:
+class PixelLattice:
     """The endless grid of pixels that a map is a part of; equal for maps whose pixels fall on each other.
 
     Attributes:
@@ -166,12 +166,14 @@ class Lattice:
         return (*(int(one) - _AROUND for one in low), *(int(one) + _AROUND for one in high))  # type: ignore[return-value]
 
 
-def lattice_of(grid: Grid) -> Lattice:
+def lattice_of(grid: Grid) -> PixelLattice:
     """The lattice of a grid that is north up; places are told to some ten-thousandths of a pixel."""
     t = grid.transform
     digits = 4 - math.floor(math.log10(t.a))
     x, y = (round(start % step, digits) % round(step, digits) for start, step in ((t.c, t.a), (t.f, -t.e)))
-    return Lattice(utm_zone(grid.crs) or (grid.crs and grid.crs.to_wkt()), round(t.a, 9), round(t.e, 9), x, y, grid.crs)
+    return PixelLattice(
+        utm_zone(grid.crs) or (grid.crs and grid.crs.to_wkt()), round(t.a, 9), round(t.e, 9), x, y, grid.crs
+    )
 
 
 @dataclass(frozen=True)

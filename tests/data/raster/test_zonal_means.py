@@ -7,7 +7,7 @@ import rasterio
 import shapely
 from affine import Affine
 
-from biomass_jax.data.raster.resample import covered_means
+from biomass_jax.data.raster.zonal import covered_means
 from biomass_jax.errors import RasterError
 
 SHAPE = (40, 50)
