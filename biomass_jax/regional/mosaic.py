@@ -380,7 +380,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return STOPPED
     except Exception as error:
         return environment.failed(error)
-    print(f"{args.out}: {len(made.members)} maps, overlaps by {made.overlap}; {made.grid.describe()}")
+    many = "" if len(made.members) == 1 else "s"
+    print(f"{args.out}: {len(made.members)} map{many}, overlaps by {made.overlap}; {made.grid.describe()}")
     return 0
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from biomass_jax.data.fingerprints import digest_of
 from biomass_jax.data.raster.cog import MAP_LAYOUT
 from biomass_jax.data.raster.grid import Grid
-from biomass_jax.data.raster.warp import MOST_PIXELS, PixelLattice, MapFile, Part, area_means, part_of
+from biomass_jax.data.raster.warp import MOST_PIXELS, MapFile, Part, PixelLattice, area_means, part_of
 from biomass_jax.version import __version__
 
 MEAN, NEWEST, INVERSE = "mean", "newest", "inverse_variance"
