@@ -150,6 +150,7 @@ def correlated(rng, shape, spacing, range_m, sill):
     return np.fft.fft2(np.sqrt(np.maximum(spectrum, 0) / np.prod(size)) * noise).real[: shape[0], : shape[1]]
 
 
+@pytest.mark.slow
 def test_a_fit_finds_what_residuals_were_drawn_with():
     rng = np.random.default_rng(5)
     shape, spacing, found = (400, 400), 60.0, []

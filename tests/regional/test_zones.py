@@ -183,6 +183,7 @@ def test_the_maps_own_errors_with_a_correlation_by_hand(land, capsys):
     assert table["mean_se"][0] > table["mean_se"][1]
 
 
+@pytest.mark.slow
 def test_the_maps_own_errors_with_a_correlation_from_footprints(land):
     """Residuals are noise, a bias, and waves that near places share."""
     rng = np.random.default_rng(1)
