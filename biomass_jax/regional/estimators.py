@@ -265,7 +265,7 @@ def fit_correlation(
     Raises:
         RegionalError: too few residuals, or no two near each other.
     """
-    seen = variogram(places, residuals, reach, seed=seed)
+    seen = variogram(places, residuals, reach, seed=seed) if len(residuals) else Variogram(*np.empty((3, 0)))
     if len(residuals) < 50 or len(seen.value) < 5:
         raise RegionalError(
             f"{len(residuals)} footprints on the maps, with pairs in {len(seen.value)} classes of distance up to "
