@@ -254,8 +254,8 @@ def _read_footprints(file: Path) -> dict[str, np.ndarray]:
         raise RegionalError(f"{file}: row {np.argmax(bad) + 1}: lon or lat is no degree of WGS 84")
     if (columns["number"] < _ORBIT).any():
         raise RegionalError(
-            f"{file}: shot_number {columns['number'].min()} is none of GEDI's; expected orbit, beam and 11 digits more, "
-            "which tell the tracks apart"
+            f"{file}: shot_number {columns['number'].min()} is none of GEDI's; expected orbit, beam and 11 digits "
+            "more, which tell the tracks apart"
         )
     nothing = np.full(len(table), np.nan)
     columns["sigma"] = table.column("agbd_sigma").to_numpy().astype(float) if more else nothing
