@@ -286,7 +286,8 @@ class Maps:
         if self.classes is not None:
             path = self.classes
             source = self._opened(("classes", number), lambda: NearestSource(path, entry.grid))
-            kind = np.ma.filled(source.read(row, column, height, width).astype(np.int64), -1)
+            found = source.read(row, column, height, width)
+            kind = np.where(np.ma.getmaskarray(found), -1, np.nan_to_num(np.ma.getdata(found))).astype(int)
         return value, sd, kind
 
     def _had_before(self, number: int, row: int, column: int, height: int, width: int) -> np.ndarray:

@@ -168,6 +168,18 @@ def test_a_place_without_data_is_taken_from_the_next_map(tmp_path):
     assert np.isnan(at.sd).all() and (at.kind == -1).all()
 
 
+def test_a_map_without_a_no_data_value_ends_where_it_ends(tmp_path):
+    transform = Affine(30, 0, 600000, 0, -30, 4100000)
+    first = write_map(tmp_path / "a.tif", "EPSG:32610", transform, (60, 40), np.full((60, 40), 50.0))
+    with rasterio.open(first, "r+") as file:
+        file.nodata = None
+    second = write_map(tmp_path / "b.tif", "EPSG:32610", transform, (60, 80), np.full((60, 80), 90.0))
+    zone = in_degrees(shapely.box(600000, 4100000 - 30 * 60, 600000 + 30 * 80, 4100000), 32610)
+    with Maps([first, second]) as maps:
+        area, total = summed(maps, zone)
+    assert (area, total / area) == pytest.approx((ground_area(zone), 70), rel=1e-4)
+
+
 def test_classes_are_those_at_the_pixels_centres(tmp_path):
     transform = Affine(30, 0, 600000, 0, -30, 4100000)
     path = write_map(tmp_path / "a.tif", "EPSG:32610", transform, (40, 60), np.full((40, 60), 80.0))
@@ -182,6 +194,13 @@ def test_classes_are_those_at_the_pixels_centres(tmp_path):
         for cells in maps.cells(zone):
             np.add.at(areas, cells.kind, cells.area)
     assert areas / areas.sum() == pytest.approx([0, 0.3, 0.2, 0.3, 0.2], rel=1e-4)
+    floats = np.where(classes == 3, np.nan, classes).astype(np.float32)
+    profile |= {"dtype": "float32", "width": 90}  # of the western half alone
+    with rasterio.open(tmp_path / "floats.tif", "w", crs="EPSG:32610", transform=fine, **profile) as file:
+        file.write(floats[:, :90], 1)
+    with Maps([path], tmp_path / "floats.tif") as maps:
+        kinds = np.concatenate([cells.kind for cells in maps.cells(zone)])
+    assert np.unique(kinds, return_counts=True)[0].tolist() == [-1, 1] and (kinds == 1).sum() == 600
 
 
 def test_the_plane_of_a_zone_keeps_distances(tmp_path):
