@@ -91,7 +91,7 @@ def read_zones(path: str | Path, layer: str | None = None) -> "GeoDataFrame":
 
 
 def outlines(zones: "GeoDataFrame", name: str) -> list["Geometry"]:
-    """Each zone's outline in degrees of WGS 84, longitude first, beyond 180 where it crosses the antimeridian.
+    """Each zone's outline in degrees of WGS 84, longitude first, beyond 180 or -180 where it crosses the antimeridian.
 
     Edges are straight in the zones' own CRS: they get a corner every 500 m at most.
 
@@ -120,8 +120,20 @@ def outlines(zones: "GeoDataFrame", name: str) -> list["Geometry"]:
                 f"{name}: row {row} goes around a pole or is more than 180 degrees of longitude wide; cut it in pieces "
                 "(at 180 degrees, if it crosses the antimeridian)"
             )
-        found.append(parts[0] if len(parts) == 1 else shapely.multipolygons(parts))
+        found.append(parts[0] if len(parts) == 1 else _side_by_side(parts))
     return found
+
+
+def _side_by_side(parts: Sequence["Geometry"]) -> "Geometry":
+    """Polygons as one outline, each moved by whole turns to be as near as can be to the first: so cut ones meet."""
+    import shapely
+
+    middles = [(part.bounds[0] + part.bounds[2]) / 2 for part in parts]
+    turns = [360 * round((middle - middles[0]) / 360) for middle in middles]
+    if not any(turns):
+        return shapely.multipolygons(parts)
+    moved = zip(parts, turns, strict=True)
+    return shapely.union_all([shapely.transform(part, lambda at, turn=turn: at - (turn, 0)) for part, turn in moved])
 
 
 def _unwrapped(part: "Geometry") -> "Geometry | None":
@@ -240,6 +252,11 @@ def _read_footprints(file: Path) -> dict[str, np.ndarray]:
     bad = ~((np.abs(columns["lat"]) <= 90) & (np.abs(columns["lon"]) <= 180))
     if bad.any():
         raise RegionalError(f"{file}: row {np.argmax(bad) + 1}: lon or lat is no degree of WGS 84")
+    if (columns["number"] < _ORBIT).any():
+        raise RegionalError(
+            f"{file}: shot_number {columns['number'].min()} is none of GEDI's; expected orbit, beam and 11 digits "
+            "more, which tell the tracks apart"
+        )
     nothing = np.full(len(table), np.nan)
     columns["sigma"] = table.column("agbd_sigma").to_numpy().astype(float) if more else nothing
     return columns

@@ -265,7 +265,7 @@ def fit_correlation(
     Raises:
         RegionalError: too few residuals, or no two near each other.
     """
-    seen = variogram(places, residuals, reach, seed=seed)
+    seen = variogram(places, residuals, reach, seed=seed) if len(residuals) else Variogram(*np.empty((3, 0)))
     if len(residuals) < 50 or len(seen.value) < 5:
         raise RegionalError(
             f"{len(residuals)} footprints on the maps, with pairs in {len(seen.value)} classes of distance up to "
@@ -281,6 +281,7 @@ def fit_correlation(
 
     ends = ([0.0, 0.0, float(seen.distance[0] / reach)], [2 * top, 2 * top, 2.0])
     starts = [(0.5 * top, 0.5 * top, start) for start in (0.1, 0.3, 0.9)]
+    # By SciPy: scikit-gstat, which has this fit too, asks for a SciPy older than those that are tested here.
     fits = [optimize.least_squares(off, np.clip(start, *ends), bounds=ends) for start in starts]
     nugget, sill, share = min(fits, key=lambda fit: fit.cost).x
     found = Correlation(float(share * reach), float(nugget), float(sill), 0.0, model)

@@ -139,6 +139,12 @@ def zones(
     if granules and method != HYBRID:
         raise RegionalError(f"--granules tell of GEDI's models, which method {method} doesn't take; only hybrid does")
     with Maps(maps, chosen.classes) as surface:
+        for entry in surface.entries:
+            if method == MAP and entry.sd is None:
+                raise RegionalError(
+                    f"{entry.path}: no band agbd_sd, the standard deviations that method map is about; make the map "
+                    "with a calibrated bundle, or take another --method"
+                )
         shots = None
         if footprints:
             boxes = [entry.box for entry in surface.entries] if method == MAP else [one.bounds for one in found]
@@ -252,11 +258,9 @@ def _sums(surface: Maps, outline: "Geometry", correlation: Correlation | None, c
     plane = surface.plane(outline) if correlation is not None and surface.meeting(outline) else None
     for cells in surface.cells(outline):
         seen = np.isfinite(cells.value)
-        lacking = seen & ~np.isfinite(cells.sd)
-        if plane is not None and lacking.any():
+        if plane is not None and not np.isfinite(cells.sd[seen]).all():
             raise RegionalError(
-                f"{surface.entries[cells.entry].path}: pixels without a standard deviation (band agbd_sd), which "
-                "method map is about; make the maps with a calibrated bundle, or take another --method"
+                f"{surface.entries[cells.entry].path}: pixels with agbd and without agbd_sd; make it anew"
             )
         for kind in np.unique(cells.kind[seen]).tolist():
             mine = seen & (cells.kind == kind)
@@ -396,8 +400,8 @@ def _page(done: Done, places: str, maps: Sequence[str], footprints: Sequence[str
     return pages.page(
         "Biomass by zone",
         [
-            f"<p>{len(table)} rows of {html.escape(places)}, from {len(maps)} maps and {done.footprints:,} footprints "
-            f"(biomass_jax {__version__}).</p>",
+            f"<p>{html.escape(places)}. Maps: {len(maps):,}; footprints: {done.footprints:,}. Made by biomass_jax "
+            f"{__version__}.</p>",
             pages.table(head, rows),
             f"<h2>How sure</h2><p>{_ABOUT[done.method]}</p>{used}",
             "<p>Areas are those on the ground (WGS 84). Means and totals are of the area that is covered, unless the "

@@ -90,14 +90,14 @@ def test_a_real_granule_s_errors_are_its_parameters_and_its_residuals(samples):
     with h5py.File(path) as file:
         models = {row["predict_stratum"]: row for row in file["ANCILLARY/model_data"][:]}
         for beam in (file[name] for name in file if name.startswith("BEAM")):
-            good = (beam["l4_quality_flag"][:] == 1) & (beam["agbd_t"][:] > 0)
-            for row in np.flatnonzero(good):
-                model = models[beam["predict_stratum"][row]]
-                t, se = (float(beam[name][row]) for name in ("agbd_t", "agbd_t_se"))
-                slope = 2 * t * model["bias_correction_value"]  # square roots, here
-                assert model["y_transform"] == b"sqrt"
-                numbers.append(beam["shot_number"][row])
-                expected.append(slope**2 * (se**2 - float(model["rse"]) ** 2))
+            names = ("l4_quality_flag", "agbd_t", "agbd_t_se", "predict_stratum", "shot_number")
+            for good, t, se, stratum, number in zip(*(beam[name][:] for name in names), strict=True):
+                if good == 1 and t > 0:
+                    model = models[stratum]
+                    assert model["y_transform"] == b"sqrt"
+                    slope = 2 * float(t) * model["bias_correction_value"]
+                    numbers.append(number)
+                    expected.append(slope**2 * (float(se) ** 2 - float(model["rse"]) ** 2))
     found = read_gradients([path], np.array(numbers, np.uint64))
     own = [slope @ found.covariances[name] @ slope for name, slope in zip(found.stratum, found.slope, strict=True)]
     assert len(own) > 280

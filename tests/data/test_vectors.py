@@ -132,6 +132,9 @@ def test_tables_that_are_no_footprints_are_refused(tmp_path):
     footprints(tmp_path / "d.parquet", [1, 2], [1.0, 400.0], [3.0, 4.0], [5, 6])
     with pytest.raises(RegionalError, match="d.parquet: row 2: lon or lat"):
         read_footprints([tmp_path / "d.parquet"], EVERYWHERE)
+    footprints(tmp_path / "e.parquet", [65150500200000001, 2], [1.0, 2.0], [3.0, 4.0], [5, 6])
+    with pytest.raises(RegionalError, match="e.parquet: shot_number 2 is none of GEDI's; expected orbit, beam"):
+        read_footprints([tmp_path / "e.parquet"], EVERYWHERE)
 
 
 def test_a_column_of_a_zone_that_has_a_new_ones_name_is_renamed(tmp_path):

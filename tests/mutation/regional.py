@@ -167,7 +167,7 @@ ZONES = (
     Mutation(
         "maps_that_meet_across_the_antimeridian_missed",
         f"{OF_ZONAL}test_a_zone_across_the_antimeridian[4326]",
-        in_file(ZONAL, ("for turn in (-360.0, 0.0, 360.0) if", "for turn in (0.0,) if")),
+        in_file(ZONAL, ("_TURNS = (-360.0, 0.0, 360.0)", "_TURNS = (0.0,)")),
     ),
     Mutation(
         "edges_bend_with_the_maps_crs",

@@ -150,6 +150,7 @@ def correlated(rng, shape, spacing, range_m, sill):
     return np.fft.fft2(np.sqrt(np.maximum(spectrum, 0) / np.prod(size)) * noise).real[: shape[0], : shape[1]]
 
 
+@pytest.mark.slow
 def test_a_fit_finds_what_residuals_were_drawn_with():
     rng = np.random.default_rng(5)
     shape, spacing, found = (400, 400), 60.0, []
@@ -183,6 +184,8 @@ def test_few_residuals_are_refused():
     places = np.random.default_rng(7).uniform(0, 1000, (20, 2))
     with pytest.raises(RegionalError, match="20 footprints on the maps"):
         estimators.fit_correlation(places, np.ones(20), reach=1000.0)
+    with pytest.raises(RegionalError, match="0 footprints on the maps"):
+        estimators.fit_correlation(places[:0], np.ones(0), reach=1000.0)
 
 
 def test_places_in_space_are_as_far_apart_as_on_the_ground():

@@ -23,7 +23,7 @@ def test_the_maps_intervals_do_not_hold_as_if_pixels_were_independent():
 
 
 def test_the_maps_intervals_hold_with_a_correlation_that_is_fitted():
-    check(populations.fitted_draws(500))
+    check(populations.two_fitted_draws(500))
 
 
 def test_model_assisted_intervals_hold_by_tracks_and_not_by_shots():

@@ -183,6 +183,7 @@ def test_the_maps_own_errors_with_a_correlation_by_hand(land, capsys):
     assert table["mean_se"][0] > table["mean_se"][1]
 
 
+@pytest.mark.slow
 def test_the_maps_own_errors_with_a_correlation_from_footprints(land):
     """Residuals are noise, a bias, and waves that near places share."""
     rng = np.random.default_rng(1)
@@ -331,7 +332,10 @@ def test_what_can_not_be_told_is_refused(land, capsys):
         zones([folder / "map_agbd.tif"], folder / "districts.gpkg", level=1.0)
     write_map(folder / "plain.tif", land["agbd"])
     run(land, "--range-km", 1, "--nugget", 0, maps=("plain.tif",), code=1)
-    assert "plain.tif: pixels without a standard deviation (band agbd_sd)" in capsys.readouterr().err
+    assert "plain.tif: no band agbd_sd, the standard deviations" in capsys.readouterr().err
+    write_map(folder / "odd.tif", np.abs(land["agbd"]), land["sd"])
+    run(land, "--range-km", 1, "--nugget", 0, maps=("odd.tif",), code=1)
+    assert "odd.tif: pixels with agbd and without agbd_sd" in capsys.readouterr().err
     run(land, out="table.shp", code=1)
     assert "expected a name that ends in .csv, .gpkg, .parquet" in capsys.readouterr().err
     assert not list(folder.glob("table.*")) and not list(folder.glob(".*partial*"))

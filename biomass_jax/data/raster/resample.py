@@ -173,9 +173,10 @@ class NearestSource(ExitStack[None]):
                 own = grid_of(dataset)
                 if own.crs is None:
                     raise RasterError(f"{self.name}: it has no CRS, so nothing tells where it lies")
-                mask = {"add_alpha": True} if dataset.nodata is None else {}
+                self._alpha = dataset.nodata is None
                 self._sources = [
-                    self.enter_context(WarpedVRT(dataset, **options, **mask)) for options in _nearest(own, grid)
+                    self.enter_context(WarpedVRT(dataset, **options, add_alpha=self._alpha))
+                    for options in _nearest(own, grid)
                 ]
         except BaseException:
             self.close()
@@ -184,12 +185,16 @@ class NearestSource(ExitStack[None]):
     def read(self, row: int, column: int, height: int, width: int) -> np.ma.MaskedArray:
         """(height, width) of the map's pixels from a row and a column on, masked where the raster has no data."""
         with raster_errors(f"{self.name}: reading rows {row} to {row + height}"):
-            window = Window(column, row, width, height)
-            found: np.ma.MaskedArray = self._sources[0].read(self._band, window=window, masked=True)
-            for source in self._sources[1:]:
-                other = source.read(self._band, window=window, masked=True)
+            found, *others = (self._read(one, Window(column, row, width, height)) for one in self._sources)
+            for other in others:
                 found = np.ma.where(np.ma.getmaskarray(found), other, found)
         return np.ma.masked_invalid(found, copy=False)
+
+    def _read(self, source: Any, window: Window) -> np.ma.MaskedArray:
+        if not self._alpha:
+            return source.read(self._band, window=window, masked=True)
+        values, alpha = source.read([self._band, source.count], window=window)  # rasterio knows no alpha of floats
+        return np.ma.array(values, mask=alpha == 0)
 
 
 def mask_identity(path: str | os.PathLike[str]) -> str:

@@ -150,6 +150,8 @@ class Maps:
         self._datasets: OrderedDict[Any, Any] = OrderedDict()
         self.classes = None if classes is None else os.fspath(classes)
         self.entries = [_entry(os.fspath(path)) for path in paths]
+        self._boxes = np.array([entry.box for entry in self.entries]).reshape(-1, 4)
+        self._before: dict[int, list[int]] = {}
 
     def __enter__(self) -> "Maps":
         return self
@@ -160,8 +162,7 @@ class Maps:
 
     def meeting(self, outline: "Geometry") -> list[int]:
         """Numbers of the maps whose box meets that of an outline in degrees."""
-        west, south, east, north = outline.bounds
-        return [i for i, entry in enumerate(self.entries) if _turns(entry.box, (west, south, east, north))]
+        return np.flatnonzero(_meet(self._boxes, outline.bounds)).tolist()
 
     def cells(self, outline: "Geometry") -> Iterator[Cells]:
         """The pixels of a zone, piece by piece.
@@ -199,19 +200,21 @@ class Maps:
         t, base = first.transform, entries[0].crs
         own = all(_alike(entries[0], entry) for entry in entries)
         west, south, east, north = outline.bounds
-        if own:
-            crs, step, metres = base.to_wkt(), (t.a, t.e), base.linear_units_factor[1]
-            spacing = (abs(t.e) * metres, abs(t.a) * metres)
-        else:
-            crs = f"+proj=laea +lat_0={(south + north) / 2:.6f} +lon_0={(west + east) / 2:.6f} +datum=WGS84 +units=m"
-            across, down = first.pixel_size() or (1.0, 1.0)
-            step, spacing = (across, -down), (down, across)
         boxes = [
             shapely.intersection(shapely.box(west + turn, south, east + turn, north), shapely.box(*entry.box))
             for entry in entries
             for turn in _turns(entry.box, outline.bounds)
         ]
         corners = shapely.get_coordinates(shapely.segmentize(boxes, _PAD))
+        corners[:, 0] -= 360 * np.round((corners[:, 0] - corners[0, 0]) / 360)  # a zone may be cut at 180 degrees
+        if own:
+            crs, step, metres = base.to_wkt(), (t.a, t.e), base.linear_units_factor[1]
+            spacing = (abs(t.e) * metres, abs(t.a) * metres)
+        else:
+            lon, lat = (corners.min(0) + corners.max(0)) / 2
+            crs = f"+proj=laea +lat_0={lat:.6f} +lon_0={lon:.6f} +datum=WGS84 +units=m"
+            across, down = first.pixel_size() or (1.0, 1.0)
+            step, spacing = (across, -down), (down, across)
         x, y = _transformer("EPSG:4326", crs).transform(*corners.T)
         columns, rows = ((x - t.c) / step[0], (y - t.f) / step[1]) if own else (x / step[0], y / step[1])
         left, top = np.floor(columns.min()) - 2, np.floor(rows.min()) - 2  # outlines bend between corners
@@ -283,17 +286,20 @@ class Maps:
         if self.classes is not None:
             path = self.classes
             source = self._opened(("classes", number), lambda: NearestSource(path, entry.grid))
-            kind = np.ma.filled(source.read(row, column, height, width).astype(np.int64), -1)
+            found = source.read(row, column, height, width)
+            kind = np.where(np.ma.getmaskarray(found), -1, np.nan_to_num(np.ma.getdata(found))).astype(int)
         return value, sd, kind
 
     def _had_before(self, number: int, row: int, column: int, height: int, width: int) -> np.ndarray:
         """bool (height, width): where a map before this one has data; and this one's place is taken."""
         entry, taken = self.entries[number], np.zeros((height, width), bool)
-        for other, before in enumerate(self.entries[:number]):
-            if _turns(before.box, entry.box):
-                make = functools.partial(NearestSource, before.path, entry.grid, before.value)
-                source = self._opened((other, number), make)
-                taken |= ~np.ma.getmaskarray(source.read(row, column, height, width))
+        if number not in self._before:
+            self._before[number] = np.flatnonzero(_meet(self._boxes[:number], entry.box)).tolist()
+        for other in self._before[number]:
+            before = self.entries[other]
+            make = functools.partial(NearestSource, before.path, entry.grid, before.value)
+            source = self._opened((other, number), make)
+            taken |= ~np.ma.getmaskarray(source.read(row, column, height, width))
         return taken
 
     def _opened(self, key: object, make: Callable[[], Any]) -> Any:
@@ -339,11 +345,19 @@ def _filled(values: np.ma.MaskedArray) -> np.ndarray:
     return np.ma.filled(values.astype(np.float64), np.nan)
 
 
+_TURNS = (-360.0, 0.0, 360.0)
+
+
 def _turns(box: Sequence[float], other: Sequence[float]) -> list[float]:
-    """By how many degrees of longitude another box is moved so that it meets a box; [] where they are apart."""
-    if other[1] > box[3] or other[3] < box[1]:
-        return []
-    return [turn for turn in (-360.0, 0.0, 360.0) if other[0] + turn <= box[2] and other[2] + turn >= box[0]]
+    """By how many degrees of longitude another box is moved so that it meets a box."""
+    return [turn for turn in _TURNS if other[0] + turn <= box[2] and other[2] + turn >= box[0]]
+
+
+def _meet(boxes: np.ndarray, other: Sequence[float]) -> np.ndarray:
+    """Which (n,) of boxes (n, 4) another one meets, whatever the turn."""
+    west, south, east, north = boxes.T
+    around = [(other[0] + turn <= east) & (other[2] + turn >= west) for turn in _TURNS]
+    return np.logical_or.reduce(around) & (other[1] <= north) & (other[3] >= south)
 
 
 @functools.lru_cache(64)
@@ -364,7 +378,7 @@ def _in_pixels(entry: Entry, outline: "Geometry") -> "Geometry":
         shapely.intersection(shapely.transform(outline, lambda at, turn=turn: at + (turn, 0)), near)
         for turn in _turns(entry.box, outline.bounds)
     ]
-    part = shapely.union_all(parts) if len(parts) > 1 else parts[0]
+    part = shapely.union_all(parts)
     forward, inverse = _transformer("EPSG:4326", crs.to_wkt()), ~entry.grid.transform
     own = 360 * np.round((entry.grid.transform.c - west) / 360)  # longitudes of a map may run from 0 to 360
 
@@ -376,7 +390,8 @@ def _in_pixels(entry: Entry, outline: "Geometry") -> "Geometry":
             [inverse.a * x + inverse.b * y + inverse.c, -(inverse.d * x + inverse.e * y + inverse.f)]
         )
 
-    return shapely.transform(part, place)
+    found = shapely.transform(part, place)
+    return found if found.is_valid else shapely.make_valid(found)  # corners that all but touch may change sides
 
 
 def _windows(part: "Geometry", grid: Grid) -> Iterator[tuple[int, int, int, int]]:

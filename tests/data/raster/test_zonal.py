@@ -88,8 +88,8 @@ def test_pixels_have_their_geodesic_areas(crs, transform):
 
 def test_a_zone_at_60_north_over_two_utm_zones(tmp_path):
     """12 degrees east parts zones 32 and 33; both maps reach beyond it, and their overlap counts once."""
-    west = write_map(tmp_path / "west.tif", "EPSG:32632", Affine(30, 0, 640000, 0, -30, 6690000), (1400, 1400))
-    east = write_map(tmp_path / "east.tif", "EPSG:32633", Affine(30, 0, 321000, 0, -30, 6690000), (1400, 1400))
+    west = write_map(tmp_path / "west.tif", "EPSG:32632", Affine(60, 0, 640000, 0, -60, 6690000), (700, 700))
+    east = write_map(tmp_path / "east.tif", "EPSG:32633", Affine(60, 0, 321000, 0, -60, 6690000), (700, 700))
     box = (11.75, 60.0, 12.25, 60.25)
     zone = in_degrees(shapely.box(*box), 4326)
     area = ground_area(zone)
@@ -112,13 +112,13 @@ def test_a_zone_at_60_north_over_two_utm_zones(tmp_path):
 
 @pytest.mark.parametrize("crs", [4326, 32701, "+proj=longlat +datum=WGS84 +lon_wrap=180"])
 def test_a_zone_across_the_antimeridian(tmp_path, crs):
-    there = write_map(tmp_path / "60.tif", "EPSG:32760", Affine(30, 0, 780000, 0, -30, 8125000), (1300, 1300))
-    here = write_map(tmp_path / "1.tif", "EPSG:32701", Affine(30, 0, 178000, 0, -30, 8125000), (1300, 1300))
+    there = write_map(tmp_path / "60.tif", "EPSG:32760", Affine(60, 0, 780000, 0, -60, 8125000), (650, 650))
+    here = write_map(tmp_path / "1.tif", "EPSG:32701", Affine(60, 0, 178000, 0, -60, 8125000), (650, 650))
     box = (179.85, -17.2, 180.1, -17.0)
     outline = shapely.segmentize(shapely.box(*box), 0.01)
     if crs == 4326:  # as GeoJSON has it: cut in two
         halves = [shapely.box(box[0], box[1], 180, box[3]), shapely.box(-180, box[1], -179.9, box[3])]
-        outline = shapely.MultiPolygon(halves)
+        outline = shapely.MultiPolygon(halves[::-1])  # the eastern one first
     elif crs == 32701:
         outline = shapely.transform(
             outline, Transformer.from_crs(4326, crs, always_xy=True).transform, interleaved=False
@@ -128,6 +128,8 @@ def test_a_zone_across_the_antimeridian(tmp_path, crs):
     assert ground_area(zone) == pytest.approx(area, rel=1e-5)
     with Maps([there, here]) as maps:
         assert summed(maps, zone) == pytest.approx((area, truth(*box)), rel=1e-4)
+        plane = maps.plane(zone)
+    assert np.array(plane.shape) * plane.spacing == pytest.approx([22_130, 26_600], rel=0.02)
 
 
 def test_maps_in_degrees_from_0_to_360_and_over_the_whole_globe(tmp_path):
@@ -166,6 +168,18 @@ def test_a_place_without_data_is_taken_from_the_next_map(tmp_path):
     assert np.isnan(at.sd).all() and (at.kind == -1).all()
 
 
+def test_a_map_without_a_no_data_value_ends_where_it_ends(tmp_path):
+    transform = Affine(30, 0, 600000, 0, -30, 4100000)
+    first = write_map(tmp_path / "a.tif", "EPSG:32610", transform, (60, 40), np.full((60, 40), 50.0))
+    with rasterio.open(first, "r+") as file:
+        file.nodata = None
+    second = write_map(tmp_path / "b.tif", "EPSG:32610", transform, (60, 80), np.full((60, 80), 90.0))
+    zone = in_degrees(shapely.box(600000, 4100000 - 30 * 60, 600000 + 30 * 80, 4100000), 32610)
+    with Maps([first, second]) as maps:
+        area, total = summed(maps, zone)
+    assert (area, total / area) == pytest.approx((ground_area(zone), 70), rel=1e-4)
+
+
 def test_classes_are_those_at_the_pixels_centres(tmp_path):
     transform = Affine(30, 0, 600000, 0, -30, 4100000)
     path = write_map(tmp_path / "a.tif", "EPSG:32610", transform, (40, 60), np.full((40, 60), 80.0))
@@ -180,15 +194,22 @@ def test_classes_are_those_at_the_pixels_centres(tmp_path):
         for cells in maps.cells(zone):
             np.add.at(areas, cells.kind, cells.area)
     assert areas / areas.sum() == pytest.approx([0, 0.3, 0.2, 0.3, 0.2], rel=1e-4)
+    floats = np.where(classes == 3, np.nan, classes).astype(np.float32)
+    profile |= {"dtype": "float32", "width": 90}  # of the western half alone
+    with rasterio.open(tmp_path / "floats.tif", "w", crs="EPSG:32610", transform=fine, **profile) as file:
+        file.write(floats[:, :90], 1)
+    with Maps([path], tmp_path / "floats.tif") as maps:
+        kinds = np.concatenate([cells.kind for cells in maps.cells(zone)])
+    assert np.unique(kinds, return_counts=True)[0].tolist() == [-1, 1] and (kinds == 1).sum() == 600
 
 
 def test_the_plane_of_a_zone_keeps_distances(tmp_path):
-    west = write_map(tmp_path / "west.tif", "EPSG:32632", Affine(30, 0, 640000, 0, -30, 6690000), (700, 1400))
-    east = write_map(tmp_path / "east.tif", "EPSG:32633", Affine(30, 0, 321000, 0, -30, 6690000), (700, 1400))
-    south = write_map(tmp_path / "south.tif", "EPSG:32632", Affine(30, 0, 640300, 0, -30, 6690000 - 21000), (700, 1400))
+    west = write_map(tmp_path / "west.tif", "EPSG:32632", Affine(60, 0, 640000, 0, -60, 6690000), (350, 700))
+    east = write_map(tmp_path / "east.tif", "EPSG:32633", Affine(60, 0, 321000, 0, -60, 6690000), (350, 700))
+    south = write_map(tmp_path / "south.tif", "EPSG:32632", Affine(60, 0, 640600, 0, -60, 6690000 - 21000), (350, 700))
     for paths, tolerance in (
-        ([west, east], 45.0),
-        ([west, south], 25.0),
+        ([west, east], 90.0),
+        ([west, south], 50.0),
     ):  # half a pixel's diagonal each, and the scale
         zone = in_degrees(shapely.box(11.85, 60.03, 12.15, 60.2), 4326)
         with Maps(paths) as maps:
@@ -198,14 +219,14 @@ def test_the_plane_of_a_zone_keeps_distances(tmp_path):
                 assert row.min() >= 1 and column.min() >= 1
                 assert row.max() < plane.shape[0] - 1 and column.max() < plane.shape[1] - 1
                 grid = maps.entries[cells.entry].grid
-                x, y = grid.transform.c + 30 * (cells.column + 0.5), grid.transform.f - 30 * (cells.row + 0.5)
+                x, y = grid.transform.c + 60 * (cells.column + 0.5), grid.transform.f - 60 * (cells.row + 0.5)
                 lon, lat = Transformer.from_crs(grid.crs.to_wkt(), 4326, always_xy=True).transform(x, y)
                 places.append(np.column_stack([row, column, lon, lat])[:: max(len(row) // 5, 1)])
-        assert plane.spacing == pytest.approx((30, 30), rel=1e-3)
+        assert plane.spacing == pytest.approx((60, 60), rel=1e-3)
         at = np.concatenate(places)
         for one in at:
             metres = np.array([GEOD.inv(*one[2:], *other[2:])[2] for other in at])
-            assert np.hypot(*(30 * (at[:, :2] - one[:2])).T) == pytest.approx(metres, abs=tolerance)
+            assert np.hypot(*(60 * (at[:, :2] - one[:2])).T) == pytest.approx(metres, abs=tolerance)
 
 
 def test_what_is_no_map_of_biomass_is_refused(tmp_path):
