@@ -30,7 +30,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy import ndimage
@@ -38,6 +37,7 @@ from scipy.optimize import minimize
 from scipy.special import ndtr
 
 from biomass_jax.data.raster.cog import MapWriter
+from biomass_jax.data.raster.grid import Grid
 from biomass_jax.data.raster.resample import MaskSource
 from biomass_jax.data.raster.warp import MapFile, map_file
 from biomass_jax.errors import RegionalError
@@ -131,7 +131,7 @@ class MapPair:
         _check(before, after, allow)
 
     @property
-    def grid(self) -> Any:
+    def grid(self) -> Grid:
         """Of both."""
         return self.before.grid
 

@@ -5,12 +5,12 @@ import pytest
 from biomass_jax.regional.estimators import Correlation
 from tests.regional import populations
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.timeout(3600)]
 
 
 def check(held):
     """Each zone's share is between 93 and 97 %; chance alone makes it differ by 1 % from 95 with 500 draws."""
-    assert all(0.93 <= share <= 0.97 for share in held.values()), held
+    assert all(0.93 <= round(share, 4) <= 0.97 for share in held.values()), held
 
 
 def test_the_maps_intervals_hold_with_a_correlation_that_is_known():

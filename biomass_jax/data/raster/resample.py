@@ -190,7 +190,7 @@ class NearestSource(ExitStack[None]):
                 found = np.ma.where(np.ma.getmaskarray(found), other, found)
         return np.ma.masked_invalid(found, copy=False)
 
-    def _read(self, source: Any, window: Window) -> np.ma.MaskedArray:
+    def _read(self, source: WarpedVRT, window: Window) -> np.ma.MaskedArray:
         if not self._alpha:
             return source.read(self._band, window=window, masked=True)
         values, alpha = source.read([self._band, source.count], window=window)  # rasterio knows no alpha of floats
