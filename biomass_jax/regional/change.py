@@ -49,7 +49,7 @@ from biomass_jax.runtime.settings import Range, add_options, checked, options_of
 
 NODATA = -9999.0
 GUARDS = ("sensor", "season", "model")
-_ROWS = 512  # read at a time
+_PIXELS = 2**21  # read at a time, in whole rows
 _SEASON_DAYS = 16  # by which seasons may be shifted: one cycle of Landsat
 _MOST_R = 0.99
 _LEAST_STABLE = 100  # pixels of stable ground
@@ -135,11 +135,12 @@ class MapPair:
         """Of both."""
         return self.before.grid
 
-    def blocks(self, height: int = _ROWS, halo: int = 0) -> Iterator[tuple[int, int, np.ndarray]]:
+    def blocks(self, halo: int = 0) -> Iterator[tuple[int, int, np.ndarray]]:
         """First row, last row + 1, and (3, rows, W): difference, and both sds; NaN where one map has none.
 
         With `halo`, so many rows more above and below, as far as there are.
         """
+        height = max(_PIXELS // self.grid.width, 1)
         for start in range(0, self.grid.height, height):
             stop = min(start + height, self.grid.height)
             first, last = max(start - halo, 0), min(stop + halo, self.grid.height)
@@ -320,7 +321,8 @@ def change(
     """Write the raster of change.
 
     Its bands are the difference and its sd, both in the maps' unit, and `significant`: -1 for loss, 1 for gain, 0 for
-    neither. Memory is bounded by some hundred rows, and more of them for a large `min_area_ha`.
+    neither. Memory is bounded by some million pixels, or some rows of a wide raster, more of them for a
+    large `min_area_ha`.
 
     Args:
         before: the earlier map, with the band `agbd_sd`.

@@ -90,8 +90,7 @@ def test_rows_do_not_matter(tmp_path, monkeypatch):
     before, after, stable = two_maps(tmp_path, seed=2, changed=-45.0)
     keep = {"stable": str(stable), "stable_keep": (1.0,), "min_area_ha": 0.6}
     one = module.change(before, after, tmp_path / "a.tif", **keep)
-    monkeypatch.setattr(module, "_ROWS", 17)
-    monkeypatch.setattr(module.MapPair.blocks, "__defaults__", (17, 0))
+    monkeypatch.setattr(module, "_PIXELS", 17 * SIDE)
     other = module.change(before, after, tmp_path / "b.tif", **keep)
     assert (one.loss[0], one.gain[0], one.threshold) == (other.loss[0], other.gain[0], other.threshold)
     np.testing.assert_allclose(read(tmp_path / "a.tif")[0], read(tmp_path / "b.tif")[0], rtol=1e-6, atol=1e-5)
