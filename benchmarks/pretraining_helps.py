@@ -94,13 +94,13 @@ def train(config: Any, workdir: Path, fields: dict[str, Any]) -> dict[str, Any]:
     return [line for line in lines if "val/loss" in line][-1]
 
 
-def pretrain(folder: Path, side: int, steps: int, mask: int) -> tuple[Path, float]:
+def pretrain(folder: Path, side: int, steps: int, mask: int, rate: float) -> tuple[Path, float]:
     """The demo's pretraining on all chips; its bundle, and its masked loss."""
     from configs import demo_pretrain
 
     workdir = FOLDER / f"pretrain_{mask}"
     fields = {"data.path": str(folder), "augment.size": side, "steps": steps, "batch_size": BATCH}
-    fields |= {"mask_patch_size": mask, "log_every": 50}
+    fields |= {"mask_patch_size": mask, "log_every": 50, "optimizer.learning_rate": rate}
     return workdir / "best", train(demo_pretrain.get_config(), workdir, fields)["val/loss"]
 
 
@@ -224,6 +224,7 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=48, help="test chips")
     parser.add_argument("--side", type=int, default=96, help="px of a chip, a multiple of 32")
     parser.add_argument("--pretrain-steps", type=int, default=1500)
+    parser.add_argument("--pretrain-rate", type=float, default=3e-3, help="learning rate of the pretraining")
     parser.add_argument("--steps", type=int, default=300, help="of fine-tuning")
     parser.add_argument("--masks", type=int, nargs="+", default=MASKS, help="sides of masked cells to try, px")
     parser.add_argument("--json", type=Path, default=common.FOLDER / "pretraining_helps.json")
@@ -241,7 +242,8 @@ def main() -> None:
     more = (options.train + i for i in range(options.unlabelled))
     unlabelled = [context_chip("train", i, options.side, labelled=False) for i in more]
     shards.write_shards({"train": chips["train"] + unlabelled, "val": chips["val"]}, FOLDER / "shards")
-    bundles = {mask: pretrain(FOLDER / "shards", options.side, options.pretrain_steps, mask) for mask in options.masks}
+    about_pretraining = (FOLDER / "shards", options.side, options.pretrain_steps)
+    bundles = {mask: pretrain(*about_pretraining, mask, options.pretrain_rate) for mask in options.masks}
     about = read_meta(bundles[options.masks[0]][0])["input"]
 
     def validated(recipe: dict[str, Any], start: Path | None) -> float:
