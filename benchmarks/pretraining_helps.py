@@ -242,8 +242,10 @@ def main() -> None:
     more = (options.train + i for i in range(options.unlabelled))
     unlabelled = [context_chip("train", i, options.side, labelled=False) for i in more]
     shards.write_shards({"train": chips["train"] + unlabelled, "val": chips["val"]}, FOLDER / "shards")
-    about_pretraining = (FOLDER / "shards", options.side, options.pretrain_steps)
-    bundles = {mask: pretrain(*about_pretraining, mask, options.pretrain_rate) for mask in options.masks}
+    bundles = {
+        mask: pretrain(FOLDER / "shards", options.side, options.pretrain_steps, mask, options.pretrain_rate)
+        for mask in options.masks
+    }
     about = read_meta(bundles[options.masks[0]][0])["input"]
 
     def validated(recipe: dict[str, Any], start: Path | None) -> float:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from biomass_jax.data.vectors import files_of
 from biomass_jax.errors import RegionalError
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def read_gradients(paths: Iterable[str | Path], numbers: np.ndarray) -> Gradient
     order = np.argsort(numbers)
     stratum, slope = np.full(len(numbers), "", object), np.zeros((len(numbers), 0))
     covariances: dict[str, np.ndarray] = {}
-    for path in _granules(paths):
+    for path in files_of(paths, "**/GEDI04_A_*.h5", "granules of GEDI L4A"):
         try:
             with h5py.File(path) as file:
                 models = _models(file, path)
@@ -93,16 +94,6 @@ def read_gradients(paths: Iterable[str | Path], numbers: np.ndarray) -> Gradient
             "of the granules given; give those that the footprints are from (--granules), or none"
         )
     return Gradients(stratum.astype(str), slope, covariances)
-
-
-def _granules(paths: Iterable[str | Path]) -> list[Path]:
-    files: list[Path] = []
-    for path in map(Path, paths):
-        found = sorted(path.rglob("GEDI04_A_*.h5")) if path.is_dir() else [path]
-        if not found:
-            raise RegionalError(f"{path}: no GEDI04_A_*.h5 in it; expected granules of GEDI L4A")
-        files += found
-    return files
 
 
 def _models(file: "File", path: Path) -> dict[str, np.void]:

@@ -161,6 +161,26 @@ def ground_area(outline: "Geometry") -> float:
     return float(Geod(ellps="WGS84").geometry_area_perimeter(oriented)[0]) / 1e4
 
 
+def files_of(paths: Iterable[str | Path], pattern: str, what: str) -> list[Path]:
+    """Files, and those of folders that fit a pattern, sorted in each.
+
+    Args:
+        paths: files and folders.
+        pattern: of names in a folder, of those below it too where it begins with `**/`.
+        what: they are, for messages.
+
+    Raises:
+        RegionalError: a folder without any.
+    """
+    files: list[Path] = []
+    for path in map(Path, paths):
+        found = sorted(path.glob(pattern)) if path.is_dir() else [path]
+        if not found:
+            raise RegionalError(f"{path}: no {pattern.removeprefix('**/')} in it; expected {what}")
+        files += found
+    return files
+
+
 class Footprints(NamedTuple):
     """GEDI's footprints, (n,) each.
 
@@ -196,12 +216,7 @@ def read_footprints(paths: Iterable[str | Path], boxes: Sequence[tuple[float, fl
     Raises:
         RegionalError: no table, or one that isn't of footprints.
     """
-    files: list[Path] = []
-    for path in map(Path, paths):
-        found = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-        if not found:
-            raise RegionalError(f"{path}: no *.parquet in it; expected tables of footprints (biomass-jax gedi)")
-        files += found
+    files = files_of(paths, "*.parquet", "tables of footprints (biomass-jax gedi)")
     near = _near(boxes)
     tables: list[dict[str, np.ndarray]] = []
     for file in files:

@@ -1,7 +1,6 @@
 """`python -m biomass_jax.evaluation`: maps beside field plots."""
 
 import argparse
-import glob
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 from biomass_jax.evaluation.inventory import COLUMNS, read_plots
 from biomass_jax.evaluation.plots import validate
 from biomass_jax.runtime import environment
+from biomass_jax.runtime.files import expanded
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         environment.settle(jax=False)
-        maps = [path for given in args.maps for path in (sorted(glob.glob(given)) or [given])]
+        maps = expanded(args.maps)
         columns = {what: getattr(args, f"column_{what}") for what in COLUMNS}
         found = validate(
             read_plots(args.plots, columns, args.area_ha),

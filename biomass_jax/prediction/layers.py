@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from biomass_jax.bundle import Bundle
+from biomass_jax.data.raster.zonal import SD
 from biomass_jax.errors import BundleError, PredictionError
 from biomass_jax.uncertainty.calibration import Calibration
 from biomass_jax.uncertainty.spread import WAYS, Spread, own_channels
@@ -16,7 +17,7 @@ CHOICES = (AUTO, *WAYS)
 DI = "di"
 KEEP = "keep"
 OUTSIDE = (KEEP, "nodata")
-ENDINGS = {"mean": "", "sd": "_sd", "lo": "_lo", "hi": "_hi"}
+ENDINGS = {"mean": "", "sd": SD, "lo": "_lo", "hi": "_hi"}
 
 
 class Layers:

@@ -40,8 +40,8 @@ from biomass_jax.data.raster.cog import MapWriter
 from biomass_jax.data.raster.grid import Grid
 from biomass_jax.data.raster.resample import MaskSource
 from biomass_jax.data.raster.warp import MapFile, map_file
+from biomass_jax.data.raster.zonal import SD
 from biomass_jax.errors import RegionalError
-from biomass_jax.prediction.layers import ENDINGS
 from biomass_jax.runtime import environment
 from biomass_jax.runtime.files import check_local
 from biomass_jax.runtime.lock import writer_beside
@@ -121,7 +121,7 @@ class MapPair:
         """
         self.before, self.after = before, after
         label = next(iter(before.layers))
-        self.names = (label, f"{label}{ENDINGS['sd']}")
+        self.names = (label, f"{label}{SD}")
         for one in (before, after):
             if lost := [name for name in self.names if name not in one.layers]:
                 raise RegionalError(

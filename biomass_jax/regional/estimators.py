@@ -11,6 +11,7 @@ import numpy as np
 from scipy import fft, optimize, special
 from scipy.spatial import cKDTree
 
+from biomass_jax.data.raster.grid import ECCENTRICITY2, EQUATOR_RADIUS
 from biomass_jax.errors import RegionalError
 
 MODELS = ("exponential", "spherical")
@@ -304,10 +305,13 @@ def _variance_of_mean(places: np.ndarray, correlation: Correlation, count: int, 
 def on_sphere(lon: np.ndarray, lat: np.ndarray) -> np.ndarray:
     """Places in space, (n, 3) metres from the middle of WGS 84's ellipsoid; chords stand for distances."""
     lon, lat = np.radians(lon), np.radians(lat)
-    flat = 0.00669437999014  # squared eccentricity
-    radius = 6_378_137.0 / np.sqrt(1 - flat * np.sin(lat) ** 2)
+    radius = EQUATOR_RADIUS / np.sqrt(1 - ECCENTRICITY2 * np.sin(lat) ** 2)
     return np.column_stack(
-        [radius * np.cos(lat) * np.cos(lon), radius * np.cos(lat) * np.sin(lon), (1 - flat) * radius * np.sin(lat)]
+        [
+            radius * np.cos(lat) * np.cos(lon),
+            radius * np.cos(lat) * np.sin(lon),
+            (1 - ECCENTRICITY2) * radius * np.sin(lat),
+        ]
     )
 
 

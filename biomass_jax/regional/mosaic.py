@@ -7,7 +7,6 @@ mosaic until that is whole, so that a killed run goes on where it was; docs/regi
 import argparse
 import csv
 import datetime
-import glob
 import io
 import json
 import logging
@@ -32,10 +31,10 @@ from biomass_jax.data.records import is_season
 from biomass_jax.errors import STOPPED, RasterError, Stopped, UsageError
 from biomass_jax.regional.overlap import BLOCK, INVERSE, MEAN, NEWEST, Member, MosaicPlan, block_values, sd_layer
 from biomass_jax.runtime import environment, system
-from biomass_jax.runtime.files import check_local, replacing, write_json, write_text
+from biomass_jax.runtime.files import check_local, expanded, replacing, write_json, write_text
 from biomass_jax.runtime.lock import writer_beside
 from biomass_jax.runtime.progress import Progress
-from biomass_jax.runtime.settings import Range, add_options, changed_fields, check, options_of, setting, to_config
+from biomass_jax.runtime.settings import Range, add_options, changed_fields, checked, options_of, setting
 from biomass_jax.version import __version__
 
 log = logging.getLogger(__name__)
@@ -255,14 +254,11 @@ def mosaic(
         ConfigError: a setting that can't be.
         UsageError: no maps, or a rule that they are not for.
     """
-    config = to_config(Mosaic)
-    with config.ignore_type():
-        config.update(settings)
-    check(config, Mosaic)
+    chosen = checked(Mosaic, settings)
     path = Path(out)
     if any(os.path.abspath(one) == os.path.abspath(path) for one in maps):
         raise UsageError(f"{path}: is one of the maps; choose another name for the mosaic (--out)")
-    layout = plan(maps, Mosaic(**config))
+    layout = plan(maps, chosen)
     if not _finished(path, layout.digest()):
         if path.exists() and not overwrite:
             raise RasterError(
@@ -372,7 +368,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         environment.settle(jax=False)
         for value, flag in ((args.out, "--out"), (args.table, "--table")):
             check_local(value, flag)
-        maps = [path for given in args.maps for path in (sorted(glob.glob(given)) or [given])]
+        maps = expanded(args.maps)
         with system.sigterm_stops(), writer_beside(Path(args.out)):
             made = mosaic(maps, args.out, table=args.table, overwrite=args.overwrite, **options_of(args, Mosaic))
     except Stopped:

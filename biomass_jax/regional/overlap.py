@@ -16,6 +16,7 @@ from biomass_jax.data.fingerprints import digest_of
 from biomass_jax.data.raster.cog import MAP_LAYOUT
 from biomass_jax.data.raster.grid import Grid
 from biomass_jax.data.raster.warp import MOST_PIXELS, MapFile, Part, PixelLattice, area_means, part_of
+from biomass_jax.data.raster.zonal import SD
 from biomass_jax.version import __version__
 
 MEAN, NEWEST, INVERSE = "mean", "newest", "inverse_variance"
@@ -192,4 +193,4 @@ def _joined(overlap: str, parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tup
 def sd_layer(layers: Mapping[str, str]) -> int | None:
     """Which of the bands is the standard deviation of the first one."""
     names = list(layers)
-    return names.index(f"{names[0]}_sd") if f"{names[0]}_sd" in names else None
+    return names.index(sd) if (sd := f"{names[0]}{SD}") in names else None

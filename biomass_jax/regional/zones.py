@@ -1,7 +1,6 @@
 """`biomass-jax zones`: biomass by zone with its standard error, a row a zone, from maps, footprints or both."""
 
 import argparse
-import glob
 import html
 import sys
 from collections import defaultdict
@@ -29,10 +28,10 @@ from biomass_jax.figures import page as pages
 from biomass_jax.regional import estimators
 from biomass_jax.regional.estimators import Correlation, Estimate, Lattice
 from biomass_jax.runtime import environment
-from biomass_jax.runtime.files import check_local, write_text
+from biomass_jax.runtime.files import check_local, expanded, write_text
 from biomass_jax.runtime.lock import writer_beside
 from biomass_jax.runtime.progress import Progress
-from biomass_jax.runtime.settings import Range, add_options, check, options_of, setting, to_config
+from biomass_jax.runtime.settings import Range, add_options, checked, options_of, setting
 from biomass_jax.version import __version__
 
 if TYPE_CHECKING:
@@ -161,11 +160,7 @@ def zones(
 
 
 def _checked(settings: dict[str, object], maps: Sequence[Any], footprints: Sequence[Any]) -> Zones:
-    config = to_config(Zones)
-    with config.ignore_type():
-        config.update(settings)
-    check(config, Zones)
-    chosen = Zones(**config)
+    chosen = checked(Zones, settings)
     if chosen.keep and chosen.classes is None:
         raise RegionalError("keep (--keep) names classes, but there is no raster of classes; give --classes RASTER")
     if chosen.method == HYBRID and (chosen.classes or chosen.scale_to_zone):
@@ -441,7 +436,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_local(value, flag)
         check_table(args.out)
         out, chosen = Path(args.out), options_of(args, Zones)
-        maps = [path for given in args.maps for path in (sorted(glob.glob(given)) or [given])]
+        maps = expanded(args.maps)
         with writer_beside(out):
             done = zones(maps, args.zones, footprints=args.footprints, granules=args.granules, **chosen)
             out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,12 @@
 """Files and folders that appear whole or not at all, their checksums, and where they may lie."""
 
+import glob
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -20,6 +21,11 @@ MOUNTS = {
     "gs": "gcsfuse --implicit-dirs --rename-dir-limit=100000 {bucket} {folder}",
     "s3": "mount-s3 --allow-delete --allow-overwrite {bucket} {folder}",
 }
+
+
+def expanded(given: Iterable[str]) -> list[str]:
+    """Paths, each pattern (`maps/*.tif`) as the files that it fits, sorted; one that fits none stays as it is."""
+    return [path for text in given for path in (sorted(glob.glob(text)) or [text])]
 
 
 def check_local(path: str | PathLike[str] | None, field: str) -> None:

@@ -452,9 +452,8 @@ def _check_file(path: str, dataset: DatasetReader, encoding: str, *, is_fmask: b
         raise PrepError(f"{path}: {dataset.count} bands, expected 1")
     wanted = stored == dtype and dataset.nodata in (None, fill)
     if not wanted and (is_fmask or encoding == AUTO or "complex" in stored):
-        told = "; --encoding (config.composite.encoding) converts it, naming what its numbers are"
-        if is_fmask or "complex" in stored:  # which no encoding makes right
-            told = ""
+        hopeless = is_fmask or "complex" in stored  # no encoding makes them right
+        told = "" if hopeless else "; --encoding (config.composite.encoding) converts it, naming what its numbers are"
         if stored == dtype:
             raise PrepError(f"{path}: its no-data value is {dataset.nodata:g}, expected {fill}{told}")
         if stored.startswith("float"):

@@ -163,10 +163,25 @@ def test_what_cannot_be_compared_is_refused(tmp_path, tags, more, says):
     with pytest.raises((RegionalError, ConfigError), match=says):
         module.change(before, after, tmp_path / "c.tif", **more)
     assert not (tmp_path / "c.tif").exists()
-    guards = {"sensor": "SENSORS", "model": "MODEL_SHA256", "season": "SEASON"}
-    for guard, tag in guards.items():
-        if not more and tag in tags and f"--allow {guard}" in says:
-            module.change(before, after, tmp_path / "c.tif", allow=(guard,))
+
+
+@pytest.mark.parametrize(
+    ("guard", "tags"),
+    [
+        ("sensor", {"SENSORS": "L30,S30"}),
+        ("model", {"MODEL_SHA256": "b"}),
+        ("season", {"SEASON": "2021-08-01/2021-12-31"}),
+        ("season", {"SEASON": ""}),
+    ],
+)
+def test_what_is_allowed_is_compared(tmp_path, guard, tags):
+    rng = np.random.default_rng(0)
+    maps, sd = 50 + rng.random((2, SIDE, SIDE)), np.full((SIDE, SIDE), 9.0)
+    tags = {"SEASON": "2021-05-01/2021-10-01"} | tags
+    before, after = write_map(tmp_path / "a.tif", maps[0], sd), write_map(tmp_path / "b.tif", maps[1], sd, **tags)
+    with pytest.raises(RegionalError, match=f"--allow {guard} takes it"):
+        module.change(before, after, tmp_path / "c.tif")
+    assert module.change(before, after, tmp_path / "c.tif", allow=(guard,)).tested == SIDE**2
 
 
 def test_other_grids_and_maps_without_a_spread_are_refused(tmp_path):

@@ -59,3 +59,10 @@ def test_a_folder_takes_the_place_of_another(tmp_path):
 def test_checksum(tmp_path):
     (tmp_path / "abc").write_bytes(b"abc")  # FIPS 180-2, appendix B.1
     assert files.sha256_of(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_patterns_are_files_and_other_names_stay(tmp_path):
+    for name in ("b.tif", "a.tif", "c.txt"):
+        (tmp_path / name).touch()
+    found = files.expanded([f"{tmp_path}/*.tif", "gone/*.tif", "https://host/x.tif"])
+    assert found == [f"{tmp_path}/a.tif", f"{tmp_path}/b.tif", "gone/*.tif", "https://host/x.tif"]

@@ -67,7 +67,7 @@ _DEFAULTS = {
 }
 SOUTHERN_NORTHING = 1e7
 _WGS84 = "EPSG:4326"  # a name: to look it up here would be an error of PROJ's at import
-_EQUATOR_RADIUS, _ECCENTRICITY2 = 6_378_137.0, 0.00669437999014  # of WGS 84's ellipsoid, metres and squared
+EQUATOR_RADIUS, ECCENTRICITY2 = 6_378_137.0, 0.00669437999014  # of WGS 84's ellipsoid, metres and squared
 _OPENING = threading.Lock()  # warning filters belong to the process, not to a thread
 
 
@@ -131,9 +131,9 @@ class Grid:
         if not (np.isfinite(lon).all() and np.isfinite(lat).all()):
             raise RasterError(f"{self.describe()}: its place is nowhere on Earth")
         # Lengths of a radian along a meridian and a parallel of the ellipsoid at that latitude.
-        flat = 1 - _ECCENTRICITY2 * np.sin(lat.mean()) ** 2
-        along_meridian = _EQUATOR_RADIUS * (1 - _ECCENTRICITY2) / flat**1.5
-        along_parallel = _EQUATOR_RADIUS / flat**0.5 * np.cos(lat.mean())
+        flat = 1 - ECCENTRICITY2 * np.sin(lat.mean()) ** 2
+        along_meridian = EQUATOR_RADIUS * (1 - ECCENTRICITY2) / flat**1.5
+        along_parallel = EQUATOR_RADIUS / flat**0.5 * np.cos(lat.mean())
         east = ((np.diff(lon)[::2] + np.pi) % (2 * np.pi) - np.pi) * along_parallel  # across the date line, too
         ground = np.hypot(east, np.diff(lat)[::2] * along_meridian)
         if self.crs.is_projected:
