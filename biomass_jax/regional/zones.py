@@ -389,7 +389,7 @@ def _page(done: Done, places: str, maps: Sequence[str], footprints: Sequence[str
             + ["" if np.isnan(value) else format(value, form) for value, form in numbers]
             + [ends, f"{row['n_shots']:,} / {row['n_tracks']:,}", row["note"]]
         )
-    head = [*map(str, shown), "area, ha", "covered", "mean, Mg/ha", "&plusmn;", "total, Mg"]
+    head = [*map(str, shown), "area, ha", "covered", "mean, Mg/ha", "its standard error", "total, Mg"]
     head = [html.unescape(name) for name in (*head, f"{level:.0%} interval, Mg", "footprints / clusters", "note")]
     used = "" if done.correlation is None else f"<p>{html.escape(about(done.correlation).capitalize())}.</p>"
     return pages.page(
