@@ -390,7 +390,7 @@ def _page(done: Done, places: str, maps: Sequence[str], footprints: Sequence[str
             + [ends, f"{row['n_shots']:,} / {row['n_tracks']:,}", row["note"]]
         )
     head = [*map(str, shown), "area, ha", "covered", "mean, Mg/ha", "its standard error", "total, Mg"]
-    head = [html.unescape(name) for name in (*head, f"{level:.0%} interval, Mg", "footprints / clusters", "note")]
+    head += [f"{level:.0%} interval, Mg", "footprints / clusters", "note"]
     used = "" if done.correlation is None else f"<p>{html.escape(about(done.correlation).capitalize())}.</p>"
     return pages.page(
         "Biomass by zone",
