@@ -87,6 +87,11 @@ TOOLS = {
         "biomass_jax.regional.change",
         "--before maps/2019_agbd.tif --after maps/2021_agbd.tif --out change.tif",
     ),
+    "compare": ToolCommand(
+        "maps beside those that others publish",
+        "biomass_jax.regional.compare",
+        "--maps mosaic.tif --with GEDI04_B_MW019MW223_02_002_02_R01000M_MU.tif --product l4b --out beside_l4b",
+    ),
     "mosaic": ToolCommand(
         "many maps as one on a grid of its own, by area",
         "biomass_jax.regional.mosaic",
@@ -152,6 +157,7 @@ _OTHER_NAMES = {
     "python -m biomass_jax.evaluation.calibrate": f"{PROGRAM} calibrate",
     "python -m biomass_jax.evaluation": f"{PROGRAM} validate",
     "python -m biomass_jax.regional.change": f"{PROGRAM} change",
+    "python -m biomass_jax.regional.compare": f"{PROGRAM} compare",
     "python -m biomass_jax.regional.mosaic": f"{PROGRAM} mosaic",
     "python -m biomass_jax.regional.zones": f"{PROGRAM} zones",
     "python -m launch.sweep": f"{PROGRAM} sweep",

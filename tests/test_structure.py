@@ -16,7 +16,7 @@ FOLDERS = ("biomass_jax", "data_prep", "configs", "benchmarks", "launch", "tests
 MOST_FILE_LINES = 500
 MOST_FUNCTION_LINES = 60
 MOST_MODULES_IN_A_FOLDER = 14
-MOST_PRODUCT_LINES = 37_500  # of biomass_jax and data_prep; lower it when they shrink, raise it for what users get
+MOST_PRODUCT_LINES = 38_200  # of biomass_jax and data_prep; lower it when they shrink, raise it for what users get
 # Modules that one other module imports stand for an idea of their own, or belong to that one.
 OF_THEIR_OWN = {
     "biomass_jax.convert.torch_file.pickle": "safe against hostile files; read and tested by itself",
@@ -26,7 +26,7 @@ OF_THEIR_OWN = {
     "biomass_jax.models.simmim": "the other model",
     "biomass_jax.models.upernet": "the decoder of the literature",
     "biomass_jax.regional.estimators": "totals and their errors as numbers, without maps or files",
-    "biomass_jax.regional.overlap": "the arithmetic of mosaics, without their files",
+    "biomass_jax.regional.products": "the layouts of maps that others publish, whatever is done with them",
     "biomass_jax.tasks.regression": "one task a module",
     "biomass_jax.tasks.simmim": "one task a module",
     "biomass_jax.training.loop": "what happens step by step, once a run is set up",
@@ -50,7 +50,12 @@ LAYERS: tuple[set[str], ...] = (
     {"evaluation", "regional"},
     {"__init__", "main", "cli", "serving", "launch"},
 )
-BESIDE = {("tasks", "pipeline"), ("data", "figures"), ("cli", "main")}  # of one line, and one may know the other
+BESIDE = {
+    ("tasks", "pipeline"),
+    ("data", "figures"),
+    ("regional", "evaluation"),
+    ("cli", "main"),
+}  # of one line, and one may know the other
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 FREE_OF_JAX = ("biomass_jax/errors", "biomass_jax/data/", "biomass_jax/figures/")
 _LIGHT = ("content", "environment", "files", "lock", "progress", "settings", "system")

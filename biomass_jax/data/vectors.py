@@ -161,6 +161,17 @@ def ground_area(outline: "Geometry") -> float:
     return float(Geod(ellps="WGS84").geometry_area_perimeter(oriented)[0]) / 1e4
 
 
+def inside_of(outline: "Geometry", lon: np.ndarray, lat: np.ndarray) -> np.ndarray:
+    """Numbers of the places, (n,) each in degrees, that lie in an outline, whose longitudes may be beyond 180."""
+    import shapely
+
+    west, south, east, north = outline.bounds
+    moved = west + (lon - west) % 360
+    near = np.flatnonzero((moved <= east) & (lat >= south) & (lat <= north))
+    shapely.prepare(outline)
+    return near[shapely.contains_xy(outline, moved[near], lat[near])]
+
+
 def files_of(paths: Iterable[str | Path], pattern: str, what: str) -> list[Path]:
     """Files, and those of folders that fit a pattern, sorted in each.
 

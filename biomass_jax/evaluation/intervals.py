@@ -19,7 +19,7 @@ jackknife estimate of variance, 1981), since leaving a block out changes the lab
 How often such intervals hold the truth is simulated in tests/evaluation/test_intervals_coverage.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy.special import expit, logit, stdtrit
@@ -83,6 +83,36 @@ def mean_intervals(sums: np.ndarray, shares: Sequence[bool]) -> tuple[list[Inter
         half = _half(scale(without), blocks_that_count(sums) - 1)
         found.append((float(back(scale(whole) - half)), float(back(scale(whole) + half))))
     return found, ""
+
+
+def interval_of(
+    sums: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], *, positive: bool = False
+) -> tuple[float | None, Interval | None, str]:
+    """The 95 % interval of any statistic of sums.
+
+    Args:
+        sums: (G, k): how many values each block has, above 0, and other sums over them.
+        statistic: of sums (..., k) -> (...), NaN where it isn't defined.
+        positive: whether it is above 0 and skew, so that its logarithm is jackknifed.
+
+    Returns:
+        Its value, None where it isn't defined; (low, high), None where there is none; and why, "" where nothing but the
+        statistic itself says so.
+    """
+    total = sums.sum(0)
+    whole = float(statistic(total))
+    value = whole if np.isfinite(whole) else None
+    if why := _too_few(sums):
+        return value, None, why
+    without = statistic(total - sums)
+    if value is None or not np.isfinite(without).all() or (positive and min(value, without.min()) <= 0):
+        return value, None, ""
+    freedom = blocks_that_count(sums) - 1
+    if positive:
+        half = _half(np.log(without), freedom)
+        return value, (float(np.exp(np.log(value) - half)), float(np.exp(np.log(value) + half))), ""
+    half = _half(without, freedom)
+    return value, (float(value - half), float(value + half)), ""
 
 
 def _too_few(sums: np.ndarray) -> str:

@@ -28,6 +28,8 @@ def density_scatter(
     title: str,
     name: str = "AGB",
     unit: str = "Mg/ha",
+    sources: tuple[str, str] = ("of the label", "predicted"),
+    score_name: str = "RMSE",
 ) -> Any:
     """Predictions over labels as counts in cells, with the 1:1 line and the mean prediction along the labels.
 
@@ -38,12 +40,14 @@ def density_scatter(
         title: what was scored.
         name: what the values are.
         unit: their unit.
+        sources: where labels and predictions are from, for the axes.
+        score_name: what `rmse` is called.
     """
     from matplotlib.colors import LogNorm
 
     figure = new_figure(6.6, 6.0)
     axes = figure.subplots()
-    plot_axes(axes, f"{name} of the label ({unit})", f"{name} predicted ({unit})")
+    plot_axes(axes, *(f"{name} {source} ({unit})" for source in sources))
     top = _round_up(max((float(np.percentile(v, MOST_SHOWN)) for v in (prediction, label) if v.size), default=1.0))
     edges = np.linspace(0, top, CELLS + 1)
     counts, _, _ = np.histogram2d(label, prediction, bins=(edges, edges))
@@ -54,14 +58,14 @@ def density_scatter(
     bar.set_label("Pixels in a cell")
     axes.plot([0, top], [0, top], color="black", linewidth=1, linestyle="--", label="1:1")
     middles, means = _running_mean(label, prediction, top)
-    axes.plot(middles, means, color=COLOURS[1], linewidth=1.8, label="Mean prediction")
+    axes.plot(middles, means, color=COLOURS[1], linewidth=1.8, label=f"Mean {sources[1]}")
     beyond = len(label) - int(counts.sum())
     if beyond:
         axes.plot([], [], " ", label=f"{beyond:,} beyond the axes")
     axes.legend(loc="upper left", frameon=True, framealpha=0.85, edgecolor="none")
     axes.set(xlim=(0, top), ylim=(0, top))
     axes.set_box_aspect(1)
-    axes.set_title(f"{title}\n{summary(scores, unit)}", fontsize=11, parse_math=False)
+    axes.set_title(f"{title}\n{summary(scores, unit, score_name)}", fontsize=11, parse_math=False)
     return figure
 
 

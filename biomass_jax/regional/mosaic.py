@@ -24,6 +24,7 @@ import numpy as np
 
 from biomass_jax.data.fingerprints import digest_of
 from biomass_jax.data.raster.cog import MapWriter
+from biomass_jax.data.raster.grid import Grid
 from biomass_jax.data.raster.image import read_tags
 from biomass_jax.data.raster.tiff import verify_blocks
 from biomass_jax.data.raster.warp import MapFile, Part, check_together, crs_of, lattice_of, map_file, place, snapped
@@ -65,12 +66,14 @@ class Mosaic:
     mixed: bool = setting(False, "take maps of different models or calibrations")
 
 
-def plan(maps: Sequence[str | os.PathLike[str]], chosen: Mosaic) -> MosaicPlan:
+def plan(maps: Sequence[str | os.PathLike[str]], chosen: Mosaic, onto: Grid | None = None) -> MosaicPlan:
     """Look at every map, and lay out the mosaic.
 
     Args:
         maps: paths.
         chosen: the settings.
+        onto: the grid to take, north up, in place of one of that CRS and pixel around the maps; they may reach beyond
+            it, or not meet it.
 
     Raises:
         RasterError: a map can't be read or placed, or differs from the others.
@@ -84,23 +87,27 @@ def plan(maps: Sequence[str | os.PathLike[str]], chosen: Mosaic) -> MosaicPlan:
         _check_alike(one, files[0], mixed=chosen.mixed)
     overlap, days = _overlap(files, chosen.overlap), [_day(one, chosen.overlap) for one in files]
     lattices = [lattice_of(one.grid) for one in files]
-    crs = lattices[0].crs if chosen.crs == SAME else crs_of(chosen.crs)
-    if chosen.crs == SAME:
+    if onto is not None and onto.crs is not None:
+        crs, across, down = onto.crs, onto.transform.a, -onto.transform.e
+    else:
+        crs = lattices[0].crs if chosen.crs == SAME else crs_of(chosen.crs)
+        across = down = chosen.pixel
+    if onto is None and chosen.crs == SAME:
         for one, lattice in zip(files, lattices, strict=True):
             if lattice.key != lattices[0].key:
                 raise RasterError(
                     f"{one.path}: its CRS is {lattice.crs.to_string()}, but that of {paths[0]} is {crs.to_string()}; "
                     "maps of several CRSs want one named (--crs EPSG:6933)"
                 )
-    placed = [place(one.grid, crs, chosen.pixel, one.path) for one in files]
+    placed = [place(one.grid, crs, (across * down) ** 0.5, one.path) for one in files]
     check_together(crs, placed, paths)
-    grid = snapped([one.bounds for one in placed], crs, chosen.pixel)
-    x, y, pixel = grid.transform.c, grid.transform.f, chosen.pixel
+    grid = snapped([one.bounds for one in placed], crs, chosen.pixel) if onto is None else onto
+    x, y = grid.transform.c, grid.transform.f
     members = []
     for one, lattice, where, day in zip(files, lattices, placed, days, strict=True):
         left, bottom, right, top = where.bounds
-        edges = {"top": (y - top) / pixel, "left": (left - x) / pixel}
-        edges |= {"bottom": (y - bottom) / pixel, "right": (right - x) / pixel}
+        edges = {"top": (y - top) / down, "left": (left - x) / across}
+        edges |= {"bottom": (y - bottom) / down, "right": (right - x) / across}
         members.append(Member(map=one, lattice=lattice, day=day, **edges))
     return MosaicPlan(grid, files[0].layers, files[0].nodata, overlap, members)
 

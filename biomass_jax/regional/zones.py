@@ -18,6 +18,7 @@ from biomass_jax.data.vectors import (
     add_columns,
     check_table,
     ground_area,
+    inside_of,
     outlines,
     read_footprints,
     read_zones,
@@ -222,7 +223,7 @@ def _rows(
     covered = sum(one.area for one in sums.values())
     if chosen.keep:
         sums = {-1: _together([sums[kind] for kind in chosen.keep if kind in sums])}
-    inside = np.empty(0, int) if shots is None else _inside(outline, shots.of.lon, shots.of.lat)
+    inside = np.empty(0, int) if shots is None else inside_of(outline, shots.of.lon, shots.of.lat)
     rows = []
     for kind, one in sorted(sums.items()):
         mine = inside
@@ -282,17 +283,6 @@ def _together(parts: Sequence[Sums]) -> Sums:
         whole.weights += lattice.weights
         whole.squares += lattice.squares
     return Sums(sum(p.area for p in parts), sum(p.total for p in parts), sum(p.pixels for p in parts), whole)
-
-
-def _inside(outline: "Geometry", lon: np.ndarray, lat: np.ndarray) -> np.ndarray:
-    """Numbers of the places that lie in an outline, whose longitudes may be beyond 180."""
-    import shapely
-
-    west, south, east, north = outline.bounds
-    moved = west + (lon - west) % 360
-    near = np.flatnonzero((moved <= east) & (lat >= south) & (lat <= north))
-    shapely.prepare(outline)
-    return near[shapely.contains_xy(outline, moved[near], lat[near])]
 
 
 def _estimate(

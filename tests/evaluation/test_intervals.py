@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import t as student
 
-from biomass_jax.evaluation.intervals import block_intervals, mean_intervals
+from biomass_jax.evaluation.intervals import block_intervals, interval_of, mean_intervals
 from biomass_jax.tasks.scores import RegressionSums
 
 
@@ -161,3 +161,34 @@ def test_shares_end_at_0_and_1_and_say_nothing_where_all_blocks_but_one_are_alik
     assert mean_intervals(np.stack([n, [5, 0, 0, 0, 0, 0]], axis=1), [False]) == ([None], "")
     few = np.stack([n, n / 2], axis=1)[:4]
     assert mean_intervals(few, [True]) == ([None], "4 blocks with labels; it takes 5")
+
+
+def test_any_statistic_of_sums_against_a_loop_that_leaves_blocks_out():
+    prediction, _, label, block = ground((40, 90, 25, 60, 70, 30))
+    columns = [np.ones(len(label)), label, prediction, label**2, label * prediction]
+    sums = np.stack([np.bincount(block, column) for column in columns], axis=-1)
+
+    def slope(of):
+        n, x, y, xx, xy = np.moveaxis(of, -1, 0)
+        return (xy / n - x * y / n**2) / (xx / n - (x / n) ** 2)
+
+    def line(mine):
+        return np.polyfit(label[mine], prediction[mine], 1)[0]
+
+    def half(values):
+        share = np.bincount(block) / len(block)
+        return student.ppf(0.975, 1 / (share**2).sum() - 1) * np.sqrt(5 / 6 * ((values - values.mean()) ** 2).sum())
+
+    without = np.array([line(block != g) for g in range(6)])
+    value, ends, why = interval_of(sums, slope)
+    assert value == pytest.approx(line(block >= 0)) and not why
+    assert ends == pytest.approx((value - half(without), value + half(without)))
+    factor = np.exp(half(np.log(without)))
+    assert interval_of(sums, slope, positive=True)[1] == pytest.approx((value / factor, value * factor))
+
+
+def test_a_statistic_without_an_interval_says_so():
+    sums = np.array([[10.0, 1], [10, 2], [10, 0], [10, 0], [10, 0]])
+    assert interval_of(sums[:4], lambda of: of[..., 1] / of[..., 0])[1:] == (None, "4 blocks with labels; it takes 5")
+    assert interval_of(sums, lambda of: of[..., 1] * np.nan) == (None, None, "")
+    assert interval_of(sums, lambda of: np.minimum(of[..., 1] - 2, 1), positive=True) == (1.0, None, "")

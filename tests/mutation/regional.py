@@ -206,5 +206,45 @@ ZONES = (
         in_file(ZONES_PY, ("        whole.weights += lattice.weights\n", "        whole.weights = lattice.weights\n")),
     ),
 )
+COMPARE_PY = "biomass_jax/regional/compare.py"
+PRODUCTS_PY = "biomass_jax/regional/products.py"
+OF_COMPARE = "tests/regional/test_compare.py::"
+COMPARED = (
+    Mutation(
+        "zeros_of_l4b_are_estimates",
+        f"{OF_COMPARE}test_two_equal_surfaces_agree",
+        in_file(PRODUCTS_PY, ("        zero=False,", "        zero=True,")),
+    ),
+    Mutation(
+        "zeros_of_cci_are_no_data",
+        f"{OF_COMPARE}test_half_covered_pixels_and_zeros",
+        in_file(PRODUCTS_PY, ("        fill=False,", "        fill=True,")),
+    ),
+    Mutation(
+        "quality_of_l4d_unread",
+        f"{OF_COMPARE}test_a_planted_bias_and_scale_come_back[l4d]",
+        in_file(PRODUCTS_PY, ("valid &= quality[0] == 1", "valid &= quality[0] >= 1")),
+    ),
+    Mutation(
+        "any_unit_is_taken",
+        f"{OF_COMPARE}test_other_units_are_refused",
+        in_file(PRODUCTS_PY, ("    if unit not in UNITS:", "    if not unit:")),
+    ),
+    Mutation(
+        "ours_and_theirs_exchanged_in_the_line",
+        f"{OF_COMPARE}test_a_planted_bias_and_scale_come_back[cci]",
+        in_file(COMPARE_PY, ("columns = [np.ones_like(x), x, y,", "columns = [np.ones_like(x), y, x,")),
+    ),
+    Mutation(
+        "errors_of_theirs_left_in_the_slope",
+        f"{OF_COMPARE}test_errors_of_theirs_make_the_slope_flatter_and_are_taken_off",
+        in_file(COMPARE_PY, ("_ratio(xy, xx - errors)", "_ratio(xy, xx)")),
+    ),
+    Mutation(
+        "our_sd_alone_counts",
+        f"{OF_COMPARE}test_a_planted_bias_and_scale_come_back[cci]",
+        in_file(COMPARE_PY, ("both = np.hypot(found.our_error, found.their_error)", "both = found.our_error")),
+    ),
+)
 
-MUTATIONS = (*MOSAICS, *ZONES)
+MUTATIONS = (*MOSAICS, *ZONES, *COMPARED)

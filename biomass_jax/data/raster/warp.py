@@ -8,6 +8,7 @@ ones come out wrong by up to a tenth. So means are sums of values over sums of o
 
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ _AROUND = 2  # pixels of a map around the part that is warped
 Part = tuple[int, int, int, int]  # of a grid: top, left, bottom, right, in rows and columns
 _FINEST, _COARSEST = 0.01, 512.0**2  # area of a new pixel, in pixels of the map
 _WGS84 = "EPSG:4326"
+_UNNAMED = re.compile(r"band \d+|.* \(band \d+\)")
 # Equal-area like EPSG:6933, and cut at Greenwich in place of the antimeridian.
 PACIFIC = "+proj=cea +lat_ts=30 +lon_0=180 +datum=WGS84 +units=m"
 
@@ -45,7 +47,7 @@ class MapFile:
         path: of the file.
         grid: of its pixels.
         layers: name and unit of each band, in order.
-        nodata: the value that stands for none.
+        nodata: the value that stands for none; NaN where there is no such value.
         tags: texts of the file.
         identity: a digest that changes when the file does.
     """
@@ -94,24 +96,52 @@ def map_file(path: str | os.PathLike[str]) -> MapFile:
         RasterError: it can't be opened, has no CRS, no no-data value or isn't north up; a band has no name, or two have
             the same.
     """
-    name = os.fspath(path)
+    one, _ = _described(os.fspath(path))
+    names = list(one.layers)
+    if any(_UNNAMED.fullmatch(name) for name in names):
+        raise RasterError(
+            f"{one.path}: its bands are called {', '.join(names)}; expected a name for each, such as agbd, agbd_sd"
+        )
+    if math.isnan(one.nodata):
+        raise RasterError(f"{one.path}: it has no no-data value; expected one, as maps of biomass-jax predict have")
+    return one
+
+
+def other_raster(path: str | os.PathLike[str]) -> MapFile:
+    """What a raster of somebody else's is; its pixels are left for later.
+
+    Bands without a name are called `band 1`, `band 2` ..., those with the name of another `NAME (band 3)`; `nodata` is
+    NaN where it has none.
+
+    Raises:
+        RasterError: it can't be opened, has no CRS, isn't north up, or its values are stored with a scale or an offset.
+    """
+    one, scaled = _described(os.fspath(path))
+    if scaled:
+        raise RasterError(f"{one.path}: its values are stored with a scale or an offset; write them as they are first")
+    return one
+
+
+def _described(name: str) -> tuple[MapFile, bool]:
+    """What a raster is, and whether its values are stored with a scale or an offset."""
     with raster_errors(name), open_quietly(name) as dataset:
         grid, names, units = grid_of(dataset), dataset.descriptions, dataset.units
         nodata, identity = dataset.nodata, identity_of(dataset).files
         tags = {key: sys.intern(text) for key, text in dataset.tags().items()}  # thousands of maps have the same ones
-    if None in names or len(set(names)) < len(names):
-        found = ", ".join(str(one) for one in names)
-        raise RasterError(f"{name}: its bands are called {found}; expected a name for each, such as agbd, agbd_sd")
+        scaled = any(pair != (1, 0) for pair in zip(dataset.scales, dataset.offsets, strict=True))
     if grid.crs is None:
         raise RasterError(f"{name}: it has no CRS, so nothing tells where it lies")
-    if nodata is None:
-        raise RasterError(f"{name}: it has no no-data value; expected one, as maps of biomass-jax predict have")
     t = grid.transform
     if t.a <= 0 or t.e >= 0 or t.b or t.d:
         raise RasterError(
             f"{name}: it isn't north up ({grid.describe()}); bring it to an upright grid first (gdalwarp)"
         )
-    return MapFile(name, grid, dict(zip(names, (unit or "" for unit in units), strict=True)), nodata, tags, identity)
+    own = [
+        f"band {number}" if not one else one if names.count(one) == 1 else f"{one} (band {number})"
+        for number, one in enumerate(names, 1)
+    ]
+    layers = dict(zip(own, (unit or "" for unit in units), strict=True))
+    return MapFile(name, grid, layers, math.nan if nodata is None else nodata, tags, identity), scaled
 
 
 def crs_of(text: str) -> CRS:
@@ -267,6 +297,19 @@ def part_of(grid: Grid, top: int, left: int, bottom: int, right: int) -> Grid:
     """Part of an upright grid, from a row and a column to others, which don't belong to it."""
     t = grid.transform
     return Grid(bottom - top, right - left, grid.crs, Affine(t.a, 0, t.c + left * t.a, 0, t.e, t.f + top * t.e))
+
+
+def places_of(grid: Grid, rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Longitudes and latitudes of the middles of pixels of an upright grid with a CRS, (n,) each.
+
+    Raises:
+        RasterError: a pixel that lies nowhere on Earth.
+    """
+    t = grid.transform
+    with raster_errors(grid.describe()):
+        x, y = t.c + t.a * (columns + 0.5), t.f + t.e * (rows + 0.5)
+        lon, lat = (np.array(axis) for axis in warp.transform(grid.crs, _WGS84, x, y))
+    return lon, lat
 
 
 def area_means(values: np.ndarray, valid: np.ndarray, source: Grid, grid: Grid) -> tuple[np.ndarray, np.ndarray]:

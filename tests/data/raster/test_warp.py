@@ -9,6 +9,7 @@ from rasterio import warp as rasterio_warp
 from rasterio.crs import CRS
 from rasterio.enums import Resampling
 
+from biomass_jax.data.raster import warp
 from biomass_jax.data.raster.grid import Grid
 from biomass_jax.data.raster.warp import (
     PACIFIC,
@@ -249,8 +250,11 @@ def test_a_map_that_changes_while_it_is_used_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("said", "change"),
     [
-        ("its bands are called agbd, None; expected a name for each", {"descriptions": ("agbd", None)}),
-        ("its bands are called agbd, agbd; expected a name for each", {"descriptions": ("agbd", "agbd")}),
+        ("its bands are called agbd, band 2; expected a name for each", {"descriptions": ("agbd", None)}),
+        (
+            "its bands are called agbd \\(band 1\\), agbd \\(band 2\\); expected a name for each",
+            {"descriptions": ("agbd", "agbd")},
+        ),
         ("it has no CRS", {"crs": None}),
         ("it has no no-data value", {"nodata": None}),
         ("it isn't north up", {"transform": Affine(30, 2, 500_000, 2, -30, 6_650_010)}),
@@ -267,3 +271,14 @@ def test_what_is_no_map_is_told(tmp_path, said, change):
                 file.set_band_description(number, name)
     with pytest.raises(RasterError, match=rf"a\.tif: {said}"):
         map_file(tmp_path / "a.tif")
+
+
+def test_middles_of_pixels_have_their_places():
+    from pyproj import Transformer
+
+    grid = Grid(20, 30, CRS.from_epsg(32610), Affine(30, 0, 600000, 0, -60, 4200000))
+    lon, lat = warp.places_of(grid, np.array([0, 19]), np.array([7, 29]))
+    found = Transformer.from_crs(4326, 32610, always_xy=True).transform(lon, lat)
+    np.testing.assert_allclose(found, [[600225, 600885], [4199970, 4198830]], atol=1e-3)
+    with pytest.raises(RasterError, match=r"2 x 2 pixels of 1 x -1 .*EPSG:6933: "):
+        warp.places_of(Grid(2, 2, CRS.from_epsg(6933), Affine(1, 0, 9e9, 0, -1, 9e9)), np.array([0]), np.array([0]))
