@@ -97,6 +97,11 @@ TOOLS = {
         "biomass_jax.regional.mosaic",
         "--maps 'maps/*_agbd.tif' --out mosaic.tif",
     ),
+    "report": ToolCommand(
+        "maps and all that is known of them on one page",
+        "biomass_jax.regional.report",
+        "maps scores beside_l4b --out report.html",
+    ),
     "zones": ToolCommand(
         "biomass by zone, with its standard error",
         "biomass_jax.regional.zones",
@@ -159,6 +164,7 @@ _OTHER_NAMES = {
     "python -m biomass_jax.regional.change": f"{PROGRAM} change",
     "python -m biomass_jax.regional.compare": f"{PROGRAM} compare",
     "python -m biomass_jax.regional.mosaic": f"{PROGRAM} mosaic",
+    "python -m biomass_jax.regional.report": f"{PROGRAM} report",
     "python -m biomass_jax.regional.zones": f"{PROGRAM} zones",
     "python -m launch.sweep": f"{PROGRAM} sweep",
     "python -m launch.ensemble": f"{PROGRAM} ensemble",

@@ -1,12 +1,12 @@
 """Every picture (NumPy and matplotlib only; matplotlib is imported when a picture is drawn).
 
-`quicklook` writes a file, `map_style` gives texts for other programs; the others give a matplotlib figure, for `save`
-or `to_array`.
+`quicklook` writes a file, `map_style` gives texts for other programs; the others give a matplotlib figure, for `save`,
+`to_png` or `to_array`.
 """
 
 from biomass_jax.figures.examples import ChipPanel, ReconstructionPanel, chip_panels, reconstructions
 from biomass_jax.figures.legend import map_style
-from biomass_jax.figures.maps import chips_by_split, maps_side_by_side, quicklook
+from biomass_jax.figures.maps import chips_by_split, layer_panels, maps_side_by_side, quicklook
 from biomass_jax.figures.scores import (
     by_training_size,
     density_scatter,
@@ -16,7 +16,7 @@ from biomass_jax.figures.scores import (
     training_curves,
     uncertainty_panels,
 )
-from biomass_jax.figures.style import save, to_array
+from biomass_jax.figures.style import save, to_array, to_png
 
 __all__ = [
     "ChipPanel",
@@ -26,6 +26,7 @@ __all__ = [
     "chips_by_split",
     "density_scatter",
     "error_by_bin",
+    "layer_panels",
     "map_style",
     "maps_side_by_side",
     "plot_scatter",
@@ -34,6 +35,7 @@ __all__ = [
     "residual_histogram",
     "save",
     "to_array",
+    "to_png",
     "training_curves",
     "uncertainty_panels",
 ]

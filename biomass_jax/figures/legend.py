@@ -9,6 +9,7 @@ from biomass_jax.figures.style import limits
 
 MAP_COLOURS = "viridis"  # even steps look even, on paper without colours and to colour-blind readers too
 SPREAD_COLOURS = "magma"  # of how sure a map is: another scale, so that the two aren't taken for each other
+CHANGE_COLOURS = "PuOr"  # less is orange, more is purple: colour-blind readers tell them apart
 _STOPS = 26  # between which both programs go straight: within 3 of 255 of all colours
 
 

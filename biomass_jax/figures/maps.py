@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from biomass_jax.figures.legend import MAP_COLOURS, SPREAD_COLOURS
+from biomass_jax.figures.legend import CHANGE_COLOURS, MAP_COLOURS, SPREAD_COLOURS
 from biomass_jax.figures.style import (
     COLOURS,
     GREY,
@@ -73,6 +73,30 @@ def quicklook(
         colour_bar(figure, drawn, third, f"Standard deviation ({unit})", size=10, extend="max")
     figure.suptitle(title, fontsize=12, color=GREY, parse_math=False)
     return save(path, figure, title)
+
+
+def layer_panels(layers: Mapping[str, np.ndarray], *, unit: str) -> Any:
+    """Layers of one raster beside each other: the first, its standard deviation, or a change and where it is none.
+
+    Args:
+        layers: name and (h, w) values, NaN for no-data, all of one shape. `..._sd` gets the colours of spreads, a name
+            that ends in `change` or is `significant` those of more and less.
+        unit: of all but `significant`.
+    """
+    height, width = next(iter(layers.values())).shape
+    side = float(np.clip(4.6 * height / width, 1.6, 9.0))
+    figure = new_figure(5.3 * len(layers), side + 0.8)
+    for axes, (name, values) in zip(figure.subplots(1, len(layers), squeeze=False)[0], layers.items(), strict=True):
+        colours = {"cmap": MAP_COLOURS, **limits(values, tail=1)}
+        if name.endswith("_sd"):
+            colours["cmap"] = SPREAD_COLOURS
+        elif name.endswith("change") or name == "significant":
+            most = limits(np.abs(values), tail=1)["vmax"]
+            colours = {"cmap": CHANGE_COLOURS, "vmin": -most, "vmax": most}
+        image_axes(axes)
+        drawn = axes.imshow(np.ma.masked_invalid(values), interpolation="nearest", **colours)
+        colour_bar(figure, drawn, axes, name if name == "significant" else f"{name} ({unit})", extend="neither")
+    return figure
 
 
 def maps_side_by_side(panels: Mapping[str, np.ndarray], *, name: str, unit: str, zoom: int) -> Any:

@@ -1,5 +1,6 @@
 """What the pictures share: colours of images, paper and ink, writing files."""
 
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -70,11 +71,17 @@ def save(path: str | os.PathLike[str], figure: Any, title: str = "") -> Path:
         OSError: the folder isn't there or can't be written.
     """
     path = Path(path)
-    figure.draw_without_rendering()  # the layout knows the size of tick labels only after a first drawing
-    # Matplotlib would name itself and its version: equal input gives equal bytes.
     with replacing(path) as partial:
-        figure.canvas.print_png(str(partial), metadata={"Title": title, "Software": None})
+        partial.write_bytes(to_png(figure, title))
     return path
+
+
+def to_png(figure: Any, title: str = "") -> bytes:
+    """A figure as the bytes of a PNG; equal input gives equal bytes."""
+    figure.draw_without_rendering()  # the layout knows the size of tick labels only after a first drawing
+    file = io.BytesIO()
+    figure.canvas.print_png(file, metadata={"Title": title, "Software": None})  # it would name itself and its version
+    return file.getvalue()
 
 
 def to_array(figure: Any) -> np.ndarray:

@@ -210,7 +210,7 @@ def equal_area_blocks(epsg: int, x: np.ndarray, y: np.ndarray, block_km: float) 
     return [f"{column:.0f}_{row:.0f}" for column, row in zip(columns, rows, strict=True)]
 
 
-def epsg_code(crs: Any, path: str) -> int:
+def epsg_code(crs: CRS, path: str) -> int:
     """The EPSG code of a raster's CRS; that of the UTM zone for WGS 84 UTM without one.
 
     Args:

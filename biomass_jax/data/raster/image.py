@@ -340,12 +340,12 @@ class ImageSource(ExitStack[None]):
         return values
 
 
-def is_masked(dataset: Any, index: int) -> bool:
+def is_masked(dataset: rasterio.DatasetReader, index: int) -> bool:
     """Whether a band (from 1) of an open dataset has a mask, internal or beside it, or an alpha band."""
     return MaskFlags.per_dataset in dataset.mask_flag_enums[index - 1] or ColorInterp.alpha in dataset.colorinterp
 
 
-def hidden_pixels(dataset: Any, indexes: Sequence[int], region: dict[str, Any]) -> np.ndarray | None:
+def hidden_pixels(dataset: rasterio.DatasetReader, indexes: Sequence[int], region: dict[str, Any]) -> np.ndarray | None:
     """bool (bands, rows, columns) of what a mask or an alpha band hides, or None where the file has neither.
 
     GDAL takes an alpha band for a mask in files of 2 or 4 bands only.

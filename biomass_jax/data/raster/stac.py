@@ -163,15 +163,29 @@ def _projection(crs: CRS) -> dict[str, Any]:
 
 def _band(dataset: rasterio.DatasetReader, number: int) -> dict[str, Any]:
     """What a band of the map holds; statistics are those that the file carries, where they are no estimates."""
-    tags = dataset.tags(number)
-    names = () if "STATISTICS_APPROXIMATE" in tags else ("minimum", "maximum", "mean", "stddev", "valid_percent")
-    texts = {name: tags.get(f"STATISTICS_{name.upper()}") for name in names}
-    found = {name: float(text) for name, text in texts.items() if text is not None}
+    found = _statistics(dataset, number)
     kind, unit = dataset.dtypes[number - 1], dataset.units[number - 1]
     band = {"data_type": kind, "nodata": dataset.nodata, "unit": unit, "sampling": "area"}
     if dataset.count > 1:
         band = {"name": dataset.descriptions[number - 1], **band}
     return {key: value for key, value in {**band, "statistics": found or None}.items() if value is not None}
+
+
+def _statistics(dataset: rasterio.DatasetReader, number: int) -> dict[str, float]:
+    tags = dataset.tags(number)
+    names = () if "STATISTICS_APPROXIMATE" in tags else ("minimum", "maximum", "mean", "stddev", "valid_percent")
+    texts = {name: tags.get(f"STATISTICS_{name.upper()}") for name in names}
+    return {name: float(text) for name, text in texts.items() if text is not None}
+
+
+def statistics_of(path: str | os.PathLike[str]) -> list[dict[str, float]]:
+    """minimum, maximum, mean, stddev and valid_percent of each band, as its file tells them; {} where it doesn't.
+
+    Raises:
+        RasterError: it can't be read.
+    """
+    with raster_errors(os.fspath(path)), open_quietly(os.fspath(path)) as dataset:
+        return [_statistics(dataset, number) for number in dataset.indexes]
 
 
 def _granules(sources: str) -> list[GranuleName]:
