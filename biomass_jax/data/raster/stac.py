@@ -312,7 +312,8 @@ def _band(dataset: rasterio.DatasetReader, number: int) -> dict[str, Any]:
     texts = {name: tags.get(f"STATISTICS_{name.upper()}") for name in names}
     found = {name: float(text) for name, text in texts.items() if text is not None}
     kind, unit = dataset.dtypes[number - 1], dataset.units[number - 1]
-    band = {"data_type": kind, "nodata": dataset.nodata, "unit": unit, "sampling": "area"}
+    nodata = "nan" if dataset.nodata is not None and np.isnan(dataset.nodata) else dataset.nodata  # JSON has no NaN
+    band = {"data_type": kind, "nodata": nodata, "unit": unit, "sampling": "area"}
     if dataset.count > 1:
         band = {"name": dataset.descriptions[number - 1], **band}
     return {key: value for key, value in {**band, "statistics": found or None}.items() if value is not None}

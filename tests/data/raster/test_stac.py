@@ -332,6 +332,16 @@ def test_a_map_of_an_older_version_with_estimates_of_qgis_has_an_item_without_st
     assert "statistics" not in band and band["data_type"] == "float32"
 
 
+def test_a_no_data_value_that_is_no_number_is_told_as_a_text(tmp_path):
+    path = tmp_path / "theirs.tif"
+    form = {"crs": GRID.crs, "transform": GRID.transform, "dtype": "float32", "nodata": np.nan, "count": 1}
+    with rasterio.open(path, "w", driver="GTiff", height=40, width=43, **form) as file:
+        file.write(np.ones((1, 40, 43), np.float32))
+        file.update_tags(**TAGS)
+    (band,) = item_of(path)["assets"]["data"]["raster:bands"]
+    assert band["nodata"] == "nan"
+
+
 def test_a_map_that_is_cut_short_has_no_item(tmp_path):
     path = tmp_path / "a_agbd.tif"
     path.write_bytes(b"II*\0")
