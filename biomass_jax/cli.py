@@ -82,6 +82,11 @@ TOOLS = {
         "biomass_jax.evaluation.__main__",
         "--plots plots.gpkg --maps maps/*_agbd.tif --out validation",
     ),
+    "catalog": ToolCommand(
+        "maps, mosaics and changes as a STAC collection",
+        "biomass_jax.regional.catalog",
+        "--maps maps/*_agbd.tif mosaic.tif change.tif --out maps --title 'Biomass of the Valley' --license CC-BY-4.0",
+    ),
     "change": ToolCommand(
         "what two maps tell of the time between them",
         "biomass_jax.regional.change",
@@ -161,6 +166,7 @@ _OTHER_NAMES = {
     "python -m biomass_jax.convert": f"{PROGRAM} convert",
     "python -m biomass_jax.evaluation.calibrate": f"{PROGRAM} calibrate",
     "python -m biomass_jax.evaluation": f"{PROGRAM} validate",
+    "python -m biomass_jax.regional.catalog": f"{PROGRAM} catalog",
     "python -m biomass_jax.regional.change": f"{PROGRAM} change",
     "python -m biomass_jax.regional.compare": f"{PROGRAM} compare",
     "python -m biomass_jax.regional.mosaic": f"{PROGRAM} mosaic",

@@ -17,6 +17,7 @@ from biomass_jax.data.raster import stac
 from biomass_jax.data.raster.cog import MapWriter
 from biomass_jax.data.raster.image import ImageSource, open_image, read_preview, read_tags
 from biomass_jax.data.raster.inputs import InputItem
+from biomass_jax.data.raster.stac import quicklook_path as quicklook_path
 from biomass_jax.data.raster.tiff import verify_blocks
 from biomass_jax.errors import BiomassError, BundleError, RasterError
 from biomass_jax.prediction.pixels import MapOptions, Mapper, MapPixels, check_source
@@ -77,11 +78,6 @@ def is_tiff_path(dst: str | os.PathLike[str]) -> bool:
     return Path(dst).suffix.lower() in TIFF_SUFFIXES and not Path(dst).is_dir()
 
 
-def quicklook_path(path: Path) -> Path:
-    """`<map's stem>_quicklook.png` beside the map."""
-    return path.with_name(f"{path.stem}_quicklook.png")
-
-
 def colours_path(path: Path) -> Path:
     """`<map's stem>_colours.txt` beside the map."""
     return path.with_name(f"{path.stem}_colours.txt")
@@ -98,6 +94,7 @@ def map_tags(source: ImageSource, bundle: Bundle, settings: Mapping[str, Any]) -
     return {
         "AREA_OR_POINT": "Area",
         **origin_tags(source, bundle, settings),
+        "SOURCE_NAMES": "; ".join(source.sources),
         "SOURCE_SIZE": str(identity["size"]),
         "SOURCE_MTIME_NS": str(identity["mtime_ns"]),
         "SOURCE_FILES": identity["files"],

@@ -36,6 +36,7 @@ from scipy import ndimage
 from scipy.optimize import minimize
 from scipy.special import ndtr
 
+from biomass_jax.data.raster import stac
 from biomass_jax.data.raster.cog import MapWriter
 from biomass_jax.data.raster.grid import Grid
 from biomass_jax.data.raster.resample import MaskSource
@@ -46,6 +47,7 @@ from biomass_jax.runtime import environment
 from biomass_jax.runtime.files import check_local
 from biomass_jax.runtime.lock import writer_beside
 from biomass_jax.runtime.settings import Range, add_options, checked, options_of, setting
+from biomass_jax.version import __version__
 
 NODATA = -9999.0
 GUARDS = ("sensor", "season", "model")
@@ -318,11 +320,10 @@ def change(
     command: str = "biomass_jax.regional.change.change",
     **settings: object,
 ) -> Found:
-    """Write the raster of change.
+    """Write the raster of change, with its STAC item beside it.
 
     Its bands are the difference and its sd, both in the maps' unit, and `significant`: -1 for loss, 1 for gain, 0 for
-    neither. Memory is bounded by some million pixels, or some rows of a wide raster, more of them for a
-    large `min_area_ha`.
+    neither. Memory is bounded by some million pixels, or some rows of a wide raster, more for a large `min_area_ha`.
 
     Args:
         before: the earlier map, with the band `agbd_sd`.
@@ -349,8 +350,7 @@ def change(
         for _, _, values in pair.blocks():
             histogram += _counted(np.abs(z := _z(values, null))[np.isfinite(z)], _STEPS)
         threshold = least_significant(histogram, chosen.fdr)
-        across, down = pair.grid.pixel_size() or (0.0, 0.0)
-        pixel_ha = across * down / 1e4
+        pixel_ha = math.prod(pair.grid.pixel_size() or (0.0, 0.0)) / 1e4
         least = max(math.ceil(chosen.min_area_ha / pixel_ha - 1e-6), 1)
         sums = {sign: [0, 0.0] for sign in (-1, 1)}
         label, unit = next(iter(pair.before.layers.items()))
@@ -368,6 +368,8 @@ def change(
                     sum_of[0] += int((kept == sign).sum())
                     sum_of[1] += float((d - null.offset)[kept == sign].sum())
                 writer.write_rows(start, rows)
+            stac.remove_item(Path(out))  # of the raster that this one replaces
+    stac.write_item(Path(out), os.fspath(before), os.fspath(after))
     loss, gain = ((int(count), total / max(count, 1)) for count, total in sums.values())
     return Found(Path(out), null, int(histogram.sum()), threshold, loss, gain, pixel_ha, unit)
 
@@ -382,6 +384,7 @@ def _tags(pair: MapPair, settings: Change, null: Null, threshold: float, command
     tags = {f"{name}_BEFORE": text for name, text in pair.before.tags.items() if name in both}
     tags |= {f"{name}_AFTER": text for name, text in pair.after.tags.items() if name in both}
     tags |= {"BEFORE": Path(pair.before.path).name, "AFTER": Path(pair.after.path).name, "COMMAND": command}
+    tags["SOFTWARE"] = f"biomass_jax {__version__}"
     tags |= {"OFFSET": repr(null.offset), "ERROR_CORRELATION": repr(null.r), "Z_THRESHOLD": repr(threshold)}
     tags |= {name.upper(): str(value) for name, value in dataclasses.asdict(settings).items()}
     return tags

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from biomass_jax.data.fingerprints import digest_of
+from biomass_jax.data.raster import stac
 from biomass_jax.data.raster.cog import MapWriter
 from biomass_jax.data.raster.grid import Grid
 from biomass_jax.data.raster.image import read_tags
@@ -47,7 +48,8 @@ MOST_THREADS = 4  # more would take more memory than is promised
 # What maps of one mosaic have in common; of the rest --mixed takes any.
 ALWAYS_ALIKE = ("INTERVAL_LEVEL",)
 ALIKE = ("MODEL_SHA256", "MODEL", "CALIBRATION", "DI_THRESHOLD")
-OF_ONE_MAP = ("SOURCE_SIZE", "SOURCE_MTIME_NS", "SOURCE_FILES", "DATA_SOURCES", "SEASON", "AREA_OR_POINT")
+OF_ONE_SOURCE = ("SOURCE_NAMES", "SOURCE_SIZE", "SOURCE_MTIME_NS", "SOURCE_FILES")
+OF_ONE_MAP = (*OF_ONE_SOURCE, "DATA_SOURCES", "SEASON", "AREA_OR_POINT")
 
 
 @dataclass
@@ -246,7 +248,7 @@ def mosaic(
     overwrite: bool = False,
     **settings: object,
 ) -> MosaicPlan:
-    """Make a mosaic of maps, or go on with one.
+    """Make a mosaic of maps, or go on with one; its STAC item lies beside it.
 
     Args:
         maps: paths.
@@ -273,6 +275,8 @@ def mosaic(
             )
         _write(path, layout, FinishedBlocks(path, layout))
     shutil.rmtree(_blocks_folder(path), ignore_errors=True)
+    if not stac.read_item(path):
+        stac.write_item(path, *(one.map.path for one in layout.members))
     if table is not None:
         write_text(table, _table(layout))
     return layout
@@ -301,6 +305,7 @@ def _write(path: Path, layout: MosaicPlan, blocks: FinishedBlocks) -> None:
         for values in _in_order(pool, blocks.get, every, 2 * threads):
             writer.write_block(values)
             shown.advance(1)
+        stac.remove_item(path)  # of the mosaic that this one replaces
 
 
 def _in_order(

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from biomass_jax import figures
 from biomass_jax.data.raster.image import read_preview, read_tags
-from biomass_jax.data.raster.stac import statistics_of
+from biomass_jax.data.raster.stac import quicklook_path, statistics_of
 from biomass_jax.data.raster.warp import MapFile, map_file
 from biomass_jax.data.records import is_season
 from biomass_jax.errors import RegionalError
@@ -149,7 +149,7 @@ def _section(title: str, rasters: Sequence[tuple[str, MapFile]]) -> list[str]:
 def _picture(one: MapFile) -> str:
     """A raster's quicklook where it has one, else a drawing of its first layers."""
     path = Path(one.path)
-    quicklook = path.with_name(f"{path.stem}_quicklook.png")
+    quicklook = quicklook_path(path)
     if quicklook.is_file():
         return pages.picture(quicklook.read_bytes(), f"{path.stem} beside its image")
     names = list(one.layers)

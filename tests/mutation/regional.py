@@ -246,5 +246,40 @@ COMPARED = (
         in_file(COMPARE_PY, ("both = np.hypot(found.our_error, found.their_error)", "both = found.our_error")),
     ),
 )
+CATALOG_PY = "biomass_jax/regional/catalog.py"
+STAC_PY = "biomass_jax/data/raster/stac.py"
+OF_CATALOG = "tests/regional/test_catalog.py::"
+CATALOGUED = (
+    Mutation(
+        "an_extent_across_the_antimeridian_goes_around",
+        f"{OF_CATALOG}test_boxes_all_around_the_earth_are_one_without_ends",
+        in_file(CATALOG_PY, ("east if east >= west else east + 360", "east")),
+    ),
+    Mutation(
+        "hrefs_of_this_machine",
+        f"{OF_CATALOG}test_a_folder_that_is_moved_leads_to_its_own_files_and_gives_equal_bytes_again",
+        in_file(STAC_PY, ("Path(os.path.relpath(place, folder))", "Path(os.path.abspath(place))")),
+    ),
+    Mutation(
+        "an_item_of_another_file_is_kept",
+        "tests/data/raster/test_stac.py::test_an_item_is_renewed_where_it_is_not_that_of_the_map_and_its_picture",
+        in_file(STAC_PY, ('or asset["file:checksum"] == _SHA256 + sha256_of(path)', "or True")),
+    ),
+    Mutation(
+        "changes_before_maps",
+        f"{OF_CATALOG}test_the_collection_and_its_items_are_valid_and_tell_the_kinds_apart",
+        in_file(CATALOG_PY, ("for _, path in sorted(self._order)", "for _, path in sorted(self._order)[::-1]")),
+    ),
+    Mutation(
+        "a_change_is_of_its_second_season",
+        "tests/regional/test_change.py::test_a_change_has_an_item_of_both_seasons_with_all_bands",
+        in_file(STAC_PY, ("{before.split('/')[0]}/", "{after.split('/')[0]}/")),
+    ),
+    Mutation(
+        "the_item_of_a_replaced_mosaic_stays",
+        f"{MOSAIC_TESTS}::test_a_mosaic_has_an_item_that_names_its_maps",
+        in_file(MOSAIC, ("        stac.remove_item(path)  # of", "        stac.item_path(path)  # of")),
+    ),
+)
 
-MUTATIONS = (*MOSAICS, *ZONES, *COMPARED)
+MUTATIONS = (*MOSAICS, *ZONES, *COMPARED, *CATALOGUED)

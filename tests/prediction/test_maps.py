@@ -364,7 +364,10 @@ def test_a_map_of_our_composite_names_its_granules(stub, scene, tmp_path):
     result = stub().predict_file(scene, tmp_path / "out", stac=True)
     assert read_tags(result.path)["DATA_SOURCES"] == "; ".join(names)
     item = json.loads((tmp_path / "out" / "scene_agbd.json").read_text())
-    assert [link["title"] for link in item["links"]] == names
+    *granules, image = item["links"]
+    assert [link["title"] for link in granules] == names
+    assert image == {"rel": "derived_from", "href": "../in/scene.tif"}
+    assert "scene.tif of 2 HLS granules" in item["properties"]["processing:lineage"]
 
 
 def test_lines_in_a_log_tell_rate_and_time_left(caplog):

@@ -1,5 +1,7 @@
 """Change between two maps: planted changes and errors that go together, by rows; the guards; the command."""
 
+import hashlib
+import json
 import math
 import re
 
@@ -182,6 +184,29 @@ def test_what_is_allowed_is_compared(tmp_path, guard, tags):
     with pytest.raises(RegionalError, match=f"--allow {guard} takes it"):
         module.change(before, after, tmp_path / "c.tif")
     assert module.change(before, after, tmp_path / "c.tif", allow=(guard,)).tested == SIDE**2
+
+
+def test_a_change_has_an_item_of_both_seasons_with_all_bands(tmp_path):
+    before, after, _ = two_maps(tmp_path, changed=-90.0)
+    for fdr in (0.05, 0.2):  # the second one replaces the first
+        module.change(before, after, tmp_path / "c.tif", fdr=fdr)
+        item = json.loads((tmp_path / "c.json").read_text())
+        about, asset = item["properties"], item["assets"]["agbd_change"]
+        checksum = hashlib.sha256((tmp_path / "c.tif").read_bytes()).hexdigest()
+        assert asset["file:checksum"] == "1220" + checksum
+    assert (about["start_datetime"], about["end_datetime"]) == ("2019-05-01T00:00:00Z", "2021-09-30T23:59:59Z")
+    assert [(link["rel"], link["href"]) for link in item["links"]] == [
+        ("derived_from", "./before.tif"),
+        ("derived_from", "./after.tif"),
+    ]
+    assert about["keywords"] == ["change"] and about["processing:software"]["model"] == "a"
+    assert about["processing:lineage"].startswith("change: after.tif less before.tif; ")
+    found = [(band["name"], band["unit"], band["nodata"], band["data_type"]) for band in asset["raster:bands"]]
+    names = (("agbd_change", "Mg ha-1"), ("agbd_change_sd", "Mg ha-1"), ("significant", "1"))
+    assert found == [(*one, -9999, "float32") for one in names]
+    significant = read(tmp_path / "c.tif")[0][2]
+    statistics = asset["raster:bands"][2]["statistics"]
+    assert statistics["mean"] == pytest.approx(float(significant.mean()), abs=1e-6) and statistics["minimum"] == -1
 
 
 def test_other_grids_and_maps_without_a_spread_are_refused(tmp_path):

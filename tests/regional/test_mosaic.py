@@ -1,6 +1,7 @@
 """Mosaics of maps of several UTM zones: against the surface itself, guarded, resumed to equal bytes."""
 
 import csv
+import hashlib
 import json
 import os
 import signal
@@ -37,7 +38,7 @@ def three_zones(tmp_path_factory):
     ]
     assert len(maps) == 40
     layout = mosaic(maps, folder / "out" / "mosaic.tif", pixel=PIXEL)
-    assert sorted(os.listdir(folder / "out")) == ["mosaic.tif"]
+    assert sorted(os.listdir(folder / "out")) == ["mosaic.json", "mosaic.tif"]
     values, tags, crs, transform = read(folder / "out" / "mosaic.tif")
     assert (list(values), tags["MAPS"], crs.to_epsg()) == (["agbd"], "40", 6933)
     return maps, layout, values["agbd"], crs, transform
@@ -202,6 +203,32 @@ def test_maps_that_differ_are_refused_by_what_differs(tmp_path, change, said):
         assert tags["MODEL_SHA256"] == ("a" * 64 + "; b" if "MODEL_SHA256" in said else "a" * 64)
 
 
+def test_a_mosaic_has_an_item_that_names_its_maps(tmp_path):
+    (tmp_path / "out").mkdir()
+    maps, out = pair(tmp_path, [{}, {"SEASON": "2020-06-15/2020-10-01"}], agbd=3.0), tmp_path / "out" / "all.tif"
+
+    def item():
+        return json.loads((tmp_path / "out" / "all.json").read_text())
+
+    mosaic(maps, out, crs="same")
+    first = item()
+    about, asset = first["properties"], first["assets"]["agbd"]
+    assert [(link["rel"], link["href"]) for link in first["links"]] == [
+        ("derived_from", "../a.tif"),
+        ("derived_from", "../b.tif"),
+    ]
+    assert about["keywords"] == ["mosaic"] and about["processing:software"]["model"] == "a" * 64
+    assert about["processing:lineage"].startswith("mosaic: 2 maps, where they overlap by ")
+    assert (about["start_datetime"], about["end_datetime"]) == ("2020-06-01T00:00:00Z", "2020-09-30T23:59:59Z")
+    assert asset["file:checksum"] == "1220" + hashlib.sha256(out.read_bytes()).hexdigest()
+    (tmp_path / "out" / "all.json").unlink()
+    mosaic(maps, out, crs="same")  # kept, and its item made again
+    assert item() == first
+    mosaic(maps, out, crs="same", overlap="newest", overwrite=True)
+    assert item()["assets"]["agbd"]["file:checksum"] == "1220" + hashlib.sha256(out.read_bytes()).hexdigest()
+    assert item()["properties"]["processing:lineage"].startswith("mosaic: 2 maps, where they overlap by newest;")
+
+
 def test_bands_are_found_by_name(tmp_path):
     first, second = pair(tmp_path)
     write_map(second, {"agbd_sd": np.full((30, 40), 5.0), "agbd": np.full((30, 40), 70.0)}, left=480_900)
@@ -274,7 +301,7 @@ def test_the_command_makes_keeps_and_replaces(tmp_path, capsys, caplog):
     assert read(tmp_path / "out.tif")[1]["OVERLAP"] == "mean"
     assert main(["--maps", str(tmp_path / "none*.tif"), "--out", str(tmp_path / "new.tif")]) == 1
     assert "none*.tif" in capsys.readouterr().err
-    assert sorted(os.listdir(tmp_path)) == ["a.tif", "b.tif", "out.tif"]
+    assert sorted(os.listdir(tmp_path)) == ["a.tif", "b.tif", "out.json", "out.tif"]
 
 
 # Stopped and given again ----------------------------------------------------------------------------------------------
@@ -327,7 +354,8 @@ def test_a_stopped_mosaic_goes_on_to_equal_bytes(tmp_path, monkeypatch, six):
     mosaic(maps, tmp_path / "out.tif", **settings)
     assert len(first) == 4 and len(made) == 2 and not set(first) & set(made)
     assert (tmp_path / "out.tif").read_bytes() == (tmp_path / "whole.tif").read_bytes()
-    assert sorted(os.listdir(tmp_path)) == [*(f"{n}.tif" for n in range(5)), "out.tif", "whole.tif"]
+    made = (f"{name}.{ending}" for name in ("out", "whole") for ending in ("json", "tif"))
+    assert sorted(os.listdir(tmp_path)) == [*(f"{n}.tif" for n in range(5)), *made]
 
 
 def test_a_map_that_changed_meanwhile_is_named_and_its_blocks_made_again(tmp_path, monkeypatch, caplog, six):
@@ -431,7 +459,7 @@ def test_a_killed_mosaic_of_two_zones_goes_on_to_equal_bytes(tmp_path, root):
     assert run(10_000, "out.tif") == 0
     assert (tmp_path / "out.tif").read_bytes() == (tmp_path / "whole.tif").read_bytes()
     left = sorted(name for name in os.listdir(tmp_path) if not name[0].isdigit())
-    assert left == ["out.tif", "whole.tif"]
+    assert left == ["out.json", "out.tif", "whole.json", "whole.tif"]
 
 
 MEASURED = """

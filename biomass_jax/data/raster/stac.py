@@ -1,6 +1,7 @@
 """A finished map as a STAC item beside it, for catalogs: place, time, sources, statistics, size and checksum.
 
-Fields are those of STAC 1.1 and of its extensions projection, raster, file and processing.
+Fields are those of STAC 1.1 and of its extensions projection, raster, file and processing. Mosaics and changes of maps
+have items of the same form; their keyword tells which they are.
 """
 
 import datetime
@@ -8,6 +9,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,22 @@ from biomass_jax.runtime.files import sha256_of, write_json
 log = logging.getLogger(__name__)
 
 VERSION = "1.1.0"
-EXTENSIONS = ("projection/v2.0.0", "raster/v1.1.0", "file/v2.1.0", "processing/v1.1.0")
+_EXTENSION = "https://stac-extensions.github.io/{}/schema.json"
+EXTENSIONS = {  # by what their fields begin with
+    "proj": _EXTENSION.format("projection/v2.0.0"),
+    "raster": _EXTENSION.format("raster/v1.1.0"),
+    "file": _EXTENSION.format("file/v2.1.0"),
+    "processing": _EXTENSION.format("processing/v1.1.0"),
+}
 MEDIA_TYPE = "image/tiff; application=geotiff; profile=cloud-optimized"
+ITEM_TYPE, JSON_TYPE = "application/geo+json", "application/json"
 _NASA = "https://cmr.earthdata.nasa.gov/stac/LPCLOUD/collections/HLS{sensor}_{version}/items/{granule}"
 _SHA256 = "1220"  # how a multihash begins that is one: its code and its length
 _SIDE_POINTS = 8  # along each side of the outline: a straight line of a UTM zone is none in degrees
 _DIGITS = 7  # of a degree: a centimetre
+KINDS = ("map", "mosaic", "change")  # keyword of an item
+_UP = ("root", "parent", "collection")  # an item's links to its collection
+_QUICKLOOK = "quicklook"
 
 
 def item_path(path: Path) -> Path:
@@ -39,12 +51,31 @@ def item_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.json")
 
 
-def write_item(path: Path, source: str) -> None:
+def quicklook_path(path: Path) -> Path:
+    """`<map's stem>_quicklook.png` beside the map."""
+    return path.with_name(f"{path.stem}_quicklook.png")
+
+
+def read_item(path: Path) -> dict[str, Any]:
+    """The item beside a map; empty where there is none, or where another file has its name."""
+    try:
+        found = json.loads(item_path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    ours = isinstance(found, dict) and found.get("stac_version") and found.get("id") == path.stem
+    return found if ours else {}
+
+
+def write_item(path: Path, *sources: str) -> str:
     """Write the item of a finished map beside it, whole; where a map can't have one, a warning says why.
 
     Args:
-        path: the map.
-        source: what it was made from, where its tag DATA_SOURCES names no granules: a path or a URL.
+        path: the map, a mosaic of maps or their change.
+        sources: paths and URLs of what it was made from; of a map, its image. Granules are those of its tag
+            DATA_SOURCES.
+
+    Returns:
+        Why it has none, "" where it has one.
 
     Raises:
         RasterError: the map can't be read.
@@ -55,19 +86,15 @@ def write_item(path: Path, source: str) -> None:
         bands = [_band(dataset, number) for number in dataset.indexes]
         name = dataset.descriptions[0] or "data"
     granules = _granules(tags.get("DATA_SOURCES", ""))
-    when = _time(tags.get("SEASON", ""), granules)
     try:
-        if grid.crs is None:
-            raise RasterError("it has no CRS")
-        if when is None:
-            raise RasterError("nothing tells its date; give the image a tag SEASON, as 2020-06-01/2020-09-01")
-        place = outline(grid)
+        if item_path(path).exists() and not read_item(path):
+            raise RasterError(f"{item_path(path)} lies there and is another file; move that one, or the map")
+        about = _about(grid, tags, granules)
         for band in bands:
             band["spatial_resolution"] = float(np.mean(grid.pixel_size() or ()))
     except RasterError as error:
         log.warning("%s: has no STAC item: %s", path, error)
-        return
-    software, _, version = tags.get("SOFTWARE", "").rpartition(" ")
+        return str(error)
     asset = {
         "href": f"./{path.name}",
         "type": MEDIA_TYPE,
@@ -79,31 +106,148 @@ def write_item(path: Path, source: str) -> None:
     item = {
         "type": "Feature",
         "stac_version": VERSION,
-        "stac_extensions": [f"https://stac-extensions.github.io/{one}/schema.json" for one in EXTENSIONS],
+        "stac_extensions": [*EXTENSIONS.values()],
         "id": path.stem,
-        **place,
+        **about,
+        "links": _links(granules, sources, path),
+        "assets": {name: asset, **_pictures(path)},
+    }
+    write_json(item_path(path), item)
+    return ""
+
+
+def renew_item(path: Path) -> str:
+    """Write a map's item where there is none, or where it isn't that of the map and its picture as they are now.
+
+    What the map was made from stays, where its item tells of this very file. Returns and raises as `write_item`.
+    """
+    item = read_item(path)
+    fits = _tells_of(item, path)
+    pictures = {name: asset for name, asset in item.get("assets", {}).items() if name == _QUICKLOOK} if fits else {}
+    told = {*item["properties"].get("keywords", ())} & {*KINDS} if fits else {}  # older versions didn't tell
+    if told and pictures == _pictures(path):
+        return ""
+    links = [link["href"] for link in item["links"] if link["rel"] == "derived_from"] if fits else []
+    return write_item(path, *(_absolute(href, path) for href in links if granule_name(href) is None))
+
+
+def remove_item(path: Path) -> None:
+    """Remove the item of a map that is made again: its checksum would be another one's. Other files stay."""
+    if read_item(path):
+        item_path(path).unlink()
+
+
+def join_collection(path: Path, collection: Path, name: str) -> None:
+    """Let a map's item lead to its collection's file, and to the items of other maps that it was made from."""
+    item = read_item(path)
+    up = {"href": href_to(collection, path.parent), "type": JSON_TYPE}
+    kept = [
+        _source_link(_absolute(link["href"], path), path)
+        if link["rel"] == "derived_from" and "type" not in link
+        else link
+        for link in item["links"]
+        if link["rel"] not in _UP
+    ]
+    joined = item | {"collection": name, "links": [*({"rel": rel, **up} for rel in _UP), *kept]}
+    if joined != item:
+        write_json(item_path(path), joined)
+
+
+def href_to(place: str | Path, folder: Path) -> str:
+    """The way from a folder to a file, as hrefs have it."""
+    try:
+        way = Path(os.path.relpath(place, folder)).as_posix()
+    except ValueError:  # another drive
+        return Path(place).absolute().as_uri()
+    return way if way.startswith("../") else f"./{way}"
+
+
+def _absolute(href: str, path: Path) -> str:
+    """What an href of a map's item leads to."""
+    return href if _is_far(href) else str(path.parent / href)
+
+
+def _is_far(source: str) -> bool:
+    return "://" in source or source.startswith("/vsi")
+
+
+def _tells_of(item: dict[str, Any], path: Path) -> bool:
+    """Whether an item tells of the map as it is, by size, and by checksum where the map is newer than the item."""
+    try:
+        if not isinstance(item["links"], list) or not {"bbox", "properties"} <= item.keys():
+            return False
+        (asset,) = (one for one in item["assets"].values() if one["href"] == f"./{path.name}")
+        status = path.stat()
+        return bool(asset["file:size"] == status.st_size) and (
+            status.st_mtime_ns <= item_path(path).stat().st_mtime_ns
+            or asset["file:checksum"] == _SHA256 + sha256_of(path)
+        )
+    except (AttributeError, KeyError, TypeError, ValueError):  # none, or not one of ours
+        return False
+
+
+def _pictures(path: Path) -> dict[str, Any]:
+    """The asset of the picture beside a map, if there is one."""
+    picture = quicklook_path(path)
+    asset = {"href": f"./{picture.name}", "type": "image/png", "roles": ["thumbnail", "overview"]}
+    return {_QUICKLOOK: asset} if picture.is_file() else {}
+
+
+def _about(grid: Grid, tags: Mapping[str, str], granules: list[GranuleName]) -> dict[str, Any]:
+    """Place, time and history of a raster, as items have them.
+
+    Raises:
+        RasterError: it has no place, or nothing tells its time.
+    """
+    if grid.crs is None:
+        raise RasterError("it has no CRS")
+    when = _time(_season(tags), granules)
+    if when is None:
+        raise RasterError("nothing tells its date; give the image a tag SEASON, as 2020-06-01/2020-09-01")
+    return {
+        **outline(grid),
         "properties": {
             **when,
             **_projection(grid.crs),
             "proj:shape": [grid.height, grid.width],
             "proj:transform": list(grid.transform)[:6],
-            **({"processing:software": {software: version}} if software else {}),
+            **_history(tags, granules),
         },
-        "links": _links(granules, source, path),
-        "assets": {name: asset},
     }
-    write_json(item_path(path), item)
 
 
-def remove_item(path: Path) -> None:
-    """Remove the item of a map that is made again: its checksum would be another one's. Other files stay."""
-    place = item_path(path)
-    try:
-        found = json.loads(place.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return
-    if isinstance(found, dict) and found.get("stac_version") and found.get("id") == path.stem:
-        place.unlink()
+def _history(tags: Mapping[str, str], granules: list[GranuleName]) -> dict[str, Any]:
+    """What kind of raster it is, how it was made, and by which program and models."""
+    if "BEFORE" in tags and "AFTER" in tags:
+        kind, made = "change", f"{tags['AFTER']} less {tags['BEFORE']}"
+    elif "MOSAIC_SHA256" in tags:
+        kind, made = (
+            "mosaic",
+            f"{tags.get('MAPS', 'several')} maps, where they overlap by {tags.get('OVERLAP', 'a rule')}",
+        )
+    else:
+        kind, image = "map", tags.get("SOURCE_NAMES") or ("" if granules else tags.get("DATA_SOURCES", ""))
+        of = f"{len(granules)} HLS granule{'' if len(granules) == 1 else 's'}" if granules else ""
+        made = f"predicted from {' of '.join(filter(None, (image, of))) or 'an image'}"
+    every = "; ".join(tags.get(f"MODEL_SHA256{of}", "") for of in ("", "_BEFORE", "_AFTER"))
+    models = "; ".join(sorted({*every.split("; ")} - {""}))
+    name, _, version = tags.get("SOFTWARE", "").rpartition(" ")
+    # The weights are versions of the program that made the values as much as the package's own.
+    software = {key: text for key, text in ((name, version), ("model", models)) if key and text}
+    by = f"; SHA-256 of the model's weights: {models}" if models else ""
+    return {
+        "keywords": [kind],
+        "processing:lineage": f"{kind}: {made}{by}",
+        **({"processing:software": software} if software else {}),
+    }
+
+
+def _season(tags: Mapping[str, str]) -> str:
+    """Of a map or a mosaic; of a change, from the beginning of the first to the end of the second."""
+    before, after = tags.get("SEASON_BEFORE", ""), tags.get("SEASON_AFTER", "")
+    if is_season(before) and is_season(after):
+        return f"{before.split('/')[0]}/{after.split('/')[1]}"
+    return tags.get("SEASON", "")
 
 
 def outline(grid: Grid) -> dict[str, Any]:
@@ -165,7 +309,8 @@ def _band(dataset: rasterio.DatasetReader, number: int) -> dict[str, Any]:
     """What a band of the map holds; statistics are those that the file carries, where they are no estimates."""
     found = _statistics(dataset, number)
     kind, unit = dataset.dtypes[number - 1], dataset.units[number - 1]
-    band = {"data_type": kind, "nodata": dataset.nodata, "unit": unit, "sampling": "area"}
+    nodata = "nan" if dataset.nodata is not None and np.isnan(dataset.nodata) else dataset.nodata  # JSON has no NaN
+    band = {"data_type": kind, "nodata": nodata, "unit": unit, "sampling": "area"}
     if dataset.count > 1:
         band = {"name": dataset.descriptions[number - 1], **band}
     return {key: value for key, value in {**band, "statistics": found or None}.items() if value is not None}
@@ -209,20 +354,19 @@ def _time(season: str, granules: list[GranuleName]) -> dict[str, Any] | None:
     return {"datetime": None, "start_datetime": f"{start}T00:00:00Z", "end_datetime": f"{last}T23:59:59Z"}
 
 
-def _links(granules: list[GranuleName], source: str, path: Path) -> list[dict[str, str]]:
-    if granules:
-        return [
-            {
-                "rel": "derived_from",
-                "href": _NASA.format(**vars(one)),
-                "type": "application/geo+json",
-                "title": one.granule,
-            }
-            for one in granules
-        ]
-    if "://" not in source and not source.startswith("/vsi"):
-        try:
-            source = Path(os.path.relpath(source, path.parent)).as_posix()
-        except ValueError:  # another drive
-            source = Path(source).absolute().as_uri()
-    return [{"rel": "derived_from", "href": source}]
+def _links(granules: list[GranuleName], sources: Sequence[str], path: Path) -> list[dict[str, str]]:
+    """To what a map was made from: the granules, and other files than those."""
+    links = [
+        {"rel": "derived_from", "href": _NASA.format(**vars(one)), "type": ITEM_TYPE, "title": one.granule}
+        for one in granules
+    ]
+    return links + [_source_link(one, path) for one in sources if not (granules and granule_name(one))]
+
+
+def _source_link(source: str, path: Path) -> dict[str, str]:
+    """To a file that a map was made from, or to that one's item, which is what such a link is for."""
+    if _is_far(source):
+        return {"rel": "derived_from", "href": source}
+    if read_item(Path(source)):
+        return {"rel": "derived_from", "href": href_to(item_path(Path(source)), path.parent), "type": ITEM_TYPE}
+    return {"rel": "derived_from", "href": href_to(source, path.parent)}

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import logging
+import os
+import time
 
 import numpy as np
 import pytest
@@ -20,7 +22,14 @@ from biomass_jax.errors import RasterError
 
 GRANULE = "HLS.L30.T10SFF.2020183T184512.v2.0"
 OTHER = "HLS.S30.T10SFF.2020190T185931.v2.0"
-TAGS = {"DATA_SOURCES": f"{GRANULE}; {OTHER}", "SEASON": "2020-06-01/2020-09-01", "SOFTWARE": "biomass_jax 1.2"}
+MODEL = "5" * 64
+TAGS = {
+    "DATA_SOURCES": f"{GRANULE}; {OTHER}",
+    "SOURCE_NAMES": "scene.tif",
+    "SEASON": "2020-06-01/2020-09-01",
+    "SOFTWARE": "biomass_jax 1.2",
+    "MODEL_SHA256": MODEL,
+}
 
 
 def grid_at(epsg: int, x: float, y: float, side: int = 40, pixel: float = 30) -> Grid:
@@ -47,7 +56,7 @@ def item_of(path, source="in/scene.tif"):
 def test_an_item_tells_what_the_map_is(tmp_path):
     path = tmp_path / "scene.v2.0_agbd.tif"
     values = map_at(path)
-    item = item_of(path)
+    item = item_of(path, tmp_path / "in" / "scene.tif")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["scene.v2.0_agbd.json", "scene.v2.0_agbd.tif"]
     assert item["id"] == "scene.v2.0_agbd"
     assert item["properties"] == {
@@ -57,7 +66,10 @@ def test_an_item_tells_what_the_map_is(tmp_path):
         "proj:code": "EPSG:32610",
         "proj:shape": [40, 43],
         "proj:transform": [30, 0, 600000, 0, -30, 4100000],
-        "processing:software": {"biomass_jax": "1.2"},
+        "keywords": ["map"],
+        "processing:lineage": "map: predicted from scene.tif of 2 HLS granules; SHA-256 of the model's weights: "
+        + MODEL,
+        "processing:software": {"biomass_jax": "1.2", "model": MODEL},
     }
     asset = item["assets"]["agbd"]
     assert (asset["href"], asset["roles"]) == ("./scene.v2.0_agbd.tif", ["data"])
@@ -83,9 +95,10 @@ def test_an_item_tells_what_the_map_is(tmp_path):
         }
     )
     base = "https://cmr.earthdata.nasa.gov/stac/LPCLOUD/collections"
-    assert [(link["rel"], link["href"], link["title"]) for link in item["links"]] == [
+    assert [(link["rel"], link["href"], link.get("title")) for link in item["links"]] == [
         ("derived_from", f"{base}/HLSL30_2.0/items/{GRANULE}", GRANULE),
         ("derived_from", f"{base}/HLSS30_2.0/items/{OTHER}", OTHER),
+        ("derived_from", "./in/scene.tif", None),
     ]
 
 
@@ -119,7 +132,7 @@ def test_items_are_valid_by_pystac(tmp_path, epsg_x):
     assert (band.nodata, band.unit, band.data_type, band.sampling) == (-1, "Mg ha-1", "float32", "area")
     assert band.statistics.valid_percent == 97.5
     assert FileExtension.ext(asset).size == path.stat().st_size
-    assert len(item.get_links("derived_from")) == 2
+    assert len(item.get_links("derived_from")) == 3
     assert asset.get_absolute_href() == str(path)
     del found["properties"]["datetime"]
     with pytest.raises(pystac.STACValidationError):
@@ -244,6 +257,68 @@ def test_only_the_item_of_this_map_is_removed(tmp_path):
         assert stac.item_path(path).read_text() == text
 
 
+def test_an_item_is_renewed_where_it_is_not_that_of_the_map_and_its_picture(tmp_path):
+    path, source = tmp_path / "a_agbd.tif", tmp_path / "in" / "scene.tif"
+    map_at(path)
+    first = item_of(path, source)
+    place, picture = stac.item_path(path), stac.quicklook_path(path)
+
+    def renewed():
+        assert stac.renew_item(path) == ""
+        return json.loads(place.read_text())
+
+    before = place.stat().st_mtime_ns
+    assert renewed() == first and place.stat().st_mtime_ns == before
+    os.utime(path)  # as if copied after its item
+    assert renewed() == first and place.stat().st_mtime_ns == before
+    picture.write_bytes(b"PNG")
+    found = renewed()
+    assert found["links"] == first["links"] and found["assets"]["quicklook"]["href"] == "./a_agbd_quicklook.png"
+    picture.unlink()
+    assert renewed() == first
+    older = {name: text for name, text in first["properties"].items() if name not in ("keywords", "processing:lineage")}
+    place.write_text(json.dumps(first | {"properties": older}))
+    assert renewed() == first
+    for damaged in ({"assets": []}, {"links": None}, {"assets": {"agbd": {"href": "./a_agbd.tif"}}}):
+        place.write_text(json.dumps({"links": [], "properties": {}, "bbox": []} | first | damaged))
+        assert renewed() == first | {"links": first["links"][:2]}  # the granules
+    stac.write_item(path, str(source))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1  # another map of the same size: what that one was made from nothing tells
+    path.write_bytes(data)
+    os.utime(path, ns=(time.time_ns() + 10**9,) * 2)
+    found = renewed()
+    assert found["assets"]["agbd"]["file:checksum"] == "1220" + hashlib.sha256(data).hexdigest()
+    assert found["links"] == first["links"][:2]
+
+
+def test_sources_that_have_items_are_linked_by_those(tmp_path):
+    maps = [tmp_path / name for name in ("a.tif", "b.tif", "all.tif")]
+    for path in maps:
+        map_at(path, DATA_SOURCES="scene.tif")
+    stac.write_item(maps[0], "scene.tif")
+    stac.write_item(maps[2], *map(str, maps[:2]))
+
+    def links():
+        return [link["href"] for link in json.loads(stac.item_path(maps[2]).read_text())["links"]]
+
+    assert links() == ["./a.json", "./b.tif"]
+    stac.write_item(maps[1], "scene.tif")
+    stac.join_collection(maps[2], tmp_path / "deep" / "collection.json", "biomass")
+    assert links() == ["./deep/collection.json"] * 3 + ["./a.json", "./b.json"]
+    stac.renew_item(maps[2])
+    assert links()[3:] == ["./a.json", "./b.json"]
+
+
+def test_another_file_of_the_items_name_stays(tmp_path, caplog):
+    path = tmp_path / "a_agbd.tif"
+    map_at(path)
+    stac.item_path(path).write_text('{"mine": 1}')
+    assert stac.write_item(path, "scene.tif") == stac.renew_item(path)
+    assert f"{path}: has no STAC item: {stac.item_path(path)} lies there and is another file; move that" in caplog.text
+    assert stac.item_path(path).read_text() == '{"mine": 1}'
+
+
 def test_a_map_of_an_older_version_with_estimates_of_qgis_has_an_item_without_statistics(tmp_path):
     path = tmp_path / "a_agbd.tif"
     map_at(path)
@@ -255,6 +330,16 @@ def test_a_map_of_an_older_version_with_estimates_of_qgis_has_an_item_without_st
         file.update_tags(1, STATISTICS_APPROXIMATE="YES", STATISTICS_MEAN="70", STATISTICS_MAXIMUM="400")
     (band,) = item_of(path)["assets"]["data"]["raster:bands"]
     assert "statistics" not in band and band["data_type"] == "float32"
+
+
+def test_a_no_data_value_that_is_no_number_is_told_as_a_text(tmp_path):
+    path = tmp_path / "theirs.tif"
+    form = {"crs": GRID.crs, "transform": GRID.transform, "dtype": "float32", "nodata": np.nan, "count": 1}
+    with rasterio.open(path, "w", driver="GTiff", height=40, width=43, **form) as file:
+        file.write(np.ones((1, 40, 43), np.float32))
+        file.update_tags(**TAGS)
+    (band,) = item_of(path)["assets"]["data"]["raster:bands"]
+    assert band["nodata"] == "nan"
 
 
 def test_a_map_that_is_cut_short_has_no_item(tmp_path):
