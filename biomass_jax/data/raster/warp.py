@@ -309,6 +309,8 @@ def places_of(grid: Grid, rows: np.ndarray, columns: np.ndarray) -> tuple[np.nda
     with raster_errors(grid.describe()):
         x, y = t.c + t.a * (columns + 0.5), t.f + t.e * (rows + 0.5)
         lon, lat = (np.array(axis) for axis in warp.transform(grid.crs, _WGS84, x, y))
+    if not (np.isfinite(lon).all() and np.isfinite(lat).all()):  # GDAL tells the first such errors of a process only
+        raise RasterError(f"{grid.describe()}: some of its pixels lie nowhere on Earth")
     return lon, lat
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import re
 import os
 import time
 
@@ -188,7 +189,7 @@ def test_longitudes_from_0_to_360_and_rows_from_south_to_north():
     [
         (Grid(40, 43, None, Affine.identity()), "it has no CRS"),
         (grid_at(3413, -600, 600), "goes around a pole"),
-        (grid_at(32610, 1e12, 0), "outside of projection domain"),
+        (grid_at(32610, 1e12, 0), "outside of projection domain|nowhere on Earth"),  # GDAL tells the first ones only
     ],
 )
 def test_a_map_without_a_place_has_no_item_and_the_log_says_why(tmp_path, caplog, grid, words):
@@ -198,7 +199,7 @@ def test_a_map_without_a_place_has_no_item_and_the_log_says_why(tmp_path, caplog
         stac.write_item(path, "scene.tif")
     (line,) = [record.getMessage() for record in caplog.records if "STAC" in record.getMessage()]
     assert line.startswith(f"{path}: has no STAC item: ")
-    assert words in line, line
+    assert re.search(words, line), line
     assert not stac.item_path(path).exists()
 
 
