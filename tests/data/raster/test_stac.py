@@ -3,8 +3,8 @@
 import hashlib
 import json
 import logging
-import re
 import os
+import re
 import time
 
 import numpy as np
