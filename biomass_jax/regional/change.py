@@ -25,7 +25,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import date
@@ -42,6 +42,8 @@ from biomass_jax.data.raster.resample import MaskSource
 from biomass_jax.data.raster.warp import MapFile, map_file
 from biomass_jax.data.raster.zonal import SD
 from biomass_jax.errors import RegionalError
+from biomass_jax.regional import estimators
+from biomass_jax.regional.estimators import Correlation, Lattice, Shared
 from biomass_jax.runtime import environment
 from biomass_jax.runtime.files import check_local
 from biomass_jax.runtime.lock import writer_beside
@@ -55,6 +57,10 @@ _MOST_R = 0.99
 _LEAST_STABLE = 100  # pixels of stable ground
 _STEP, _STEPS = 1e-3, 60_000  # of the histograms of |z|: 0 to 60
 _WINDOWS = 3  # in which the middle of the differences is looked for
+_TOLD = ("ERROR_RANGE_M", "ERROR_NUGGET", "ERROR_SILL", "OFFSET_SE")  # tags, for sums over zones
+_REACH = 20_000.0  # metres: pairs of pixels further apart, or than half of the raster's side, tell no correlation
+_PATCH = 16  # pixels along the side of the patches that tell how errors go together: whole ones, for near pairs
+_TELLING = 50_000  # pixels in these patches, about
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,7 @@ class Found:
         path: of the raster.
         null: see `Null`.
         tested: pixels with values in both maps.
-        threshold: least |z| that is significant, infinite where nothing is.
+        errors: see `Shared`.
         loss: pixels of loss that were kept, and the mean of their difference.
         gain: likewise.
         pixel_ha: area of a pixel in the middle.
@@ -103,7 +109,7 @@ class Found:
     path: Path
     null: Null
     tested: int
-    threshold: float
+    errors: Shared
     loss: tuple[int, float]
     gain: tuple[int, float]
     pixel_ha: float
@@ -299,6 +305,38 @@ def least_significant(histogram: np.ndarray, fdr: float) -> float:
     return float(lower[np.argmax(passes)]) if passes.any() else math.inf
 
 
+def errors_of(pair: MapPair, stable: MaskSource | None, null: Null, threshold: float) -> Shared:
+    """How errors go together over distance: on stable ground, or in pixels that haven't changed significantly.
+
+    The variogram of z tells how the variance is shared, `null` how large it is: what the threshold cuts off, and small
+    changes that it leaves, bear on the variogram's level first.
+    """
+    size, rng = pair.grid.pixel_size() or (1.0, 1.0), np.random.default_rng(0)
+    shape = pair.grid.height, pair.grid.width
+    drawn = rng.random([side // _PATCH + 1 for side in shape]) < _TELLING / null.pixels
+    lattice, weight, places, values = Lattice(size[::-1], shape), 0.0, [], []
+    for start, stop, block in pair.blocks():
+        z = _z(block, null)
+        told = np.abs(z) < threshold
+        if stable is not None:
+            told = np.isfinite(z) & stable.read_rows(start, stop)
+        row, column = np.nonzero(told)
+        at = np.column_stack([row + start, column])
+        mine = drawn[tuple(at.T // _PATCH)]
+        places.append(at[mine] * size[::-1])
+        values.append(z[told][mine])
+        if stable is not None:
+            _, sd_1, sd_2 = block[:, told]
+            inverse = 1 / variance(sd_1, sd_2, 0.0)
+            lattice.add(at[:, 0], at[:, 1], inverse * np.sqrt(variance(sd_1, sd_2, null.r)))
+            weight += float(inverse.sum())
+    reach = min(_REACH, max(np.multiply(shape, size[::-1])) / 2)
+    at, z = np.concatenate(places), np.concatenate(values)
+    correlation = estimators.shares_of(at, z, null.z_variance, nearest=1.5 * max(size), reach=reach)
+    offset_se = math.sqrt(lattice.variance(correlation)) / weight if correlation is not None and weight else 0.0
+    return Shared(correlation, offset_se, threshold)
+
+
 def without_small_patches(classes: np.ndarray, least: int) -> np.ndarray:
     """Classes -1, 0, 1 (H, W), with 0 for patches of one sign of fewer than `least` pixels, by sides and corners."""
     kept = classes.copy()
@@ -349,13 +387,13 @@ def change(
         for _, _, values in pair.blocks():
             histogram += _counted(np.abs(z := _z(values, null))[np.isfinite(z)], _STEPS)
         threshold = least_significant(histogram, chosen.fdr)
-        across, down = pair.grid.pixel_size() or (0.0, 0.0)
-        pixel_ha = across * down / 1e4
+        errors = errors_of(pair, stable, null, threshold)
+        pixel_ha = math.prod(pair.grid.pixel_size() or (0.0,)) / 1e4
         least = max(math.ceil(chosen.min_area_ha / pixel_ha - 1e-6), 1)
         sums = {sign: [0, 0.0] for sign in (-1, 1)}
         label, unit = next(iter(pair.before.layers.items()))
         layers = {f"{label}_change": unit, f"{label}_change_sd": unit, "significant": "1"}
-        tags = _tags(pair, chosen, null, threshold, command)
+        tags = _tags(pair, chosen, null, errors, command)
         with MapWriter(out, pair.grid, nodata=NODATA, layers=layers, tags=tags) as writer:
             for start, stop, values in pair.blocks(halo=least):
                 z = _z(values, null)
@@ -369,7 +407,7 @@ def change(
                     sum_of[1] += float((d - null.offset)[kept == sign].sum())
                 writer.write_rows(start, rows)
     loss, gain = ((int(count), total / max(count, 1)) for count, total in sums.values())
-    return Found(Path(out), null, int(histogram.sum()), threshold, loss, gain, pixel_ha, unit)
+    return Found(Path(out), null, int(histogram.sum()), errors, loss, gain, pixel_ha, unit)
 
 
 def _z(values: np.ndarray, null: Null) -> np.ndarray:
@@ -377,14 +415,38 @@ def _z(values: np.ndarray, null: Null) -> np.ndarray:
     return (d - null.offset) / np.sqrt(variance(sd_1, sd_2, null.r))
 
 
-def _tags(pair: MapPair, settings: Change, null: Null, threshold: float, command: str) -> dict[str, str]:
+def _tags(pair: MapPair, settings: Change, null: Null, errors: Shared, command: str) -> dict[str, str]:
     both = {"SEASON", "SENSORS", "MODEL_SHA256"}
     tags = {f"{name}_BEFORE": text for name, text in pair.before.tags.items() if name in both}
     tags |= {f"{name}_AFTER": text for name, text in pair.after.tags.items() if name in both}
     tags |= {"BEFORE": Path(pair.before.path).name, "AFTER": Path(pair.after.path).name, "COMMAND": command}
-    tags |= {"OFFSET": repr(null.offset), "ERROR_CORRELATION": repr(null.r), "Z_THRESHOLD": repr(threshold)}
+    tags |= {"OFFSET": repr(null.offset), "ERROR_CORRELATION": repr(null.r), "Z_THRESHOLD": repr(errors.threshold)}
+    if errors.correlation is not None:
+        told = (errors.correlation.range_m, errors.correlation.nugget, errors.correlation.sill, errors.offset_se)
+        tags |= {name: repr(value) for name, value in zip(_TOLD, told, strict=True)}
     tags |= {name.upper(): str(value) for name, value in dataclasses.asdict(settings).items()}
     return tags
+
+
+def told_by(path: str, tags: Mapping[str, str]) -> Shared:
+    """What the tags of a raster of change say, as `change` has written them.
+
+    Raises:
+        RegionalError: a tag is missing or no number; those of the correlation may be missing together.
+    """
+    found = {}
+    for name in ("Z_THRESHOLD", *(_TOLD if {*_TOLD} & {*tags} else ())):
+        try:
+            found[name] = float(tags[name])
+        except (KeyError, ValueError) as error:
+            raise RegionalError(
+                f"{path}: tag {name} is {tags.get(name)!r}; expected a number, as biomass-jax change writes it; make "
+                "the raster of change anew"
+            ) from error
+    if len(found) == 1:
+        return Shared(threshold=found["Z_THRESHOLD"])
+    reach, nugget, sill, offset_se = (found[name] for name in _TOLD)
+    return Shared(Correlation(reach, nugget, sill), offset_se, found["Z_THRESHOLD"])
 
 
 def _lines(found: Found, stable: str | None) -> list[str]:
@@ -396,6 +458,8 @@ def _lines(found: Found, stable: str | None) -> list[str]:
             f"warning: the maps' standard deviations don't fit: on stable ground the variance of z is "
             f"{null.z_variance:.2f}, not 1"
         )
+    if found.errors.correlation is not None:
+        said.append(estimators.about(found.errors.correlation))
     for name, (count, mean) in (("loss", found.loss), ("gain", found.gain)):
         about = f", {count * found.pixel_ha:,.1f} ha, {mean:+.1f} {found.unit} on average" if count else ""
         said.append(f"{name}: {count:,} of {found.tested:,} pixels{about}")
