@@ -336,7 +336,9 @@ def _changes(signs: dict[int, Sums], correlation: Correlation | None, chosen: Zo
     one = together(list(signs.values()))
     net = estimators.by_map(one, correlation)
     figures = _figures("net", net, one.area, chosen)
-    none = net._replace(mean=0 * net.mean, se=0 * net.se)  # 0 where nothing is found, NaN where nothing can be told
+    none = net._replace(
+        mean=net.mean - net.mean, se=net.se - net.se
+    )  # 0 where nothing is found, NaN where nothing can be told
     for name, sign in (("loss", -1), ("gain", 1)):
         part = signs[sign]
         found = estimators.by_map(part, correlation) if part.area else none
@@ -376,10 +378,11 @@ _ABOUT = {
 _OF_CHANGE = (
     "Net change is the sum over all pixels, losses (negative) and gains those over significant pixels alone. Standard "
     "errors are those of the maps: errors of pixels go together over distance, and all pairs of pixels count. Sums of "
-    "pixels that were picked because their change is large lie too far from 0, by more than their intervals tell; those"
-    " of the net change don't. By chance so many hectares would be called a loss, and as many a gain, if nothing had "
+    "pixels that were picked because their change is large lie too far from 0, which their intervals don't tell; the "
+    "net change picks none. By chance so many hectares would be called a loss, and as many a gain, if nothing had "
     "changed, before small patches are left out."
 )
+_HELD_OUT = " Footprints that the model was trained on make errors look too small."
 
 
 def _cells(table: "GeoDataFrame", level: float, of_change: bool) -> tuple[list[str], list[list[str]]]:
@@ -426,8 +429,7 @@ def _page(done: Done, places: str, maps: Sequence[str], footprints: Sequence[str
             f"<h2>How sure</h2><p>{_OF_CHANGE if done.of_change else _ABOUT[done.method]}</p>{used}",
             "<p>Areas are those on the ground (WGS 84). Means and totals are of the area that is covered, unless the "
             "table was made for whole zones (--scale-to-zone). Each piece of ground counts once, though several maps "
-            "have it: the first one that has data. Footprints that the model was trained on make errors look too "
-            "small.</p>",
+            f"have it: the first one that has data.{'' if done.of_change else _HELD_OUT}</p>",
             f"<p>Maps: {html.escape(name_list(maps, 20))}. Footprints: {html.escape(name_list(footprints, 20))}.</p>",
         ],
     )
@@ -436,11 +438,11 @@ def _page(done: Done, places: str, maps: Sequence[str], footprints: Sequence[str
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m biomass_jax.regional.zones",
-        description="Area, mean and total biomass of each zone, how sure they are, and a page about it.",
+        description="Area, mean and total biomass of each zone, or its change, how sure that is, and a page about it.",
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--maps", nargs="+", default=[], metavar="MAP", help="maps, or patterns of such; the first counts"
+        "--maps", nargs="+", default=[], metavar="MAP", help="maps, or rasters of change; the first counts"
     )
     parser.add_argument(
         "--zones", required=True, metavar="FILE", help="polygons: GeoPackage, GeoParquet, shapefile ..."

@@ -318,6 +318,7 @@ def main(words):
         if not words or any(word in name for word in words):
             held = draw()
             print(f"| {name} | " + " | ".join(f"{100 * held[side]:.1f}" for side in SIDES) + " |", flush=True)
+    print("\n| | net change | losses |\n|---|---|---|")
     for name, draw in OF_CHANGE.items():
         if not words or any(word in name for word in words):
             print(f"| {name} | " + " | ".join(f"{100 * share:.1f}" for share in draw().values()) + " |", flush=True)

@@ -145,6 +145,7 @@ def test_no_significant_change_is_zero_with_a_reason(land, capsys):
     table = pandas.read_csv(folder / "table.csv")
     zeros = [f"{name}{end}" for name in ("loss", "gain") for end in ("_ha", "", "_se", "_lo", "_hi", "_co2e")]
     assert (table.loc[0, [*zeros, "chance_ha"]] == 0).all() and table["net_se"][0] > 0
+    assert "-0.0" not in (folder / "table.csv").read_text()
     assert table["note"][0] == "no significant change; a small one can't be told from chance"
     assert table["note"][1] == "no data of the maps here" and table["covered_ha"][1] == 0
     assert table.loc[1, [*zeros, "net", "net_se", "chance_ha"]].isna().all()
