@@ -266,8 +266,9 @@ def test_the_command_tells_what_came_of_it(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_rate_on_stable_ground_and_the_share_of_false_ones_over_many_draws(tmp_path):
+def test_the_rate_on_stable_ground_and_the_share_of_false_ones_over_many_draws(tmp_path, monkeypatch):
     """With errors that reach over pixels, whose scatter single draws show: 30 of them."""
+    monkeypatch.setattr(module, "_TELLING", 2000)  # how errors go together isn't looked at here
     rates, false = [], []
     for seed in range(30):
         before, after, stable = two_maps(tmp_path, seed, changed=-90.0, reach=2.0)
