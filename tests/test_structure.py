@@ -25,7 +25,7 @@ OF_THEIR_OWN = {
     "biomass_jax.models.attention": "where another kernel for attention goes",
     "biomass_jax.models.simmim": "the other model",
     "biomass_jax.models.upernet": "the decoder of the literature",
-    "biomass_jax.regional.estimators": "totals and their errors as numbers, without maps or files",
+    "biomass_jax.regional.significance": "which differences are no chance as numbers, without maps or files",
     "biomass_jax.regional.products": "the layouts of maps that others publish, whatever is done with them",
     "biomass_jax.tasks.regression": "one task a module",
     "biomass_jax.tasks.simmim": "one task a module",

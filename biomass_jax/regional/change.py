@@ -25,16 +25,13 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
 import numpy as np
-from scipy import ndimage
-from scipy.optimize import minimize
-from scipy.special import ndtr
 
 from biomass_jax.data.raster import stac
 from biomass_jax.data.raster.cog import MapWriter
@@ -43,6 +40,16 @@ from biomass_jax.data.raster.resample import MaskSource
 from biomass_jax.data.raster.warp import MapFile, map_file
 from biomass_jax.data.raster.zonal import SD
 from biomass_jax.errors import RegionalError
+from biomass_jax.regional import estimators
+from biomass_jax.regional.estimators import Correlation, Lattice, Shared
+from biomass_jax.regional.significance import (
+    STEP,
+    central_variance,
+    counted,
+    least_significant,
+    variance,
+    without_small_patches,
+)
 from biomass_jax.runtime import environment
 from biomass_jax.runtime.files import check_local
 from biomass_jax.runtime.lock import writer_beside
@@ -55,8 +62,11 @@ _PIXELS = 2**21  # read at a time, in whole rows
 _SEASON_DAYS = 16  # by which seasons may be shifted: one cycle of Landsat
 _MOST_R = 0.99
 _LEAST_STABLE = 100  # pixels of stable ground
-_STEP, _STEPS = 1e-3, 60_000  # of the histograms of |z|: 0 to 60
-_WINDOWS = 3  # in which the middle of the differences is looked for
+_STEPS = 60_000  # of the histograms of |z|: 0 to 60
+_TOLD = ("ERROR_RANGE_M", "ERROR_NUGGET", "ERROR_SILL", "OFFSET_SE")  # tags, for sums over zones
+_REACH = 20_000.0  # metres: pairs of pixels further apart, or than half of the raster's side, tell no correlation
+_PATCH = 16  # pixels along the side of the patches that tell how errors go together: whole ones, for near pairs
+_TELLING = 50_000  # pixels in these patches, about
 
 
 @dataclass(frozen=True)
@@ -95,7 +105,7 @@ class Found:
         path: of the raster.
         null: see `Null`.
         tested: pixels with values in both maps.
-        threshold: least |z| that is significant, infinite where nothing is.
+        errors: see `Shared`.
         loss: pixels of loss that were kept, and the mean of their difference.
         gain: likewise.
         pixel_ha: area of a pixel in the middle.
@@ -105,7 +115,7 @@ class Found:
     path: Path
     null: Null
     tested: int
-    threshold: float
+    errors: Shared
     loss: tuple[int, float]
     gain: tuple[int, float]
     pixel_ha: float
@@ -201,11 +211,6 @@ def _apart(one: date, other: date) -> int:
     return min(days, 365 - days)
 
 
-def variance(sd_1: np.ndarray, sd_2: np.ndarray, r: float) -> np.ndarray:
-    """Of the difference of two estimates whose errors have the correlation r."""
-    return sd_1**2 + sd_2**2 - 2 * r * sd_1 * sd_2
-
-
 def null_of(pair: MapPair, stable: MaskSource | None) -> Null:
     """What differences are on stable ground, or where most of the ground is taken for stable.
 
@@ -217,14 +222,14 @@ def null_of(pair: MapPair, stable: MaskSource | None) -> Null:
     histogram = np.zeros(2 * _STEPS, np.int64)
     for u, q in _scaled(pair, stable, offset):
         count, squares, product = count + len(u), squares + float((u**2).sum()), product + float(q.sum())
-        histogram += _counted(u + _STEP * _STEPS, len(histogram))
+        histogram += counted(u + STEP * _STEPS, len(histogram))
     if count < _LEAST_STABLE:
         where = "values in both maps" if stable is None else f"values on the stable ground of {stable.name}"
         raise RegionalError(
             f"{pair.before.path} and {pair.after.path}: {count} pixels have {where}; expected {_LEAST_STABLE} or more "
             "to tell what differences are by chance"
         )
-    spread = squares / count if stable else _central_variance(histogram)
+    spread = squares / count if stable else central_variance(histogram)
     r = float(np.clip((1 - spread) / (product / count), -1, _MOST_R))
     return Null(offset, r, count, spread / (1 - r * product / count))
 
@@ -249,67 +254,36 @@ def _scaled(pair: MapPair, stable: MaskSource | None, offset: float) -> Iterator
         yield (d[known] - offset) / np.sqrt(square), 2 * sd_1[known] * sd_2[known] / square
 
 
-def _counted(values: np.ndarray, bins: int) -> np.ndarray:
-    """How many of the values lie in each step from 0 on; the last bin takes all beyond, the first all below."""
-    return np.bincount(np.clip(values / _STEP, 0, bins - 1).astype(np.int64), minlength=bins)
+def errors_of(pair: MapPair, stable: MaskSource | None, null: Null, threshold: float) -> Shared:
+    """How errors go together over distance: on stable ground, or in pixels that haven't changed significantly.
 
-
-def _central_variance(histogram: np.ndarray) -> float:
-    """Variance of the normal distribution that the middle of what was counted is a part of.
-
-    The middle is the narrowest half first, then 1.5 standard deviations around the mean of what that half tells. What
-    lies outside, such as changes, bears on it only by moving the middle.
+    The variogram of z tells how the variance is shared, `null` how large it is: what the threshold cuts off, and small
+    changes that it leaves, bear on the variogram's level first.
     """
-    total = np.concatenate([[0], np.cumsum(histogram)])
-    starts = np.flatnonzero(total <= total[-1] / 2)
-    stops = np.searchsorted(total, total[starts] + total[-1] / 2)
-    narrowest = np.argmin(stops - starts)
-    mean, sd = _normal_of(histogram, int(starts[narrowest]), int(stops[narrowest]))
-    for _ in range(_WINDOWS):
-        low, high = np.clip((mean + np.array([-1.5, 1.5]) * sd) / _STEP, 0, len(histogram)).astype(int)
-        mean, sd = _normal_of(histogram, int(low), int(high))
-    return sd**2
-
-
-def _normal_of(histogram: np.ndarray, first: int, last: int) -> tuple[float, float]:
-    """Mean and standard deviation of a normal distribution by its part in some bins (maximum likelihood)."""
-    counts, middles = histogram[first:last], _STEP * (np.arange(first, last) + 0.5)
-    low, high = _STEP * first, _STEP * last
-    mean = float(np.average(middles, weights=counts))
-    square = float(np.average((middles - mean) ** 2, weights=counts))
-
-    def loss(at: np.ndarray) -> float:
-        shift, sd = at[0], math.exp(at[1])
-        inside = ndtr((high - mean - shift) / sd) - ndtr((low - mean - shift) / sd)
-        return float((square + shift**2) / (2 * sd**2) + math.log(sd) + math.log(max(inside, 1e-300)))
-
-    start = [0.0, math.log((high - low) / 2)]
-    shift, log_sd = minimize(loss, start, method="Nelder-Mead", options={"xatol": 1e-6, "fatol": 1e-12}).x
-    return mean + float(shift), math.exp(float(log_sd))
-
-
-def least_significant(histogram: np.ndarray, fdr: float) -> float:
-    """The least |z| that Benjamini and Hochberg's step-up procedure calls significant; infinite where none is.
-
-    Args:
-        histogram: how many |z| lie in each step of 0.001 from 0 on.
-        fdr: share of the significant that may be so by chance.
-    """
-    beyond = np.cumsum(histogram[::-1])[::-1]  # how many are at least as large as a bin's lower end
-    lower = _STEP * np.arange(len(histogram))
-    passes = (2 * ndtr(-lower) <= fdr * beyond / max(int(beyond[0]), 1)) & (beyond > 0)
-    return float(lower[np.argmax(passes)]) if passes.any() else math.inf
-
-
-def without_small_patches(classes: np.ndarray, least: int) -> np.ndarray:
-    """Classes -1, 0, 1 (H, W), with 0 for patches of one sign of fewer than `least` pixels, by sides and corners."""
-    kept = classes.copy()
-    for sign in (-1, 1):
-        patches, count = ndimage.label(classes == sign, structure=np.ones((3, 3)))
-        small = np.bincount(patches.ravel(), minlength=count + 1) < least
-        small[0] = False
-        kept[small[patches]] = 0
-    return kept
+    size, rng = pair.grid.pixel_size() or (1.0, 1.0), np.random.default_rng(0)
+    shape = pair.grid.height, pair.grid.width
+    drawn = rng.random([side // _PATCH + 1 for side in shape]) < _TELLING / null.pixels
+    lattice, weight, places, values = Lattice(size[::-1], shape), 0.0, [], []
+    for start, stop, block in pair.blocks():
+        z = _z(block, null)
+        told = np.abs(z) < threshold
+        if stable is not None:
+            told = np.isfinite(z) & stable.read_rows(start, stop)
+        row, column = np.nonzero(told)
+        at = np.column_stack([row + start, column])
+        mine = drawn[tuple(at.T // _PATCH)]
+        places.append(at[mine] * size[::-1])
+        values.append(z[told][mine])
+        if stable is not None:
+            _, sd_1, sd_2 = block[:, told]
+            inverse = 1 / variance(sd_1, sd_2, 0.0)
+            lattice.add(at[:, 0], at[:, 1], inverse * np.sqrt(variance(sd_1, sd_2, null.r)))
+            weight += float(inverse.sum())
+    reach = min(_REACH, max(np.multiply(shape, size[::-1])) / 2)
+    at, z = np.concatenate(places), np.concatenate(values)
+    correlation = estimators.shares_of(at, z, null.z_variance, nearest=1.5 * max(size), reach=reach)
+    offset_se = math.sqrt(lattice.variance(correlation)) / weight if correlation is not None and weight else 0.0
+    return Shared(correlation, offset_se, threshold)
 
 
 def change(
@@ -346,16 +320,14 @@ def change(
         if chosen.stable is not None:
             stable = stack.enter_context(MaskSource(chosen.stable, pair.grid, chosen.stable_keep))
         null = null_of(pair, stable)
-        histogram = np.zeros(_STEPS, np.int64)
-        for _, _, values in pair.blocks():
-            histogram += _counted(np.abs(z := _z(values, null))[np.isfinite(z)], _STEPS)
-        threshold = least_significant(histogram, chosen.fdr)
-        pixel_ha = math.prod(pair.grid.pixel_size() or (0.0, 0.0)) / 1e4
+        histogram = _histogram(pair, null)
+        errors = errors_of(pair, stable, null, threshold := least_significant(histogram, chosen.fdr))
+        pixel_ha = math.prod(pair.grid.pixel_size() or (0.0,)) / 1e4
         least = max(math.ceil(chosen.min_area_ha / pixel_ha - 1e-6), 1)
         sums = {sign: [0, 0.0] for sign in (-1, 1)}
         label, unit = next(iter(pair.before.layers.items()))
         layers = {f"{label}_change": unit, f"{label}_change_sd": unit, "significant": "1"}
-        tags = _tags(pair, chosen, null, threshold, command)
+        tags = _tags(pair, chosen, null, errors, command)
         with MapWriter(out, pair.grid, nodata=NODATA, layers=layers, tags=tags) as writer:
             for start, stop, values in pair.blocks(halo=least):
                 z = _z(values, null)
@@ -371,7 +343,15 @@ def change(
             stac.remove_item(Path(out))  # of the raster that this one replaces
     stac.write_item(Path(out), os.fspath(before), os.fspath(after))
     loss, gain = ((int(count), total / max(count, 1)) for count, total in sums.values())
-    return Found(Path(out), null, int(histogram.sum()), threshold, loss, gain, pixel_ha, unit)
+    return Found(Path(out), null, int(histogram.sum()), errors, loss, gain, pixel_ha, unit)
+
+
+def _histogram(pair: MapPair, null: Null) -> np.ndarray:
+    """How many |z| lie in each step from 0 on."""
+    histogram = np.zeros(_STEPS, np.int64)
+    for _, _, values in pair.blocks():
+        histogram += counted(np.abs(z := _z(values, null))[np.isfinite(z)], _STEPS)
+    return histogram
 
 
 def _z(values: np.ndarray, null: Null) -> np.ndarray:
@@ -379,15 +359,39 @@ def _z(values: np.ndarray, null: Null) -> np.ndarray:
     return (d - null.offset) / np.sqrt(variance(sd_1, sd_2, null.r))
 
 
-def _tags(pair: MapPair, settings: Change, null: Null, threshold: float, command: str) -> dict[str, str]:
+def _tags(pair: MapPair, settings: Change, null: Null, errors: Shared, command: str) -> dict[str, str]:
     both = {"SEASON", "SENSORS", "MODEL_SHA256"}
     tags = {f"{name}_BEFORE": text for name, text in pair.before.tags.items() if name in both}
     tags |= {f"{name}_AFTER": text for name, text in pair.after.tags.items() if name in both}
     tags |= {"BEFORE": Path(pair.before.path).name, "AFTER": Path(pair.after.path).name, "COMMAND": command}
     tags["SOFTWARE"] = f"biomass_jax {__version__}"
-    tags |= {"OFFSET": repr(null.offset), "ERROR_CORRELATION": repr(null.r), "Z_THRESHOLD": repr(threshold)}
+    tags |= {"OFFSET": repr(null.offset), "ERROR_CORRELATION": repr(null.r), "Z_THRESHOLD": repr(errors.threshold)}
+    if errors.correlation is not None:
+        told = (errors.correlation.range_m, errors.correlation.nugget, errors.correlation.sill, errors.offset_se)
+        tags |= {name: repr(value) for name, value in zip(_TOLD, told, strict=True)}
     tags |= {name.upper(): str(value) for name, value in dataclasses.asdict(settings).items()}
     return tags
+
+
+def told_by(path: str, tags: Mapping[str, str]) -> Shared:
+    """What the tags of a raster of change say, as `change` has written them.
+
+    Raises:
+        RegionalError: a tag is missing or no number; those of the correlation may be missing together.
+    """
+    found = {}
+    for name in ("Z_THRESHOLD", *(_TOLD if {*_TOLD} & {*tags} else ())):
+        try:
+            found[name] = float(tags[name])
+        except (KeyError, ValueError) as error:
+            raise RegionalError(
+                f"{path}: tag {name} is {tags.get(name)!r}; expected a number, as biomass-jax change writes it; make "
+                "the raster of change anew"
+            ) from error
+    if len(found) == 1:
+        return Shared(threshold=found["Z_THRESHOLD"])
+    reach, nugget, sill, offset_se = (found[name] for name in _TOLD)
+    return Shared(Correlation(reach, nugget, sill), offset_se, found["Z_THRESHOLD"])
 
 
 def _lines(found: Found, stable: str | None) -> list[str]:
@@ -399,6 +403,8 @@ def _lines(found: Found, stable: str | None) -> list[str]:
             f"warning: the maps' standard deviations don't fit: on stable ground the variance of z is "
             f"{null.z_variance:.2f}, not 1"
         )
+    if found.errors.correlation is not None:
+        said.append(estimators.about(found.errors.correlation))
     for name, (count, mean) in (("loss", found.loss), ("gain", found.gain)):
         about = f", {count * found.pixel_ha:,.1f} ha, {mean:+.1f} {found.unit} on average" if count else ""
         said.append(f"{name}: {count:,} of {found.tested:,} pixels{about}")

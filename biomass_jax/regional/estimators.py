@@ -3,7 +3,7 @@
 docs/regional.md has the formulas in words, what each takes for granted and where it comes from.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -45,11 +45,39 @@ class Correlation:
         return self.sill * _shape(self.model, np.asarray(distance, float) / self.range_m)
 
 
+def about(correlation: Correlation) -> str:
+    """How errors go together, in a line."""
+    return (
+        f"errors go together up to {correlation.range_m / 1000:.3g} km ({correlation.model}); of the variance that "
+        f"maps state, {correlation.nugget:.0%} is each pixel's own, {correlation.sill:.0%} near pixels share, "
+        f"{correlation.common:.1%} all pixels share"
+    )
+
+
 def _shape(model: str, h: np.ndarray) -> np.ndarray:
     """Correlation over distance / range: 1 at 0."""
     if model == "exponential":
         return np.exp(-3 * h)
     return np.where(h < 1, 1 - 1.5 * h + 0.5 * h**3, 0.0)
+
+
+class Shared(NamedTuple):
+    """What sums over a raster of change need besides its pixels.
+
+    Attributes:
+        correlation: of differences' errors divided by their sd; None where too few pixels tell it.
+        offset_se: standard error of the offset, Mg/ha, an error that all pixels share; 0 where nothing is taken off.
+        threshold: least |z| that is significant, infinite where nothing is.
+    """
+
+    correlation: Correlation | None = None
+    offset_se: float = 0.0
+    threshold: float = np.inf
+
+    @property
+    def chance(self) -> float:
+        """Share of the ground that would be called a loss by chance, and as much a gain, if nothing had changed."""
+        return float(special.ndtr(-self.threshold))
 
 
 @dataclass
@@ -91,6 +119,39 @@ class Lattice:
         decaying = double_sum(self.weights, self.spacing, correlation, self.factor)
         common = correlation.common * float(self.weights.sum()) ** 2
         return correlation.nugget * self.squares + decaying + common
+
+
+class Sums(NamedTuple):
+    """Of pixels in a zone, of one kind or several.
+
+    Attributes:
+        area: ha.
+        total: Mg.
+        pixels: how many.
+        lattice: of their errors; None where these aren't asked for.
+        shift: Mg that all together are off by for one standard deviation of an error that they all share.
+        chance: ha that would be called a loss by chance, and as many a gain, if nothing had changed.
+    """
+
+    area: float = 0.0
+    total: float = 0.0
+    pixels: int = 0
+    lattice: Lattice | None = None
+    shift: float = 0.0
+    chance: float = 0.0
+
+
+def together(parts: Sequence[Sums]) -> Sums:
+    """Sums of pixels of several kinds as one, their lattices too, so that errors of different kinds go together."""
+    area, total, pixels, lattices, shift, chance = zip(*parts, strict=True) if parts else [()] * 6
+    found = [lattice for lattice in lattices if lattice is not None]
+    whole = found[0] if found else None
+    if len(found) > 1:
+        whole = Lattice(found[0].spacing, found[0].shape)
+        for lattice in found:
+            whole.weights += lattice.weights
+            whole.squares += lattice.squares
+    return Sums(sum(area), sum(total), sum(pixels), whole, sum(shift), sum(chance))
 
 
 def double_sum(weights: np.ndarray, spacing: tuple[float, float], correlation: Correlation, factor: int = 1) -> float:
@@ -207,7 +268,9 @@ class Variogram(NamedTuple):
     pairs: np.ndarray
 
 
-def variogram(places: np.ndarray, values: np.ndarray, reach: float, bins: int = 16, seed: int = 0) -> Variogram:
+def variogram(
+    places: np.ndarray, values: np.ndarray, reach: float, bins: int = 16, seed: int = 0, nearest: float | None = None
+) -> Variogram:
     """The empirical variogram (Matheron), of some pairs where there are very many.
 
     Args:
@@ -216,22 +279,23 @@ def variogram(places: np.ndarray, values: np.ndarray, reach: float, bins: int = 
         reach: metres, of the largest bin.
         bins: how many, each wider than the one before it.
         seed: of the draw of pairs.
+        nearest: metres, at which the first bin ends; 1 / 64 of the reach unless given.
 
     Returns:
         The bins that have pairs.
     """
     rng = np.random.default_rng(seed)
-    edges = np.concatenate([[0.0], reach * np.geomspace(1 / 64, 1, bins)])
+    edges = np.concatenate([[0.0], np.geomspace(nearest or reach / 64, reach, bins)])
     order = rng.permutation(len(places))
-    anchors, found = order[:_ANCHORS], []
+    anchors, found, whole = order[:_ANCHORS], [], cKDTree(places[order])
     for low, high in zip(edges[:-1], edges[1:], strict=True):
-        some = order
+        some, tree = order, whole
         while True:  # fewer shots where they are so many that an anchor has more partners than are needed
-            tree = cKDTree(places[some])
             counts = tree.query_ball_point(places[anchors[:100]], high, return_length=True)
             if counts.mean() <= 2 * _PARTNERS or len(some) <= _PARTNERS:
                 break
             some = some[: max(int(len(some) * _PARTNERS / counts.mean()), _PARTNERS)]
+            tree = cKDTree(places[some])
         lists = tree.query_ball_point(places[anchors], high)
         first = np.repeat(anchors, [len(one) for one in lists])
         second = some[np.concatenate([np.asarray(one, int) for one in lists])] if len(first) else first
@@ -247,13 +311,58 @@ def variogram(places: np.ndarray, values: np.ndarray, reach: float, bins: int = 
     )
 
 
+def fit_variogram(seen: Variogram, model: str, reach: float) -> Correlation:
+    """Nugget, sill and range by least squares, a bin weighing by its pairs over its squared value (Cressie 1985).
+
+    Args:
+        seen: of some bins, whose values aren't all 0.
+        model: one of MODELS.
+        reach: metres, of the largest bin; the range is at most twice that.
+    """
+    top = float(seen.value.max())
+    weight = np.sqrt(seen.pairs / seen.pairs.sum())
+
+    def off(p: np.ndarray) -> np.ndarray:
+        fitted = p[0] + p[1] * (1 - _shape(model, seen.distance / (p[2] * reach)))
+        return weight * (seen.value - fitted) / np.maximum(fitted, 1e-3 * top)
+
+    ends = ([0.0, 0.0, float(seen.distance[0] / reach)], [2 * top, 2 * top, 2.0])
+    starts = [(0.5 * top, 0.5 * top, start) for start in (0.1, 0.3, 0.9)]
+    # By SciPy: scikit-gstat, which has this fit too, asks for a SciPy older than those that are tested here.
+    fits = [optimize.least_squares(off, np.clip(start, *ends), bounds=ends) for start in starts]
+    nugget, sill, share = min(fits, key=lambda fit: fit.cost).x
+    return Correlation(float(share * reach), float(nugget), float(sill), 0.0, model)
+
+
+def shares_of(
+    places: np.ndarray, values: np.ndarray, variance: float, *, nearest: float, reach: float
+) -> Correlation | None:
+    """How values of a known variance share it over distance: an exponential variogram, of which the shape alone counts.
+
+    Args:
+        places: (n, 2) metres.
+        values: (n,) of errors divided by their standard deviation, some large ones cut off perhaps.
+        variance: of all of them; nugget and sill add up to it.
+        nearest: metres, of the first bin of pairs.
+        reach: metres, of the last one.
+
+    Returns:
+        None where too few pairs tell it.
+    """
+    seen = variogram(places, values, reach, nearest=nearest) if len(places) else Variogram(*np.empty((3, 0)))
+    if len(seen.value) < 5 or not seen.value.any():
+        return None
+    found = fit_variogram(seen, MODELS[0], reach)
+    scale = variance / (found.nugget + found.sill)
+    return Correlation(found.range_m, scale * found.nugget, scale * found.sill, 0.0, found.model)
+
+
 def fit_correlation(
     places: np.ndarray, residuals: np.ndarray, *, model: str = "exponential", reach: float, seed: int = 0
 ) -> Correlation:
     """What residuals tell of how errors go together.
 
-    Nugget, sill and range are fitted to the variogram by least squares, a bin weighing by its pairs over its squared
-    value (Cressie 1985). What all share is the squared mean of the residuals, less the variance that this mean has by
+    By `fit_variogram`. What all share is the squared mean of the residuals, less the variance that this mean has by
     the rest of the fit alone; not below 0.
 
     Args:
@@ -273,19 +382,7 @@ def fit_correlation(
             f"{reach / 1000:g} km: expected 50 or more, with pairs in 5 or more, to fit how errors go together; give "
             "more footprints (--footprints), another reach (--max-lag-km), or --range-km and --nugget by hand"
         )
-    top = float(seen.value.max())
-    weight = np.sqrt(seen.pairs / seen.pairs.sum())
-
-    def off(p: np.ndarray) -> np.ndarray:
-        fitted = p[0] + p[1] * (1 - _shape(model, seen.distance / (p[2] * reach)))
-        return weight * (seen.value - fitted) / np.maximum(fitted, 1e-3 * top)
-
-    ends = ([0.0, 0.0, float(seen.distance[0] / reach)], [2 * top, 2 * top, 2.0])
-    starts = [(0.5 * top, 0.5 * top, start) for start in (0.1, 0.3, 0.9)]
-    # By SciPy: scikit-gstat, which has this fit too, asks for a SciPy older than those that are tested here.
-    fits = [optimize.least_squares(off, np.clip(start, *ends), bounds=ends) for start in starts]
-    nugget, sill, share = min(fits, key=lambda fit: fit.cost).x
-    found = Correlation(float(share * reach), float(nugget), float(sill), 0.0, model)
+    found = fit_variogram(seen, model, reach)
     common = float(residuals.mean()) ** 2 - _variance_of_mean(places, found, len(residuals), seed)
     return Correlation(found.range_m, found.nugget, found.sill, max(common, 0.0), model)
 
@@ -331,9 +428,13 @@ class Estimate(NamedTuple):
     note: str = ""
 
 
-def by_map(mean: float, area: float, lattice: Lattice, correlation: Correlation) -> Estimate:
-    """The map's mean, with its errors' double sum."""
-    return Estimate(mean, np.sqrt(lattice.variance(correlation)) / area, np.inf)
+def by_map(one: Sums, correlation: Correlation | None) -> Estimate:
+    """The map's mean over an area; where its errors are known, their double sum and what all pixels are off by."""
+    if not one.area:
+        return Estimate(np.nan, np.nan, np.nan, "no data of the maps here")
+    if correlation is None or one.lattice is None:
+        return Estimate(one.total / one.area, np.nan, np.nan)
+    return Estimate(one.total / one.area, np.sqrt(one.lattice.variance(correlation) + one.shift**2) / one.area, np.inf)
 
 
 def model_assisted(mean: float, residuals: np.ndarray, tracks: np.ndarray) -> Estimate:

@@ -3,7 +3,6 @@
 import argparse
 import html
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,8 @@ from biomass_jax.data.vectors import (
 from biomass_jax.errors import RegionalError, name_list
 from biomass_jax.figures import page as pages
 from biomass_jax.regional import estimators
-from biomass_jax.regional.estimators import Correlation, Estimate, Lattice
+from biomass_jax.regional.change import told_by
+from biomass_jax.regional.estimators import Correlation, Estimate, Lattice, Shared, Sums, together
 from biomass_jax.runtime import environment
 from biomass_jax.runtime.files import check_local, expanded, write_text
 from biomass_jax.runtime.lock import writer_beside
@@ -80,15 +80,6 @@ class Zones:
     seed: int = setting(0, "of the draw of pairs for the fit", within=Range(0))
 
 
-class Sums(NamedTuple):
-    """Of a zone's pixels of one kind: ha, Mg, how many, and the lattice of their errors."""
-
-    area: float = 0.0
-    total: float = 0.0
-    pixels: int = 0
-    lattice: Lattice | None = None
-
-
 class Shots(NamedTuple):
     """Footprints, what the maps have there, which cluster each is of, and how it hangs on GEDI's models, if told."""
 
@@ -99,12 +90,13 @@ class Shots(NamedTuple):
 
 
 class Done(NamedTuple):
-    """What came of it: the table, the way of its errors, how errors go together where that was needed."""
+    """What came of it: the table, the way of its errors, how errors go together if that was needed; is it of change?"""
 
     table: "GeoDataFrame"
     method: str
     correlation: Correlation | None
     footprints: int
+    of_change: bool
 
 
 def zones(
@@ -118,7 +110,8 @@ def zones(
     """Biomass by zone.
 
     Args:
-        maps: paths of maps; where they overlap the first one that has data counts. None are needed for `hybrid`.
+        maps: paths of maps, or of rasters of `change`; where they overlap the first one that has data counts. None
+            are needed for `hybrid`.
         places: the file of zones.
         footprints: tables of footprints, or folders of such.
         granules: of GEDI L4A, that the footprints are from, or folders of such; for `hybrid`.
@@ -135,10 +128,12 @@ def zones(
     chosen = _checked(settings, maps, footprints)
     frame = read_zones(places, chosen.layer)
     found = outlines(frame, str(places))
-    method = _method(chosen, bool(footprints))
-    if granules and method != HYBRID:
-        raise RegionalError(f"--granules tell of GEDI's models, which method {method} doesn't take; only hybrid does")
     with Maps(maps, chosen.classes) as surface:
+        method = _method(chosen, surface, footprints)
+        if granules and method != HYBRID:
+            raise RegionalError(
+                f"--granules tell of GEDI's models, which method {method} doesn't take; only hybrid does"
+            )
         for entry in surface.entries:
             if method == MAP and entry.sd is None:
                 raise RegionalError(
@@ -149,15 +144,16 @@ def zones(
         if footprints:
             boxes = [entry.box for entry in surface.entries] if method == MAP else [one.bounds for one in found]
             shots = _shots(read_footprints(footprints, boxes), granules, surface, chosen, method)
-        correlation = _correlation(chosen, shots) if method == MAP else None
+        errors = _errors(chosen, surface, shots, method)
         rows: list[dict[str, Any]] = []
         with Progress("zones", len(found), terminal=False, every=15.0) as shown:
             for number, outline in enumerate(found):
-                rows += [{"zone": number} | row for row in _rows(surface, outline, shots, correlation, method, chosen)]
+                rows += [{"zone": number} | row for row in _rows(surface, outline, shots, errors, method, chosen)]
                 shown.advance(1)
     table = frame.iloc[[row.pop("zone") for row in rows]].reset_index(drop=True)
     columns = {name: [row[name] for row in rows] for name in rows[0]}
-    return Done(add_columns(table, columns), method, correlation, 0 if shots is None else len(shots.cluster))
+    correlation, count = errors[0].correlation if errors else None, 0 if shots is None else len(shots.cluster)
+    return Done(add_columns(table, columns), method, correlation, count, "net" in columns)
 
 
 def _checked(settings: dict[str, object], maps: Sequence[Any], footprints: Sequence[Any]) -> Zones:
@@ -175,10 +171,6 @@ def _checked(settings: dict[str, object], maps: Sequence[Any], footprints: Seque
     by_hand = (chosen.range_km, chosen.nugget)
     if (by_hand[0] is None) != (by_hand[1] is None) or (chosen.common is not None and by_hand[0] is None):
         raise RegionalError("--range-km and --nugget go together, and --common only with them")
-    if chosen.method == MAP and not footprints and by_hand[0] is None:
-        raise RegionalError(
-            "method is map: give --footprints that the model wasn't trained on, or --range-km and --nugget"
-        )
     if (chosen.nugget or 0) + (chosen.common or 0) > 1:
         raise RegionalError(
             f"nugget {chosen.nugget:g} and common {chosen.common:g}: expected shares that add up to 1 at most"
@@ -186,7 +178,18 @@ def _checked(settings: dict[str, object], maps: Sequence[Any], footprints: Seque
     return chosen
 
 
-def _method(chosen: Zones, footprints: bool) -> str:
+def _method(chosen: Zones, surface: Maps, footprints: Sequence[Any]) -> str:
+    if surface.of_change:
+        for given, flag in ((footprints, "--footprints"), (chosen.scale_to_zone, "--scale-to-zone")):
+            if given:
+                raise RegionalError(
+                    f"{surface.entries[0].path} is a raster of change, and {flag} goes with maps of biomass alone"
+                )
+        return MAP if chosen.method == AUTO else chosen.method
+    if chosen.method == MAP and not footprints and chosen.range_km is None:
+        raise RegionalError(
+            "method is map: give --footprints that the model wasn't trained on, or --range-km and --nugget"
+        )
     if chosen.method != AUTO:
         return chosen.method
     if chosen.range_km is not None:
@@ -201,88 +204,100 @@ def _shots(found: Footprints, granules: Sequence[str | Path], surface: Maps, cho
     return Shots(found, at, cluster, read_gradients(granules, found.number) if granules else None)
 
 
-def _correlation(chosen: Zones, shots: Shots | None) -> Correlation:
-    """How the map's errors go together: given by hand, or fitted to residuals at footprints."""
-    if chosen.range_km is not None:
-        nugget, common = chosen.nugget or 0.0, chosen.common or 0.0
-        return Correlation(1000 * chosen.range_km, nugget, 1 - nugget - common, common, chosen.correlation)
-    assert shots is not None  # `_checked` has seen to it
+def _errors(chosen: Zones, surface: Maps, shots: Shots | None, method: str) -> list[Shared]:
+    """Of each map; the correlation is that of all together: by hand, of rasters of change, or fitted to residuals."""
+    told = [told_by(entry.path, entry.tags) if surface.of_change else Shared() for entry in surface.entries]
+    if method != MAP or chosen.range_km is not None:
+        found = None
+        if method == MAP and chosen.range_km is not None:
+            nugget, common = chosen.nugget or 0.0, chosen.common or 0.0
+            found = Correlation(1000 * chosen.range_km, nugget, 1 - nugget - common, common, chosen.correlation)
+        return [Shared(found, threshold=one.threshold) for one in told]
+    if surface.of_change:
+        fits = [one.correlation for one in told if one.correlation is not None]
+        for entry, one in zip(surface.entries, told, strict=True):
+            if one.correlation is None:
+                raise RegionalError(
+                    f"{entry.path}: no tag ERROR_RANGE_M tells how its errors go together; make it anew with "
+                    "biomass-jax change, or give --range-km and --nugget"
+                )
+        mean = np.mean([(fit.range_m, fit.nugget, fit.sill) for fit in fits], axis=0)
+        return [one._replace(correlation=Correlation(*mean.tolist())) for one in told]
+    assert shots is not None  # `_method` has seen to it
     used = np.flatnonzero(np.isfinite(shots.at.value) & (shots.at.sd > 0))
     residuals = (shots.at.value - shots.of.agbd)[used] / shots.at.sd[used]
     places = estimators.on_sphere(shots.of.lon[used], shots.of.lat[used])
     reach = 1000 * chosen.max_lag_km
-    return estimators.fit_correlation(places, residuals, model=chosen.correlation, reach=reach, seed=chosen.seed)
+    fit = estimators.fit_correlation(places, residuals, model=chosen.correlation, reach=reach, seed=chosen.seed)
+    return [Shared(fit)] * len(told)
 
 
 def _rows(
-    surface: Maps, outline: "Geometry", shots: Shots | None, correlation: Correlation | None, method: str, chosen: Zones
+    surface: Maps, outline: "Geometry", shots: Shots | None, errors: Sequence[Shared], method: str, chosen: Zones
 ) -> list[dict[str, Any]]:
     """The rows of one zone: one, or one a class."""
     area = ground_area(outline)
-    sums = {-1: Sums(area)} if method == HYBRID else _sums(surface, outline, correlation, chosen)
+    sums = {(-1, 0): Sums(area)} if method == HYBRID else _sums(surface, outline, errors, chosen)
     covered = sum(one.area for one in sums.values())
-    if chosen.keep:
-        sums = {-1: _together([sums[kind] for kind in chosen.keep if kind in sums])}
     inside = np.empty(0, int) if shots is None else inside_of(outline, shots.of.lon, shots.of.lat)
+    correlation = errors[0].correlation if errors else None
     rows = []
-    for kind, one in sorted(sums.items()):
+    for kinds in [chosen.keep] if chosen.keep else [(kind,) for kind in sorted({kind for kind, _ in sums})]:
         mine = inside
         if shots is not None and method != HYBRID:
             mine = mine[np.isfinite(shots.at.value[mine])]
             if chosen.classes is not None:
-                mine = mine[np.isin(shots.at.kind[mine], chosen.keep or (kind,))]
-        found = _estimate(one, shots, mine, correlation, method, chosen)
-        whole = area if chosen.scale_to_zone else one.area
-        rows.append(
-            (
-                {}
-                if chosen.classes is None
-                else {"class": "+".join(map(str, chosen.keep)) or (str(kind) if kind >= 0 else "none")}
-            )
-            | {"area_ha": area, "covered_ha": one.area, "covered_share": min(covered / area, 1.0)}
-            | {"n_pixels": one.pixels, "n_shots": len(mine)}
-            | {"n_tracks": 0 if shots is None else len(np.unique(shots.cluster[mine]))}
-            | _figures(found, whole, chosen)
-            | {"method": method, "note": found.note}
-        )
+                mine = mine[np.isin(shots.at.kind[mine], kinds)]
+        signs = {
+            sign: together([one for (kind, its), one in sums.items() if kind in kinds and its == sign])
+            for sign in (-1, 0, 1)
+        }
+        one = together(list(signs.values()))
+        row: dict[str, Any] = {"area_ha": area, "covered_ha": one.area, "covered_share": min(covered / area, 1.0)}
+        row |= {"n_pixels": one.pixels}
+        if chosen.classes is not None:
+            row = {"class": "+".join(str(kind) if kind >= 0 else "none" for kind in kinds)} | row
+        if surface.of_change:
+            figures, note = _changes(signs, correlation, chosen)
+        else:
+            found = _estimate(one, shots, mine, correlation, method, chosen)
+            row |= {"n_shots": len(mine), "n_tracks": 0 if shots is None else len(np.unique(shots.cluster[mine]))}
+            figures = _figures("total", found, area if chosen.scale_to_zone else one.area, chosen)
+            note = found.note
+        rows.append(row | figures | {"method": method, "note": note})
     return rows
 
 
-def _sums(surface: Maps, outline: "Geometry", correlation: Correlation | None, chosen: Zones) -> dict[int, Sums]:
-    """By class; -1 alone where there are none, and where nothing is covered."""
-    sums: dict[int, Sums] = defaultdict(Sums)
-    plane = surface.plane(outline) if correlation is not None and surface.meeting(outline) else None
+def _sums(surface: Maps, outline: "Geometry", errors: Sequence[Shared], chosen: Zones) -> dict[tuple[int, int], Sums]:
+    """By class and sign of change; (-1, 0) alone where nothing is covered."""
+    sums: dict[tuple[int, int], Sums] = {}
+    with_errors = errors[0].correlation is not None
+    plane = surface.plane(outline) if with_errors and surface.meeting(outline) else None
     for cells in surface.cells(outline):
-        seen = np.isfinite(cells.value)
+        seen, its = np.isfinite(cells.value), errors[cells.entry]
         if plane is not None and not np.isfinite(cells.sd[seen]).all():
             raise RegionalError(
                 f"{surface.entries[cells.entry].path}: pixels with agbd and without agbd_sd; make it anew"
             )
-        for kind in np.unique(cells.kind[seen]).tolist():
-            mine = seen & (cells.kind == kind)
-            before, area = sums[kind], cells.area[mine]
+        codes = 3 * cells.kind + cells.sign
+        rows, columns = (codes, codes) if plane is None else surface.in_plane(plane, cells)
+        for code in np.unique(codes[seen]).tolist():
+            mine = seen & (codes == code)
+            key, area = ((code + 1) // 3, (code + 1) % 3 - 1), cells.area[mine]
+            before, whole = sums.get(key, Sums()), float(area.sum())
             lattice = before.lattice
             if plane is not None:
                 lattice = lattice or Lattice(plane.spacing, plane.shape)
-                rows, columns = surface.in_plane(plane, cells)
                 lattice.add(rows[mine], columns[mine], area * cells.sd[mine])
-            sums[kind] = Sums(
-                before.area + float(area.sum()),
+            sums[key] = Sums(
+                before.area + whole,
                 before.total + float((area * cells.value[mine]).sum()),
                 before.pixels + int(mine.sum()),
                 lattice,
+                before.shift + its.offset_se * whole,
+                before.chance + its.chance * whole,
             )
-    return dict(sums) or {-1: Sums()}
-
-
-def _together(parts: Sequence[Sums]) -> Sums:
-    lattices = [part.lattice for part in parts if part.lattice is not None]
-    whole = Lattice(lattices[0].spacing, lattices[0].shape) if lattices else None
-    for lattice in lattices:
-        assert whole is not None
-        whole.weights += lattice.weights
-        whole.squares += lattice.squares
-    return Sums(sum(p.area for p in parts), sum(p.total for p in parts), sum(p.pixels for p in parts), whole)
+    return sums or {(-1, 0): Sums()}
 
 
 def _estimate(
@@ -291,16 +306,11 @@ def _estimate(
     if method == HYBRID:
         assert shots is not None
         return _hybrid(shots, mine, chosen)
-    if not one.area:
-        return Estimate(np.nan, np.nan, np.nan, "no data of the maps here")
-    mean = one.total / one.area
-    if method == MAP:
-        assert one.lattice is not None and correlation is not None
-        return estimators.by_map(mean, one.area, one.lattice, correlation)
-    if method == ASSISTED:
+    found = estimators.by_map(one, correlation)
+    if method == ASSISTED and one.area:
         assert shots is not None
-        return estimators.model_assisted(mean, (shots.of.agbd - shots.at.value)[mine], shots.cluster[mine])
-    return Estimate(mean, np.nan, np.nan)
+        return estimators.model_assisted(found.mean, (shots.of.agbd - shots.at.value)[mine], shots.cluster[mine])
+    return found
 
 
 def _hybrid(shots: Shots, mine: np.ndarray, chosen: Zones) -> Estimate:
@@ -321,23 +331,35 @@ def _hybrid(shots: Shots, mine: np.ndarray, chosen: Zones) -> Estimate:
     return found if found.note else found._replace(note=note)
 
 
-def _figures(found: Estimate, area: float, chosen: Zones) -> dict[str, float]:
-    """Mean, total and its interval, and what follows from them."""
+def _changes(signs: dict[int, Sums], correlation: Correlation | None, chosen: Zones) -> tuple[dict[str, float], str]:
+    """Net change of all pixels, losses and gains of the significant ones, and what there is to say about them."""
+    one = together(list(signs.values()))
+    net = estimators.by_map(one, correlation)
+    figures = _figures("net", net, one.area, chosen)
+    none = net._replace(
+        mean=net.mean - net.mean, se=net.se - net.se
+    )  # 0 where nothing is found, NaN where nothing can be told
+    for name, sign in (("loss", -1), ("gain", 1)):
+        part = signs[sign]
+        found = estimators.by_map(part, correlation) if part.area else none
+        figures |= {f"{name}_ha": part.area if one.area else np.nan} | _figures(name, found, part.area, chosen)
+    note = net.note
+    if not note and not signs[-1].area + signs[1].area:
+        note = "no significant change; a small one can't be told from chance"
+    return figures | {"chance_ha": one.chance if one.area else np.nan}, note
+
+
+def _figures(name: str, found: Estimate, area: float, chosen: Zones) -> dict[str, float]:
+    """A mean and the amount of an area, with intervals, and what follows from them."""
     reach = estimators.quantile(chosen.level, found.freedom) * found.se if np.isfinite(found.se) else np.nan
-    total = found.mean * area
-    row = {
-        "mean": found.mean,
-        "mean_se": found.se,
-        "total": total,
-        "total_se": found.se * area,
-        "total_lo": total - reach * area,
-        "total_hi": total + reach * area,
-    }
+    amount = found.mean * area
+    ends = {"": amount, "_se": found.se * area, "_lo": amount - reach * area, "_hi": amount + reach * area}
+    before = "" if name == "total" else f"{name}_"
+    row = {} if name in ("loss", "gain") else {"mean": found.mean, "mean_se": found.se}
+    factors = {name: 1.0}
     if chosen.carbon_fraction is not None:
-        names = {"carbon": chosen.carbon_fraction, "co2e": chosen.carbon_fraction * CO2_OF_CARBON}
-        ends = {"": total, "_se": found.se * area, "_lo": row["total_lo"], "_hi": row["total_hi"]}
-        row |= {f"{name}{end}": factor * value for name, factor in names.items() for end, value in ends.items()}
-    return row
+        factors |= {f"{before}carbon": chosen.carbon_fraction, f"{before}co2e": chosen.carbon_fraction * CO2_OF_CARBON}
+    return row | {f"{one}{end}": factor * value for one, factor in factors.items() for end, value in ends.items()}
 
 
 _ABOUT = {
@@ -353,15 +375,41 @@ _ABOUT = {
     NONE: "No standard errors: they take footprints of GEDI, or maps with standard deviations and how far their "
     "errors go together.",
 }
+_OF_CHANGE = (
+    "Net change is the sum over all pixels, losses (negative) and gains those over significant pixels alone. Standard "
+    "errors are those of the maps: errors of pixels go together over distance, and all pairs of pixels count. Sums of "
+    "pixels that were picked because their change is large lie too far from 0, which their intervals don't tell; the "
+    "net change picks none. By chance so many hectares would be called a loss, and as many a gain, if nothing had "
+    "changed, before small patches are left out."
+)
+_HELD_OUT = " Footprints that the model was trained on make errors look too small."
 
 
-def about(correlation: Correlation) -> str:
-    """How errors go together, in a line."""
-    return (
-        f"errors go together up to {correlation.range_m / 1000:.3g} km ({correlation.model}); of the variance that "
-        f"maps state, {correlation.nugget:.0%} is each pixel's own, {correlation.sill:.0%} near pixels share, "
-        f"{correlation.common:.1%} all pixels share"
-    )
+def _cells(table: "GeoDataFrame", level: float, of_change: bool) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of the page's table, after what names the zone."""
+    interval = f"{level:.0%} interval, Mg"
+    amounts = ("net", "loss", "gain") if of_change else ("total",)
+    head = ["area, ha", "covered"]
+    head += [] if of_change else ["mean, Mg/ha", "its standard error"]
+    for name in amounts:
+        head += [f"{name}, ha"] if name in ("loss", "gain") else []
+        head += [f"{name}, Mg", interval]
+    head += ["by chance, ha" if of_change else "footprints / clusters", "note"]
+    rows = []
+    for row in table.to_dict("records"):
+        cells = [f"{row['area_ha']:,.0f}", f"{row['covered_share']:.1%}"]
+        cells += [] if of_change else [_told(row["mean"], ".1f"), _told(row["mean_se"], ".1f")]
+        for name in amounts:
+            cells += [_told(row[f"{name}_ha"], ",.1f")] if name in ("loss", "gain") else []
+            ends = "" if np.isnan(row[f"{name}_lo"]) else f"{row[f'{name}_lo']:,.0f} to {row[f'{name}_hi']:,.0f}"
+            cells += [_told(row[name], ",.0f"), ends]
+        cells += [_told(row["chance_ha"], ",.1f") if of_change else f"{row['n_shots']:,} / {row['n_tracks']:,}"]
+        rows.append([*cells, row["note"]])
+    return head, rows
+
+
+def _told(value: float, form: str) -> str:
+    return "" if np.isnan(value) else format(value, form)
 
 
 def _page(done: Done, places: str, maps: Sequence[str], footprints: Sequence[str], level: float) -> str:
@@ -369,30 +417,19 @@ def _page(done: Done, places: str, maps: Sequence[str], footprints: Sequence[str
     table = done.table.drop(columns=done.table.geometry.name)
     own = list(table.columns[: list(table.columns).index("area_ha")])
     shown = [*own[:2], *(["class"] if "class" in own[2:] else [])]
-    rows = []
-    for row in table.to_dict("records"):
-        ends = "" if np.isnan(row["total_lo"]) else f"{row['total_lo']:,.0f} to {row['total_hi']:,.0f}"
-        numbers = [(row["mean"], ".1f"), (row["mean_se"], ".1f"), (row["total"], ",.0f")]
-        rows.append(
-            [str(row[name]) for name in shown]
-            + [f"{row['area_ha']:,.0f}", f"{row['covered_share']:.1%}"]
-            + ["" if np.isnan(value) else format(value, form) for value, form in numbers]
-            + [ends, f"{row['n_shots']:,} / {row['n_tracks']:,}", row["note"]]
-        )
-    head = [*map(str, shown), "area, ha", "covered", "mean, Mg/ha", "its standard error", "total, Mg"]
-    head += [f"{level:.0%} interval, Mg", "footprints / clusters", "note"]
-    used = "" if done.correlation is None else f"<p>{html.escape(about(done.correlation).capitalize())}.</p>"
+    head, cells = _cells(table, level, done.of_change)
+    names = table[shown].astype(str).to_numpy().tolist()
+    used = "" if done.correlation is None else f"<p>{html.escape(estimators.about(done.correlation).capitalize())}.</p>"
     return pages.page(
-        "Biomass by zone",
+        "Change of biomass by zone" if done.of_change else "Biomass by zone",
         [
             f"<p>{html.escape(places)}. Maps: {len(maps):,}; footprints: {done.footprints:,}. Made by biomass_jax "
             f"{__version__}.</p>",
-            pages.table(head, rows),
-            f"<h2>How sure</h2><p>{_ABOUT[done.method]}</p>{used}",
+            pages.table([*map(str, shown), *head], [[*name, *row] for name, row in zip(names, cells, strict=True)]),
+            f"<h2>How sure</h2><p>{_OF_CHANGE if done.of_change else _ABOUT[done.method]}</p>{used}",
             "<p>Areas are those on the ground (WGS 84). Means and totals are of the area that is covered, unless the "
             "table was made for whole zones (--scale-to-zone). Each piece of ground counts once, though several maps "
-            "have it: the first one that has data. Footprints that the model was trained on make errors look too "
-            "small.</p>",
+            f"have it: the first one that has data.{'' if done.of_change else _HELD_OUT}</p>",
             f"<p>Maps: {html.escape(name_list(maps, 20))}. Footprints: {html.escape(name_list(footprints, 20))}.</p>",
         ],
     )
@@ -401,11 +438,11 @@ def _page(done: Done, places: str, maps: Sequence[str], footprints: Sequence[str
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m biomass_jax.regional.zones",
-        description="Area, mean and total biomass of each zone, how sure they are, and a page about it.",
+        description="Area, mean and total biomass of each zone, or its change, how sure that is, and a page about it.",
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--maps", nargs="+", default=[], metavar="MAP", help="maps, or patterns of such; the first counts"
+        "--maps", nargs="+", default=[], metavar="MAP", help="maps, or rasters of change; the first counts"
     )
     parser.add_argument(
         "--zones", required=True, metavar="FILE", help="polygons: GeoPackage, GeoParquet, shapefile ..."
@@ -435,7 +472,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         return environment.failed(error)
     if done.correlation is not None:
-        print(about(done.correlation))
+        print(estimators.about(done.correlation))
     print(f"{len(done.table)} rows, method {done.method}; {out}, {out.with_suffix('.html')}")
     return 0
 

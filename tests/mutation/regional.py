@@ -154,9 +154,10 @@ ZONES = (
     ),
     Mutation(
         "nominal_areas",
-        f"{OF_ZONAL}test_pixels_have_their_geodesic_areas",
+        "tests/data/raster/test_grid_areas.py::test_pixels_have_their_geodesic_areas",
         in_file(
-            ZONAL, ("np.repeat(patch / (down[:, None] * across), down, 0)", "np.repeat(0.09 + 0 * patch, down, 0)")
+            "biomass_jax/data/raster/grid.py",
+            ("np.repeat(patch / (down[:, None] * across), down, 0)", "np.repeat(0.09 + 0 * patch, down, 0)"),
         ),
     ),
     Mutation(
@@ -203,7 +204,52 @@ ZONES = (
     Mutation(
         "classes_together_as_if_independent",
         f"{OF_ZONES}test_classes_part_a_zone_and_a_mask_keeps_some",
-        in_file(ZONES_PY, ("        whole.weights += lattice.weights\n", "        whole.weights = lattice.weights\n")),
+        in_file(
+            ESTIMATORS,
+            ("            whole.weights += lattice.weights\n", "            whole.weights = lattice.weights\n"),
+        ),
+    ),
+)
+CHANGE_PY = "biomass_jax/regional/change.py"
+OF_CHANGE = "tests/regional/test_change.py::"
+OF_ZONES_CHANGE = "tests/regional/test_zones_change.py::"
+CHANGED = (
+    Mutation(
+        "losses_are_gains",
+        f"{OF_ZONES_CHANGE}test_net_losses_and_gains_are_those_of_plain_sums_over_all_pairs",
+        in_file(ZONES_PY, ('(("loss", -1), ("gain", 1))', '(("loss", 1), ("gain", -1))')),
+    ),
+    Mutation(
+        "the_offset_is_known_exactly",
+        f"{OF_ZONES_CHANGE}test_the_raster_tells_how_its_errors_go_together",
+        in_file(ESTIMATORS, ("variance(correlation) + one.shift**2)", "variance(correlation))")),
+    ),
+    Mutation(
+        "what_a_threshold_cuts_off_lowers_the_variance",
+        f"{OF_ESTIMATORS}test_shares_of_a_known_variance",
+        in_file(ESTIMATORS, ("    scale = variance / (found.nugget + found.sill)\n", "    scale = 1.0\n")),
+    ),
+    Mutation(
+        "pixels_of_stable_ground_weigh_alike",
+        f"{OF_CHANGE}test_the_offsets_error_is_the_double_sum_over_stable_ground",
+        in_file(
+            CHANGE_PY, ("            inverse = 1 / variance(sd_1, sd_2, 0.0)\n", "            inverse = 0 * sd_1 + 1\n")
+        ),
+    ),
+    Mutation(
+        "chance_of_losses_and_gains_together",
+        f"{OF_ZONES_CHANGE}test_net_losses_and_gains_are_those_of_plain_sums_over_all_pairs",
+        in_file(ESTIMATORS, ("float(special.ndtr(-self.threshold))", "2 * float(special.ndtr(-self.threshold))")),
+    ),
+    Mutation(
+        "maps_and_changes_in_one_sum",
+        f"{OF_ZONES_CHANGE}test_what_can_not_be_is_refused_by_name",
+        in_file(ZONAL, ("        if len(kinds) > 1:\n", "        if len(kinds) > 2:\n")),
+    ),
+    Mutation(
+        "distances_of_the_crs_and_not_of_the_ground",
+        f"{OF_ZONAL}test_a_zones_plane_has_the_grounds_distances",
+        in_file(ZONAL, ("return Plane((down, across), shape", "return Plane((abs(step[1]), abs(step[0])), shape")),
     ),
 )
 COMPARE_PY = "biomass_jax/regional/compare.py"
@@ -282,4 +328,4 @@ CATALOGUED = (
     ),
 )
 
-MUTATIONS = (*MOSAICS, *ZONES, *COMPARED, *CATALOGUED)
+MUTATIONS = (*MOSAICS, *ZONES, *CHANGED, *COMPARED, *CATALOGUED)

@@ -1,16 +1,27 @@
 """Simulated populations: a known biomass surface, map errors that go together, tracks of footprints as a sample.
 
-`python -m tests.regional.populations` prints the table of docs/regional.md: what intervals hold, also where what they
+`python -m tests.regional.populations` prints the tables of docs/regional.md: what intervals hold, also where what they
 take for granted isn't so.
 """
 
 import sys
+import tempfile
+from pathlib import Path
 from typing import NamedTuple
 
+import geopandas
 import numpy as np
+import rasterio
+import shapely
+from affine import Affine
+from rasterio.crs import CRS
 
+from biomass_jax.data.raster.cog import MapWriter, write_cog
+from biomass_jax.data.raster.grid import Grid
 from biomass_jax.regional import estimators
-from biomass_jax.regional.estimators import Correlation, Lattice
+from biomass_jax.regional.change import change, without_small_patches
+from biomass_jax.regional.estimators import Correlation, Lattice, Sums
+from biomass_jax.regional.zones import zones
 
 PIXEL = 200.0  # metres: errors within are as good as shared
 SIZE = 500  # pixels along a side: 100 km, 1 Mha
@@ -28,10 +39,10 @@ class Land(NamedTuple):
     sd: np.ndarray
 
 
-def field(rng, count=1, correlation=TRUTH, extent=SIZE):
-    """(count, extent, extent) standard errors of maps, by Fourier transforms on a torus that is seven ranges larger."""
+def field(rng, count=1, correlation=TRUTH, extent=SIZE, pixel=PIXEL):
+    """(count, extent, extent) standard errors of maps, by Fourier transforms on a torus that is some ranges larger."""
     size = extent + 116
-    lag = np.minimum(np.arange(size), size - np.arange(size)) * PIXEL
+    lag = np.minimum(np.arange(size), size - np.arange(size)) * pixel
     spectrum = np.fft.fft2(correlation.decaying(np.hypot(lag[:, None], lag))).real
     root = np.sqrt(np.maximum(spectrum, 0)) / size
     found = np.empty((count + count % 2, extent, extent))
@@ -131,7 +142,8 @@ def fitted_draws(draws, seed=2, footprints=4000, noise=12.0):
         drawn = int(rng.integers(2**31))
         correlation = estimators.fit_correlation(places, off / world.sd[at], reach=20_000.0, seed=drawn)
         for side, lattice in lattices.items():
-            estimate = estimators.by_map(middle(errors, side).mean(), side**2, lattice, correlation)
+            sums = Sums(side**2, middle(errors, side).sum(), side**2, lattice)
+            estimate = estimators.by_map(sums, correlation)
             held[side] += holds(estimate, 0.0)
     return {side: count / draws for side, count in held.items()}
 
@@ -189,6 +201,90 @@ def hybrid_draws(draws, tracks, seed=4, with_model=True):
     return {side: count / draws for side, count in held.items()}
 
 
+# Two dates: nine zones of 900 ha with a clearing of 90 ha each, on the left of ground that is known to be stable.
+CHANGED = Grid(300, 400, CRS.from_epsg(32733), Affine(30, 0, 320_000, 0, -30, 8_500_000))
+TOGETHER = Correlation(600.0, 0.35, 0.65)
+GROWTH, LOSS = 3.0, -120.0
+
+
+def two_dates(folder, seed, loss=LOSS, growth=GROWTH, shift=0.0):
+    """Maps of two years with errors of which 0.6 goes together, stable ground, zones; the true change (300, 400)."""
+    rng = np.random.default_rng(seed)
+    truth = np.full((300, 400), growth)
+    truth[:, 300:] = 0
+    for row, column in np.ndindex(3, 3):
+        truth[100 * row + 40 : 100 * row + 70, 100 * column + 30 : 100 * column + 63] = loss
+    shared, one, other = field(rng, 3, TOGETHER, 400, 30.0)[:, :300]
+    for name, errors, sd, value in (("before", one, 24, 300), ("after", other, 20, 300 + truth + shift)):
+        layers = dict.fromkeys(("agbd", "agbd_sd"), "Mg ha-1")
+        year = 2019 + 2 * (name == "after")
+        tags = {"SENSORS": "L30", "MODEL_SHA256": "a", "SEASON": f"{year}-05-01/{year}-10-01"}
+        mean = value + sd * (np.sqrt(0.6) * shared + np.sqrt(0.4) * errors)
+        with MapWriter(folder / f"{name}.tif", CHANGED, nodata=-1, layers=layers, tags=tags) as writer:
+            writer.write_rows(0, np.stack([mean, np.full_like(mean, sd)], axis=-1).astype(np.float32))
+    stable = np.ones((1, 300, 400), np.uint8)
+    stable[:, :, :300] = 2
+    write_cog(folder / "stable.tif", [stable], CHANGED, np.uint8, ["classes"], 0, {})
+    t = CHANGED.transform
+    corners = [(t.c + 3000 * column, t.f - 3000 * row) for row, column in np.ndindex(3, 3)]
+    boxes = [shapely.box(x, y - 3000, x + 3000, y) for x, y in corners]
+    geopandas.GeoDataFrame(geometry=boxes, crs=CHANGED.crs.to_wkt()).to_file(folder / "zones.gpkg")
+    return truth
+
+
+def selected_draws(draws, correlation=TOGETHER, loss=LOSS, seed=5):
+    """Coverage of net change and of sums of losses with a correlation that is told, by numbers alone.
+
+    Args:
+        draws: of 25 zones of 900 ha each, an even number.
+        correlation: what intervals are made with; errors are drawn as TOGETHER says, with a standard deviation of 20.
+        loss: in the zone's clearing of 90 ha; growth elsewhere.
+        seed: of the draws.
+    """
+    rng, truth, held = np.random.default_rng(seed), np.full((100, 100), GROWTH), np.zeros(2)
+    truth[40:70, 30:63] = loss
+    for _ in range(draws // 2):
+        for errors in 20 * field(rng, 2, TOGETHER, pixel=30.0):
+            for row, column in np.ndindex(5, 5):
+                d = truth + errors[100 * row : 100 * row + 100, 100 * column : 100 * column + 100]
+                lost = without_small_patches(np.where(d < -2.9 * 20, -1, 0), 6) == -1
+                for number, which in enumerate((np.ones_like(lost), lost)):
+                    lattice = Lattice((30.0, 30.0), lost.shape)
+                    lattice.add(*np.nonzero(which), np.full(which.sum(), 20.0))
+                    found = estimators.by_map(Sums(which.sum(), d[which].sum(), which.sum(), lattice), correlation)
+                    held[number] += holds(found, truth[which].mean())
+    return dict(zip(("net", "loss"), held / (25 * draws), strict=True))
+
+
+def change_draws(draws, stable=True, by_hand=None, **planted):
+    """Coverage of the intervals of net change and of the sum of losses, by maps' files, `change` and `zones`.
+
+    Args:
+        draws: pairs of maps, of nine zones each.
+        stable: whether stable ground is told.
+        by_hand: settings of `zones`, in place of what `change` finds.
+        **planted: of `two_dates`.
+    """
+    held, known = np.zeros(2), {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if stable:
+            known = {"stable": str(folder / "stable.tif"), "stable_keep": (1.0,)}
+        for seed in range(draws):
+            truth = two_dates(folder, seed, **planted)
+            change(folder / "before.tif", folder / "after.tif", folder / "change.tif", **known)
+            table = zones([folder / "change.tif"], folder / "zones.gpkg", **(by_hand or {})).table
+            with rasterio.open(folder / "change.tif") as file:
+                lost = file.read(3) == -1
+            for number, (row, column) in enumerate(np.ndindex(3, 3)):
+                part = np.s_[100 * row : 100 * row + 100, 100 * column : 100 * column + 100]
+                found = table.loc[number]
+                true = {"net": truth[part].mean() * found["covered_ha"]}
+                true["loss"] = truth[part][lost[part]].mean() * found["loss_ha"] if lost[part].any() else 0.0
+                held += [found[f"{kind}_lo"] <= true[kind] <= found[f"{kind}_hi"] for kind in ("net", "loss")]
+    return dict(zip(("net", "loss"), held / (9 * draws), strict=True))
+
+
 TRACKS = {5: 10, 25: 15, 100: 25, 500: 60}
 
 
@@ -204,15 +300,28 @@ TABLE = {
     "hybrid, without the models' part": lambda: hybrid_draws(DRAWS, TRACKS, with_model=False),
 }
 
+OF_CHANGE = {
+    "change, correlation fitted on stable ground": lambda: change_draws(60),
+    "change, correlation fitted where nothing is significant": lambda: change_draws(60, stable=False),
+    "change, as if pixels were independent": lambda: change_draws(60, by_hand={"range_km": 0.001, "nugget": 1.0}),
+    "change, later map 5 Mg/ha too high, stable ground": lambda: change_draws(60, shift=5.0),
+    "change, later map 5 Mg/ha too high, no stable ground": lambda: change_draws(60, stable=False, shift=5.0),
+    "change, clearings of 50 Mg/ha in place of 120": lambda: change_draws(60, loss=-50.0),
+}
+
 
 def main(words):
-    """Print the table's rows, those whose names hold a word."""
+    """Print the tables' rows, those whose names hold a word."""
     print("| | " + " | ".join(f"{side**2 * PIXEL**2 / 1e4:,.0f} ha" for side in SIDES) + " |")
     print("|---|" + "---|" * len(SIDES))
     for name, draw in TABLE.items():
         if not words or any(word in name for word in words):
             held = draw()
             print(f"| {name} | " + " | ".join(f"{100 * held[side]:.1f}" for side in SIDES) + " |", flush=True)
+    print("\n| | net change | losses |\n|---|---|---|")
+    for name, draw in OF_CHANGE.items():
+        if not words or any(word in name for word in words):
+            print(f"| {name} | " + " | ".join(f"{100 * share:.1f}" for share in draw().values()) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def test_rows_do_not_matter(tmp_path, monkeypatch):
     one = module.change(before, after, tmp_path / "a.tif", **keep)
     monkeypatch.setattr(module, "_PIXELS", 17 * SIDE)
     other = module.change(before, after, tmp_path / "b.tif", **keep)
-    assert (one.loss[0], one.gain[0], one.threshold) == (other.loss[0], other.gain[0], other.threshold)
+    assert (one.loss[0], one.gain[0], one.errors) == (other.loss[0], other.gain[0], other.errors)
     np.testing.assert_allclose(read(tmp_path / "a.tif")[0], read(tmp_path / "b.tif")[0], rtol=1e-6, atol=1e-5)
     significant = read(tmp_path / "a.tif")[0][2].astype(int)
     for sign in (-1, 1):
@@ -222,11 +222,65 @@ def test_other_grids_and_maps_without_a_spread_are_refused(tmp_path):
         module.change(before, tmp_path / "d.tif", tmp_path / "c.tif")
 
 
+def test_how_errors_go_together_is_told_where_nothing_changed(tmp_path):
+    """Errors were smoothed over 3 pixels: near ones go together, those of 30 pixels don't."""
+    before, after, stable = two_maps(tmp_path, changed=-90.0, offset=7.0, reach=3.0)
+    keep = {"stable": str(stable), "stable_keep": (1.0,)}
+    for settings in (keep, {}):
+        found = module.change(before, after, tmp_path / "c.tif", **settings).errors
+        distance = np.array([30.0, 90, 150, 900])
+        expected = np.exp(-((distance / 90) ** 2) / 4)  # of a field smoothed with a normal curve of 3 pixels
+        assert found.correlation.decaying(distance) == pytest.approx(expected, abs=0.22)
+        assert found.correlation.nugget + found.correlation.sill == pytest.approx(1)
+        with rasterio.open(tmp_path / "c.tif") as file:
+            assert module.told_by("c.tif", file.tags()) == found
+        assert (found.offset_se > 0) == bool(settings)
+
+
+def test_the_offsets_error_is_the_double_sum_over_stable_ground(tmp_path):
+    """By a loop over all pairs: the offset is a mean with weights 1 / (sd_before^2 + sd_after^2)."""
+    rng, shape = np.random.default_rng(5), (20, 24)
+    grid = Grid(*shape, GRID.crs, GRID.transform)
+    sd_1, sd_2 = rng.uniform(10, 20, shape), rng.uniform(5, 30, shape)
+    before = write_map(tmp_path / "a.tif", 300 + sd_1 * rng.standard_normal(shape), sd_1, grid)
+    after = write_map(
+        tmp_path / "b.tif", 300 + sd_2 * rng.standard_normal(shape), sd_2, grid, SEASON="2021-05-01/2021-10-01"
+    )
+    stable = (rng.random((1, *shape)) < 0.6).astype(np.uint8)
+    write_cog(tmp_path / "s.tif", [stable], grid, np.uint8, ["classes"], 0, {})
+    found = module.change(before, after, tmp_path / "c.tif", stable=str(tmp_path / "s.tif"), stable_keep=(1.0,))
+    (_, sd, _), _ = read(tmp_path / "c.tif")
+    rows, columns = np.nonzero(stable[0])
+    weight = (
+        1 / (sd_1.astype(np.float32).astype(float) ** 2 + sd_2.astype(np.float32).astype(float) ** 2)[rows, columns]
+    )
+    weight *= sd[rows, columns] / weight.sum()
+    correlation, total = found.errors.correlation, 0.0
+    for r, c, w in zip(rows, columns, weight, strict=True):
+        apart = 30 * np.hypot(rows - r, columns - c)
+        total += (w * weight * (correlation.decaying(apart) + correlation.nugget * (apart == 0))).sum()
+    assert found.errors.offset_se == pytest.approx(math.sqrt(total), rel=1e-5)
+
+
+def test_too_few_pixels_tell_no_correlation(tmp_path):
+    rng, shape = np.random.default_rng(6), (1, 400)
+    grid = Grid(*shape, GRID.crs, Affine(30_000, 0, 600000, 0, -30_000, 4200000))
+    sd = np.full(shape, 9.0)
+    maps = [50 + 9 * rng.standard_normal(shape) for _ in range(2)]
+    before = write_map(tmp_path / "a.tif", maps[0], sd, grid)
+    after = write_map(tmp_path / "b.tif", maps[1], sd, grid, SEASON="2021-05-01/2021-10-01")
+    assert module.change(before, after, tmp_path / "c.tif").errors.correlation is None
+    with rasterio.open(tmp_path / "c.tif") as file:
+        assert "ERROR_RANGE_M" not in file.tags() and "Z_THRESHOLD" in file.tags()
+        assert module.told_by("c.tif", file.tags()).correlation is None
+
+
 def test_the_command_tells_what_came_of_it(tmp_path, capsys):
     before, after, stable = two_maps(tmp_path, changed=-90.0)
     words = ["--before", str(before), "--after", str(after), "--out", str(tmp_path / "c.tif")]
     assert module.main([*words, "--stable", str(stable), "--stable-keep", "1"]) == 0
     said = capsys.readouterr().out
+    assert "errors go together up to 0." in said
     assert re.search(r"correlation 0\.(59|6)", said) and "\nloss: 1" in said and "Mg ha-1 on average" in said
     with rasterio.open(tmp_path / "c.tif") as file:
         tags = file.tags()
@@ -237,8 +291,9 @@ def test_the_command_tells_what_came_of_it(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_rate_on_stable_ground_and_the_share_of_false_ones_over_many_draws(tmp_path):
+def test_the_rate_on_stable_ground_and_the_share_of_false_ones_over_many_draws(tmp_path, monkeypatch):
     """With errors that reach over pixels, whose scatter single draws show: 30 of them."""
+    monkeypatch.setattr(module, "_TELLING", 2000)  # how errors go together isn't looked at here
     rates, false = [], []
     for seed in range(30):
         before, after, stable = two_maps(tmp_path, seed, changed=-90.0, reach=2.0)

@@ -6,7 +6,8 @@ from scipy import stats
 
 from biomass_jax.errors import RegionalError
 from biomass_jax.regional import estimators
-from biomass_jax.regional.estimators import Correlation, Lattice
+from biomass_jax.regional.estimators import Correlation, Lattice, Sums, together
+from tests.regional import populations
 
 
 def loop(weights, rows, columns, spacing, correlation, model):
@@ -34,6 +35,47 @@ def test_the_double_sum_is_that_of_a_plain_loop(model):
         lattice.add(rows[part], columns[part], weights[part])
     expected = loop(weights, rows, columns, (30.0, 25.0), correlation, model)
     assert lattice.variance(correlation) == pytest.approx(expected, rel=1e-12)
+
+
+def test_sums_of_parts_keep_what_their_errors_share():
+    lattices = [Lattice((30.0, 30.0), (4, 5)) for _ in range(3)]
+    lattices[0].add(np.array([0, 1]), np.array([0, 3]), np.array([2.0, 1.0]))
+    lattices[1].add(np.array([3]), np.array([4]), np.array([5.0]))
+    lattices[2].add(np.array([0, 1, 3]), np.array([0, 3, 4]), np.array([2.0, 1.0, 5.0]))
+    one, other = (Sums(2.0, -30.0, 2, lattices[0], 1.0, 0.1), Sums(1.0, 4.0, 1, lattices[1], 0.5, 0.2))
+    whole = together([one, Sums(), other])
+    assert whole[:3] + whole[4:] == pytest.approx((3.0, -26.0, 3, 1.5, 0.3))
+    correlation = Correlation(90.0, 0.2, 0.7, 0.1)
+    assert whole.lattice.variance(correlation) == pytest.approx(lattices[2].variance(correlation))
+    assert lattices[0].squares == 5.0  # parts stay as they are
+    found = estimators.by_map(whole, correlation)
+    assert found.se == pytest.approx(np.sqrt(lattices[2].variance(correlation) + 1.5**2) / 3)
+    assert together([]) == Sums() and np.isnan(estimators.by_map(Sums(), correlation).mean)
+
+
+def test_shares_of_a_known_variance():
+    """What a threshold cuts off lowers the variogram, not the variance that is told."""
+    rng = np.random.default_rng(3)
+    truth = Correlation(600.0, 0.35, 0.65)
+    at = 30.0 * np.indices((200, 200)).reshape(2, -1).T
+    z = populations.field(rng, 1, truth, 200, 30.0)[0].ravel()
+    kept = np.abs(z) < 2.5
+    found = estimators.shares_of(at[kept], z[kept], 1.1, nearest=45.0, reach=3000.0)
+    assert found.nugget + found.sill == pytest.approx(1.1)
+    assert (found.range_m, found.nugget) == pytest.approx((600, 0.385), rel=0.25)
+    assert estimators.shares_of(at[:0], z[:0], 1.0, nearest=45.0, reach=3000.0) is None
+    assert estimators.shares_of(at, np.zeros(len(at)), 1.0, nearest=45.0, reach=3000.0) is None
+
+
+@pytest.mark.slow
+def test_intervals_of_net_change_and_of_large_losses_hold():
+    """But not as if pixels were independent, and not of losses that only the largest errors make significant."""
+    held = populations.selected_draws(40)
+    assert all(0.93 <= share <= 0.97 for share in held.values()), held
+    independent = populations.selected_draws(4, Correlation(1.0, 1.0, 0.0))
+    assert independent["net"] < 0.2 and independent["loss"] < 0.3
+    small = populations.selected_draws(4, loss=-50.0)
+    assert small["net"] > 0.9 and small["loss"] < 0.5
 
 
 def test_independent_errors_add_up_as_squares_and_shared_ones_as_they_are():

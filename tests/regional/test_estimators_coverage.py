@@ -32,6 +32,11 @@ def test_model_assisted_intervals_hold_by_tracks_and_not_by_shots():
     assert held[5] < 0.9
 
 
+def test_intervals_of_change_hold_with_what_the_raster_tells_of_its_errors():
+    held = populations.change_draws(60)
+    assert all(0.93 <= share <= 0.97 for share in held.values()), held
+
+
 def test_hybrid_intervals_hold_with_the_models_part_and_not_without():
     check(populations.hybrid_draws(500, populations.TRACKS))
     held = populations.hybrid_draws(100, populations.TRACKS, with_model=False)

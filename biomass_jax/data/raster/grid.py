@@ -65,6 +65,9 @@ _DEFAULTS = {
     "CPL_VSIL_CURL_CHUNK_SIZE": "16384",
     "PROJ_NETWORK": "OFF",
 }
+_AUTHALIC = "EPSG:6933"  # equal-area on WGS 84's ellipsoid: areas in its plane are those on the ground
+_WORLD = 2 * 17_367_530.445161372  # its width in metres
+_PATCH = 200.0  # metres, over which the ground area of pixels is taken as even
 SOUTHERN_NORTHING = 1e7
 _WGS84 = "EPSG:4326"  # a name: to look it up here would be an error of PROJ's at import
 EQUATOR_RADIUS, ECCENTRICITY2 = 6_378_137.0, 0.00669437999014  # of WGS 84's ellipsoid, metres and squared
@@ -338,3 +341,53 @@ def open_quietly(path: str, mode: str = "r", **options: object) -> Any:
 def grid_of(dataset: rasterio.DatasetReader) -> Grid:
     """The grid of an open dataset."""
     return Grid(dataset.height, dataset.width, dataset.crs or None, dataset.transform)
+
+
+@functools.lru_cache(64)
+def transformer(source: str, target: str) -> Any:
+    """PROJ's way from one CRS to another, x or longitude first; made once each."""
+    from pyproj import Transformer
+
+    return Transformer.from_crs(source, target, always_xy=True)
+
+
+def pixel_areas(grid: Grid, row: int, column: int, height: int, width: int) -> np.ndarray:
+    """Areas of pixels on WGS 84's ellipsoid.
+
+    Corners are brought to an equal-area plane. There, patches of some hundred metres are measured, and
+    their pixels share the patch evenly: the scale of a CRS changes by less than 1e-5 within.
+
+    Args:
+        grid: of the map, with a CRS.
+        row: the first of the window.
+        column: likewise.
+        height: rows of the window.
+        width: columns of the window.
+
+    Returns:
+        (height, width) hectares.
+
+    Raises:
+        RasterError: a window that lies nowhere on Earth.
+    """
+    size = grid.pixel_size()
+    if grid.crs is None or size is None:
+        raise RasterError(f"{grid.describe()}: nothing tells how large its pixels are on the ground")
+    step = int(np.clip(_PATCH / max(size), 1, 64))
+    rows, columns = (
+        np.unique(np.append(np.arange(start, start + count, step), start + count))
+        for start, count in ((row, height), (column, width))
+    )
+    t = grid.transform
+    c, r = columns.astype(float)[None], rows.astype(float)[:, None]
+    x, y = transformer(grid.crs.to_wkt(), _AUTHALIC).transform(t.a * c + t.b * r + t.c, t.d * c + t.e * r + t.f)
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        raise RasterError(f"{grid.describe()}: rows {row} to {row + height} lie nowhere on Earth")
+
+    def diagonal(values: np.ndarray, falling: bool) -> np.ndarray:
+        return values[1:, 1:] - values[:-1, :-1] if falling else values[:-1, 1:] - values[1:, :-1]
+
+    dx, ex = ((diagonal(x, falling) + _WORLD / 2) % _WORLD - _WORLD / 2 for falling in (True, False))
+    patch = 0.5 * np.abs(dx * diagonal(y, False) - ex * diagonal(y, True)) / 1e4
+    down, across = np.diff(rows), np.diff(columns)
+    return np.repeat(np.repeat(patch / (down[:, None] * across), down, 0), across, 1)

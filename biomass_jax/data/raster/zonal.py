@@ -10,7 +10,7 @@ import numpy as np
 from affine import Affine
 from rasterio.windows import Window
 
-from biomass_jax.data.raster.grid import Grid, grid_of, open_quietly, raster_errors
+from biomass_jax.data.raster.grid import Grid, grid_of, open_quietly, pixel_areas, raster_errors, transformer
 from biomass_jax.data.raster.resample import NearestSource
 from biomass_jax.data.raster.stac import outline as outline_of
 from biomass_jax.errors import RasterError
@@ -21,10 +21,8 @@ if TYPE_CHECKING:
 
 UNITS = ("Mg ha-1", "Mg/ha", "Mg ha^-1", "t ha-1", "t/ha")  # of values that times hectares are Mg
 SD = "_sd"  # of the band that holds the standard deviation of another one
-_AUTHALIC = "EPSG:6933"  # equal-area on WGS 84's ellipsoid: areas in its plane are those on the ground
-_WORLD = 2 * 17_367_530.445161372  # its width in metres
+CHANGE, SIGNIFICANT = "agbd_change", "significant"  # bands of a raster of change
 _PIECE = 1024  # pixels along the side of a window
-_PATCH = 200.0  # metres, over which the ground area of pixels is taken as even
 _OPEN = 24  # rasters kept open at once
 _PAD = 0.02  # degrees about a map, within which a zone is brought to its grid
 
@@ -72,7 +70,10 @@ def covered_means(path: str | os.PathLike[str], polygons: "GeoDataFrame") -> Cov
 
 
 class Entry(NamedTuple):
-    """One of the maps: where it lies, its CRS and bands, and its box of degrees, whose east may be beyond 180."""
+    """One of the maps: where it lies, its CRS and bands, its box of degrees, whose east may be beyond 180, and tags.
+
+    `sign` is the band of a raster of change that says what is significant; None of a map of biomass.
+    """
 
     path: str
     grid: Grid
@@ -80,6 +81,8 @@ class Entry(NamedTuple):
     value: int
     sd: int | None
     box: tuple[float, float, float, float]
+    sign: int | None
+    tags: dict[str, str]
 
 
 class Cells(NamedTuple):
@@ -93,6 +96,7 @@ class Cells(NamedTuple):
         sd: its standard deviation, NaN where it has none.
         area: ha on the ground, of the share that lies in the zone.
         kind: class of the raster of classes, -1 where there is none.
+        sign: of a raster of change -1 for a significant loss, 1 for a gain; 0 elsewhere, and of maps of biomass.
     """
 
     entry: int
@@ -102,6 +106,7 @@ class Cells(NamedTuple):
     sd: np.ndarray
     area: np.ndarray
     kind: np.ndarray
+    sign: np.ndarray
 
 
 class At(NamedTuple):
@@ -141,17 +146,29 @@ class Maps:
         """Look at each.
 
         Args:
-            paths: of the maps; bands `agbd` and, where there is one, `agbd_sd` are found by their descriptions.
+            paths: of the maps; bands `agbd` and, where there is one, `agbd_sd` are found by their descriptions; in
+                place of them all three of a raster of change.
             classes: a raster of whole numbers, taken at the pixels' centres.
 
         Raises:
-            RasterError: one can't be read, has no CRS, no such band, or another unit than Mg/ha.
+            RasterError: one can't be read, has no CRS, no such band, or another unit than Mg/ha; maps of biomass and
+                rasters of change together.
         """
         self._datasets: OrderedDict[Any, Any] = OrderedDict()
         self.classes = None if classes is None else os.fspath(classes)
         self.entries = [_entry(os.fspath(path)) for path in paths]
+        kinds = {entry.sign is None: entry.path for entry in self.entries}
+        if len(kinds) > 1:
+            raise RasterError(
+                f"{kinds[False]} is a raster of change, {kinds[True]} a map of biomass; give one kind alone"
+            )
         self._boxes = np.array([entry.box for entry in self.entries]).reshape(-1, 4)
         self._before: dict[int, list[int]] = {}
+
+    @property
+    def of_change(self) -> bool:
+        """Whether they are rasters of change."""
+        return bool(self.entries) and self.entries[0].sign is not None
 
     def __enter__(self) -> "Maps":
         return self
@@ -181,11 +198,12 @@ class Maps:
                 inside = share > 0
                 if not inside.any():
                     continue
-                value, sd, kind = self._read(number, row, column, height, width)
+                value, *others = self._read(number, row, column, height, width)
                 inside &= ~self._had_before(number, row, column, height, width)
                 area = share * pixel_areas(entry.grid, row, column, height, width)
                 rows, columns = np.nonzero(inside)
-                yield Cells(number, rows + row, columns + column, value[inside], sd[inside], area[inside], kind[inside])
+                sd, kind, sign = (layer[inside] for layer in others)
+                yield Cells(number, rows + row, columns + column, value[inside], sd, area[inside], kind, sign)
 
     def plane(self, outline: "Geometry") -> Plane:
         """The plane of a zone: the maps' own grid where they share one in metres, else one about the zone's middle.
@@ -199,6 +217,7 @@ class Maps:
         first = entries[0].grid
         t, base = first.transform, entries[0].crs
         own = all(_alike(entries[0], entry) for entry in entries)
+        across, down = first.pixel_size() or (1.0, 1.0)  # on the ground: an equal-area CRS may stretch it
         west, south, east, north = outline.bounds
         boxes = [
             shapely.intersection(shapely.box(west + turn, south, east + turn, north), shapely.box(*entry.box))
@@ -208,19 +227,17 @@ class Maps:
         corners = shapely.get_coordinates(shapely.segmentize(boxes, _PAD))
         corners[:, 0] -= 360 * np.round((corners[:, 0] - corners[0, 0]) / 360)  # a zone may be cut at 180 degrees
         if own:
-            crs, step, metres = base.to_wkt(), (t.a, t.e), base.linear_units_factor[1]
-            spacing = (abs(t.e) * metres, abs(t.a) * metres)
+            crs, step = base.to_wkt(), (t.a, t.e)
         else:
             lon, lat = (corners.min(0) + corners.max(0)) / 2
             crs = f"+proj=laea +lat_0={lat:.6f} +lon_0={lon:.6f} +datum=WGS84 +units=m"
-            across, down = first.pixel_size() or (1.0, 1.0)
-            step, spacing = (across, -down), (down, across)
-        x, y = _transformer("EPSG:4326", crs).transform(*corners.T)
+            step = (across, -down)
+        x, y = transformer("EPSG:4326", crs).transform(*corners.T)
         columns, rows = ((x - t.c) / step[0], (y - t.f) / step[1]) if own else (x / step[0], y / step[1])
         left, top = np.floor(columns.min()) - 2, np.floor(rows.min()) - 2  # outlines bend between corners
         shape = (int(np.ceil(rows.max()) - top) + 3, int(np.ceil(columns.max()) - left) + 3)
         start = (t.c, t.f) if own else (0.0, 0.0)
-        return Plane(spacing, shape, crs, (start[0] + left * step[0], start[1] + top * step[1]), step)
+        return Plane((down, across), shape, crs, (start[0] + left * step[0], start[1] + top * step[1]), step)
 
     def in_plane(self, plane: Plane, cells: Cells) -> tuple[np.ndarray, np.ndarray]:
         """Rows and columns (n,) of pixels in a zone's plane."""
@@ -228,7 +245,7 @@ class Maps:
         t, c, r = entry.grid.transform, cells.column + 0.5, cells.row + 0.5
         x, y = t.a * c + t.b * r + t.c, t.d * c + t.e * r + t.f
         if (source := entry.crs.to_wkt()) != plane.crs:
-            x, y = _transformer(source, plane.crs).transform(x, y)
+            x, y = transformer(source, plane.crs).transform(x, y)
         at = ((y - plane.origin[1]) / plane.step[1], (x - plane.origin[0]) / plane.step[0])
         row, column = (
             np.clip(np.floor(axis).astype(int), 0, size - 1) for axis, size in zip(at, plane.shape, strict=True)
@@ -255,7 +272,7 @@ class Maps:
             places = np.flatnonzero(near & np.isnan(found.value))
             if not len(places):
                 continue
-            x, y = _transformer("EPSG:4326", entry.crs.to_wkt()).transform(lon[places], lat[places])
+            x, y = transformer("EPSG:4326", entry.crs.to_wkt()).transform(lon[places], lat[places])
             if entry.crs.is_geographic:
                 x = entry.grid.transform.c + (x - entry.grid.transform.c) % 360
             row, column = _pixels_at(entry.grid, x, y)
@@ -267,12 +284,12 @@ class Maps:
                 r, c = row[mine], column[mine]
                 top, left = r.min(), c.min()
                 window = (int(top), int(left), int(r.max() - top) + 1, int(c.max() - left) + 1)
-                for kept, values in zip(found, self._read(number, *window), strict=True):
+                for kept, values in zip(found, self._read(number, *window)[:3], strict=True):
                     kept[places[mine]] = values[r - top, c - left]
         return found
 
     def _read(self, number: int, row: int, column: int, height: int, width: int) -> tuple[np.ndarray, ...]:
-        """Value, sd and class (height, width) of a window."""
+        """Value, sd, class and sign (height, width) of a window."""
         entry, window = self.entries[number], Window(column, row, width, height)
         dataset = self._opened(number, lambda: open_quietly(entry.path))
         with raster_errors(f"{entry.path}: reading rows {row} to {row + height}"):
@@ -280,15 +297,22 @@ class Maps:
             sd = np.full_like(value, np.nan)
             if entry.sd is not None:
                 sd = np.where(np.isnan(value), np.nan, _filled(dataset.read(entry.sd, window=window, masked=True)))
+            sign = np.zeros(value.shape)
+            if entry.sign is not None:
+                sign = np.nan_to_num(_filled(dataset.read(entry.sign, window=window, masked=True)))
         if (sd < 0).any():
             raise RasterError(f"{entry.path}: band {entry.sd} holds {np.nanmin(sd):g}; expected standard deviations")
+        if (odd := sign[~np.isin(sign, (-1, 0, 1))]).size:
+            raise RasterError(
+                f"{entry.path}: band {entry.sign} holds {odd[0]:g}; expected -1 for loss, 1 for gain, or 0"
+            )
         kind = np.full(value.shape, -1)
         if self.classes is not None:
             path = self.classes
             source = self._opened(("classes", number), lambda: NearestSource(path, entry.grid))
             found = source.read(row, column, height, width)
             kind = np.where(np.ma.getmaskarray(found), -1, np.nan_to_num(np.ma.getdata(found))).astype(int)
-        return value, sd, kind
+        return value, sd, kind, sign.astype(int)
 
     def _had_before(self, number: int, row: int, column: int, height: int, width: int) -> np.ndarray:
         """bool (height, width): where a map before this one has data; and this one's place is taken."""
@@ -316,8 +340,12 @@ def _entry(path: str) -> Entry:
         grid = grid_of(dataset)
         if grid.crs is None:
             raise RasterError(f"{path}: it has no CRS, so nothing tells which zones lie on it")
-        names = [name or "" for name in dataset.descriptions]
-        if "agbd" in names:
+        names, tags, sign = [name or "" for name in dataset.descriptions], dataset.tags(), None
+        if CHANGE in names:
+            if lost := {f"{CHANGE}{SD}", SIGNIFICANT} - {*names}:
+                raise RasterError(f"{path}: a band {CHANGE} and none {min(lost)}; make it anew with biomass-jax change")
+            value, sign = names.index(CHANGE) + 1, names.index(SIGNIFICANT) + 1
+        elif "agbd" in names:
             value = names.index("agbd") + 1
         elif dataset.count == 1:
             value = 1
@@ -331,7 +359,7 @@ def _entry(path: str) -> Entry:
             if (dataset.scales[band - 1], dataset.offsets[band - 1]) != (1, 0):
                 raise RasterError(f"{path}: band {band} has a scale or an offset; expected values in Mg/ha as they are")
     west, south, east, north = outline_of(grid)["bbox"]
-    return Entry(path, grid, grid.crs, value, sd, (west, south, east + 360 * (east < west), north))
+    return Entry(path, grid, grid.crs, value, sd, (west, south, east + 360 * (east < west), north), sign, tags)
 
 
 def _alike(one: Entry, other: Entry) -> bool:
@@ -360,13 +388,6 @@ def _meet(boxes: np.ndarray, other: Sequence[float]) -> np.ndarray:
     return np.logical_or.reduce(around) & (other[1] <= north) & (other[3] >= south)
 
 
-@functools.lru_cache(64)
-def _transformer(source: str, target: str) -> Any:
-    from pyproj import Transformer
-
-    return Transformer.from_crs(source, target, always_xy=True)
-
-
 def _in_pixels(entry: Entry, outline: "Geometry") -> "Geometry":
     """What of an outline in degrees lies about a map, in columns and rows of its grid (rows negative: north is up)."""
     import shapely
@@ -379,7 +400,7 @@ def _in_pixels(entry: Entry, outline: "Geometry") -> "Geometry":
         for turn in _turns(entry.box, outline.bounds)
     ]
     part = shapely.union_all(parts)
-    forward, inverse = _transformer("EPSG:4326", crs.to_wkt()), ~entry.grid.transform
+    forward, inverse = transformer("EPSG:4326", crs.to_wkt()), ~entry.grid.transform
     own = 360 * np.round((entry.grid.transform.c - west) / 360)  # longitudes of a map may run from 0 to 360
 
     def place(at: np.ndarray) -> np.ndarray:
@@ -439,48 +460,6 @@ def _exact_extract() -> Any:
             f"means over polygons need exactextract: pip install 'biomass-jax[regional]' ({error})"
         ) from error
     return exact_extract
-
-
-def pixel_areas(grid: Grid, row: int, column: int, height: int, width: int) -> np.ndarray:
-    """Areas of pixels on WGS 84's ellipsoid.
-
-    Corners are brought to an equal-area plane. There, patches of some hundred metres are measured, and
-    their pixels share the patch evenly: the scale of a CRS changes by less than 1e-5 within.
-
-    Args:
-        grid: of the map, with a CRS.
-        row: the first of the window.
-        column: likewise.
-        height: rows of the window.
-        width: columns of the window.
-
-    Returns:
-        (height, width) hectares.
-
-    Raises:
-        RasterError: a window that lies nowhere on Earth.
-    """
-    size = grid.pixel_size()
-    if grid.crs is None or size is None:
-        raise RasterError(f"{grid.describe()}: nothing tells how large its pixels are on the ground")
-    step = int(np.clip(_PATCH / max(size), 1, 64))
-    rows, columns = (
-        np.unique(np.append(np.arange(start, start + count, step), start + count))
-        for start, count in ((row, height), (column, width))
-    )
-    t = grid.transform
-    c, r = columns.astype(float)[None], rows.astype(float)[:, None]
-    x, y = _transformer(grid.crs.to_wkt(), _AUTHALIC).transform(t.a * c + t.b * r + t.c, t.d * c + t.e * r + t.f)
-    if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        raise RasterError(f"{grid.describe()}: rows {row} to {row + height} lie nowhere on Earth")
-
-    def diagonal(values: np.ndarray, falling: bool) -> np.ndarray:
-        return values[1:, 1:] - values[:-1, :-1] if falling else values[:-1, 1:] - values[1:, :-1]
-
-    dx, ex = ((diagonal(x, falling) + _WORLD / 2) % _WORLD - _WORLD / 2 for falling in (True, False))
-    patch = 0.5 * np.abs(dx * diagonal(y, False) - ex * diagonal(y, True)) / 1e4
-    down, across = np.diff(rows), np.diff(columns)
-    return np.repeat(np.repeat(patch / (down[:, None] * across), down, 0), across, 1)
 
 
 def _pixels_at(grid: Grid, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

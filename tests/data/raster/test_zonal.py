@@ -8,8 +8,7 @@ import shapely
 from affine import Affine
 from pyproj import Geod, Transformer
 
-from biomass_jax.data.raster.grid import Grid
-from biomass_jax.data.raster.zonal import Maps, pixel_areas
+from biomass_jax.data.raster.zonal import Maps
 from biomass_jax.data.vectors import ground_area, outlines
 from biomass_jax.errors import RasterError
 
@@ -63,27 +62,6 @@ def truth(west, south, east, north):
     q = np.sin(edges) / (1 - (e * np.sin(edges)) ** 2) + np.arctanh(e * np.sin(edges)) / e
     strip = np.diff(q) * 6378137.0**2 * (1 - e**2) / 2 * np.radians((east - west) / 400) / 1e4
     return float((surface(lon[None], lat[:, None]) * strip[:, None]).sum())
-
-
-@pytest.mark.parametrize(
-    ("crs", "transform"),
-    [
-        ("EPSG:32633", Affine(30, 0, 300000, 0, -30, 6700000)),  # 60 north, the edge of a zone
-        ("EPSG:32760", Affine(30, 0, 750000, 0, -30, 8000000)),  # across the antimeridian
-        ("EPSG:4326", Affine(2.5e-4, 0, 179.9, 0, -2.5e-4, 60.3)),
-        ("EPSG:3857", Affine(30, 0, 300000, 0, -30, 8399737)),
-        ("EPSG:6933", Affine(100, 0, 300000, 0, -100, 6700000)),
-    ],
-)
-def test_pixels_have_their_geodesic_areas(crs, transform):
-    grid = Grid(3000, 3000, rasterio.crs.CRS.from_string(crs), transform)
-    found = pixel_areas(grid, 100, 200, 700, 900)
-    back = Transformer.from_crs(crs, 4326, always_xy=True)
-    for row, column in ((0, 0), (699, 899), (350, 17), (13, 700), (6, 7)):
-        x = [transform.c + transform.a * (200 + column + one) for one in (0, 1, 1, 0)]
-        y = [transform.f + transform.e * (100 + row + one) for one in (0, 0, 1, 1)]
-        area = abs(GEOD.polygon_area_perimeter(*back.transform(x, y))[0]) / 1e4
-        assert found[row, column] == pytest.approx(area, rel=1e-4)
 
 
 def test_a_zone_at_60_north_over_two_utm_zones(tmp_path):
@@ -240,3 +218,15 @@ def test_what_is_no_map_of_biomass_is_refused(tmp_path):
     bad = write_map(tmp_path / "d.tif", "EPSG:32610", transform, (4, 4), np.ones((4, 4)), -3.0)
     with Maps([bad]) as maps, pytest.raises(RasterError, match="band 2 holds -3; expected standard deviations"):
         summed(maps, in_degrees(shapely.box(600000, 4099880, 600120, 4100000), 32610))
+
+
+def test_a_zones_plane_has_the_grounds_distances(tmp_path):
+    """Where an equal-area CRS stretches pixels: at 60 degrees north 30 m of EPSG:6933 are 17 m by 52 m."""
+    path = write_map(tmp_path / "map.tif", "EPSG:6933", Affine(30, 0, 300000, 0, -30, 6340000), (200, 200))
+    with Maps([path]) as maps:
+        west, south, east, north = maps.entries[0].box
+        plane = maps.plane(in_degrees(shapely.box(west, south, east, north), 4326))
+    across = GEOD.inv(west, (south + north) / 2, east, (south + north) / 2)[2] / 200
+    down = GEOD.inv(west, south, west, north)[2] / 200
+    assert plane.spacing == pytest.approx((down, across), rel=1e-2) and across < 20 < 50 < down
+    assert min(plane.shape) >= 200 and max(plane.shape) < 210
