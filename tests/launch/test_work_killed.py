@@ -1,0 +1,143 @@
+"""Real processes that are killed and stopped: every item is finished once, and maps are those of `predict`."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.work import simulate
+from launch.work_table import Table, listed
+from tests.prediction.stubs import coded_image, random_bundle, write_raster
+
+HEIGHT, WIDTH = 1000, 400  # long enough under way to be killed there
+
+
+@pytest.mark.parametrize(
+    ("items", "workers"),
+    [pytest.param(300, 8, marks=pytest.mark.slow), pytest.param(10_000, 8, marks=pytest.mark.long)],
+)
+def test_items_are_finished_once_whoever_is_killed(tmp_path, items, workers):
+    """5 % of the items have their worker killed: before their work, after it, or once they are finished."""
+    played = simulate(tmp_path / "table", items, workers=workers, kills=0.05)
+    table = Table(tmp_path / "table")
+    assert sorted(mark.number for mark in table.marks("done")) == list(range(items))
+    assert not [*table.marks("waiting"), *table.marks("failed"), *table.workers()]
+    assert played.starts == workers + played.kills and 0.02 * items < played.kills < 0.09 * items
+    assert played.twice == 0  # none was begun again once it was done
+    assert set(played.did) == set(range(items))
+    assert not [n for n, times in played.did.items() if times > 1 + played.killed[n]]
+    for mark in table.marks("done"):
+        assert mark.tries == 1 + played.killed[mark.number]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, root):
+    """A model, three images, and their maps by `predict` in one process."""
+    folder = tmp_path_factory.mktemp("work")
+    random_bundle(folder / "model")
+    for number in range(3):
+        write_raster(folder / "scenes" / f"s{number}.tif", coded_image(HEIGHT + 40 * number, WIDTH))
+    done = command(folder, "predict", "--workdir", "whole", *settings())
+    assert done.wait(timeout=300) == 0
+    return folder
+
+
+def settings():
+    return ["--bundle", "model", "--inputs", "scenes", "--tile", "64", "--stride", "48", "--quicklook"]
+
+
+def command(folder, *words):
+    """A command of ours in a process; its log goes to a file of its number."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "JAX_LOG_COMPILES": "1"}
+    with open(folder / "log", "wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "biomass_jax.cli", *words],
+            **{"cwd": folder, "env": environment, "stdout": log, "stderr": subprocess.STDOUT},
+        )
+    (folder / "log").rename(folder / f"{process.pid}.log")
+    return process
+
+
+def made(folder, name):
+    """A table over the images; its folder, and that of its maps."""
+    process = command(folder, "work", "make", f"table_{name}", "--out", f"maps_{name}", *settings())
+    assert process.wait(timeout=300) == 0, log_of(folder, process)
+    return folder / f"table_{name}", folder / f"maps_{name}"
+
+
+def log_of(folder, process):
+    return (folder / f"{process.pid}.log").read_text()
+
+
+def wait_for(what, *processes):
+    deadline = time.monotonic() + 200
+    while not what():
+        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+        time.sleep(0.005)
+
+
+def under_way(maps, process):
+    """Whether a worker has rows of a map on its disk."""
+    found = maps.glob(f".work_*/*-{process.pid}-*/*/.*.partial.tif")
+    return any(path.stat().st_size > 20_000 for path in found)
+
+
+def same_as_predict(maps):
+    """Whether the same files with the same bytes lie there as `predict` has made in one process."""
+    whole = maps.parent / "whole"
+    names = sorted(path.name for path in whole.glob("*_agbd*"))
+    assert len(names) == 6
+    assert sorted(path.name for path in maps.iterdir() if path.name != ".jax_cache") == names
+    for name in names:
+        assert (maps / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_maps_of_two_workers_one_of_them_killed_are_those_of_predict(folder):
+    table, maps = made(folder, "killed")
+    workers = [command(folder, "work", "run", table.name, "--share", f"{number}/2") for number in range(2)]
+    wait_for(lambda: under_way(maps, workers[0]), workers[0])
+    workers[0].kill()
+    workers[0].wait()
+    assert workers[1].wait(timeout=300) == 0, log_of(folder, workers[1])
+    same_as_predict(maps)
+    rows = Table(table).rows()
+    assert {row.state for row in rows} == {"done"} and max(row.tries for row in rows) == 2
+    assert {row.owner.split("-")[-2] for row in rows} <= {str(worker.pid) for worker in workers}
+    compiled = re.findall(r"Compiling jit\(_predict\)", log_of(folder, workers[1]))
+    assert len(compiled) == 1  # for all of its maps
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_stopped_gives_back_what_it_has(folder):
+    table, maps = made(folder, "stopped")
+    worker = command(folder, "work", "run", table.name, "--share", "0/1")
+    wait_for(lambda: under_way(maps, worker), worker)
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(timeout=60) == 75
+    assert "stopped by SIGTERM; what was taken waits again" in log_of(folder, worker)
+    assert {(row.state, row.tries) for row in Table(table).rows()} <= {("waiting", 0), ("done", 1)}
+    assert ("waiting", 0) in {(row.state, row.tries) for row in Table(table).rows()}
+    again = command(folder, "work", "run", table.name)
+    assert again.wait(timeout=300) == 0
+    same_as_predict(maps)
+
+
+@pytest.mark.long
+def test_dask_starts_a_worker_anew_that_is_lost(folder):
+    pytest.importorskip("distributed")
+    table, maps = made(folder, "dask")
+    engine = command(folder, "work", "run", table.name, "--workers", "2")
+    taken = table / "taken"
+    wait_for(lambda: any(map(listed, taken.iterdir())), engine)
+    victim = next(path for path in taken.iterdir() if listed(path))
+    os.kill(int(victim.name.split("-")[-2]), signal.SIGKILL)
+    assert engine.wait(timeout=400) == 0, log_of(folder, engine)
+    same_as_predict(maps)
+    assert max(row.tries for row in Table(table).rows()) == 2
+    assert not list(table.glob("stop_*"))
