@@ -143,7 +143,9 @@ class Table:
         return self.folder / "errors" / f"{number // SHARD:04d}" / f"{number:06d}"
 
     def end(self, source: Path, mark: Mark, owner: str, why: str) -> str:
-        """Note a failure: the item waits again, or has failed for good; the state that it has now."""
+        """Note a failure of an item that one has: it waits again, or has failed for good; the state that it has now."""
+        if not source.exists():
+            return "gone"
         write_text(self.error_file(mark.number), f"{why}\n")
         state = "waiting" if mark.tries < self.tries else "failed"
         moved(source, self.place(state, mark if state == "waiting" else mark._replace(owner=owner)))
@@ -215,7 +217,7 @@ class Worker:
         return (self.folder / claim.file).exists()
 
     def failed(self, claim: Mark, why: str) -> str:
-        """An item failed; its state now, `waiting` for another try or `failed`."""
+        """An item failed; its state now: `waiting` for another try, `failed`, or `gone` where it was taken away."""
         return self.table.end(self.folder / claim.file, claim, self.name, why)
 
     def give_back(self) -> int:
@@ -262,7 +264,8 @@ class Worker:
                     path.unlink(missing_ok=True)
             for mark in listed(folder):
                 found = True
-                self.table.end(folder / mark.file, mark, folder.name, f"{KILLED} ({folder.name})")
+                if moved(folder / mark.file, self.folder / mark.file):  # or another one was faster
+                    self.table.end(self.folder / mark.file, mark, folder.name, f"{KILLED} ({folder.name})")
             if held is False:
                 with suppress(OSError):  # never with what is in it: what was silent may have taken an item just now
                     folder.rmdir()

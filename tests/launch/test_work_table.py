@@ -161,6 +161,24 @@ def test_an_item_that_kills_its_workers_fails_and_stops_nothing(tmp_path):
     assert table.rows()[0].error.startswith("its worker ended without a word, as it does when it is killed")
 
 
+def test_of_two_that_find_a_dead_worker_one_has_its_item(table, monkeypatch):
+    """Both have seen it there; the one that is late notes nothing, and doesn't disturb the other's note."""
+    killed_worker(table, 1)
+    (folder,) = table.workers()
+    with at_work(table, (0, 2)) as one, at_work(table, (1, 2)) as other:
+        monkeypatch.setattr(work_table, "is_held", lambda path, now: path != folder)
+        seen = listed(folder)
+        assert one._take_from_the_dead()
+        ended = []
+        monkeypatch.setattr(work_table, "listed", lambda path: seen if path == folder else [])
+        monkeypatch.setattr(Table, "workers", lambda self: [folder])
+        monkeypatch.setattr(Table, "end", lambda *given: ended.append(given))
+        assert other._take_from_the_dead()
+    assert ended == []
+    monkeypatch.undo()
+    assert states(table) == {"waiting": list(range(ITEMS))}
+
+
 def test_a_worker_of_another_machine_is_given_time(table):
     """Its number says nothing here; it's dead when it has shown no sign of life by the file server's clock."""
     killed_worker(table, 1, silent=True)
@@ -193,7 +211,7 @@ def test_one_that_was_taken_for_dead_can_finish_nothing(table, monkeypatch):
         assert other._take_from_the_dead()
         assert not silent.holds(mine)
         assert not silent.done(mine)
-        silent.failed(another, "a late word")
+        assert silent.failed(another, "a late word") == "gone"
         next(claims)  # nothing can be taken into a folder that is gone
     assert states(table) == {"waiting": list(range(ITEMS))}
 
