@@ -40,7 +40,7 @@ from biomass_jax.runtime.settings import Range, add_options, checked, options_of
 from biomass_jax.runtime.system import sigterm_stops
 
 from .local import GRACE_STOPPED, choose_gpus
-from .work_table import Mark, Row, Table, Worker, at_work, make_table
+from .work_table import Mark, Row, Table, TableWorker, at_work, make_table
 
 STATES = ("done", "taken", "waiting", "lost", "failed")
 REASONS = 20  # reasons of failures that are shown
@@ -185,7 +185,7 @@ def run(table: Table, share: tuple[int, int] | None = None, stop: Callable[[], b
     return made
 
 
-def _ready(table: Table, worker: Worker, out: Path) -> Iterator[Ready]:
+def _ready(table: Table, worker: TableWorker, out: Path) -> Iterator[Ready]:
     """What is taken, with its image; in a thread of its own, while the one before is mapped."""
     for claim in worker.claims():
         item = table.items[claim.number]

@@ -175,7 +175,7 @@ class Table:
         return rows
 
 
-class Worker:
+class TableWorker:
     """One that takes items; of `at_work`. Its methods may be called in several threads."""
 
     def __init__(self, table: Table, share: tuple[int, int] | None, stop: Callable[[], bool]) -> None:
@@ -275,7 +275,7 @@ class Worker:
 @contextmanager
 def at_work(
     table: Table, share: tuple[int, int] | None = None, stop: Callable[[], bool] = lambda: False
-) -> Iterator[Worker]:
+) -> Iterator[TableWorker]:
     """A worker of a table; what it holds when the block ends is given back.
 
     Args:
@@ -287,7 +287,7 @@ def at_work(
     Raises:
         FolderError: the table can't be written, or was deleted under it.
     """
-    worker = Worker(table, share, stop)
+    worker = TableWorker(table, share, stop)
     try:
         with one_writer(worker.folder):
             try:

@@ -130,9 +130,9 @@ def test_a_model_that_is_gone_ends_the_worker_and_fails_no_item(scenes, model, c
 def test_a_map_of_an_item_that_was_taken_away_is_thrown_away(scenes, model, monkeypatch):
     """The worker was taken for dead while it mapped: what another one makes stays as it is."""
     make("--inputs", "scenes/a.tif")
-    monkeypatch.setattr(work.Worker, "holds", lambda self, claim: False)
+    monkeypatch.setattr(work.TableWorker, "holds", lambda self, claim: False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(work.Worker, "claims", lambda self: iter([self._take()]))
+        patch.setattr(work.TableWorker, "claims", lambda self: iter([self._take()]))
         assert work.run(Table(Path("table"))) == 0
     assert not list(Path("maps").rglob("*.tif"))
 

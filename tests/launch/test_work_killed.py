@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.work import simulate
+from benchmarks.work.__main__ import simulate
 from launch.work_table import Table, listed
 from tests.prediction.stubs import coded_image, random_bundle, write_raster
 

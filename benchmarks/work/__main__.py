@@ -1,7 +1,9 @@
-"""What handing out work costs, and whether it is safe: items that do next to nothing.
+"""Items that do next to nothing, handed out: what an item costs, and whether each is done once.
 
-python -m benchmarks.work                    # cost per item in tables of 100 and of 10,000 items, and their ratio
-python -m benchmarks.work --kills 0.05       # 10,000 items over 8 processes; 5 % of the items kill theirs
+    python -m benchmarks.work                    # cost per item in tables of 100 and of 10,000 items, and their ratio
+    python -m benchmarks.work --kills 0.05       # 10,000 items over 8 processes; 5 % of the items kill theirs
+
+Of docs/scaling.md.
 """
 
 import argparse
@@ -89,7 +91,7 @@ def simulate(folder: Path, items: int, *, workers: int = 8, kills: float = 0.05,
             for share in left:
                 words = [str(table.folder), "--kills", str(kills), "--seed", f"{seed}-{starts}"]
                 command = [sys.executable, "-m", "benchmarks.work", "--play", *words, "--share", f"{share}/{workers}"]
-                running[share] = subprocess.Popen(command, cwd=Path(__file__).resolve().parents[1])
+                running[share] = subprocess.Popen(command, cwd=Path(__file__).resolve().parents[2])
                 starts += 1
             time.sleep(0.02)
             ended = {share: process.returncode for share, process in running.items() if process.poll() is not None}
