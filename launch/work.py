@@ -240,6 +240,7 @@ def run_on_dask(table: Table, workers: int, scheduler: str | None) -> None:
         BiomassError: see `run`.
     """
     try:
+        import dask
         import distributed  # type: ignore[import-not-found, import-untyped, unused-ignore]
     except ImportError as error:
         raise WorkError("--workers and --scheduler want Dask: pip install 'biomass-jax[dask]'") from error
@@ -247,7 +248,9 @@ def run_on_dask(table: Table, workers: int, scheduler: str | None) -> None:
     stop = table.folder.absolute() / f"stop_{uuid.uuid4().hex[:12]}"
     here = {"n_workers": workers, "threads_per_worker": 1, "memory_limit": None, "dashboard_address": None}
     try:
-        client = distributed.Client(scheduler, timeout=30, **({} if scheduler else here))
+        # Variables that Dask sets for NumPy's libraries would stand in the maps' tags.
+        with dask.config.set({"distributed.nanny.pre-spawn-environ": {}}):
+            client = distributed.Client(scheduler, timeout=30, **({} if scheduler else here))
     except (OSError, ValueError, TimeoutError) as error:
         raise WorkError(f"--scheduler {scheduler}: no Dask scheduler answers there: {error}") from error
     with client:
