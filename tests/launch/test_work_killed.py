@@ -134,3 +134,15 @@ def test_dask_starts_a_worker_anew_that_is_lost(folder):
     same_as_predict(maps)
     assert max(row.tries for row in Table(table).rows()) == 2
     assert not list(table.glob("stop_*"))
+
+
+@pytest.mark.long
+def test_dasks_workers_finish_what_they_have_when_it_is_stopped(folder):
+    pytest.importorskip("distributed")
+    table, _ = made(folder, "dask_stopped")
+    engine = command(folder, "work", "run", table.name, "--workers", "1")
+    wait_for(lambda: any(map(listed, (table / "taken").iterdir())), engine)
+    engine.send_signal(signal.SIGTERM)
+    assert engine.wait(timeout=120) == 75, log_of(folder, engine)
+    assert {(row.state, row.tries) for row in Table(table).rows()} == {("done", 1), ("waiting", 0)}
+    assert not list(table.glob("stop_*")) and not list((table / "taken").iterdir())
