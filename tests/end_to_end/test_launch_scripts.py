@@ -169,7 +169,7 @@ def slurm(launch, root, tmp_path):
         calls.unlink(missing_ok=True)
         for name, then in (("srun", f"exit {code}"), ("squeue", f"echo {state}"), ("scontrol", "exit 0")):
             tool = tmp_path / name
-            tool.write_text(f'#!/bin/sh\necho "{name} $*" $MODULE >>{calls}\n{then}\n')
+            tool.write_text(f'#!/bin/sh\necho "{name} $*" $BIOMASS_JAX_MODULE >>{calls}\n{then}\n')
             tool.chmod(0o755)
         settings = {"SLURM_SUBMIT_DIR": str(root), "SLURM_JOB_ID": "7", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
         done = run("bash", launch / words[0], *words[1:], **(settings | environment))
@@ -246,7 +246,8 @@ def test_a_task_runs_the_module_that_it_is_told(launch, tmp_path):
     program.write_text('#!/bin/sh\necho "$@"\n')
     program.chmod(0o755)
     told = [
-        run("bash", launch / "_task.sh", "a", "b", PYTHON=str(program), **more).stdout for more in ({}, {"MODULE": "c"})
+        run("bash", launch / "_task.sh", "a", "b", PYTHON=str(program), **more).stdout
+        for more in ({}, {"BIOMASS_JAX_MODULE": "c"})
     ]
     assert told == ["-m biomass_jax.main a b\n", "-m c a b\n"]
 
