@@ -122,6 +122,11 @@ TOOLS = {
         "biomass_jax.launch.ensemble",
         "--members 5 --config finetune_all_biomes --workdir ensemble --config.data.path=data/shards",
     ),
+    "work": ToolCommand(
+        "maps of thousands of tiles by many workers",
+        "biomass_jax.launch.work",
+        "make work/2020 --tiles tiles.txt --seasons 2020 --bundle granite --out maps",
+    ),
     "demo": ToolCommand(
         "a synthetic forest: training data, a tiny model, its scores, its map",
         "biomass_jax.launch.demo",
@@ -174,6 +179,7 @@ _OTHER_NAMES = {
     "python -m biomass_jax.regional.zones": f"{PROGRAM} zones",
     "python -m launch.sweep": f"{PROGRAM} sweep",
     "python -m launch.ensemble": f"{PROGRAM} ensemble",
+    "python -m launch.work": f"{PROGRAM} work",
     "python -m launch.demo": f"{PROGRAM} demo",
     "python -m data_prep": PROGRAM,
 }

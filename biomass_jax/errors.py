@@ -130,6 +130,10 @@ class PrepError(BiomassError):
     """Input or settings that a step can't work with; the message names file, field, what was found and expected."""
 
 
+class WorkError(BiomassError):
+    """A table of work that can't be made, read or worked on; the message names its folder."""
+
+
 class SweepError(BiomassError):
     """A sweep, or an ensemble's trainings, that can't be run as asked; the message names the option or the field."""
 

@@ -62,9 +62,9 @@ import sys
 
 import numpy as np
 
-from biomass_jax.data import raster
+from biomass_jax.data.raster.image import read_preview
 
-biomass = raster.read_preview(sys.argv[1], max_size=10_000)
+biomass = read_preview(sys.argv[1], max_size=10_000)
 known = np.isfinite(biomass)
 if known.mean() < 0.5:
     sys.exit(f"{sys.argv[1]}: only {known.mean():.1%} of the pixels have a value")

@@ -4,12 +4,12 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from biomass_jax import figures
 from biomass_jax.bundle import Bundle
@@ -43,6 +43,18 @@ LAYER_TITLES = {
 UNIT_TITLES = {"Mg ha-1": "Mg/ha"}
 TIFF_SUFFIXES = (".tif", ".tiff")
 Failure = tuple[str, Exception]  # the input's name, what went wrong
+
+
+class Named(Protocol):
+    """What `make_maps` asks of an input."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        ...
+
+
+Item = TypeVar("Item", bound=Named)
 
 
 @dataclass(frozen=True)
@@ -271,14 +283,17 @@ class OneMap:
 
 
 def make_maps(
-    items: Sequence[InputItem], begin: Callable[[InputItem], Callable[[], MapResult]]
+    items: Iterable[Item],
+    begin: Callable[[Item], Callable[[], MapResult]],
+    ended: Callable[[Item, MapResult | Exception], None] = lambda item, result: None,
 ) -> tuple[list[MapResult], list[Failure]]:
     """Make a map of each input.
 
     Args:
-        items: the inputs.
+        items: the inputs; each is asked for when the one before it is begun.
         begin: starts a map in this thread; what it returns is called once, in another one, so that reading the next
             image and computing its map need not wait for the file of this one. At most two are on their way.
+        ended: called in that thread with each input and what became of it.
 
     Returns:
         The maps, and what failed; both in the order of the inputs.
@@ -289,15 +304,19 @@ def make_maps(
     results: list[MapResult] = []
     failures: list[Failure] = []
 
-    def finish(item: InputItem, begun: Future[Callable[[], MapResult]]) -> None:
+    def finish(item: Item, begun: Future[Callable[[], MapResult]]) -> None:
+        result: MapResult | Exception
         try:
-            results.append(begun.result()())
+            result = begun.result()()
+            results.append(result)
         except BundleError:
             raise
         except Exception as error:
             why = reason(item.name, error)
             log.error("%s: failed: %s", item.name, why, exc_info=not isinstance(error, BiomassError))
             failures.append((item.name, error))
+            result = error
+        ended(item, result)
 
     finishing: list[Future[None]] = []
     with ThreadPoolExecutor(1, "map finisher") as finisher:
@@ -310,7 +329,8 @@ def make_maps(
             except Exception as error:  # given back in its turn, so that failures keep the order of the inputs
                 begun.set_exception(error)
             finishing.append(finisher.submit(finish, item, begun))
-            wait(finishing[-2:-1])
+            for before in finishing[-2:-1]:
+                before.result()
     for finished in finishing:
         finished.result()
     return results, failures

@@ -49,7 +49,22 @@ def run(config: ConfigDict, workdir: Path, *, shardings: Callable[[], dict[str, 
     for field, what in (("bundle", "the model bundle's folder"), ("inputs", "the images to map")):
         if not config[field]:
             raise PredictionError(f"config.{field} is not given; add --config.{field}=PATH, {what}")
-    options = {
+    options = map_options(config)
+    items = find_inputs(config.inputs)
+    log.info("%d input%s, maps go to %s", len(items), "" if len(items) == 1 else "s", workdir)
+    predictor = open_predictor(config, shardings())
+    mine = map_share(predictor, items[jax.process_index() :: jax.process_count()], workdir, options)
+    shares = [Share(**json.loads(data)) for data in processes.gather(json.dumps(dataclasses.asdict(mine)).encode())]
+    sum_up(shares, items)
+
+
+def map_options(config: ConfigDict | Predict) -> dict[str, Any]:
+    """The fields of `MapOptions` that a run's settings tell.
+
+    Raises:
+        BandError: the list of bands can't be read.
+    """
+    return {
         "bands": parse_band_list(config.bands),
         "encoding": config.encoding,
         "resample": config.resample,
@@ -61,12 +76,16 @@ def run(config: ConfigDict, workdir: Path, *, shardings: Callable[[], dict[str, 
         "style": config.style,
         "stac": config.stac,
     }
-    items = find_inputs(config.inputs)
-    log.info("%d input%s, maps go to %s", len(items), "" if len(items) == 1 else "s", workdir)
-    predictor = Predictor.open(config.bundle, **shardings(), **{field: config[field] for field in PREDICTOR_FIELDS})
-    mine = map_share(predictor, items[jax.process_index() :: jax.process_count()], workdir, options)
-    shares = [Share(**json.loads(data)) for data in processes.gather(json.dumps(dataclasses.asdict(mine)).encode())]
-    sum_up(shares, items)
+
+
+def open_predictor(config: ConfigDict | Predict, shardings: dict[str, Any]) -> Predictor:
+    """The predictor that a run's settings ask for; `shardings` are its batch_sharding and replicated.
+
+    Raises:
+        BundleError, TilingError, PredictionError: see `Predictor`.
+    """
+    settings = {field: getattr(config, field) for field in PREDICTOR_FIELDS}
+    return Predictor.open(str(config.bundle), **shardings, **settings)
 
 
 @dataclasses.dataclass

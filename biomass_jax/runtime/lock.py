@@ -117,13 +117,26 @@ def refuse_if_held(folder: Path, name: str = LOCK) -> None:
     """FolderError where a live run holds a folder's lock; for what may go on beside others of its kind."""
     path = folder / name
     found = _read(path)
-    if found is None:
-        return
-    lives = _lives(found.holder)
-    if lives is None:  # no wait for a sign of life: the last one counts
-        lives = time.time() - found.changed_ns / 1e9 < STALE
-    if lives:
+    if found is not None and _seems_alive(found, time.time()):
         raise FolderError(_refusal(path, found.holder))
+
+
+def is_held(folder: Path, now: float, name: str = LOCK) -> bool | None:
+    """Whether the holder of a folder's lock lives, by its last sign of life; None where there is no lock.
+
+    Args:
+        folder: of the lock.
+        now: seconds since the epoch by the file server's clock, as the time of change of a lock of one's own tells it.
+        name: of the lock.
+    """
+    found = _read(folder / name)
+    return None if found is None else _seems_alive(found, now)
+
+
+def _seems_alive(found: _Found, now: float) -> bool:
+    """Without a wait for a sign of life: the last one counts."""
+    lives = _lives(found.holder)
+    return now - found.changed_ns / 1e9 < STALE if lives is None else lives
 
 
 def lock_beside(path: Path) -> tuple[Path, str]:

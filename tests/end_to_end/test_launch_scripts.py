@@ -12,8 +12,18 @@ import pytest
 import yaml
 
 from biomass_jax.main import STOPPED
+from launch import work
 
-SCRIPTS = ["_mount.sh", "_task.sh", "_worker.sh", "local.sh", "slurm.sbatch", "smoke.sh", "tpu_pod.sh"]
+SCRIPTS = [
+    "_mount.sh",
+    "_task.sh",
+    "_worker.sh",
+    "local.sh",
+    "slurm.sbatch",
+    "slurm_array.sbatch",
+    "smoke.sh",
+    "tpu_pod.sh",
+]
 POD = ["--dry-run", "--name", "pod1", "--zone", "us-east5-b"]
 
 
@@ -51,7 +61,7 @@ def test_shellcheck(launch):
 def test_each_script_has_its_place_in_the_readme(launch):
     titles = re.findall(r"^## (\S+?):", (launch / "README.md").read_text(), re.M)
     named = [name for name in SCRIPTS if not name.startswith("_")]
-    assert {*named, "gke_jobset.yaml", "Containerfile"} <= set(titles)
+    assert {*named, "gke_jobset.yaml", "k8s_indexed_job.yaml", "Containerfile"} <= set(titles)
 
 
 # tpu_pod.sh
@@ -154,15 +164,15 @@ def test_a_workers_run_outlives_its_connection_and_is_stopped(worker):
 def slurm(launch, root, tmp_path):
     """Run the batch script with commands in place of Slurm's, which write down how they were called."""
 
-    def call(code, state="RUNNING", **environment):
+    def call(code, state="RUNNING", words=("slurm.sbatch", "--config", "c.py"), **environment):
         calls = tmp_path / "calls"
         calls.unlink(missing_ok=True)
         for name, then in (("srun", f"exit {code}"), ("squeue", f"echo {state}"), ("scontrol", "exit 0")):
             tool = tmp_path / name
-            tool.write_text(f'#!/bin/sh\necho "{name} $*" >>{calls}\n{then}\n')
+            tool.write_text(f'#!/bin/sh\necho "{name} $*" $BIOMASS_JAX_MODULE >>{calls}\n{then}\n')
             tool.chmod(0o755)
         settings = {"SLURM_SUBMIT_DIR": str(root), "SLURM_JOB_ID": "7", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-        done = run("bash", launch / "slurm.sbatch", "--config", "c.py", **(settings | environment))
+        done = run("bash", launch / words[0], *words[1:], **(settings | environment))
         return done, calls.read_text().splitlines() if calls.exists() else []
 
     return call
@@ -197,6 +207,49 @@ def test_sbatch_options(launch):
     options = dict(re.findall(r"^#SBATCH --([a-z-]+)=?(\S*)$", (launch / "slurm.sbatch").read_text(), re.M))
     assert options["signal"] == "TERM@300"  # without B: to the tasks, not to the script
     assert "requeue" in options and options["ntasks-per-node"] == options["gpus-per-node"]
+
+
+# slurm_array.sbatch
+
+
+ARRAY = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "12"}
+ARRAY |= {"SLURM_ARRAY_TASK_MIN": "10", "SLURM_ARRAY_TASK_MAX": "25"}
+
+
+def test_a_task_of_an_array_works_on_its_share_and_goes_back_when_it_is_stopped(slurm, root):
+    done, calls = slurm(STOPPED, words=("slurm_array.sbatch", "/work/a b"), **ARRAY)
+    assert done.returncode == STOPPED
+    assert calls == [
+        f"srun bash {root}/launch/_task.sh work run /work/a b --share 2/16 biomass_jax.cli",
+        "squeue --noheader --jobs=7_12 --format=%T",
+        "scontrol requeue 7_12",
+    ]
+
+
+@pytest.mark.parametrize(("code", "state"), [(0, "RUNNING"), (1, "RUNNING"), (75, "COMPLETING")])
+def test_other_tasks_of_an_array_do_not(slurm, code, state):
+    done, calls = slurm(code, state, words=("slurm_array.sbatch", "/work/a"), **ARRAY)
+    assert done.returncode == code
+    assert not [call for call in calls if call.startswith("scontrol")]
+
+
+def test_workers_of_an_array_want_one(slurm, tmp_path):
+    done, calls = slurm(0, words=("slurm_array.sbatch", "/work/a"))
+    assert done.returncode != 0 and calls == []
+    assert "give --array=0-15" in done.stderr
+    done, _ = slurm(0, words=("slurm_array.sbatch", "/work/a"), **ARRAY, SLURM_SUBMIT_DIR=str(tmp_path))
+    assert done.returncode == 2 and "is not the checkout" in done.stderr
+
+
+def test_a_task_runs_the_module_that_it_is_told(launch, tmp_path):
+    program = tmp_path / "program"
+    program.write_text('#!/bin/sh\necho "$@"\n')
+    program.chmod(0o755)
+    told = [
+        run("bash", launch / "_task.sh", "a", "b", PYTHON=str(program), **more).stdout
+        for more in ({}, {"BIOMASS_JAX_MODULE": "c"})
+    ]
+    assert told == ["-m biomass_jax.main a b\n", "-m c a b\n"]
 
 
 # _mount.sh
@@ -273,6 +326,30 @@ def test_the_jobset(launch, root):
     assert arguments["workdir"].startswith(mount["mountPath"])
     assert arguments["config.data.path"].startswith(mount["mountPath"])
     assert set(container["resources"]["limits"]) == {"google.com/tpu"}
+
+
+def test_the_indexed_job(launch):
+    job = yaml.safe_load((launch / "k8s_indexed_job.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("batch/v1", "Job")
+    spec = job["spec"]
+    assert spec["completionMode"] == "Indexed" and spec["parallelism"] == spec["completions"] > 1
+    assert spec["backoffLimitPerIndex"] > 0 and "backoffLimit" not in spec
+    pod = spec["template"]["spec"]
+    assert pod["restartPolicy"] == "Never"  # a condition of podFailurePolicy
+    (container,) = pod["containers"]
+    on_eviction, on_stop, on_failure = spec["podFailurePolicy"]["rules"]
+    assert on_eviction == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    for rule, action, values in ((on_stop, "Ignore", [STOPPED]), (on_failure, "FailIndex", [1, 2])):
+        codes = {"containerName": container["name"], "operator": "In", "values": values}
+        assert rule == {"action": action, "onExitCodes": codes}
+    assert container["command"] == ["python", "-m", "biomass_jax.cli"]  # in place of the image's biomass_jax.main
+    args = [word.replace("$(JOB_COMPLETION_INDEX)", "0") for word in container["args"]]
+    parsed = work._parser().parse_args(args[1:])
+    assert args[0] == "work" and parsed.action == "run" and parsed.share == (0, spec["completions"])
+    (mount,) = container["volumeMounts"]
+    assert str(parsed.table).startswith(mount["mountPath"])
+    assert {volume["name"] for volume in pod["volumes"]} == {mount["name"]}
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": 1}  # a worker each, alone with its GPU
 
 
 def test_the_container_file(launch, root):

@@ -86,3 +86,40 @@ def test_damaged_weights_end_it_once_the_map_before_is_finished():
     with pytest.raises(BundleError, match="damaged"):
         make_maps(items("abc"), begin)
     assert finished == ["a"]
+
+
+def test_damaged_weights_that_show_late_end_it_before_all_are_tried():
+    """Items may go on without an end: what is wrong with all of them is told at once."""
+    begun = []
+
+    def begin(item):
+        begun.append(item.name)
+
+        def finish():
+            raise BundleError("weights are damaged")
+
+        return finish
+
+    with pytest.raises(BundleError, match="damaged"):
+        make_maps(items("abcdefgh"), begin)
+    assert len(begun) <= 2
+
+
+def test_what_became_of_each_is_told_as_it_ends():
+    """Inputs are asked for one by one, and the next may hang on what became of the last but one."""
+    told = []
+
+    def one_by_one():
+        for place, item in enumerate(items("abcd")):
+            assert len(told) >= place - 2
+            yield item
+
+    def begin(item):
+        if item.name == "b":
+            raise RasterError("b: is cut off")
+        return lambda: written(item)
+
+    results, failures = make_maps(one_by_one(), begin, lambda item, result: told.append((item.name, result)))
+    assert [name for name, _ in told] == list("abcd")
+    assert [result for _, result in told if isinstance(result, MapResult)] == results
+    assert told[1] == failures[0]

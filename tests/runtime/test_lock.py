@@ -15,7 +15,7 @@ import pytest
 
 from biomass_jax.errors import FolderError, RasterError, Stopped
 from biomass_jax.runtime import lock
-from biomass_jax.runtime.lock import one_writer, refuse_if_held
+from biomass_jax.runtime.lock import is_held, one_writer, refuse_if_held
 
 REAL_LINK = os.link
 
@@ -103,6 +103,17 @@ def test_a_process_that_was_killed_and_not_waited_for_is_dead(tmp_path):
     with one_writer(tmp_path):
         pass
     process.communicate()
+
+
+def test_whether_a_lock_is_held_is_told_by_the_clock_of_its_server(tmp_path):
+    assert is_held(tmp_path, time.time()) is None
+    with one_writer(tmp_path):
+        assert is_held(tmp_path, time.time() + 1000) is True  # a process of this machine is known by its number
+    put(tmp_path, pid=ended())
+    assert is_held(tmp_path, time.time()) is False
+    path = put(tmp_path, host="node7", space="node7")
+    changed = path.stat().st_mtime
+    assert [is_held(tmp_path, changed + age) for age in (-1000, 0, 0.5, 0.7)] == [True, True, True, False]
 
 
 def test_another_machine_that_gives_signs_of_life_is_alive(tmp_path):

@@ -1,0 +1,1 @@
+"""What handing out work costs, and whether it is safe."""
