@@ -38,7 +38,7 @@ from biomass_jax.data.raster.cog import MapWriter
 from biomass_jax.data.raster.grid import Grid
 from biomass_jax.data.raster.resample import MaskSource
 from biomass_jax.data.raster.warp import MapFile, map_file
-from biomass_jax.data.raster.zonal import SD
+from biomass_jax.data.raster.zonal import SD, SIGNIFICANT
 from biomass_jax.errors import RegionalError
 from biomass_jax.regional import estimators
 from biomass_jax.regional.estimators import Correlation, Lattice, Shared
@@ -134,6 +134,9 @@ class MapPair:
         self.before, self.after = before, after
         label = next(iter(before.layers))
         self.names = (label, f"{label}{SD}")
+        for one in (before, after):
+            if SIGNIFICANT in one.layers:
+                raise RegionalError(f"{one.path}: a raster of change; expected a map of one date")
         for one in (before, after):
             if lost := [name for name in self.names if name not in one.layers]:
                 raise RegionalError(
@@ -326,7 +329,7 @@ def change(
         least = max(math.ceil(chosen.min_area_ha / pixel_ha - 1e-6), 1)
         sums = {sign: [0, 0.0] for sign in (-1, 1)}
         label, unit = next(iter(pair.before.layers.items()))
-        layers = {f"{label}_change": unit, f"{label}_change_sd": unit, "significant": "1"}
+        layers = {f"{label}_change": unit, f"{label}_change_sd": unit, SIGNIFICANT: "1"}
         tags = _tags(pair, chosen, null, errors, command)
         with MapWriter(out, pair.grid, nodata=NODATA, layers=layers, tags=tags) as writer:
             for start, stop, values in pair.blocks(halo=least):

@@ -29,6 +29,7 @@ from biomass_jax.data.raster.grid import Grid
 from biomass_jax.data.raster.image import read_tags
 from biomass_jax.data.raster.tiff import verify_blocks
 from biomass_jax.data.raster.warp import MapFile, Part, check_together, crs_of, lattice_of, map_file, place, snapped
+from biomass_jax.data.raster.zonal import SIGNIFICANT
 from biomass_jax.data.records import is_season
 from biomass_jax.errors import STOPPED, RasterError, Stopped, UsageError
 from biomass_jax.regional.overlap import BLOCK, INVERSE, MEAN, NEWEST, Member, MosaicPlan, block_values, sd_layer
@@ -85,7 +86,12 @@ def plan(maps: Sequence[str | os.PathLike[str]], chosen: Mosaic, onto: Grid | No
     if not paths:
         raise UsageError("no maps are given; expected some (--maps)")
     files = [map_file(path) for path in paths]
-    for one in files[1:]:
+    for one in files:
+        if SIGNIFICANT in one.layers:
+            raise RasterError(
+                f"{one.path}: a raster of change, whose gains and losses have no mean; make mosaics of the maps of "
+                "both dates, and the change of these"
+            )
         _check_alike(one, files[0], mixed=chosen.mixed)
     overlap, days = _overlap(files, chosen.overlap), [_day(one, chosen.overlap) for one in files]
     lattices = [lattice_of(one.grid) for one in files]

@@ -14,8 +14,9 @@ from scipy import ndimage, stats
 
 from biomass_jax.data.raster.cog import MapWriter, write_cog
 from biomass_jax.data.raster.grid import Grid
-from biomass_jax.errors import ConfigError, RegionalError
+from biomass_jax.errors import ConfigError, RasterError, RegionalError
 from biomass_jax.regional import change as module
+from biomass_jax.regional.mosaic import mosaic
 
 SIDE, STABLE_ROWS = 300, 240  # of these the first have not changed
 GRID = Grid(SIDE, SIDE, CRS.from_epsg(32610), Affine(30, 0, 600000, 0, -30, 4200000))
@@ -220,6 +221,15 @@ def test_other_grids_and_maps_without_a_spread_are_refused(tmp_path):
         writer.write_rows(0, mean)
     with pytest.raises(RegionalError, match=r"d\.tif: no band agbd_sd, found agbd; .*calibrated bundle"):
         module.change(before, tmp_path / "d.tif", tmp_path / "c.tif")
+
+
+def test_a_raster_of_change_is_no_map(tmp_path):
+    before, after, _ = two_maps(tmp_path)
+    made = module.change(before, after, tmp_path / "change.tif").path
+    with pytest.raises(RegionalError, match=r"change\.tif: a raster of change; expected a map of one date"):
+        module.change(made, after, tmp_path / "again.tif")
+    with pytest.raises(RasterError, match=r"change\.tif: a raster of change, whose gains and losses have no mean"):
+        mosaic([made], tmp_path / "mosaic.tif")
 
 
 def test_how_errors_go_together_is_told_where_nothing_changed(tmp_path):
