@@ -17,7 +17,7 @@ from launch import demo
 
 def test_stages_pass_on_what_the_one_before_wrote(tmp_path):
     commands = (command for _, command in demo.stages(tmp_path))
-    synthetic, prepare, preview, pretrain, finetune, calibrate, evaluate, final, convert, predict = commands
+    synthetic, prepare, preview, pretrain, finetune, calibrate, evaluate, final, report, convert, predict = commands
     out = synthetic[synthetic.index("--out") + 1]
     assert prepare[prepare.index("--out") + 1] == preview[preview.index("--out") + 1] == out == str(tmp_path)
     assert f"--config.data.path={out}/shards" in pretrain and f"--config.data.path={out}/shards" in finetune
@@ -25,6 +25,7 @@ def test_stages_pass_on_what_the_one_before_wrote(tmp_path):
     assert calibrate[calibrate.index("--bundle") + 1] == f"{finetune[finetune.index('--workdir') + 1]}/best"
     for command in (evaluate, final):
         assert f"--config.bundle={calibrate[calibrate.index('--output') + 1]}" in command
+    assert {final[final.index("--workdir") + 1], evaluate[evaluate.index("--workdir") + 1]} <= set(report)
     assert f"--config.inputs={out}/granules/hls/{demo.GRANULE}" in predict
     assert f"--config.bundle={convert[convert.index('--output') + 1]}" in predict
     assert demo.Path(convert[convert.index("--input") + 1]).is_file()
