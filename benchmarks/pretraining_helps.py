@@ -33,6 +33,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "rate 1e-2": {"optimizer.learning_rate": 1e-2},
     "rate 3e-3": {"optimizer.learning_rate": 3e-3},
     "rate 1e-3": {"optimizer.learning_rate": 1e-3},
+    "rate 1e-2, warm-up of 3 epochs": {"optimizer.learning_rate": 1e-2, "schedule.warmup_epochs": 3.0},
 }
 OF_PRETRAINED: dict[str, dict[str, Any]] = RECIPES | {
     "rate 3e-3, layer decay 0.75": {"optimizer.learning_rate": 3e-3, "optimizer.layer_decay": 0.75},
