@@ -14,9 +14,7 @@ where items have failed, too.
 """
 
 import argparse
-import csv
 import dataclasses
-import io
 import logging
 import os
 import re
@@ -32,9 +30,10 @@ from typing import Any
 
 from biomass_jax.data.raster.inputs import InputItem, find_inputs
 from biomass_jax.errors import STOPPED, Stopped, WorkError, name_list
+from biomass_jax.evaluation import tables
 from biomass_jax.prediction.config import Predict
 from biomass_jax.runtime import environment
-from biomass_jax.runtime.files import check_local, write_text
+from biomass_jax.runtime.files import check_local
 from biomass_jax.runtime.lock import writer_beside
 from biomass_jax.runtime.settings import Range, add_options, checked, options_of, setting
 from biomass_jax.runtime.system import sigterm_stops
@@ -297,13 +296,12 @@ def summary(rows: Sequence[Row]) -> list[str]:
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
     """The table as a file: item, tile, season, state, owner, tries, error."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("item", "tile", "season", "state", "owner", "tries", "error"))
-    for row in rows:
-        place = [row.item.get(name, "") for name in ("name", "tile", "season")]
-        writer.writerow([*place, row.state, row.owner, row.tries, row.error])
-    write_text(path, text.getvalue())
+    columns = ("item", "tile", "season", "state", "owner", "tries", "error")
+    cells = [
+        [*(row.item.get(name, "") for name in ("name", "tile", "season")), row.state, row.owner, row.tries, row.error]
+        for row in rows
+    ]
+    tables.write_csv(path, columns, [dict(zip(columns, row, strict=True)) for row in cells])
 
 
 def _share(text: str) -> tuple[int, int]:

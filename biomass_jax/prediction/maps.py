@@ -17,7 +17,7 @@ from biomass_jax.data.raster import stac
 from biomass_jax.data.raster.cog import MapWriter
 from biomass_jax.data.raster.image import ImageSource, open_image, read_preview, read_tags
 from biomass_jax.data.raster.inputs import InputItem
-from biomass_jax.data.raster.stac import quicklook_path as quicklook_path
+from biomass_jax.data.raster.stac import quicklook_path
 from biomass_jax.data.raster.tiff import verify_blocks
 from biomass_jax.errors import BiomassError, BundleError, RasterError
 from biomass_jax.prediction.pixels import MapOptions, Mapper, MapPixels, check_source

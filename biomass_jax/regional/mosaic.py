@@ -5,9 +5,7 @@ mosaic until that is whole, so that a killed run goes on where it was; docs/regi
 """
 
 import argparse
-import csv
 import datetime
-import io
 import json
 import logging
 import os
@@ -32,9 +30,10 @@ from biomass_jax.data.raster.warp import MapFile, Part, check_together, crs_of, 
 from biomass_jax.data.raster.zonal import SIGNIFICANT
 from biomass_jax.data.records import is_season
 from biomass_jax.errors import STOPPED, RasterError, Stopped, UsageError
+from biomass_jax.evaluation.tables import write_csv
 from biomass_jax.regional.overlap import BLOCK, INVERSE, MEAN, NEWEST, Member, MosaicPlan, block_values, sd_layer
 from biomass_jax.runtime import environment, system
-from biomass_jax.runtime.files import check_local, expanded, replacing, write_json, write_text
+from biomass_jax.runtime.files import check_local, expanded, replacing, write_json
 from biomass_jax.runtime.lock import writer_beside
 from biomass_jax.runtime.progress import Progress
 from biomass_jax.runtime.settings import Range, add_options, changed_fields, checked, options_of, setting
@@ -284,7 +283,7 @@ def mosaic(
     if not stac.read_item(path):
         stac.write_item(path, *(one.map.path for one in layout.members))
     if table is not None:
-        write_text(table, _table(layout))
+        write_csv(table, *_table(layout))
     return layout
 
 
@@ -353,16 +352,16 @@ def _tags(layout: MosaicPlan) -> dict[str, str]:
     }
 
 
-def _table(layout: MosaicPlan) -> str:
-    """A row a map, as CSV."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["map", "season", "model_sha256", "crs", "height", "width", "identity"])
+def _table(layout: MosaicPlan) -> tuple[Sequence[str], list[dict[str, object]]]:
+    """Columns, and a row a map."""
+    columns = ("map", "season", "model_sha256", "crs", "height", "width", "identity")
+    rows = []
     for one, *_ in layout.members:
         crs = one.grid.crs.to_string() if one.grid.crs else ""
-        tags = (one.tags.get("SEASON", ""), one.tags.get("MODEL_SHA256", ""))
-        writer.writerow([one.path, *tags, crs, one.grid.height, one.grid.width, one.identity])
-    return text.getvalue()
+        cells = [one.path, one.tags.get("SEASON", ""), one.tags.get("MODEL_SHA256", ""), crs]
+        cells += [one.grid.height, one.grid.width, one.identity]
+        rows.append(dict(zip(columns, cells, strict=True)))
+    return columns, rows
 
 
 def _parser() -> argparse.ArgumentParser:

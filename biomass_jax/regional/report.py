@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from biomass_jax import figures
+from biomass_jax.data.raster import stac
 from biomass_jax.data.raster.image import read_preview, read_tags
-from biomass_jax.data.raster.stac import quicklook_path, statistics_of
 from biomass_jax.data.raster.warp import MapFile, map_file
+from biomass_jax.data.raster.zonal import SD, SIGNIFICANT
 from biomass_jax.data.records import is_season
 from biomass_jax.errors import RegionalError
 from biomass_jax.figures import page as pages
@@ -27,8 +28,6 @@ from biomass_jax.version import __version__
 
 MOST_SHOWN = 12  # rasters with a picture; all are in the table
 _PREVIEW = 700  # pixels along the longer side of a picture
-# By which tag a raster is told, and what it is; the first that fits.
-KINDS = {"Z_THRESHOLD": "change", "MOSAIC_SHA256": "mosaic", "MODEL_SHA256": "map"}
 # (what for, reference); the software's own entry names its version.
 REFERENCES = {
     "software": f"The biomass_jax authors: biomass_jax, version {__version__}.",
@@ -69,9 +68,7 @@ def find(folders: Iterable[Path]) -> ReportParts:
             if any(part.startswith(".") for part in path.relative_to(folder).parts):
                 continue
             if path.suffix == ".tif":
-                tags = read_tags(path)
-                kind = next((kind for tag, kind in KINDS.items() if tag in tags), None)
-                if kind is not None:
+                if kind := stac.kind_of(read_tags(path)):
                     found.rasters.append((kind, map_file(path)))
             elif path.name == "metrics.json":
                 found.scores.append((path, _scores(path)))
@@ -149,22 +146,22 @@ def _section(title: str, rasters: Sequence[tuple[str, MapFile]]) -> list[str]:
 def _picture(one: MapFile) -> str:
     """A raster's quicklook where it has one, else a drawing of its first layers."""
     path = Path(one.path)
-    quicklook = quicklook_path(path)
+    quicklook = stac.quicklook_path(path)
     if quicklook.is_file():
         return pages.picture(quicklook.read_bytes(), f"{path.stem} beside its image")
     names = list(one.layers)
-    shown = [name for name in names if name in (names[0], f"{names[0]}_sd", "significant")]
+    shown = [name for name in names if name in (names[0], f"{names[0]}{SD}", SIGNIFICANT)]
     layers = {name: read_preview(one.path, _PREVIEW, number=names.index(name) + 1) for name in shown}
     drawn = figures.layer_panels(layers, unit=one.layers[names[0]])
     return pages.picture(figures.to_png(drawn), ", ".join(shown))
 
 
 def _row(kind: str, one: MapFile) -> list[str]:
-    statistics = dict(zip(one.layers, statistics_of(one.path), strict=True))
+    statistics = dict(zip(one.layers, stac.statistics_of(one.path), strict=True))
     first = next(iter(one.layers))
     sizes, share = one.grid.pixel_size(), statistics[first].get("valid_percent")
     area = "" if share is None or sizes is None else _hectares(one, share, *sizes)
-    means = [statistics.get(name, {}).get("mean") for name in (first, f"{first}_sd")]
+    means = [statistics.get(name, {}).get("mean") for name in (first, f"{first}{SD}")]
     sensors = ", ".join(sorted({one.tags[tag] for tag in one.tags if tag.startswith("SENSORS") and one.tags[tag]}))
     cells = [Path(one.path).name, kind, _when(one), sensors, area]
     return cells + ["" if mean is None else f"{mean:.1f}" for mean in means]
@@ -248,7 +245,7 @@ def _about_maps(maps: Sequence[MapFile]) -> str:
         + (f" of {'; '.join(times[:6])}{' and more' if len(times) > 6 else ''}" if times else "")
         + " by a Swin Transformer with a UPerNet decoder, the architecture of granite-geospatial-biomass (Muszynski et "
         f"al. 2024), {'model' if len(models) == 1 else 'models'} {', '.join(model[:12] for model in models)}, with "
-        f"biomass_jax {__version__}."
+        f"{' and '.join(sorted({one.tags.get('SOFTWARE', 'biomass_jax') for one in maps}))}."
     )
 
 
@@ -283,9 +280,10 @@ def _about_scores(one: Mapping[str, Any]) -> str:
 
 def _about_change(one: MapFile) -> str:
     tags = one.tags
+    where = "on stable ground" if tags.get("STABLE", "None") != "None" else "where most of the ground is unchanged"
     return (
         f"Change between {_when(one) or 'the two maps'}: the errors of the two maps have the correlation "
-        f"{float(tags.get('ERROR_CORRELATION', 'nan')):.2f}, found on stable ground, which the standard deviation of "
+        f"{float(tags.get('ERROR_CORRELATION', 'nan')):.2f}, found {where}, which the standard deviation of "
         f"the difference counts. Changes are called significant so that at most {float(tags.get('FDR', 'nan')):.0%} of "
         "those that are called so are chance (false discovery rate, Benjamini and Hochberg 1995), and in patches of at "
         f"least {float(tags.get('MIN_AREA_HA', 'nan')):g} ha."
@@ -311,10 +309,7 @@ def _granules(files: Iterable[MapFile]) -> list[str]:
 
 
 def _models(files: Iterable[MapFile]) -> list[str]:
-    tags = {
-        one.tags.get(tag, "") for one in files for tag in ("MODEL_SHA256", "MODEL_SHA256_BEFORE", "MODEL_SHA256_AFTER")
-    }
-    return sorted({model.strip() for text in tags for model in text.split(";")} - {""})
+    return sorted({model for one in files for model in stac.models_of(one.tags)})
 
 
 def _inputs(found: ReportParts) -> list[str]:

@@ -336,9 +336,8 @@ def _changes(signs: dict[int, Sums], correlation: Correlation | None, chosen: Zo
     one = together(list(signs.values()))
     net = estimators.by_map(one, correlation)
     figures = _figures("net", net, one.area, chosen)
-    none = net._replace(
-        mean=net.mean - net.mean, se=net.se - net.se
-    )  # 0 where nothing is found, NaN where nothing can be told
+    # Of no pixel: 0 where the net can be told, NaN where it can't.
+    none = net._replace(mean=net.mean - net.mean, se=net.se - net.se)
     for name, sign in (("loss", -1), ("gain", 1)):
         part = signs[sign]
         found = estimators.by_map(part, correlation) if part.area else none

@@ -14,9 +14,9 @@ import rasterio.shutil
 from PIL import Image
 
 import biomass_jax
+from biomass_jax.data.raster import stac
 from biomass_jax.data.raster.image import read_tags
 from biomass_jax.errors import BundleError, PredictionError, RasterError
-from biomass_jax.prediction import maps
 from biomass_jax.runtime.progress import Progress, duration
 from tests.prediction.stubs import NIR, coded_image, nir, read_map, stub_bundle, write_raster
 
@@ -101,7 +101,7 @@ def test_a_finished_map_is_kept_only_where_a_new_one_would_be_the_same(stub, sce
     kept = change in ("nothing", "quicklook")
     assert again.status == ("skipped" if kept else "written")
     assert (os.stat(again).st_ino == before) == kept
-    assert maps.quicklook_path(again.path).is_file() == (change == "quicklook")
+    assert stac.quicklook_path(again.path).is_file() == (change == "quicklook")
     np.testing.assert_allclose(read_map(again), coded_image(240, 260)[..., NIR], rtol=1e-6)
 
 
@@ -315,7 +315,7 @@ def test_quicklook_shows_image_and_map_with_no_data_transparent(stub, tmp_path):
     source = write_raster(tmp_path / "in" / "scene.tif", image)
     result = stub().predict_file(source, tmp_path, quicklook=True)
     picture = tmp_path / "scene_agbd_quicklook.png"
-    assert maps.quicklook_path(result.path) == picture
+    assert stac.quicklook_path(result.path) == picture
     pixels = np.asarray(Image.open(picture).convert("RGBA"))
     height, width = pixels.shape[:2]
     assert pixels[height // 2, width // 4 - 20, 3] == 0  # middle of the left panel: no data

@@ -73,7 +73,14 @@ def whole(folder):
     write_raster(folder / "maps" / "a_agbd.tif", **TAGS, **CALIBRATED, DATA_SOURCES="; ".join(GRANULES))
     write_raster(folder / "mosaic.tif", value=90, **TAGS, MOSAIC_SHA256="m", OVERLAP="inverse_variance")
     seasons = {"SEASON_BEFORE": "2018-05-01/2018-10-01", "SEASON_AFTER": "2020-05-01/2020-10-01"}
-    numbers = {"Z_THRESHOLD": "2.5", "ERROR_CORRELATION": "0.62", "FDR": "0.05", "MIN_AREA_HA": "0.5"}
+    numbers = {
+        "BEFORE": "a.tif",
+        "AFTER": "b.tif",
+        "Z_THRESHOLD": "2.5",
+        "ERROR_CORRELATION": "0.62",
+        "FDR": "0.05",
+        "MIN_AREA_HA": "0.5",
+    }
     layers = ("agbd_change", "agbd_change_sd", "significant")
     write_raster(folder / "change.tif", layers, value=-7, **seasons, **numbers)
     write_raster(folder / "composite.tif", ("red", "green"))  # nothing that a report is about

@@ -216,21 +216,31 @@ def _about(grid: Grid, tags: Mapping[str, str], granules: list[GranuleName]) -> 
     }
 
 
+def kind_of(tags: Mapping[str, str]) -> str:
+    """Which of `KINDS` a raster is by its tags; "" for one that is none of ours."""
+    if "BEFORE" in tags and "AFTER" in tags:
+        return "change"
+    return "mosaic" if "MOSAIC_SHA256" in tags else "map" if "MODEL_SHA256" in tags else ""
+
+
+def models_of(tags: Mapping[str, str]) -> list[str]:
+    """SHA-256 of the weights of all models that a raster was made by, sorted."""
+    every = "; ".join(tags.get(f"MODEL_SHA256{of}", "") for of in ("", "_BEFORE", "_AFTER"))
+    return sorted({*every.split("; ")} - {""})
+
+
 def _history(tags: Mapping[str, str], granules: list[GranuleName]) -> dict[str, Any]:
     """What kind of raster it is, how it was made, and by which program and models."""
-    if "BEFORE" in tags and "AFTER" in tags:
-        kind, made = "change", f"{tags['AFTER']} less {tags['BEFORE']}"
-    elif "MOSAIC_SHA256" in tags:
-        kind, made = (
-            "mosaic",
-            f"{tags.get('MAPS', 'several')} maps, where they overlap by {tags.get('OVERLAP', 'a rule')}",
-        )
+    kind = kind_of(tags) or "map"  # old ones don't tell their model
+    if kind == "change":
+        made = f"{tags['AFTER']} less {tags['BEFORE']}"
+    elif kind == "mosaic":
+        made = f"{tags.get('MAPS', 'several')} maps, where they overlap by {tags.get('OVERLAP', 'a rule')}"
     else:
-        kind, image = "map", tags.get("SOURCE_NAMES") or ("" if granules else tags.get("DATA_SOURCES", ""))
+        image = tags.get("SOURCE_NAMES") or ("" if granules else tags.get("DATA_SOURCES", ""))
         of = f"{len(granules)} HLS granule{'' if len(granules) == 1 else 's'}" if granules else ""
         made = f"predicted from {' of '.join(filter(None, (image, of))) or 'an image'}"
-    every = "; ".join(tags.get(f"MODEL_SHA256{of}", "") for of in ("", "_BEFORE", "_AFTER"))
-    models = "; ".join(sorted({*every.split("; ")} - {""}))
+    models = "; ".join(models_of(tags))
     name, _, version = tags.get("SOFTWARE", "").rpartition(" ")
     # The weights are versions of the program that made the values as much as the package's own.
     software = {key: text for key, text in ((name, version), ("model", models)) if key and text}
