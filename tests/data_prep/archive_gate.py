@@ -92,9 +92,9 @@ class Archive:
         """In place of `earthaccess.search_data`."""
         self.searches.append(query)
         url = self.url(self.gate)
-        granules = sorted(path for path in self.store.folder.iterdir() if path.name.startswith("HLS."))
-        wanted = [path for path in granules if path.name.split(".")[1] == query["short_name"][-3:]]
-        return [answer(path.name, sorted(file.name for file in path.iterdir()), url=url) for path in wanted]
+        wanted = "HLS." + query["short_name"][-3:] if query["short_name"].startswith("HLS") else "GEDI04_A"
+        granules = sorted(path for path in self.store.folder.iterdir() if path.name.startswith(wanted))
+        return [answer(path.name, sorted(file.name for file in path.iterdir()), url=url) for path in granules]
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import argparse
 import ast
 import contextlib
 import importlib
+import json
 import os
 import re
 import runpy
@@ -20,6 +21,7 @@ from ml_collections import config_flags
 from biomass_jax import cli
 from biomass_jax import main as runner
 from biomass_jax.runtime.settings import find_config
+from tests.data_prep.archive_gate import TOKEN, open_archive
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", "CONTRIBUTING.md", "launch/README.md", *(f"docs/{path.name}" for path in ROOT.glob("docs/*.md")))
@@ -165,30 +167,77 @@ def test_errors_of_the_troubleshooting_page_are_those_of_the_programs():
     assert len(quoted) > 50 and unknown == []
 
 
+# What asks NASA's archive, in its place: the answers and the token are those of the stand-in.
+EARTHACCESS = """
+import json, os, requests
+from types import SimpleNamespace
+from . import exceptions
+def login(strategy):
+    if os.environ.get("EARTHDATA_TOKEN") is None:
+        raise exceptions.LoginStrategyUnavailable(strategy)
+    return SimpleNamespace(authenticated=True, token={"access_token": os.environ["EARTHDATA_TOKEN"]})
+def search_data(short_name, **query):
+    return json.load(open(os.environ["ARCHIVE_ANSWERS"])).get(short_name, [])
+def get_requests_https_session():
+    session = requests.Session()
+    session.headers["Authorization"] = "Bearer " + os.environ["EARTHDATA_TOKEN"]
+    return session
+"""
+EXCEPTIONS = """
+class LoginStrategyUnavailable(Exception): ...
+class LoginAttemptFailure(Exception): ...
+"""
+
+
+def stand_in(archive, folder):
+    """Environment variables with which `earthaccess` is the stand-in for NASA's archive."""
+    package = folder / "earthaccess"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(EARTHACCESS)
+    (package / "exceptions.py").write_text(EXCEPTIONS)
+    products = ("HLSL30", "GEDI_L4A_AGB_Density_V2_1_2056")
+    answers = folder / "answers.json"
+    answers.write_text(json.dumps({name: archive.search(short_name=name) for name in products}))
+    return {"ARCHIVE_ANSWERS": str(answers), "EARTHDATA_TOKEN": TOKEN}
+
+
 @pytest.mark.slow
 def test_commands_of_the_pages_run_as_they_stand(tmp_path, root):
-    """From granules to shards by the steps of docs/data.md, then a model converted both ways, a map, scores."""
+    """From the archive to shards by the steps of docs/data.md, then a model converted both ways, maps, scores."""
     checkpoint = root / "tests" / "golden" / "ckpt_micro_cli" / "state_dict.ckpt"
     shutil.copy(checkpoint, tmp_path / "biomass_model.ckpt")
-    environment = {**os.environ, "PYTHONPATH": str(root), "MPLBACKEND": "Agg"}
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path / 'library'}:{root}", "MPLBACKEND": "Agg"}
     environment["JAX_COMPILATION_CACHE_DIR"] = str(root / ".cache" / "jax-tests")
 
     def run(*words):
         line = [sys.executable, "-m", *(["biomass_jax.cli", *words[1:]] if words[0] == "biomass-jax" else words[2:])]
         done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        return done.stdout
 
-    run("biomass-jax", "synthetic", "--world", "forest", "--out", "data", "--size", "672x448")
-    for words in commands("docs/data.md"):
-        if words[1] in ("prepare", "download", "stream"):  # all steps in one, as in the demo; from NASA's archives
-            continue
-        # Blocks as small as this piece of a tile asks for, without a buffer, and each pixel of its five scenes.
-        smaller = {"splits": ["--block-km", "5", "--buffer-m", "0"], "composite": ["--min-clear", "1"]}
-        run(*words, *smaller.get(words[1], []))
-    (convert, back), (predict,) = commands("docs/convert.md")[:2], commands("docs/maps.md")[:1]
-    at = convert.index("--config")
-    run(*convert[:at], *convert[at + 2 :], "--statistics", "granite")  # this checkpoint has no config.yaml
-    run(*back)
+    run("biomass-jax", "synthetic", "--world", "forest", "--out", "made", "--size", "672x448")
+    for granule in (tmp_path / "made/granules/hls").iterdir():
+        granule.rename(tmp_path / "made" / granule.name)
+    for orbit in (tmp_path / "made/granules/gedi").iterdir():
+        (tmp_path / "made" / orbit.stem).mkdir()
+        orbit.rename(tmp_path / "made" / orbit.stem / orbit.name)
+    with open_archive(tmp_path / "made") as archive:
+        environment |= stand_in(archive, tmp_path / "library")
+        for words in commands("docs/data.md"):
+            if words[1] == "prepare":  # all steps in one, as in the demo
+                continue
+            # Blocks as small as this piece of a tile asks for, without a buffer, and each pixel of its five scenes.
+            smaller = {"splits": ["--block-km", "5", "--buffer-m", "0"], "composite": ["--min-clear", "1"]}
+            said = run(*words, *smaller.get(words[1], []))
+            if words[1] in ("download", "stream"):
+                assert "10SFF" in said or "GEDI04_A" in said, said
+        assert len(archive.asked) > 30  # files in pieces, by stream; whole ones don't count
+        (convert, back), (predict,) = commands("docs/convert.md")[:2], commands("docs/maps.md")[:1]
+        at = convert.index("--config")
+        run(*convert[:at], *convert[at + 2 :], "--statistics", "granite")  # this checkpoint has no config.yaml
+        run(*back)
+        (from_archive,) = [words for words in commands("docs/install.md") if "--tile" in words]
+        run(*from_archive)
     (scene,) = (tmp_path / "data" / "composites").glob("*/*.tif")
     shutil.copy(scene, tmp_path / "scene.tif")
     run(*predict)
@@ -196,4 +245,5 @@ def test_commands_of_the_pages_run_as_they_stand(tmp_path, root):
     run(*("data/shards" if "datasets/" in word else word for word in scores))
     made = ("data/chips/chips.parquet", "data/shards/dataset_info.json", "model.ckpt", "granite/bundle.json")
     made += ("maps/scene_agbd.tif", "maps/scene_agbd_quicklook.png", "scores/metrics.json")
+    made += ("data/granules/gedi", "maps/10SFF_2020-05-01_2020-10-01_agbd.tif")
     assert [name for name in made if not (tmp_path / name).exists()] == []
