@@ -17,6 +17,7 @@ from biomass_jax import figures
 from biomass_jax.data.raster.image import read_tags
 from biomass_jax.data.raster.zonal import Covered, covered_means
 from biomass_jax.errors import EvaluationError
+from biomass_jax.evaluation.tables import write_csv
 from biomass_jax.figures import page as pages
 from biomass_jax.runtime.files import write_json, write_text
 
@@ -246,16 +247,11 @@ def validate(
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "plots.csv", table.drop(columns="geometry").to_csv(index=False))
-    write_text(folder / "scores.csv", _csv(found["scores"]))
+    write_csv(folder / "scores.csv", list(found["scores"][0]), found["scores"])
     write_json(folder / "validation.json", found)
     names = _draw(folder, used, found, line)
     write_text(folder / "validation.html", _page(found, names))
     return found
-
-
-def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    lines = [",".join(rows[0])]
-    return "\n".join(lines + [",".join("" if v is None else str(v) for v in row.values()) for row in rows]) + "\n"
 
 
 def _draw(folder: Path, used: "GeoDataFrame", found: Mapping[str, Any], line: Line | None) -> list[str]:

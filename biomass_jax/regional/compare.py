@@ -29,7 +29,7 @@ from biomass_jax.evaluation.tables import write_csv
 from biomass_jax.figures import page as pages
 from biomass_jax.regional.mosaic import Mosaic, plan
 from biomass_jax.regional.overlap import MosaicPlan, block_values, sd_layer
-from biomass_jax.regional.products import OTHER, PRODUCTS, OtherMap, other_map
+from biomass_jax.regional.products import OTHER, PRODUCTS, OtherMap, check_unit, other_map
 from biomass_jax.runtime import environment
 from biomass_jax.runtime.files import check_local, expanded, write_json, write_text
 from biomass_jax.runtime.lock import writer_beside
@@ -85,7 +85,7 @@ def compare(
         **settings: fields of `Compare`.
 
     Raises:
-        RegionalError: no pixel has both, another layout or unit, or zones that can't be used.
+        RegionalError: no pixel has both, another layout or unit (of the maps, too), or zones that can't be used.
         RasterError: a raster can't be read, or the maps differ among themselves.
         ConfigError: a setting can't be.
     """
@@ -93,6 +93,8 @@ def compare(
     places = _places(chosen)
     others = [other_map(path, chosen.product, units=chosen.units, error=chosen.error) for path in theirs]
     plans = [plan(maps, Mosaic(mixed=True), one.mean.grid) for one in others]
+    if unit := next(iter(plans[0].layers.values())):  # earlier maps tell none
+        check_unit(os.fspath(maps[0]), unit)
     tally, sample, rasters = Tally(), np.empty((3, 0)), []
     rng = np.random.default_rng(0)
     for layout, one in zip(plans, others, strict=True):

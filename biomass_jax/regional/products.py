@@ -152,11 +152,12 @@ def _of_any_kind(path: str | os.PathLike[str], units: str | None, error: str | o
             raise RegionalError(f"{one.path}: its unit is {found!r}, but units is {units!r}")
         if not (found or units):
             raise RegionalError(f"{one.path}: it doesn't tell its unit; give --units Mg/ha if that is what it holds")
-        _check_unit(one.path, found or units or "")
+        check_unit(one.path, found or units or "")
     return OtherMap(mean, next(iter(mean.layers)), errors, os.path.basename(mean.path))
 
 
-def _check_unit(path: str, unit: str) -> None:
+def check_unit(path: str, unit: str) -> None:
+    """RegionalError where values in that unit, times hectares, aren't Mg."""
     if unit not in UNITS:
         raise RegionalError(
             f"{path}: its unit is {unit!r}; expected Mg/ha of dry above-ground biomass (not carbon, kg or m3): bring "
@@ -183,7 +184,7 @@ def _published(path: str | os.PathLike[str], known: MapProduct, name: str) -> Ot
         if one is not None:
             _check_layout(one, known, name, instead)
     if mean.layers[band]:
-        _check_unit(mean.path, mean.layers[band])
+        check_unit(mean.path, mean.layers[band])
     if not known.fill:
         mean = replace(mean, nodata=math.nan)
     quality = known.quality if known.quality in mean.layers else None

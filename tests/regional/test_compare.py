@@ -42,12 +42,12 @@ def cell_means(grid, parts=8):
     return values.reshape(grid.height, parts, grid.width, parts).mean((1, 3))
 
 
-def write_map(path, left=LEFT, scale=1.0, offset=0.0, sd=20.0, noise=0.0):
+def write_map(path, left=LEFT, scale=1.0, offset=0.0, sd=20.0, noise=0.0, unit="Mg ha-1"):
     grid = Grid(SIDE, SIDE, UTM, Affine(30, 0, left, 0, -30, TOP))
     truth = biomass(*centres(grid))
     values = np.maximum(scale * truth + offset + noise * np.random.default_rng(1).standard_normal(truth.shape), 0)
     tags = {"SEASON": "2020-05-01/2020-10-01", "MODEL_SHA256": "a", "SENSORS": "L30"}
-    layers = dict.fromkeys(("agbd", "agbd_sd"), "Mg ha-1")
+    layers = dict.fromkeys(("agbd", "agbd_sd"), unit)
     with MapWriter(path, grid, nodata=-1, layers=layers, tags=tags) as writer:
         writer.write_rows(0, np.stack([values, np.full_like(values, sd)], axis=-1).astype(np.float32))
     return path
@@ -228,6 +228,13 @@ def test_other_units_are_refused(tmp_path, unit, given, says):
     other = write_other(tmp_path / "other.tif", grid, biomass(*centres(grid)), nodata=-1, units=(unit,) if unit else ())
     with pytest.raises(RegionalError, match=says):
         module.compare([write_map(tmp_path / "m.tif")], [other], tmp_path / "out", units=given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_maps_of_something_else_are_refused(tmp_path):
+    heights = write_map(tmp_path / "heights.tif", unit="m")
+    with pytest.raises(RegionalError, match=r"heights\.tif: its unit is 'm'; expected Mg/ha"):
+        module.compare([heights], [cci(tmp_path)], tmp_path / "out", product="cci")
     assert not (tmp_path / "out").exists()
 
 
