@@ -42,6 +42,8 @@ def run_tests(root: Path, tests: Sequence[str]) -> tuple[int, str]:
     """pytest's exit code and the last lines of what it said."""
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", f"--basetemp={root / 'pytest'}", *tests]
     environment = os.environ | {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
+    # What a fault doesn't touch was compiled before: programs are kept by what is in them.
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".cache" / "jax-tests")
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     return done.returncode, done.stdout + done.stderr
 
