@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 PARQUET = (".parquet", ".geoparquet")
 TABLES = (".csv", ".gpkg", *PARQUET)  # endings of tables that are written
+STYLES = "layer_styles"  # the table of a GeoPackage where QGIS keeps styles
 _STEP = 500.0  # metres between corners of an outline that is brought to another CRS, at most
 _STEP_DEGREES = 0.005
 _TRACK, _ORBIT = 10**11, 10**13  # a shot's number is its orbit, its beam, and 11 digits more
@@ -53,7 +54,7 @@ def read_table(path: str | Path, what: str, error: type[BiomassError], layer: st
         layers = geopandas.list_layers(path).dropna(subset="geometry_type")["name"].tolist()  # QGIS adds its styles
         if layer is None and len(layers) > 1:
             raise error(f"{path}: found layers {', '.join(layers)}; expected one, or --layer NAME")
-        return geopandas.read_file(path, layer=layer)
+        return geopandas.read_file(path, layer=layer or next(iter(layers), None))
     except error:
         raise
     except Exception as cause:  # pandas, pyogrio, pyarrow and shapely each have their own
@@ -298,13 +299,14 @@ def check_table(path: str | Path) -> None:
         raise RegionalError(f"{path}: expected a name that ends in {', '.join(TABLES)}")
 
 
-def write_table(frame: "GeoDataFrame", path: str | Path, layer: str) -> None:
+def write_table(frame: "GeoDataFrame", path: str | Path, layer: str, style: str = "") -> None:
     """Write a table, whole, by the ending of its name; a CSV is without the outlines.
 
     Args:
         frame: with outlines.
         path: ends in one of `TABLES`.
         layer: its name in a GeoPackage.
+        style: of QGIS, which a GeoPackage takes along and QGIS then uses by itself.
 
     Raises:
         RegionalError: another ending, or the place can't be written.
@@ -318,10 +320,23 @@ def write_table(frame: "GeoDataFrame", path: str | Path, layer: str) -> None:
         with replacing(path, suffix=path.suffix.lower()) as partial:
             if path.suffix.lower() == ".gpkg":
                 frame.to_file(partial, driver="GPKG", layer=layer)
+                if style:
+                    _add_style(partial, layer, style)
             else:
                 frame.to_parquet(partial)
     except Exception as error:  # pyogrio, pyarrow and the system each have their own
         raise RegionalError(f"{path}: can't be written: {error}") from error
+
+
+def _add_style(path: Path, layer: str, style: str) -> None:
+    """Into the table where QGIS keeps the styles of a GeoPackage's layers."""
+    import pandas
+    import pyogrio
+
+    row: dict[str, object] = {"f_table_catalog": "", "f_table_schema": "", "f_table_name": layer}
+    row |= {"f_geometry_column": "geom", "styleName": layer, "styleQML": style, "styleSLD": "", "useAsDefault": True}
+    row |= {"description": "", "owner": "", "ui": "", "update_time": pandas.Timestamp.now(tz="UTC")}
+    pyogrio.write_dataframe(pandas.DataFrame([row]), path, layer=STYLES, driver="GPKG")
 
 
 def add_columns(frame: "GeoDataFrame", columns: Mapping[str, Sequence[Any]]) -> "GeoDataFrame":

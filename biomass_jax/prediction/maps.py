@@ -19,6 +19,7 @@ from biomass_jax.data.raster.image import ImageSource, open_image, read_preview,
 from biomass_jax.data.raster.inputs import InputItem
 from biomass_jax.data.raster.stac import quicklook_path
 from biomass_jax.data.raster.tiff import verify_blocks
+from biomass_jax.data.raster.zonal import UNIT_TITLES
 from biomass_jax.errors import BiomassError, BundleError, RasterError
 from biomass_jax.prediction.pixels import MapOptions, Mapper, MapPixels, check_source
 from biomass_jax.runtime import environment
@@ -40,7 +41,6 @@ LAYER_TITLES = {
     "agbd_hi": "Above-ground biomass, upper end of the interval",
     "di": "Dissimilarity to the training chips",
 }
-UNIT_TITLES = {"Mg ha-1": "Mg/ha"}
 TIFF_SUFFIXES = (".tif", ".tiff")
 Failure = tuple[str, Exception]  # the input's name, what went wrong
 
@@ -93,11 +93,6 @@ def is_tiff_path(dst: str | os.PathLike[str]) -> bool:
 def colours_path(path: Path) -> Path:
     """`<map's stem>_colours.txt` beside the map."""
     return path.with_name(f"{path.stem}_colours.txt")
-
-
-def style_path(path: Path) -> Path:
-    """`<map's stem>.qml` beside the map, where QGIS looks for it."""
-    return path.with_name(f"{path.stem}.qml")
 
 
 def map_tags(source: ImageSource, bundle: Bundle, settings: Mapping[str, Any]) -> dict[str, str]:
@@ -195,9 +190,9 @@ def write_beside(
     named = {"name": LAYER_TITLES.get(layer, layer), "unit": UNIT_TITLES.get(unit, unit)}
     if due(options.quicklook, quicklook_path(path)):
         _write_quicklook(source, path, list(layers), **named)
-    if due(options.style, style_path(path), colours_path(path)):
-        style, ramp = figures.map_style(read_preview(path, QUICKLOOK_SIZE), **named)
-        write_text(style_path(path), style)
+    if due(options.style, figures.style_path(path), colours_path(path)):
+        style, ramp = figures.map_style(read_preview(path, QUICKLOOK_SIZE), name=named["name"], unit=named["unit"])
+        write_text(figures.style_path(path), style)
         write_text(colours_path(path), ramp)
     if due(options.stac, stac.item_path(path)):
         stac.write_item(path, source.name)

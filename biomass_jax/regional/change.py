@@ -50,6 +50,7 @@ from biomass_jax.regional.significance import (
     variance,
     without_small_patches,
 )
+from biomass_jax.regional.styles import write_style
 from biomass_jax.runtime import environment
 from biomass_jax.runtime.files import check_local
 from biomass_jax.runtime.lock import writer_beside
@@ -297,7 +298,7 @@ def change(
     command: str = "biomass_jax.regional.change.change",
     **settings: object,
 ) -> Found:
-    """Write the raster of change, with its STAC item beside it.
+    """Write the raster of change, with its STAC item and its colours for QGIS beside it.
 
     Its bands are the difference and its sd, both in the maps' unit, and `significant`: -1 for loss, 1 for gain, 0 for
     neither. Memory is bounded by some million pixels, or some rows of a wide raster, more for a large `min_area_ha`.
@@ -344,6 +345,7 @@ def change(
                     sum_of[1] += float((d - null.offset)[kept == sign].sum())
                 writer.write_rows(start, rows)
             stac.remove_item(Path(out))  # of the raster that this one replaces
+    write_style(Path(out), f"{label}_change", unit, change=True)
     stac.write_item(Path(out), os.fspath(before), os.fspath(after))
     loss, gain = ((int(count), total / max(count, 1)) for count, total in sums.values())
     return Found(Path(out), null, int(histogram.sum()), errors, loss, gain, pixel_ha, unit)

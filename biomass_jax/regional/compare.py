@@ -30,6 +30,7 @@ from biomass_jax.figures import page as pages
 from biomass_jax.regional.mosaic import Mosaic, plan
 from biomass_jax.regional.overlap import MosaicPlan, block_values, sd_layer
 from biomass_jax.regional.products import OTHER, PRODUCTS, OtherMap, check_unit, other_map
+from biomass_jax.regional.styles import write_style
 from biomass_jax.runtime import environment
 from biomass_jax.runtime.files import check_local, expanded, write_json, write_text
 from biomass_jax.runtime.lock import writer_beside
@@ -114,6 +115,8 @@ def compare(
             f"no pixel of {name_list([os.fspath(path) for path in theirs], 5)} has a value where half of it is covered "
             "by the maps; give a raster of the same ground"
         )
+    for path in rasters:
+        write_style(path, "difference", next(iter(plans[0].layers.values())), band=3, change=True)
     done = Compared(rows, others[0].about, rasters)
     _write(done, folder, chosen, [os.fspath(path) for path in maps], [one.mean.path for one in others], sample)
     return done

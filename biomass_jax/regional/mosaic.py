@@ -32,6 +32,7 @@ from biomass_jax.data.records import is_season
 from biomass_jax.errors import STOPPED, RasterError, Stopped, UsageError
 from biomass_jax.evaluation.tables import write_csv
 from biomass_jax.regional.overlap import BLOCK, INVERSE, MEAN, NEWEST, Member, MosaicPlan, block_values, sd_layer
+from biomass_jax.regional.styles import write_style
 from biomass_jax.runtime import environment, system
 from biomass_jax.runtime.files import check_local, expanded, replacing, write_json
 from biomass_jax.runtime.lock import writer_beside
@@ -253,7 +254,7 @@ def mosaic(
     overwrite: bool = False,
     **settings: object,
 ) -> MosaicPlan:
-    """Make a mosaic of maps, or go on with one; its STAC item lies beside it.
+    """Make a mosaic of maps, or go on with one; its STAC item and its colours for QGIS lie beside it.
 
     Args:
         maps: paths.
@@ -280,6 +281,8 @@ def mosaic(
             )
         _write(path, layout, FinishedBlocks(path, layout))
     shutil.rmtree(_blocks_folder(path), ignore_errors=True)
+    label, unit = next(iter(layout.layers.items()))
+    write_style(path, label, unit)
     if not stac.read_item(path):
         stac.write_item(path, *(one.map.path for one in layout.members))
     if table is not None:

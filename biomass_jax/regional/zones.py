@@ -25,6 +25,7 @@ from biomass_jax.data.vectors import (
 )
 from biomass_jax.errors import RegionalError, name_list
 from biomass_jax.figures import page as pages
+from biomass_jax.figures import zone_style
 from biomass_jax.regional import estimators
 from biomass_jax.regional.change import told_by
 from biomass_jax.regional.estimators import Correlation, Estimate, Lattice, Shared, Sums, together
@@ -434,6 +435,13 @@ def _page(done: Done, places: str, maps: Sequence[str], footprints: Sequence[str
     )
 
 
+def _style(done: Done) -> str:
+    """Colours by biomass, or by its change, a hectare."""
+    field = "net / covered_ha" if done.of_change else "mean"
+    values = done.table["net"] / done.table["covered_ha"] if done.of_change else done.table["mean"]
+    return zone_style(values.to_numpy(float), field=field, unit="Mg/ha", change=done.of_change)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m biomass_jax.regional.zones",
@@ -466,7 +474,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with writer_beside(out):
             done = zones(maps, args.zones, footprints=args.footprints, granules=args.granules, **chosen)
             out.parent.mkdir(parents=True, exist_ok=True)
-            write_table(done.table, out, "zones")
+            write_table(done.table, out, "zones", _style(done))
             write_text(out.with_suffix(".html"), _page(done, args.zones, maps, args.footprints, args.level))
     except Exception as error:
         return environment.failed(error)

@@ -1,5 +1,6 @@
 """Colours for other programs: what QGIS and GDAL make of them is what our own pictures show."""
 
+import itertools
 import re
 from xml.etree import ElementTree
 
@@ -7,7 +8,7 @@ import matplotlib
 import numpy as np
 import pytest
 
-from biomass_jax.figures import map_style
+from biomass_jax.figures import map_style, zone_style
 
 NAMED = {"name": "Above-ground biomass", "unit": "Mg/ha"}
 
@@ -83,3 +84,52 @@ def test_names_are_text_and_no_markup(values):
     style, _ = map_style(values, name="a < b", unit='m "3" & <more>')
     shader = ElementTree.fromstring(style).find(".//rampLegendSettings")
     assert shader.get("suffix") == ' m "3" & <more>'
+
+
+def test_differences_have_their_own_colours_with_nothing_in_the_middle(values):
+    style, ramp = map_style(60 - values, **NAMED, band=3, change=True)
+    _, stops, colours = entries(ramp)
+    np.testing.assert_allclose(stops, -stops[::-1], rtol=1e-6)
+    assert np.nanpercentile(abs(60 - values), 99) <= stops[-1] < 1.1 * np.nanpercentile(abs(60 - values), 99)
+    expected = matplotlib.colormaps["PuOr"](np.linspace(0, 1, len(stops)))[:, :3] * 255
+    assert np.abs(colours[:, :3] - expected).max() <= 1
+    assert ElementTree.fromstring(style).find("pipe/rasterrenderer").get("band") == "3"
+
+
+def classes(style):
+    """Edges and colours of a style of polygons."""
+    renderer = ElementTree.fromstring(style).find("renderer-v2")
+    assert renderer.get("type") == "graduatedSymbol"
+    ranges = renderer.findall("ranges/range")
+    symbols = {symbol.get("name"): symbol for symbol in renderer.findall("symbols/symbol")}
+    assert sorted(symbols) == [one.get("symbol") for one in ranges]
+    colours = [symbols[one.get("symbol")].find("layer/Option/Option[@name='color']").get("value") for one in ranges]
+    edges = [(float(one.get("lower")), float(one.get("upper"))) for one in ranges]
+    return renderer.get("attr"), edges, colours, [one.get("label") for one in ranges]
+
+
+def test_zones_have_five_classes_with_as_many_zones_each():
+    values = np.random.default_rng(0).permutation(np.append(np.arange(20.0) ** 2, [np.nan, np.nan]))
+    field, edges, colours, labels = classes(zone_style(values, field="mean", unit="Mg/ha"))
+    assert field == "mean" and len(edges) == 5 and (edges[0][0], edges[-1][1]) == (0, 361)
+    assert all(one[1] == other[0] for one, other in itertools.pairwise(edges))
+    inside = [((values >= low) & (values < high)).sum() for low, high in edges]
+    assert inside == [4, 4, 4, 4, 3]  # and the highest, which closes the last
+    assert (colours[0], colours[-1]) == ("68,1,84,255", "253,231,37,255")
+    assert labels[0] == f"0 to {edges[0][1]:.4g} Mg/ha"
+
+
+def test_changes_of_zones_are_classed_about_0():
+    _, edges, colours, _ = classes(
+        zone_style(np.array([-50.0, 10.0, np.nan]), field="a / b", unit="Mg/ha", change=True)
+    )
+    np.testing.assert_allclose(edges, [(-50, -30), (-30, -10), (-10, 10), (10, 30), (30, 50)])
+    assert colours[0] == "127,59,8,255" and colours[-1] == "45,0,75,255"  # less is orange, more is purple
+
+
+@pytest.mark.parametrize("change", [False, True])
+@pytest.mark.parametrize("values", [[7.0], [7.0, 7.0], [np.nan], [0.0]])
+def test_few_zones_have_a_style_too(values, change):
+    _, edges, _, _ = classes(zone_style(np.array(values), field="mean", unit="Mg/ha", change=change))
+    known = [value for value in values if value == value]
+    assert all(any(low <= value <= high for low, high in edges) for value in known)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import re
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -67,6 +68,9 @@ def test_planted_changes_are_found_and_stable_ground_stays_at_the_rate(tmp_path)
     (d, sd, significant), about = read(tmp_path / "c.tif")
     units = ("Mg ha-1", "Mg ha-1", "1")
     assert about == (("agbd_change", "agbd_change_sd", "significant"), units, -9999)
+    renderer = ElementTree.parse(tmp_path / "c.qml").find("pipe/rasterrenderer")  # beside it, by its name: for QGIS
+    low, high = (float(renderer.get(f"classification{end}")) for end in ("Min", "Max"))
+    assert renderer.get("band") == "1" and -low == high >= np.percentile(np.abs(np.ma.getdata(d)), 98)
     z = (d / sd).astype(float)
     rate = (2 * stats.norm.sf(np.abs(z[:STABLE_ROWS])) < 0.05).mean()
     assert 0.04 <= rate <= 0.06  # without r: 0.006 of it

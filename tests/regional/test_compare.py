@@ -2,6 +2,7 @@
 
 import csv
 import json
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -204,6 +205,8 @@ def test_zones_and_files(tmp_path, capsys):
     page = (out / "compare.html").read_text()
     assert "ESA CCI Biomass" in page and "&lt;east&gt;" in page and (out / "scatter.png").is_file()
     assert "RMSD" in capsys.readouterr().out
+    (style,) = out.glob("difference_*.qml")
+    assert ElementTree.parse(style).find("pipe/rasterrenderer").get("band") == "3"
 
 
 def test_few_blocks_give_no_interval(tmp_path):

@@ -38,7 +38,7 @@ def three_zones(tmp_path_factory):
     ]
     assert len(maps) == 40
     layout = mosaic(maps, folder / "out" / "mosaic.tif", pixel=PIXEL)
-    assert sorted(os.listdir(folder / "out")) == ["mosaic.json", "mosaic.tif"]
+    assert sorted(os.listdir(folder / "out")) == ["mosaic.json", "mosaic.qml", "mosaic.tif"]
     values, tags, crs, transform = read(folder / "out" / "mosaic.tif")
     assert (list(values), tags["MAPS"], crs.to_epsg()) == (["agbd"], "40", 6933)
     return maps, layout, values["agbd"], crs, transform
@@ -301,7 +301,7 @@ def test_the_command_makes_keeps_and_replaces(tmp_path, capsys, caplog):
     assert read(tmp_path / "out.tif")[1]["OVERLAP"] == "mean"
     assert main(["--maps", str(tmp_path / "none*.tif"), "--out", str(tmp_path / "new.tif")]) == 1
     assert "none*.tif" in capsys.readouterr().err
-    assert sorted(os.listdir(tmp_path)) == ["a.tif", "b.tif", "out.json", "out.tif"]
+    assert sorted(os.listdir(tmp_path)) == ["a.tif", "b.tif", "out.json", "out.qml", "out.tif"]
 
 
 # Stopped and given again ----------------------------------------------------------------------------------------------
@@ -354,7 +354,7 @@ def test_a_stopped_mosaic_goes_on_to_equal_bytes(tmp_path, monkeypatch, six):
     mosaic(maps, tmp_path / "out.tif", **settings)
     assert len(first) == 4 and len(made) == 2 and not set(first) & set(made)
     assert (tmp_path / "out.tif").read_bytes() == (tmp_path / "whole.tif").read_bytes()
-    made = (f"{name}.{ending}" for name in ("out", "whole") for ending in ("json", "tif"))
+    made = (f"{name}.{ending}" for name in ("out", "whole") for ending in ("json", "qml", "tif"))
     assert sorted(os.listdir(tmp_path)) == [*(f"{n}.tif" for n in range(5)), *made]
 
 
@@ -459,7 +459,7 @@ def test_a_killed_mosaic_of_two_zones_goes_on_to_equal_bytes(tmp_path, root):
     assert run(10_000, "out.tif") == 0
     assert (tmp_path / "out.tif").read_bytes() == (tmp_path / "whole.tif").read_bytes()
     left = sorted(name for name in os.listdir(tmp_path) if not name[0].isdigit())
-    assert left == ["out.json", "out.tif", "whole.json", "whole.tif"]
+    assert left == ["out.json", "out.qml", "out.tif", "whole.json", "whole.qml", "whole.tif"]
 
 
 MEASURED = """

@@ -2,6 +2,7 @@
 
 import json
 import re
+from xml.etree import ElementTree
 
 import geopandas
 import h5py
@@ -13,6 +14,7 @@ import shapely
 from affine import Affine
 from pyproj import Geod, Transformer
 
+from biomass_jax.data.vectors import read_zones
 from biomass_jax.errors import ConfigError, RegionalError
 from biomass_jax.regional import estimators
 from biomass_jax.regional.zones import main, zones
@@ -298,6 +300,13 @@ def test_the_table_in_three_formats_and_a_page(land):
         assert table.crs == "EPSG:4326" and list(table.columns[:-1]) == list(plain.columns)
         assert table.geometry.geom_equals(geopandas.read_file(land["folder"] / "districts.gpkg").geometry).all()
         assert table["total"].to_numpy() == pytest.approx(plain["total"].to_numpy(), nan_ok=True)
+    (style,) = geopandas.read_file(land["folder"] / "table.gpkg", layer="layer_styles").itertuples()  # as QGIS does
+    assert (style.f_table_name, style.f_geometry_column, bool(style.useAsDefault)) == ("zones", "geom", True)
+    renderer = ElementTree.fromstring(style.styleQML).find("renderer-v2")
+    edges = [float(one.get(end)) for one in renderer.find("ranges") for end in ("lower", "upper")]
+    ends = pytest.approx([plain["mean"].min(), plain["mean"].max()])
+    assert renderer.get("attr") == "mean" and [min(edges), max(edges)] == ends
+    assert len(read_zones(land["folder"] / "table.gpkg")) == len(plain)  # the table of styles is no second layer
     page = (land["folder"] / "table.html").read_text()
     assert "north &lt;east&gt;" in page and "<east>" not in page and "Saerndal" not in page
     assert len(re.findall("<tr>", page)) == 4 and f"{plain['total'][0]:,.0f}" in page

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from shapely import Geometry
 
 UNITS = ("Mg ha-1", "Mg/ha", "Mg ha^-1", "t ha-1", "t/ha")  # of values that times hectares are Mg
+UNIT_TITLES = {"Mg ha-1": "Mg/ha"}  # as legends have it
 SD = "_sd"  # of the band that holds the standard deviation of another one
 CHANGE, SIGNIFICANT = "agbd_change", "significant"  # bands of a raster of change
 _PIECE = 1024  # pixels along the side of a window
