@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ MODULES: dict[str, type[nn.Module]] = {"biomass": BiomassModel, "simmim": SimMIM
 SPREAD_FIELDS = ("spread", "spread_scale", "quantile_levels")
 CHECK_SEED = 20240712
 _SIDE = 96  # px; a multiple of SimMIM's stride, and small beside the time to compile
+_FLOAT32 = ("final", "spread")  # modules of the head whose products are float32 whatever the model's dtype
 _tracing = threading.Lock()
 
 
@@ -84,6 +86,27 @@ def abstract_variables(module: object) -> dict[str, Any]:
     with _tracing:  # opening a bundle and compiling ask for the same at the same time
         shapes = _traced_shapes(module)
     return jax.tree.map(lambda leaf: leaf, shapes)  # dictionaries of the caller's own
+
+
+def in_compute_dtype(variables: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The same variables with the weights of all products in the type in which a prediction multiplies them.
+
+    In a bfloat16 model each call would cast them anew. The numbers are those: what norms, biases of attention and the
+    head's last products compute in float32 stays float32.
+
+    Args:
+        variables: of a module of `build_module`, arrays or tracers, float32.
+        dtype: `float32` or `bfloat16`.
+    """
+
+    def cast(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
+        narrow = "kernel" in tree and name not in _FLOAT32
+        return {
+            key: cast(value, key) if isinstance(value, Mapping) else value.astype(dtype) if narrow else value
+            for key, value in tree.items()
+        }
+
+    return cast(variables, "") if dtype != "float32" else dict(variables)
 
 
 @functools.lru_cache(maxsize=8)

@@ -10,7 +10,7 @@ import numpy as np
 
 from biomass_jax.bundle import Bundle
 from biomass_jax.errors import PredictionError
-from biomass_jax.models.build import abstract_variables
+from biomass_jax.models.build import abstract_variables, in_compute_dtype
 from biomass_jax.pipeline.augment import normalize, without_fill
 from biomass_jax.runtime import cpu, numerics
 from biomass_jax.uncertainty.applicability import dissimilarity, feature_stage, to_pixels
@@ -88,7 +88,7 @@ class Forward:
         self._bundle = bundle
         self._variables: tuple[Any, Any] | None = None  # maps that are kept need no weights
         self._centres: dict[str, np.ndarray] = (bundle.applicability or {}) if di else {}
-        self._stub = model_fn is not None
+        self._stub, self._dtype = model_fn is not None, dtype
         self._run = jax.jit(self._predict)
         self._programs: dict[tuple[tuple[int, ...], np.dtype], Future[jax.stages.Compiled]] = {}
         self._compiler = ThreadPoolExecutor(1, "compiler")
@@ -133,7 +133,10 @@ class Forward:
         def described(leaf: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._replicated)
 
-        variables = self._bundle.variables if self._stub else abstract_variables(self._bundle.module())
+        variables = self._bundle.variables
+        if not self._stub:
+            module = abstract_variables(self._bundle.module())
+            variables = jax.eval_shape(lambda known: in_compute_dtype(known, self._dtype), module)
         batch = jax.ShapeDtypeStruct(shape, dtype, sharding=self._sharding(shape[0]))
         with numerics.fixed():
             known = jax.tree.map(described, (variables, self._centres))
@@ -155,7 +158,9 @@ class Forward:
         """
         program = self.prepare(images.shape, images.dtype)
         if self._variables is None:
-            self._variables = jax.device_put((self._bundle.variables, self._centres), self._replicated)
+            variables = self._bundle.variables
+            weights = variables if self._stub else in_compute_dtype(variables, self._dtype)
+            self._variables = jax.device_put((weights, self._centres), self._replicated)
         batch = jax.device_put(images, self._sharding(len(images)))
         scalar = np.asarray(np.nan if fill is None else fill, np.float32)  # traced: files don't recompile
         return program.result()(self._variables, batch, jax.device_put(scalar, self._replicated))

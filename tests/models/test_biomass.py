@@ -12,7 +12,7 @@ from flax import traverse_util
 
 from biomass_jax import bundle
 from biomass_jax.models.biomass import BiomassModel
-from biomass_jax.models.build import abstract_variables, dummy_inputs
+from biomass_jax.models.build import abstract_variables, dummy_inputs, in_compute_dtype
 from biomass_jax.models.simmim import SimMIM
 from biomass_jax.models.swin import VARIANTS, SwinEncoder, SwinTransformer
 
@@ -153,6 +153,33 @@ def test_bfloat16_is_close_and_keeps_float32_parameters(tiny):
     assert 0 < np.abs(rough - exact).max() / np.abs(exact).max() < 0.1
     shapes = jax.eval_shape(lambda: narrow.init(jax.random.key(0), x))
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+
+
+def float32_leaves(variables):
+    """Names of the float32 ones, and of the last two places on the way to each."""
+    flat = jax.tree_util.tree_flatten_with_path(variables["params"])[0]
+    return {(path[-2].key, path[-1].key) for path, leaf in flat if leaf.dtype == np.float32}
+
+
+@pytest.mark.parametrize("spread", ["none", "gaussian"])
+def test_weights_cast_once_give_the_numbers_of_weights_cast_in_each_call(tiny, spread):
+    _, _, x = tiny
+    model = BiomassModel(**TINY | {"spread": spread}, dtype=jnp.bfloat16)
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(
+        lambda leaf: leaf + rng.uniform(0, 0.3, leaf.shape).astype(np.float32), model.init(jax.random.key(0), x)
+    )
+    cast = in_compute_dtype(variables, "bfloat16")
+    run = jax.jit(model.apply)
+    for once, each in zip(jax.tree.leaves(run(cast, x)), jax.tree.leaves(run(variables, x)), strict=True):
+        np.testing.assert_array_equal(once, each)
+    heads = {("final", "kernel"), ("final", "bias")}
+    heads |= {("spread", "kernel"), ("spread", "bias")} if spread != "none" else set()
+    kept = float32_leaves(cast)
+    assert heads <= kept
+    assert {name for place, name in kept - heads} == {"scale", "bias", "relative_position_bias_table"}
+    assert not {place for place, _ in kept} & {"qkv", "proj", "fc1", "fc2", "conv", "reduction"}
+    assert float32_leaves(in_compute_dtype(variables, "float32")) == float32_leaves(variables)
 
 
 def test_bad_fields_and_images_are_named():

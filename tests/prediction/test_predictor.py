@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from biomass_jax import bundle as bundles
 from biomass_jax.data import bands
 from biomass_jax.errors import PredictionError, TilingError
 from biomass_jax.pipeline.augment import no_data
@@ -275,6 +276,18 @@ def test_precision_is_highest_in_float32_and_default_in_bfloat16(stub):
     assert "Precision.HIGHEST" in precisions()
     assert "Precision.HIGHEST" not in precisions(matmul_precision="default")
     assert "Precision.HIGHEST" not in precisions(dtype="bfloat16")
+
+
+def test_bfloat16_is_the_model_in_bfloat16(tmp_path):
+    """Weights are cast once and not in each call: the numbers are the module's own."""
+    opened = bundles.load(random_bundle(tmp_path / "bundle"))
+    image = coded_image(64, 96)
+    scores = (image.astype(np.float32) - opened.means) / opened.stds
+    expected = jax.jit(opened.module("bfloat16").apply)(opened.variables, scores[None])[0]
+    found = Predictor(opened, dtype="bfloat16").predict_array(image)
+    exact = Predictor(opened).predict_array(image)
+    # Another program, whose sums may be rounded otherwise now and then: far less than bfloat16 itself does.
+    assert np.abs(found - expected).max() < 0.1 * np.abs(found - exact).max()
 
 
 DEVICES = """
