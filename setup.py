@@ -59,6 +59,7 @@ REGIONAL = [
     "h5py>=3.11",  # as above
     "pandas>=2.2.2",  # as above
     "pyarrow>=16.1",  # as above
+    "pyogrio>=0.8",  # styles in GeoPackages; geopandas brings it, older ones were not tried
     "pyproj>=3.7",  # as above
     "shapely>=2.0.4",  # as above
 ]
