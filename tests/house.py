@@ -1,6 +1,7 @@
 """The house as numbers, read from the sources: which module imports which, how many lines, which classes."""
 
 import ast
+import functools
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +20,13 @@ MODULES = {dotted(path): path for folder in FOLDERS for path in sorted((ROOT / f
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
 
 
-def names_used(module: str) -> Iterator[str]:
+@functools.cache
+def names_used(module: str) -> tuple[str, ...]:
     """Every name that a module imports, in full."""
+    return tuple(_names_used(module))
+
+
+def _names_used(module: str) -> Iterator[str]:
     package = module.split(".") if MODULES[module].name == "__init__.py" else module.split(".")[:-1]
     for node in ast.walk(TREES[module]):
         if isinstance(node, ast.Import):

@@ -13,6 +13,7 @@ from affine import Affine
 from rasterio.crs import CRS
 
 from biomass_jax.data import bands
+from biomass_jax.data.raster import grid
 from biomass_jax.data.raster import image as raster_read
 from biomass_jax.data.raster.image import open_image
 from biomass_jax.data.raster.inputs import find_inputs
@@ -113,6 +114,7 @@ def test_a_vrt_whose_file_is_gone(tmp_path, numbers, write):
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setitem(grid.SETTINGS, "GDAL_HTTP_RETRY_DELAY", "0.01")
     command = [sys.executable, str(Path(__file__).with_name("range_server.py")), str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         yield f"http://127.0.0.1:{process.stdout.readline().strip()}"
