@@ -22,7 +22,7 @@ OF_THEIR_OWN = {
     "biomass_jax.convert.torch_file.pickle": "safe against hostile files; read and tested by itself",
     "biomass_jax.convert.torch_file.write": "the other direction of the file formats",
     "biomass_jax.evaluation.uncertainty": "measures of pixels' uncertainty as numbers, without a model or a run",
-    "biomass_jax.models.attention": "where another kernel for attention goes",
+    "biomass_jax.models.fused_attention": "a kernel for GPUs, beside what computes the same elsewhere",
     "biomass_jax.models.simmim": "the other model",
     "biomass_jax.models.upernet": "the decoder of the literature",
     "biomass_jax.regional.significance": "which differences are no chance as numbers, without maps or files",

@@ -29,6 +29,17 @@ def why_not_here() -> str:
     return ""
 
 
+def check_here(choice: str, field: str) -> None:
+    """Refuse the choice `fused`, given by a setting's name, where the kernel would be interpreted.
+
+    Raises:
+        ConfigError: why it doesn't run here.
+    """
+    reason = why_not_here() if choice == "fused" else ""
+    if reason:
+        raise ConfigError(f"{field} is 'fused', but {reason}; expected auto or einsum")
+
+
 def is_fused(choice: str, shape: tuple[int, ...], num_heads: int, window_size: int, dtype: DTypeLike) -> bool:
     """Whether the fused kernel computes the attention of a map.
 

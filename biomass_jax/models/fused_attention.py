@@ -95,6 +95,11 @@ class _Layout:
         return self.heads * self.dim
 
     @property
+    def rows(self) -> int:
+        """Tokens of the map."""
+        return self.batch * self.height * self.width
+
+    @property
     def tokens(self) -> int:
         """Rows of a program's arrays: those of a window, filled up to what the card multiplies."""
         return max(16, pl.next_power_of_2(self.size**2))
@@ -168,7 +173,7 @@ ad.primitive_transposes[_tangent_p] = _tangent_transposed
 @functools.partial(jax.jit, static_argnames="layout")
 def _forward(qkv: jax.Array, bias: jax.Array, layout: _Layout) -> jax.Array:
     """qkv [B, H, W, 3C], bias [heads, w * w, w * w] -> [B, H, W, C]."""
-    rows = layout.batch * layout.height * layout.width
+    rows = layout.rows
     found = _call(
         functools.partial(_forward_kernel, layout=layout),
         "window_attention",
@@ -182,7 +187,7 @@ def _forward(qkv: jax.Array, bias: jax.Array, layout: _Layout) -> jax.Array:
 @functools.partial(jax.jit, static_argnames="layout")
 def _backward(qkv: jax.Array, bias: jax.Array, g: jax.Array, *, layout: _Layout) -> tuple[jax.Array, jax.Array]:
     """qkv [B, H, W, 3C], bias [heads, w * w, w * w], g [B, H, W, C] -> gradients of qkv and of bias."""
-    rows, tokens = layout.batch * layout.height * layout.width, layout.tokens
+    rows, tokens = layout.rows, layout.tokens
     groups = pl.cdiv(layout.windows, layout.in_a_program)
     of_qkv, of_bias = _call(
         functools.partial(_backward_kernel, layout=layout),
@@ -239,7 +244,10 @@ def _places(window: jax.Array, layout: _Layout) -> tuple[jax.Array, jax.Array, j
     x = lax.rem(column * size + lax.rem(token, size) + layout.shift, layout.width)
     last_row, last_column = lax.div(row + 1, down), lax.div(column + 1, across)  # 1 there, else 0
     kind = 2 * last_row + last_column if layout.shift else jnp.zeros_like(row)
-    return (image * layout.height + y) * layout.width + x, token < size**2, kind
+    there = (token < size**2) & (window < layout.windows)
+    # Others are masked, but the interpreter writes back what it finds in their place: it must be nobody's.
+    rows = jnp.where(there, (image * layout.height + y) * layout.width + x, layout.rows)
+    return rows, there, kind
 
 
 def _spot(ref: AbstractRef, rows: jax.Array, first: jax.Array, count: int) -> AbstractRef:
@@ -304,8 +312,7 @@ def _backward_kernel(
 
     def one(number: jax.Array, total: jax.Array) -> jax.Array:
         window = group * layout.in_a_program + number
-        rows, there, kind = _places(jnp.minimum(window, layout.windows - 1), layout)
-        there = there & (window < layout.windows)  # of the last program, some windows may be none
+        rows, there, kind = _places(window, layout)  # the last program's windows need not all be there
         q, k, v = (_read(qkv_ref, rows, there, first + part * c, layout) for part in range(3))
         g = _read(g_ref, rows, there, first, layout)
         weights = _weights(q, k, table_ref, kind, head, layout)
