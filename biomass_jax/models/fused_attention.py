@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
@@ -234,15 +235,22 @@ def _table(bias: jax.Array, layout: _Layout) -> jax.Array:
     return jnp.pad(table, ((0, 0), (0, 0), (0, fill)), constant_values=NO_KEY).reshape(-1, layout.tokens)
 
 
+def _divided(number: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:
+    """Quotient and rest of int32 numbers from 0 on."""
+    divisor = np.int32(by)  # with JAX's 64 bits on, a plain number would be an int64
+    return lax.div(number, divisor), lax.rem(number, divisor)
+
+
 def _places(window: jax.Array, layout: _Layout) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Rows of the map, int32 [tokens], in which a window's tokens lie; which of these there are; the window's kind."""
     size, across, down = layout.size, layout.width // layout.size, layout.height // layout.size
-    image, column = lax.div(window, across), lax.rem(window, across)
-    image, row = lax.div(image, down), lax.rem(image, down)
+    image, column = _divided(window, across)
+    image, row = _divided(image, down)
     token = lax.iota(jnp.int32, layout.tokens)
-    y = lax.rem(row * size + lax.div(token, size) + layout.shift, layout.height)
-    x = lax.rem(column * size + lax.rem(token, size) + layout.shift, layout.width)
-    last_row, last_column = lax.div(row + 1, down), lax.div(column + 1, across)  # 1 there, else 0
+    inner_row, inner_column = _divided(token, size)
+    _, y = _divided(row * size + inner_row + layout.shift, layout.height)
+    _, x = _divided(column * size + inner_column + layout.shift, layout.width)
+    last_row, last_column = _divided(row + 1, down)[0], _divided(column + 1, across)[0]  # 1 there, else 0
     kind = 2 * last_row + last_column if layout.shift else jnp.zeros_like(row)
     there = (token < size**2) & (window < layout.windows)
     # Others are masked, but the interpreter writes back what it finds in their place: it must be nobody's.
@@ -288,7 +296,7 @@ def _weights(
 def _forward_kernel(qkv_ref: AbstractRef, table_ref: AbstractRef, out_ref: AbstractRef, *, layout: _Layout) -> None:
     """One window of one head: qkv [B * H * W, 3C], table as `_table` has it -> out [B * H * W, C]."""
     program, c = pl.program_id(0), layout.channels
-    window, head = lax.div(program, layout.heads), lax.rem(program, layout.heads)
+    window, head = _divided(program, layout.heads)
     rows, there, kind = _places(window, layout)
     first = head * layout.dim
     q, k, v = (_read(qkv_ref, rows, there, first + part * c, layout) for part in range(3))
@@ -307,7 +315,7 @@ def _backward_kernel(
 ) -> None:
     """Some windows of one head: g [B * H * W, C] -> gradients of qkv, and of the bias, summed over these windows."""
     program, c, tokens = pl.program_id(0), layout.channels, layout.tokens
-    group, head = lax.div(program, layout.heads), lax.rem(program, layout.heads)
+    group, head = _divided(program, layout.heads)
     first = head * layout.dim
 
     def one(number: jax.Array, total: jax.Array) -> jax.Array:
@@ -324,6 +332,6 @@ def _backward_kernel(
         _write(of_qkv_ref, rows, there, first + 2 * c, _dot(weights.astype(g.dtype), g, (0, 0), layout))
         return total + of_scores
 
-    total = lax.fori_loop(0, layout.in_a_program, one, jnp.zeros((tokens, tokens), jnp.float32))
+    total = lax.fori_loop(np.int32(0), np.int32(layout.in_a_program), one, jnp.zeros((tokens, tokens), jnp.float32))
     rows = program * tokens + lax.iota(jnp.int32, tokens)
     triton.store(_spot(of_bias_ref, rows, jnp.zeros_like(head), tokens), total)

@@ -144,6 +144,17 @@ def test_bfloat16_rounds_as_the_einsums_do():
         assert 0 < relative_error(ours, truth) < max(1.2 * relative_error(rounded, truth), 2**-9)
 
 
+def test_with_64_bits_on():
+    case = "a single window, shifted"
+    with jax.enable_x64(True):
+        found = [
+            jax.jit(jax.grad(lambda *of, way=way: way(*of).sum(), (0, 1)))(*inputs(case)[:2]) for way in ways(case)
+        ]
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.dtype == theirs.dtype == np.float32
+        assert relative_error(ours, theirs) < 1e-5
+
+
 def test_jvp_vmap_and_their_mixtures():
     case = "a single window, shifted"
     qkv, bias, weights = inputs(case)
