@@ -51,8 +51,8 @@ def why_not(shape: tuple[int, ...], num_heads: int, window_size: int, dtype: DTy
         return f"a head has {c // num_heads} channels, and the kernel takes {', '.join(map(str, HEAD_SIZES))}"
     if jnp.dtype(dtype).name not in DTYPES:
         return f"the dtype is {jnp.dtype(dtype).name}, and the kernel takes {', '.join(DTYPES)}"
-    if (numbers := batch * height * width * 3 * c) > MOST_NUMBERS:
-        return f"the batch's q, k and v are {numbers:,} numbers, and the kernel takes {MOST_NUMBERS:,}"
+    if not 0 < (numbers := batch * height * width * 3 * c) <= MOST_NUMBERS:
+        return f"the batch's q, k and v are {numbers:,} numbers, and the kernel takes 1 to {MOST_NUMBERS:,}"
     return ""
 
 
@@ -75,7 +75,8 @@ def attend(qkv: jax.Array, bias: jax.Array, window_size: int, shift: int) -> jax
     # The backward pass may be traced where another holds.
     precision = _PRECISIONS.get(name, lax.Precision.DEFAULT) if qkv.dtype == jnp.float32 else lax.Precision.DEFAULT
     heads = bias.shape[0]
-    return _attend(qkv, bias, _Layout(batch, height, width, heads, c // 3 // heads, window_size, shift, precision))
+    sizes = (batch, height, width, heads, c // 3 // heads, window_size, shift)
+    return _attend(qkv, bias, _Layout(*sizes, precision, FEWEST_PROGRAMS))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +91,7 @@ class _Layout:
     size: int
     shift: int
     precision: lax.Precision
+    fewest_programs: int
 
     @property
     def channels(self) -> int:
@@ -112,7 +114,7 @@ class _Layout:
     @property
     def in_a_program(self) -> int:
         """Windows of which a program of the backward pass sums up the bias's gradient."""
-        return min(WINDOWS_A_PROGRAM, max(1, self.windows * self.heads // FEWEST_PROGRAMS))
+        return min(WINDOWS_A_PROGRAM, max(1, self.windows * self.heads // self.fewest_programs))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))

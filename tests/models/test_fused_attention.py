@@ -118,7 +118,7 @@ def test_output_and_gradients_are_the_einsums(case, monkeypatch):
 
 def test_windows_are_summed_up_in_programs_that_need_not_divide_them():
     layouts = {
-        (windows, heads): fused_attention._Layout(windows, 7, 7, heads, 16, 7, 0, jax.lax.Precision.HIGHEST)
+        (windows, heads): fused_attention._Layout(windows, 7, 7, heads, 16, 7, 0, jax.lax.Precision.HIGHEST, 512)
         for windows, heads in ((1, 3), (200, 4), (8192, 4))
     }
     assert [layout.in_a_program for layout in layouts.values()] == [1, 1, 16]
@@ -279,7 +279,8 @@ def test_lowering_a_whole_model_for_cuda():
         ({"num_heads": 4}, "a head has 12 channels, and the kernel takes 16, 32, 64"),
         ({"shape": (1, 13, 14, 48)}, "a map of 13 x 14 tokens isn't cut into windows of 7 without a rest"),
         ({"dtype": "float16"}, "the dtype is float16, and the kernel takes float32, bfloat16"),
-        ({"shape": (2**17, 14, 14, 48)}, "are 3,699,376,128 numbers, and the kernel takes 2,147,483,647"),
+        ({"shape": (2**17, 14, 14, 48)}, "are 3,699,376,128 numbers, and the kernel takes 1 to 2,147,483,647"),
+        ({"shape": (0, 14, 14, 48)}, "are 0 numbers, and the kernel takes 1 to 2,147,483,647"),
     ],
 )
 def test_what_the_kernel_does_not_take(changed, words, monkeypatch):
