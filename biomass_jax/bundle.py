@@ -134,9 +134,9 @@ class Bundle:
             f"<table><tr><th>band</th><th>mean</th><th>standard deviation</th></tr>{bands}</table>"
         )
 
-    def module(self, dtype: str = "float32") -> Any:
-        """The Flax module that `variables` belong to."""
-        return _build(self.path, self.task, self.meta["architecture"], dtype)
+    def module(self, dtype: str = "float32", *, attention: str = "auto") -> Any:
+        """The Flax module that `variables` belong to; `attention` as models/attention.py has it."""
+        return _build(self.path, self.task, self.meta["architecture"], dtype).clone(attention=attention)
 
 
 def flatten(tree: dict[str, Any]) -> dict[str, Any]:

@@ -16,13 +16,13 @@ FOLDERS = ("biomass_jax", "data_prep", "configs", "benchmarks", "launch", "tests
 MOST_FILE_LINES = 500
 MOST_FUNCTION_LINES = 60
 MOST_MODULES_IN_A_FOLDER = 14
-MOST_PRODUCT_LINES = 39_700  # of biomass_jax and data_prep; lower it when they shrink, raise it for what users get
+MOST_PRODUCT_LINES = 40_000  # of biomass_jax and data_prep; lower it when they shrink, raise it for what users get
 # Modules that one other module imports stand for an idea of their own, or belong to that one.
 OF_THEIR_OWN = {
     "biomass_jax.convert.torch_file.pickle": "safe against hostile files; read and tested by itself",
     "biomass_jax.convert.torch_file.write": "the other direction of the file formats",
     "biomass_jax.evaluation.uncertainty": "measures of pixels' uncertainty as numbers, without a model or a run",
-    "biomass_jax.models.attention": "where another kernel for attention goes",
+    "biomass_jax.models.fused_attention": "a kernel for GPUs, beside what computes the same elsewhere",
     "biomass_jax.models.simmim": "the other model",
     "biomass_jax.models.upernet": "the decoder of the literature",
     "biomass_jax.regional.significance": "which differences are no chance as numbers, without maps or files",

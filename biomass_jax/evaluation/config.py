@@ -73,6 +73,12 @@ class Evaluate:
     matmul_precision: str = setting(
         "highest", "default, high, highest; TPUs and some GPUs round float32 products otherwise"
     )
+    attention: str = setting(
+        "auto",
+        "fused, one kernel for NVIDIA GPUs, see [speed](performance.md#attention-on-a-gpu); einsum; auto, fused where "
+        "the model runs on one such GPU and its windows fit",
+        choices="biomass_jax.models.attention:CHOICES",
+    )
     mode: str | None = setting(None, "what `main` runs")
 
 

@@ -126,7 +126,7 @@ def _made_ready(
     )
     how = {"dtype": config.dtype, "matmul_precision": config.matmul_precision, "reference": config.reference}
     layers = Layers(bundle, uncertainty=config.uncertainty, samples=config.samples)
-    asked: dict[str, Any] = {"spread": layers.spread, "di": layers.di, **how}
+    asked: dict[str, Any] = {"spread": layers.spread, "di": layers.di, "attention": config.attention, **how}
     forward = Forward(bundle, means=means, stds=stds, **asked, **placement)
     known = {"statistics": kind, "means": means.tolist(), "stds": stds.tolist()}
     return forward, {"bundle": bundle, "layers": layers, **known}

@@ -1,4 +1,4 @@
-"""Multi-head self-attention within windows, with a relative position bias.
+"""Multi-head self-attention within windows, with a relative position bias: by einsums, or by one kernel on GPUs.
 
 Liu et al., "Swin Transformer" (arXiv 2103.14030), section 3.2.
 """
@@ -8,44 +8,92 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
-from biomass_jax.models import initialisation, swin_ops
+from biomass_jax.errors import ConfigError
+from biomass_jax.models import fused_attention, initialisation, swin_ops
 from biomass_jax.models.layers import Dense
+
+CHOICES = ("auto", "einsum", "fused")
+
+
+def why_not_here() -> str:
+    """Why this machine doesn't run the fused kernel, '' where it does: one NVIDIA GPU, of compute capability 8 on."""
+    if jax.default_backend() != "gpu":
+        return f"it is for NVIDIA GPUs, and JAX computes on {jax.default_backend()} here"
+    capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
+    if not capability[:1].isdigit() or float(capability) < 8:
+        return f"it is for NVIDIA GPUs of compute capability 8.0 on, found {capability or 'none'}"
+    if jax.device_count() > 1:
+        return f"it isn't split over devices, and there are {jax.device_count()}"
+    return ""
+
+
+def check_here(choice: str, field: str) -> None:
+    """Refuse the choice `fused`, given by a setting's name, where the kernel would be interpreted.
+
+    Raises:
+        ConfigError: why it doesn't run here.
+    """
+    reason = why_not_here() if choice == "fused" else ""
+    if reason:
+        raise ConfigError(f"{field} is 'fused', but {reason}; expected auto or einsum")
+
+
+def is_fused(choice: str, shape: tuple[int, ...], num_heads: int, window_size: int, dtype: DTypeLike) -> bool:
+    """Whether the fused kernel computes the attention of a map.
+
+    Args:
+        choice: `auto`, the kernel where machine and shape allow it; `einsum`; `fused`, the kernel, which a machine
+            without a GPU interprets (very slowly: for tests).
+        shape: [B, H, W, C], H and W multiples of the window.
+        num_heads: of the block.
+        window_size: side of a window, tokens.
+        dtype: of the computation.
+
+    Raises:
+        ConfigError: another choice; or `fused` with a shape that the kernel doesn't take.
+    """
+    if choice not in CHOICES:
+        raise ConfigError(f"attention is {choice!r}; expected one of {', '.join(CHOICES)}")
+    if choice == "einsum" or (choice == "auto" and why_not_here()):
+        return False
+    reason = fused_attention.why_not(shape, num_heads, window_size, dtype)
+    if reason and choice == "fused":
+        raise ConfigError(f"attention is 'fused', but {reason}; expected auto or einsum")
+    return not reason
 
 
 class WindowAttention(nn.Module):
-    """Multi-head self-attention within windows, with a relative position bias."""
+    """Multi-head self-attention within windows of a map, with a relative position bias."""
 
     num_heads: int
     window_size: int
     initializer: str = "torch"
+    attention: str = "auto"
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: Any = None) -> jax.Array:
-        """x [B * nW, w * w, C], mask [nW, w * w, w * w] or None -> [B * nW, w * w, C]. Softmax in float32."""
-        n, tokens, c = x.shape
-        heads, dim = self.num_heads, c // self.num_heads
+    def __call__(self, x: jax.Array, shift: int) -> jax.Array:
+        """x [B, H, W, C], H and W multiples of the window -> same shape. Softmax in float32.
+
+        Windows are those of the map rolled by `shift` tokens, in which what lay apart before doesn't attend.
+        """
+        _, height, width, c = x.shape
+        size = self.window_size
+        fused = is_fused(self.attention, x.shape, self.num_heads, size, self.dtype)
         table = self.param(
             "relative_position_bias_table",
             initialisation.bias_table(self.initializer),
-            ((2 * self.window_size - 1) ** 2, heads),
+            ((2 * size - 1) ** 2, self.num_heads),
             jnp.float32,
         )
         draws = initialisation.dense(self.initializer, c)
-        qkv = Dense(3 * c, dtype=self.dtype, name="qkv", **draws)(x)
-        # Batch-heads-tokens-dim: both products then are plain batched matmuls, without a transpose inside. And in three
-        # from the start, so that the gradients of q, k and v are put together where they are wanted in one go.
-        q, k, v = (part.reshape(n, tokens, heads, dim).transpose(0, 2, 1, 3) for part in jnp.split(qkv, 3, axis=-1))
-        scores = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32) * dim**-0.5
-        bias = table[swin_ops.relative_position_index(self.window_size)].transpose(2, 0, 1)
-        if mask is None:
-            scores = scores + bias
-        else:
-            windows = mask.shape[0]
-            scores = scores.reshape(n // windows, windows, heads, tokens, tokens) + (bias + mask[:, None])
-            scores = scores.reshape(n, heads, tokens, tokens)
-        weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
-        x = jnp.einsum("bhqk,bhkd->bhqd", weights, v)
-        x = x.transpose(0, 2, 1, 3).reshape(n, tokens, c)
-        return Dense(c, dtype=self.dtype, name="proj", **draws)(x)
+        qkv = Dense(3 * c, dtype=self.dtype, name="qkv", **draws)
+        proj = Dense(c, dtype=self.dtype, name="proj", **draws)
+        bias = table[swin_ops.relative_position_index(size)].transpose(2, 0, 1)
+        if fused and not self.is_initializing():
+            return proj(fused_attention.attend(qkv(x), bias, size, shift))
+        mask = swin_ops.shift_mask(height, width, size, shift) if shift else None
+        windows = swin_ops.attend_windows(qkv(swin_ops.to_windows(x, size, shift)), bias, mask)
+        return swin_ops.from_windows(proj(windows), size, shift, height, width)

@@ -26,7 +26,12 @@ _tracing = threading.Lock()
 
 
 def build_module(
-    task: str, architecture: dict[str, Any], dtype: str = "float32", *, remat: tuple[int, ...] = ()
+    task: str,
+    architecture: dict[str, Any],
+    dtype: str = "float32",
+    *,
+    remat: tuple[int, ...] = (),
+    attention: str = "auto",
 ) -> Any:
     """The Flax module of a task, not yet holding any variables.
 
@@ -36,6 +41,7 @@ def build_module(
         architecture: the module's constructor fields as JSON has them, lists for tuples.
         dtype: `float32` or `bfloat16`, of the computation; parameters are float32.
         remat: stages (0 to 3) whose blocks are computed a second time in the backward pass, to save memory.
+        attention: what computes the attention of windows, one of `attention.CHOICES`.
 
     Raises:
         ArchitectureError: unknown task or field, or what can't be an ensemble.
@@ -47,14 +53,15 @@ def build_module(
     if unknown := sorted(set(architecture) - set(known)):
         raise ArchitectureError(f"architecture has unknown fields {unknown}; {kind.__name__} has {sorted(known)}")
     fields = {key: tuple(value) if isinstance(value, list) else value for key, value in architecture.items()}
-    return kind(**fields, dtype=jnp.dtype(dtype), remat=tuple(remat))
+    return kind(**fields, dtype=jnp.dtype(dtype), remat=tuple(remat), attention=attention)
 
 
 def architecture_of(module: nn.Module) -> dict[str, Any]:
     """Every constructor field of a module that says what it is, as JSON has them: what `build_module` takes.
 
-    `dtype`, `remat` and `initializer` say how it is computed and drawn, and are left out; so are the fields of a spread
-    that a model doesn't have: what it is, it has been since before there were spreads, and older versions open it.
+    `dtype`, `remat`, `attention` and `initializer` say how it is computed and drawn, and are left out; so are the
+    fields of a spread that a model doesn't have: what it is, it has been since before there were spreads, and older
+    versions open it.
     """
     values = {name: getattr(module, name) for name in _fields(type(module))}
     if values.get("spread") == "none":
@@ -63,7 +70,7 @@ def architecture_of(module: nn.Module) -> dict[str, Any]:
 
 
 def _fields(module: type[nn.Module]) -> list[str]:
-    other = ("parent", "name", "dtype", "remat", "initializer")
+    other = ("parent", "name", "dtype", "remat", "attention", "initializer")
     return [field.name for field in dataclasses.fields(module) if field.name not in other]
 
 

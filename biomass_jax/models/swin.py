@@ -82,6 +82,7 @@ class SwinBlock(nn.Module):
     shifted: bool
     shift_single_window: bool
     initializer: str = "torch"
+    attention: str = "auto"
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -108,15 +109,8 @@ class SwinBlock(nn.Module):
         padded_h, padded_w = h + pad_h, w + pad_w
         single = padded_h == size and padded_w == size
         shift = size // 2 if self.shifted and (self.shift_single_window or not single) else 0
-        mask = None
-        if shift:
-            x = jnp.roll(x, (-shift, -shift), axis=(1, 2))
-            mask = jnp.asarray(swin_ops.shift_mask(padded_h, padded_w, size, shift))
-        windows = swin_ops.window_partition(x, size)
-        windows = WindowAttention(self.num_heads, size, self.initializer, self.dtype, name="attn")(windows, mask)
-        x = swin_ops.window_reverse(windows, size, padded_h, padded_w)
-        if shift:
-            x = jnp.roll(x, (shift, shift), axis=(1, 2))
+        attention = WindowAttention(self.num_heads, size, self.initializer, self.attention, self.dtype, name="attn")
+        x = attention(x, shift)
         return x[:, :h, :w] if pad_h or pad_w else x
 
 
@@ -148,6 +142,7 @@ class SwinStage(nn.Module):
     out_norm: bool
     remat: bool = False
     initializer: str = "torch"
+    attention: str = "auto"
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -167,6 +162,7 @@ class SwinStage(nn.Module):
                 shifted=j % 2 == 1,
                 shift_single_window=self.shift_single_window,
                 initializer=self.initializer,
+                attention=self.attention,
                 dtype=self.dtype,
                 name=f"blocks_{j}",
             )(x, train)
@@ -181,7 +177,7 @@ class SwinFields(nn.Module):
     `shift_single_window`: shift also where the padded map is one window (granite's weights need it; the original, timm
     and SimMIM do not). How a run computes is no part of a model's architecture: `remat` names the stages (0 to 3) whose
     blocks are computed a second time in the backward pass to save memory, `initializer` how fresh weights are drawn
-    (`torch` or `simmim`, see initialisation.py).
+    (`torch` or `simmim`, see initialisation.py), `attention` what computes it (see attention.py).
     """
 
     embed_dim: int = 128
@@ -195,6 +191,7 @@ class SwinFields(nn.Module):
     shift_single_window: bool = True
     remat: tuple[int, ...] = ()
     initializer: str = "torch"
+    attention: str = "auto"
     dtype: Dtype = jnp.float32
 
     @nn.nowrap
@@ -238,6 +235,7 @@ class SwinTransformer(SwinFields):
                 out_norm=self.stage_norms,
                 remat=i in self.remat,
                 initializer=self.initializer,
+                attention=self.attention,
                 dtype=self.dtype,
             )
             for i, depth in enumerate(self.depths)

@@ -1,4 +1,4 @@
-"""Window arithmetic of Swin: partitions, relative positions, shift masks, merging, stochastic depth.
+"""Window arithmetic of Swin: partitions, relative positions, shift masks, attention, merging, stochastic depth.
 
 Everything that depends on shapes alone is computed once in NumPy at trace time and enters the program as a constant.
 Formulas: Liu et al., "Swin Transformer" (arXiv 2103.14030), sections 3.2 and 3.3.
@@ -60,6 +60,47 @@ def shift_mask(height: int, width: int, window_size: int, shift: int) -> np.ndar
     windows = regions.reshape(height // window_size, window_size, width // window_size, window_size)
     windows = windows.transpose(0, 2, 1, 3).reshape(-1, window_size * window_size)
     return np.where(windows[:, :, None] == windows[:, None, :], 0.0, SHIFT_MASK_VALUE).astype(np.float32)
+
+
+def to_windows(x: jax.Array, window_size: int, shift: int) -> jax.Array:
+    """Windows of a map that is first rolled by `shift` tokens: x [B, H, W, C] -> [B * H/w * W/w, w * w, C]."""
+    if shift:
+        x = jnp.roll(x, (-shift, -shift), axis=(1, 2))
+    return window_partition(x, window_size)
+
+
+def from_windows(windows: jax.Array, window_size: int, shift: int, height: int, width: int) -> jax.Array:
+    """Undo `to_windows`: windows [B * H/w * W/w, w * w, C] -> [B, H, W, C]."""
+    x = window_reverse(windows, window_size, height, width)
+    return jnp.roll(x, (shift, shift), axis=(1, 2)) if shift else x
+
+
+def attend_windows(qkv: jax.Array, bias: jax.Array, mask: np.ndarray | None) -> jax.Array:
+    """Attention by einsums, softmax in float32.
+
+    Args:
+        qkv: [B * nW, w * w, 3C]: queries, keys and values, each with its heads side by side.
+        bias: float32 [heads, w * w, w * w], added to the scores.
+        mask: float32 [nW, w * w, w * w], added too, or None.
+
+    Returns:
+        [B * nW, w * w, C].
+    """
+    n, tokens, c = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+    heads, dim = bias.shape[0], c // bias.shape[0]
+    # Batch-heads-tokens-dim: both products then are plain batched matmuls, without a transpose inside. And in three
+    # from the start, so that the gradients of q, k and v are put together where they are wanted in one go.
+    q, k, v = (part.reshape(n, tokens, heads, dim).transpose(0, 2, 1, 3) for part in jnp.split(qkv, 3, axis=-1))
+    scores = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32) * dim**-0.5
+    if mask is None:
+        scores = scores + bias
+    else:
+        windows = mask.shape[0]
+        scores = scores.reshape(n // windows, windows, heads, tokens, tokens) + (bias + jnp.asarray(mask)[:, None])
+        scores = scores.reshape(n, heads, tokens, tokens)
+    weights = jax.nn.softmax(scores, axis=-1).astype(qkv.dtype)
+    x = jnp.einsum("bhqk,bhkd->bhqd", weights, v)
+    return x.transpose(0, 2, 1, 3).reshape(n, tokens, c)
 
 
 def merge_patches(x: jax.Array) -> jax.Array:

@@ -26,6 +26,12 @@ class Predict:
     matmul_precision: str = setting(
         "highest", "default, high, highest; TPUs and some GPUs round float32 products otherwise"
     )
+    attention: str = setting(
+        "auto",
+        "fused, one kernel for NVIDIA GPUs, see [speed](performance.md#attention-on-a-gpu); einsum; auto, fused where "
+        "the model runs on one such GPU and its windows fit",
+        choices="biomass_jax.models.attention:CHOICES",
+    )
     tile: int = setting(224, "px, side of a tile: the size that the model was trained on")
     stride: int = setting(192, "px from one tile to the next")
     margin: int = setting(8, "px, rim of a tile that is not used")

@@ -10,6 +10,7 @@ import numpy as np
 
 from biomass_jax.bundle import Bundle
 from biomass_jax.errors import PredictionError
+from biomass_jax.models.attention import CHOICES, check_here
 from biomass_jax.models.build import abstract_variables, in_compute_dtype
 from biomass_jax.pipeline.augment import normalize, without_fill
 from biomass_jax.runtime import cpu, numerics
@@ -32,6 +33,7 @@ class Forward:
         bundle: a model of task `biomass`, its variables where `replicated` says.
         dtype: `float32` or `bfloat16` inside the model.
         matmul_precision: `default`, `high` or `highest`, for float32.
+        attention: `auto`, `einsum` or `fused`, see models/attention.py.
         means: (bands,) digital numbers in the order of the bundle's bands; the bundle's own where None.
         stds: likewise.
         batch_sharding: where batches go; None is the default device.
@@ -46,6 +48,7 @@ class Forward:
 
     Raises:
         PredictionError: a bundle of another task, or a wrong setting.
+        ConfigError: `attention` is `fused` where it can't be.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Forward:
         *,
         dtype: str = "float32",
         matmul_precision: str = "highest",
+        attention: str = "auto",
         means: np.ndarray | None = None,
         stds: np.ndarray | None = None,
         batch_sharding: jax.sharding.Sharding | None = None,
@@ -63,17 +67,22 @@ class Forward:
         spread: Spread | None = None,
         di: bool = False,
     ) -> None:
-        for name, value, choices in (("dtype", dtype, DTYPES), ("matmul_precision", matmul_precision, PRECISIONS)):
+        for name, value, choices in (
+            ("dtype", dtype, DTYPES),
+            ("matmul_precision", matmul_precision, PRECISIONS),
+            ("attention", attention, CHOICES),
+        ):
             if value not in choices:
                 raise PredictionError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
         if model_fn is None and bundle.task != "biomass":
             raise PredictionError(
                 f"{bundle.path}: a bundle of task {bundle.task!r}; maps and scores need one of task 'biomass'"
             )
+        check_here(attention, "attention")
         # Less than full precision is the very point of bfloat16.
         self._precision = matmul_precision if dtype == "float32" else "default"
         self._batch_sharding, self._replicated, self._reference = batch_sharding, replicated, reference
-        module = None if model_fn else bundle.module(dtype)
+        module = None if model_fn else bundle.module(dtype, attention=attention)
         spread = spread or Spread()
         try:
             channels = channels_of(module, spread)

@@ -49,6 +49,7 @@ class Predictor:
         tiling: `default`, or `reference_0_99`, `reference_1_2`: the published algorithms.
         dtype: `float32` or `bfloat16` inside the model.
         matmul_precision: `default`, `high` or `highest`, for float32.
+        attention: `auto`, `einsum` or `fused`, see models/attention.py.
         batch_sharding: where batches go; None is the default device.
         replicated: where the variables go; None is the default device.
         model_fn: another model: (variables, z-scored (B, H, W, bands)) -> (B, H, W). Maps made with one aren't told
@@ -63,6 +64,7 @@ class Predictor:
     Raises:
         TilingError: contradicting tile settings.
         PredictionError: another setting is wrong, or the bundle holds no biomass model.
+        ConfigError: `attention` is `fused` where it can't be.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Predictor:
         tiling: str = "default",
         dtype: str = "float32",
         matmul_precision: str = "highest",
+        attention: str = "auto",
         batch_sharding: jax.sharding.Sharding | None = None,
         replicated: jax.sharding.Sharding | None = None,
         model_fn: ModelFunction | None = None,
@@ -102,6 +105,7 @@ class Predictor:
             bundle,
             dtype=dtype,
             matmul_precision=matmul_precision,
+            attention=attention,
             batch_sharding=batch_sharding,
             replicated=replicated,
             model_fn=model_fn,

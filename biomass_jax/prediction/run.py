@@ -24,7 +24,7 @@ from biomass_jax.runtime.settings import check
 log = logging.getLogger(__name__)
 
 PREDICTOR_FIELDS = (
-    *("batch_size", "tile", "stride", "margin", "blend", "tiling", "dtype", "matmul_precision"),
+    *("batch_size", "tile", "stride", "margin", "blend", "tiling", "dtype", "matmul_precision", "attention"),
     *("uncertainty", "samples", "di", "biome", "outside"),
 )
 

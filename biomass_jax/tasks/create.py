@@ -13,6 +13,7 @@ from biomass_jax.data import bands, sources
 from biomass_jax.data.raster.chips import record_grid
 from biomass_jax.data.raster.resample import fits
 from biomass_jax.errors import ConfigError, DataError
+from biomass_jax.models.attention import check_here
 from biomass_jax.models.biomass import BiomassModel
 from biomass_jax.models.build import architecture_of, build_module
 from biomass_jax.models.swin import VARIANTS, SwinFields
@@ -29,6 +30,8 @@ REFERENCE_DEGREES = 30.0
 SPREAD_BANDS = {"none": (), "gaussian": ("_sd",), "laplace": ("_sd",), "quantiles": ("_lo", "_hi")}
 # Fields of a module that leave the mean of given weights as it is.
 _NOT_OF_THE_MEAN = {"spread", "spread_scale", "quantile_levels", "drop_path_rate", "head_dropout"}
+# Fields of `config.model` that are none of the architecture.
+_NO_ARCHITECTURE = {"variant", "remat", "attention"}
 
 
 def choose(
@@ -168,7 +171,7 @@ def regression(
     config: ConfigDict, statistics: InputStatistics, train: sources.Source, loaded: Bundle | None
 ) -> tuple[Task, dict[str, Any]]:
     """Fine-tuning: the task, and `output` of its bundles."""
-    module = build_module("biomass", architecture(config, "biomass", loaded), config.dtype, remat=config.model.remat)
+    module = _module(config, "biomass", loaded)
     _check_spread(config, module, loaded)
     if config.spread_only and loaded is not None:  # without a bundle `check_fields` refuses it
         _check_same_mean(module, loaded)
@@ -255,8 +258,7 @@ def pretraining(
     config: ConfigDict, statistics: InputStatistics, train: sources.Source, loaded: Bundle | None
 ) -> tuple[Task, dict[str, Any]]:
     """Pretraining: the task, and `output` of its bundles."""
-    fields = architecture(config, "simmim", loaded)
-    module = build_module("simmim", fields, config.dtype, remat=config.model.remat)
+    module = _module(config, "simmim", loaded)
     group = config.augment
     size = (group.size, group.size) if group.crop else train.info.image_shape[:2]
     for name, side in (("config.mask_patch_size", config.mask_patch_size), ("encoder_stride", module.encoder_stride)):
@@ -277,6 +279,13 @@ def pretraining(
     return task, {"bands": list(bands.BAND_NAMES), "units": "z-scores", "nodata": None}
 
 
+def _module(config: ConfigDict, task: str, loaded: Bundle | None) -> Any:
+    group = config.model
+    check_here(group.attention, "config.model.attention")
+    fields = architecture(config, task, loaded)
+    return build_module(task, fields, config.dtype, remat=group.remat, attention=group.attention)
+
+
 def architecture(config: ConfigDict, task: str, loaded: Bundle | None) -> dict[str, Any]:
     """Fields of the module: the variant's, over them the bundle's, over them those that the config gives.
 
@@ -289,5 +298,5 @@ def architecture(config: ConfigDict, task: str, loaded: Bundle | None) -> dict[s
         # Drop path belongs to the training, not to the weights: a pretrained encoder has none.
         encoder = {field.name for field in dataclasses.fields(SwinFields)} - {"drop_path_rate"}
         fields |= {name: value for name, value in loaded.meta["architecture"].items() if whole or name in encoder}
-    given = {name: value for name, value in group.items() if name not in ("variant", "remat") and value is not None}
+    given = {name: value for name, value in group.items() if name not in _NO_ARCHITECTURE and value is not None}
     return fields | {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}

@@ -31,6 +31,12 @@ class ModelSettings:
     )
     drop_path_rate: float | None = setting(None, "of the last block; it grows linearly from 0", within=Range(0, 1))
     remat: tuple[int, ...] = setting((), "stages (0 to 3) computed twice to save memory: `(0,1)`")
+    attention: str = setting(
+        "auto",
+        "fused, one kernel for NVIDIA GPUs, see [speed](performance.md#attention-on-a-gpu); einsum; auto, fused where "
+        "the model runs on one such GPU and its windows fit",
+        choices="biomass_jax.models.attention:CHOICES",
+    )
 
 
 @dataclasses.dataclass

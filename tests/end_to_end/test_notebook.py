@@ -89,8 +89,7 @@ def untrained(path):
     from biomass_jax.models.build import architecture_of, dummy_inputs
 
     fields = runpy.run_path(str(ROOT / "configs" / "demo_finetune.py"))["get_config"]().model.to_dict()
-    given = {name: value for name, value in fields.items() if value is not None and name not in ("variant", "remat")}
-    module = BiomassModel(**given)
+    module = BiomassModel(**{name: value for name, value in fields.items() if value is not None and name != "variant"})
     return bundle.save(
         path,
         jax.jit(module.init)(jax.random.key(0), *dummy_inputs(module)),

@@ -99,6 +99,8 @@ def test_a_value_that_cannot_be_names_its_field(tmp_path, shards, field, value):
         ({"init_from": "nowhere"}, "nowhere: not a model bundle"),
         ({"data.bands": "A,B"}, "unknown band name 'A'"),
         ({"model.remat": (7,)}, "config.model: remat names stages [7]"),
+        ({"model.attention": "flash"}, "config.model.attention is 'flash'; expected one of auto, einsum, fused"),
+        ({"model.attention": "fused"}, "attention is 'fused', but "),  # no GPU, or else heads of 8 channels
         ({"model.num_heads": (3, 3)}, "config.model: stage 0 has 8 channels, not divisible by 3 heads"),
         ({"schedule.kind": "cosine", "schedule.warmup_epochs": 3.0}, "config.schedule: cosine schedule: the warm-up"),
         ({"schedule.warmup_epochs": 1.0}, "config.schedule.warmup_epochs with config.schedule.kind=plateau"),
