@@ -54,8 +54,15 @@ def _timed(call: Callable[[], object], device: str) -> float:
 def forward(
     weights: str, batch_size: int, dtype: str = "float32", device: str = "cpu", compiled: bool = False
 ) -> tuple[dict[str, Any], Once]:
+    """`time_forward` of exported weights."""
+    return time_forward(open_model(weights, device), batch_size, dtype, device, compiled)
+
+
+def time_forward(
+    model: torch_rival.Model, batch_size: int, dtype: str, device: str, compiled: bool
+) -> tuple[dict[str, Any], Once]:
     """Seconds of a forward pass; bfloat16 with weights of bfloat16."""
-    model = open_model(weights, device).to(getattr(torch, dtype))
+    model = model.to(getattr(torch, dtype))
     images = torch.randn(batch_size, 6, 224, 224, device=device, dtype=getattr(torch, dtype))
     predict = torch.compile(model) if compiled else model
 
@@ -71,8 +78,15 @@ def forward(
 def step(
     weights: str, batch_size: int, dtype: str = "float32", device: str = "cpu", compiled: bool = False
 ) -> tuple[dict[str, Any], Once]:
+    """`time_step` of exported weights."""
+    return time_step(open_model(weights, device), batch_size, dtype, device, compiled)
+
+
+def time_step(
+    model: torch_rival.Model, batch_size: int, dtype: str, device: str, compiled: bool
+) -> tuple[dict[str, Any], Once]:
     """Seconds of a training step on a batch that is there; bfloat16 by autocast over float32 weights."""
-    model = open_model(weights, device).train()
+    model = model.train()
     optimizer = torch_rival.optimizer(model, device)
     predict = torch.compile(model) if compiled else model
     images = torch.randn(batch_size, 6, 224, 224, device=device)

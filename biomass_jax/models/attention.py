@@ -3,10 +3,15 @@
 Liu et al., "Swin Transformer" (arXiv 2103.14030), section 3.2.
 """
 
+import functools
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
 
@@ -14,11 +19,17 @@ from biomass_jax.errors import ConfigError
 from biomass_jax.models import fused_attention, initialisation, swin_ops
 from biomass_jax.models.layers import Dense
 
+log = logging.getLogger(__name__)
+
 CHOICES = ("auto", "einsum", "fused")
+_TRUSTED = 0.03  # of the largest number: thrice what bfloat16 and TF32 may round
 
 
 def why_not_here() -> str:
-    """Why this machine doesn't run the fused kernel, '' where it does: one NVIDIA GPU, of compute capability 8 on."""
+    """Why this machine doesn't run the fused kernel, '' where it does: one NVIDIA GPU, of compute capability 8 on.
+
+    And one on which the kernel was seen to work.
+    """
     if jax.default_backend() != "gpu":
         return f"it is for NVIDIA GPUs, and JAX computes on {jax.default_backend()} here"
     capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
@@ -26,6 +37,52 @@ def why_not_here() -> str:
         return f"it is for NVIDIA GPUs of compute capability 8.0 on, found {capability or 'none'}"
     if jax.device_count() > 1:
         return f"it isn't split over devices, and there are {jax.device_count()}"
+    return fault_here()
+
+
+@functools.cache
+def fault_here() -> str:
+    """What is wrong with the kernel on this machine, by trying it on a small map; '' where it does what einsums do.
+
+    A card or a version of Triton that it was never tried with must not cost a run, or its numbers.
+    """
+    with ThreadPoolExecutor(1) as other:  # a thread knows nothing of what is being traced in this one
+        reason = other.submit(_tried).result()
+    if reason:
+        log.warning("attention by einsums: %s", reason)
+    return reason
+
+
+def _tried() -> str:
+    size, shift, side, heads = 7, 3, 14, 2
+    rng = np.random.default_rng(0)
+    bias = rng.standard_normal((heads, size**2, size**2), np.float32)
+    mask = swin_ops.shift_mask(side, side, size, shift)
+
+    def fused(qkv: jax.Array, bias: jax.Array) -> jax.Array:
+        return fused_attention.attend(qkv, bias, size, shift)
+
+    def einsums(qkv: jax.Array, bias: jax.Array) -> jax.Array:
+        windows = swin_ops.attend_windows(swin_ops.to_windows(qkv, size, shift), bias, mask)
+        return swin_ops.from_windows(windows, size, shift, side, side)
+
+    def found(attend: Callable[[jax.Array, jax.Array], jax.Array], qkv: jax.Array) -> list[np.ndarray]:
+        def square(qkv: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
+            out = attend(qkv, bias).astype(jnp.float32)
+            return jnp.sum(out**2), out
+
+        (_, out), of = jax.jit(jax.value_and_grad(square, argnums=(0, 1), has_aux=True))(qkv, jnp.asarray(bias))
+        return [np.asarray(array, np.float32) for array in (out, *of)]
+
+    for dtype in (jnp.bfloat16, jnp.float32):
+        qkv = jnp.asarray(rng.standard_normal((1, side, side, 3 * 32 * heads), np.float32), dtype)
+        try:
+            pairs = zip(found(fused, qkv), found(einsums, qkv), strict=True)
+            worst = max(float(np.abs(one - other).max() / np.abs(other).max()) for one, other in pairs)
+        except Exception as error:  # Triton, XLA and the driver each have their own kinds
+            return f"the fused kernel fails on this machine: {str(error).strip().partition(chr(10))[0]}"
+        if not worst < _TRUSTED:
+            return f"the fused kernel's {jnp.dtype(dtype).name} numbers are off by {worst:.1%} on this machine"
     return ""
 
 

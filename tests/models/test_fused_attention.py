@@ -328,6 +328,51 @@ def test_where_the_kernel_runs(backend, fields, count, words, monkeypatch):
     assert attention.is_fused("auto", (1, 14, 14, 48), 3, 7, "float32") == (not words)
 
 
+@pytest.fixture
+def card(monkeypatch):
+    """A machine that seems to have a card for the kernel, which hasn't been tried yet."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [Card(compute_capability="9.0")])
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    attention.fault_here.cache_clear()
+    yield
+    attention.fault_here.cache_clear()
+
+
+def chosen_in_a_program():
+    """What `auto` is where a program is traced."""
+    seen = []
+    jax.jit(lambda x: seen.append(attention.is_fused("auto", (1, 14, 14, 48), 3, 7, "float32")) or x)(jnp.zeros(2))
+    return seen
+
+
+def test_the_kernel_is_tried_once_before_it_is_trusted(card, monkeypatch, caplog):
+    tries = []
+    monkeypatch.setattr(
+        fused_attention, "attend", lambda *given, own=fused_attention.attend: tries.append(1) or own(*given)
+    )
+    assert chosen_in_a_program() == [True] and len(tries) == 2  # of two dtypes
+    assert chosen_in_a_program() == [True] and len(tries) == 2 and caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        (lambda qkv, bias, size, shift, own: 1 / 0, "the fused kernel fails on this machine: division by zero"),
+        (lambda qkv, bias, size, shift, own: own(qkv, bias, size, 0), "the fused kernel's bfloat16 numbers are off by"),
+        (lambda qkv, bias, size, shift, own: own(qkv, jax.lax.stop_gradient(bias), size, shift), "are off by 100.0%"),
+        (lambda qkv, bias, size, shift, own: jnp.nan * own(qkv, bias, size, shift), "are off by nan%"),
+    ],
+)
+def test_a_kernel_that_does_not_work_here_is_left_alone_with_a_word(card, monkeypatch, caplog, broken, says):
+    own = fused_attention.attend
+    monkeypatch.setattr(fused_attention, "attend", lambda *given: broken(*given, own))
+    assert chosen_in_a_program() == [False]
+    assert "attention by einsums: the fused kernel" in caplog.text and says in caplog.text
+    with pytest.raises(ConfigError, match="config.attention is 'fused', but the fused kernel"):
+        attention.check_here("fused", "config.attention")
+
+
 def test_auto_is_einsum_on_this_machine_and_says_nothing_in_bundles():
     if jax.default_backend() == "gpu":
         pytest.skip("a GPU is here")

@@ -1,0 +1,1 @@
+"""What needs a GPU, in one go: `python -m benchmarks.gpu --out DIR`."""
