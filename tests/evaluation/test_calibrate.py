@@ -19,6 +19,8 @@ from data_prep.shards import write as shards
 from tests.evaluation.worlds import chip
 from tests.prediction.stubs import write_raster
 
+pytestmark = pytest.mark.slow  # whole commands and runs
+
 VAL, TRAIN = 14, 6
 OPTIONS = ["--split", "val", "--block-km", "2", "--samples", "4", "--batch-size", "5"]
 

@@ -22,6 +22,8 @@ from launch import ensemble
 from tests.prediction.stubs import random_bundle
 from tests.training import world
 
+pytestmark = pytest.mark.slow  # whole commands and runs
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 FAKE = [sys.executable, "-I", "-S", str(Path(__file__).with_name("fake_training.py"))]
 SMALL = {"embed_dim": 6, "depths": [1, 1], "num_heads": [1, 3], "mlp_ratio": 2.0, "decoder_channels": 7}

@@ -19,6 +19,8 @@ from biomass_jax.errors import ConfigError, RasterError, RegionalError
 from biomass_jax.regional import change as module
 from biomass_jax.regional.mosaic import mosaic
 
+pytestmark = pytest.mark.slow  # whole commands and runs
+
 SIDE, STABLE_ROWS = 300, 240  # of these the first have not changed
 GRID = Grid(SIDE, SIDE, CRS.from_epsg(32610), Affine(30, 0, 600000, 0, -30, 4200000))
 R = 0.6

@@ -17,6 +17,8 @@ from biomass_jax.errors import RasterError, RegionalError
 from biomass_jax.regional import compare as module
 from biomass_jax.regional.products import PRODUCTS
 
+pytestmark = pytest.mark.slow  # whole commands and runs
+
 SIDE = 500  # pixels of 30 m
 UTM = CRS.from_epsg(32610)
 LEFT, TOP = 600000, 4200000

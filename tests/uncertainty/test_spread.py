@@ -11,6 +11,8 @@ from biomass_jax.models.biomass import BiomassModel
 from biomass_jax.models.ensemble import BiomassEnsemble, join_variables
 from biomass_jax.uncertainty.spread import Spread, channels_of, own_channels, with_spread
 
+pytestmark = pytest.mark.slow  # whole commands and runs
+
 FIELDS = {
     "embed_dim": 8,
     "depths": (1, 2),

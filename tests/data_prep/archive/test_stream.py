@@ -15,6 +15,8 @@ from data_prep.season import Season
 from data_prep.synthetic.granule import Overpass, write_granule
 from tests.data_prep.archive_gate import TOKEN, open_archive
 
+pytestmark = pytest.mark.slow  # whole commands and runs
+
 SEASON = "2020-06-01/2020-09-16"
 CLOUD = 0b10
 # Three by three blocks of a file: the pixels of one can be clear while the others are not.

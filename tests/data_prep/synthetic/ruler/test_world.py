@@ -15,6 +15,8 @@ from rasterio.warp import transform as project
 from data_prep.synthetic.__main__ import main
 from data_prep.synthetic.ruler.world import write_ruler_world
 
+pytestmark = pytest.mark.slow  # whole commands and runs
+
 SHAPE = (70, 100)
 ROWS, COLS = np.mgrid[: SHAPE[0], : SHAPE[1]]
 L30 = ("B02", "B03", "B04", "B05", "B06", "B07")
