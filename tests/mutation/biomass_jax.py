@@ -489,6 +489,16 @@ KERNEL = (
         "tests/models/test_fused_attention.py::test_auto_is_einsum_on_this_machine_and_says_nothing_in_bundles",
         in_file("biomass_jax/models/attention.py", ('(choice == "auto" and why_not_here())', "False")),
     ),
+    Mutation(
+        "kernel_trusted_untried",
+        "tests/models/test_fused_attention.py::test_a_kernel_that_does_not_work_here_is_left_alone_with_a_word",
+        in_file("biomass_jax/models/attention.py", ("    return fault_here()\n", '    return ""\n')),
+    ),
+    Mutation(
+        "last_products_in_bfloat16",
+        "tests/models/test_biomass.py::test_weights_cast_once_give_the_numbers_of_weights_cast_in_each_call",
+        in_file("biomass_jax/models/build.py", ('_FLOAT32 = ("final", "spread")', '_FLOAT32 = ("spread",)')),
+    ),
 )
 
 MUTATIONS = (*MODEL, *KERNEL, *LOSS, *TRAINING, *PLACES, *CONVERTER, *EVALUATION, *ENSEMBLES)

@@ -328,4 +328,24 @@ CATALOGUED = (
     ),
 )
 
-MUTATIONS = (*MOSAICS, *ZONES, *CHANGED, *COMPARED, *CATALOGUED)
+STYLED = (
+    Mutation(
+        "maps_of_something_else_are_compared",
+        "tests/regional/test_compare.py::test_maps_of_something_else_are_refused",
+        in_file(
+            "biomass_jax/regional/compare.py", ("        check_unit(os.fspath(maps[0]), unit)\n", "        pass\n")
+        ),
+    ),
+    Mutation(
+        "colours_of_changes_begin_at_nothing",
+        "tests/figures/test_legend.py::test_differences_have_their_own_colours_with_nothing_in_the_middle",
+        in_file("biomass_jax/figures/legend.py", ("np.linspace(-high if change else low", "np.linspace(low")),
+    ),
+    Mutation(
+        "zones_style_that_qgis_does_not_take",
+        "tests/regional/test_zones.py::test_the_table_in_three_formats_and_a_page",
+        in_file("biomass_jax/data/vectors.py", ('"useAsDefault": True', '"useAsDefault": False')),
+    ),
+)
+
+MUTATIONS = (*MOSAICS, *ZONES, *CHANGED, *COMPARED, *CATALOGUED, *STYLED)
