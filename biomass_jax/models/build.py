@@ -118,16 +118,9 @@ def in_compute_dtype(variables: Mapping[str, Any], dtype: str) -> dict[str, Any]
 
 @functools.lru_cache(maxsize=8)
 def _traced_shapes(module: nn.Module) -> dict[str, Any]:
-    """Traces one block a stage, a quarter of the time for Swin-B: all blocks of a stage have the same shapes.
-
-    Of an ensemble one member is traced, since all have the same shapes.
-    """
+    """Of an ensemble one member is traced, since all have the same shapes."""
     if isinstance(module, BiomassEnsemble):
         one = _traced_shapes(module.make_member(parent=None))
         return join_variables([one] * module.members, shared_encoder=module.shared_encoder)
-    shallow = module.clone(depths=tuple(min(depth, 1) for depth in module.depths))
-    shapes = jax.eval_shape(lambda: shallow.init(jax.random.key(0), *dummy_inputs(module)))
-    for stage, depth in enumerate(module.depths):
-        blocks = shapes["params"]["encoder"][f"stages_{stage}"]
-        blocks |= {f"blocks_{j}": blocks["blocks_0"] for j in range(1, depth)}
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *dummy_inputs(module)))
     return {"params": shapes["params"], "batch_stats": shapes.get("batch_stats", {})}
