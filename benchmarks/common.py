@@ -83,12 +83,15 @@ def random_bundle(architecture: Mapping[str, Any], path: Path) -> Path:
     return path
 
 
-def matmul_peak(dtype: str = "float32") -> Callable[[], float]:
-    """A matrix product whose call returns the rate reached, GFLOP/s: what this machine's cores can do."""
+def matmul_peak(dtype: str = "float32", size: int | None = None) -> Callable[[], float]:
+    """A matrix product whose call returns the rate reached, GFLOP/s: what this machine's cores can do.
+
+    `size` is its side; where not given, one large enough for the machine.
+    """
     import jax
     import jax.numpy as jnp
 
-    size = 3072 if jax.default_backend() == "cpu" else 16384
+    size = size or (3072 if jax.default_backend() == "cpu" else 16384)
     a = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(dtype))
     product = jax.jit(lambda a: a @ a)
     product(a).block_until_ready()

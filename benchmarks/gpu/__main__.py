@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -44,7 +44,11 @@ PARTS: dict[str, GpuPart] = {
     "rival": GpuPart(150, ("torch",)),
     "parity": GpuPart(100),
     "profile": GpuPart(120),
-    "tests": GpuPart(120, ("pytest",), (sys.executable, "-m", "pytest", "-q", "tests/models/test_fused_attention.py")),
+    "tests": GpuPart(
+        120,
+        ("pytest", "pytest_timeout"),
+        (sys.executable, "-m", "pytest", "-q", "tests/models/test_fused_attention.py"),
+    ),
     "smoke": GpuPart(180, ("rasterio", "grain", "tensorflow_datasets", "ml_collections"), ("bash", "launch/smoke.sh")),
 }
 
@@ -98,6 +102,7 @@ def run(command: Sequence[str], limit: float, log: IO[str]) -> int | None:
     """Exit code of a command; None where it was still running after `limit` seconds: it and its children are killed."""
     # Compiling has to take its time, and each process the memory that it needs.
     more = {"JAX_ENABLE_COMPILATION_CACHE": "false", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    more["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "")  # the tests would have flags for CPUs otherwise
     with subprocess.Popen(
         command, cwd=common.ROOT, env=os.environ | more, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
     ) as process:
@@ -116,7 +121,7 @@ def last_line(path: Path) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
 
 
-def results(out: Path, names: Sequence[str] | Mapping[str, str]) -> dict[str, dict[str, Any]]:
+def results(out: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """The figures that there are, by part."""
     found = {name: out / f"{name}.json" for name in names}
     return {name: json.loads(path.read_text()) for name, path in found.items() if path.is_file()}

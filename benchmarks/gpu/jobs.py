@@ -7,8 +7,6 @@ orbax and NumPy are all that is needed; the rival's parts want torch.
 import argparse
 import dataclasses
 import functools
-import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,10 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import common
-from benchmarks.jax_work import memory
+from benchmarks.jax_work import evaluating, memory, stepping
 from benchmarks.programs import trace
+from biomass_jax.runtime.files import write_json
 
 SIDE = 224
+# Heads as wide as the kernel takes at least.
 TINY = {"embed_dim": 16, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8), "decoder_channels": 8}
 FORWARD_SIZES, STEP_SIZES, RIVAL_SIZES = (128, 256, 512, 32, 1), (64, 128, 32), (128,)
 STATISTICS = {"means": common.GRANITE_MEANS, "stds": common.GRANITE_STDS}
@@ -48,36 +48,22 @@ class GpuJob:
 
     def keep(self, found: Figures) -> None:
         """Write all that was found so far."""
-        beside = self.path.with_suffix(".part")
-        beside.write_text(json.dumps(found, indent=2) + "\n")
-        os.replace(beside, self.path)
+        write_json(self.path, found)
 
 
 def ceilings(job: GpuJob) -> Iterator[Figures]:
     """Large products of both types, TFLOP/s, and the rate of x + 1, TB/s."""
     found: Figures = {}
     for dtype in ("bfloat16", "float32"):
-        found[f"product_{dtype}_tflops"] = common.matmul_peak(dtype)() / 1e3 if not job.tiny else _small_product(dtype)
+        found[f"product_{dtype}_tflops"] = common.matmul_peak(dtype, 256 if job.tiny else None)() / 1e3
         yield found
     x = jnp.zeros(2**12 if job.tiny else 2**29, jnp.float32)  # 2 GiB
-    add = jax.jit(lambda x: x + 1)
-    seconds = _per_call(lambda: add(x))
+    seconds = _median(evaluating(jax.jit(jnp.add), x, 1.0))
     yield found | {"copy_tbytes": 2 * x.nbytes / seconds / 1e12}
 
 
-def _small_product(dtype: str) -> float:
-    a = jnp.ones((256, 256), dtype)
-    return 2e-12 * 256**3 / _per_call(functools.partial(jax.jit(lambda a: a @ a), a))
-
-
-def _per_call(call: Callable[[], Any]) -> float:
-    """Seconds of a call, the median of three turns."""
-    held: list[Any] = []
-
-    def begin() -> None:
-        held[:] = [call()]
-
-    turn = common.per_call(begin, lambda: jax.block_until_ready(held))
+def _median(turn: Callable[[], float]) -> float:
+    """Seconds of a call, of three turns."""
     return common.spread([turn() for _ in range(3)])["median"]
 
 
@@ -115,7 +101,7 @@ def forward(job: GpuJob) -> Iterator[Figures]:
         began = time.perf_counter()
         program = jax.jit(predict).lower(variables, chips).compile()
         compiling = time.perf_counter() - began
-        seconds = _per_call(functools.partial(program, variables, chips))
+        seconds = _median(evaluating(program, variables, chips))
         found["batches"][size] = _timing(size, seconds, compiling, common.CHIP_GFLOP)
         yield found
 
@@ -136,26 +122,21 @@ def attention(job: GpuJob) -> Iterator[Figures]:
             shape = (2 if job.tiny else 128, side, side, 3 * 32 * heads)
             qkv = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
             bias = jax.random.normal(jax.random.key(1), (heads, 49, 49))
-
-            def einsum(qkv: jax.Array, bias: jax.Array, shift: int = shift, side: int = side) -> jax.Array:
-                mask = swin_ops.shift_mask(side, side, 7, shift) if shift else None
-                windows = swin_ops.attend_windows(swin_ops.to_windows(qkv, 7, shift), bias, mask)
-                return swin_ops.from_windows(windows, 7, shift, side, side)
-
-            def fused(qkv: jax.Array, bias: jax.Array, shift: int = shift) -> jax.Array:
-                return fused_attention.attend(qkv, bias, 7, shift)
-
-            for way, function in {"einsum": einsum, "fused": fused}.items():
+            ways = {
+                way: functools.partial(attend, window_size=7, shift=shift)
+                for way, attend in (("einsum", swin_ops.attend_map), ("fused", fused_attention.attend))
+            }
+            for way, function in ways.items():
 
                 def both(qkv: jax.Array, bias: jax.Array, function: Any = function) -> Any:
                     return jax.grad(lambda *of: (function(*of).astype(jnp.float32) ** 2).sum(), (0, 1))(qkv, bias)
 
                 label = f"{name}, shift {shift}, {way}"
-                found[label] = {"forward_ms": 1e3 * _per_call(functools.partial(jax.jit(function), qkv, bias))}
+                found[label] = {"forward_ms": 1e3 * _median(evaluating(jax.jit(function), qkv, bias))}
                 yield found
-                found[label]["both_ms"] = 1e3 * _per_call(functools.partial(jax.jit(both), qkv, bias))
+                found[label]["both_ms"] = 1e3 * _median(evaluating(jax.jit(both), qkv, bias))
                 yield found
-            error = jnp.abs(jax.jit(einsum)(qkv, bias) - jax.jit(fused)(qkv, bias)).max()
+            error = jnp.abs(jax.jit(ways["einsum"])(qkv, bias) - jax.jit(ways["fused"])(qkv, bias)).max()
             found[f"{name}, shift {shift}, largest difference"] = {"value": float(error)}
             yield found
 
@@ -170,14 +151,9 @@ def step(job: GpuJob) -> Iterator[Figures]:
         drawing = time.perf_counter() - began
         program = train.lower(state, batch).compile()
         compiling = time.perf_counter() - began - drawing
-        held = [state]
-        del state
-
-        def call(program: Any = program, held: list[Any] = held, batch: Any = batch) -> Any:
-            held[0], metrics = program(held[0], batch)
-            return metrics
-
-        timing = _timing(size, _per_call(call), compiling, common.TRAINING * common.CHIP_GFLOP)
+        turn = stepping(program, state, batch)
+        del state  # which the step was given
+        timing = _timing(size, _median(turn), compiling, common.TRAINING * common.CHIP_GFLOP)
         found["batches"][size] = timing | {"drawing_s": drawing}
         yield found
 
@@ -235,28 +211,16 @@ def parity(job: GpuJob) -> Iterator[Figures]:
 
 
 def profile(job: GpuJob) -> Iterator[Figures]:
-    """Share of a forward pass and of a training step by kind of operation, of one traced call each."""
+    """Share of a forward pass and of a training step by kind of operation, of some traced calls each."""
     size = job.sizes(FORWARD_SIZES)[0]
     predict, variables = _predicting(job, "bfloat16")
     chips = jax.device_put(_chips(size))
     program = jax.jit(predict).lower(variables, chips).compile()
-
-    def call() -> Any:
-        return jax.block_until_ready(program(variables, chips))
-
-    call()
-    found: Figures = {"forward": trace.by_kind(program.as_text() or "", call)}
+    found: Figures = {"forward": trace.by_kind(program.as_text() or "", evaluating(program, variables, chips))}
     yield found
     state, batch, train = _training(job, job.sizes(STEP_SIZES)[0])
     compiled = train.lower(state, batch).compile()
-    held = [state]
-
-    def step_once() -> None:
-        held[0], metrics = compiled(held[0], batch)
-        jax.block_until_ready(metrics)
-
-    step_once()
-    yield found | {"step": trace.by_kind(compiled.as_text() or "", step_once)}
+    yield found | {"step": trace.by_kind(compiled.as_text() or "", stepping(compiled, state, batch))}
 
 
 def rival(job: GpuJob) -> Iterator[Figures]:

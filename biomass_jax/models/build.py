@@ -118,7 +118,7 @@ def in_compute_dtype(variables: Mapping[str, Any], dtype: str) -> dict[str, Any]
 
 @functools.lru_cache(maxsize=8)
 def _traced_shapes(module: nn.Module) -> dict[str, Any]:
-    """Of an ensemble one member is traced, since all have the same shapes."""
+    """By tracing the initialisation; of an ensemble that of one member, since all have the same shapes."""
     if isinstance(module, BiomassEnsemble):
         one = _traced_shapes(module.make_member(parent=None))
         return join_variables([one] * module.members, shared_encoder=module.shared_encoder)

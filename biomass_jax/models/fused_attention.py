@@ -132,13 +132,7 @@ def _attend_jvp(
 @functools.partial(jax.jit, static_argnames="layout")
 def _tangent(qkv: jax.Array, bias: jax.Array, of_qkv: jax.Array, of_bias: jax.Array, *, layout: _Layout) -> jax.Array:
     """The tangent of the output, [B, H, W, C], from those of qkv [B, H, W, 3C] and bias [heads, w * w, w * w]."""
-    size, shift, height, width = layout.size, layout.shift, layout.height, layout.width
-    mask = swin_ops.shift_mask(height, width, size, shift) if shift else None
-
-    def by_einsums(qkv: jax.Array, bias: jax.Array) -> jax.Array:
-        windows = swin_ops.attend_windows(swin_ops.to_windows(qkv, size, shift), bias, mask)
-        return swin_ops.from_windows(windows, size, shift, height, width)
-
+    by_einsums = functools.partial(swin_ops.attend_map, window_size=layout.size, shift=layout.shift)
     with jax.default_matmul_precision(layout.precision.name.lower()):
         return jax.jvp(by_einsums, (qkv, bias), (of_qkv, of_bias))[1]
 

@@ -103,6 +103,24 @@ def attend_windows(qkv: jax.Array, bias: jax.Array, mask: np.ndarray | None) -> 
     return x.transpose(0, 2, 1, 3).reshape(n, tokens, c)
 
 
+def attend_map(qkv: jax.Array, bias: jax.Array, window_size: int, shift: int) -> jax.Array:
+    """`attend_windows` of all windows of a map.
+
+    Args:
+        qkv: [B, H, W, 3C], H and W multiples of the window.
+        bias: float32 [heads, w * w, w * w].
+        window_size: side of a window, tokens.
+        shift: by which the map is rolled before it is cut into windows.
+
+    Returns:
+        [B, H, W, C].
+    """
+    height, width = qkv.shape[1:3]
+    mask = shift_mask(height, width, window_size, shift) if shift else None
+    windows = attend_windows(to_windows(qkv, window_size, shift), bias, mask)
+    return from_windows(windows, window_size, shift, height, width)
+
+
 def merge_patches(x: jax.Array) -> jax.Array:
     """Put each 2 x 2 square of tokens on the channel axis: x [B, H, W, C] -> [B, ceil(H/2), ceil(W/2), 4C].
 

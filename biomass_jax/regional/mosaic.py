@@ -31,6 +31,7 @@ from biomass_jax.data.raster.zonal import SIGNIFICANT
 from biomass_jax.data.records import is_season
 from biomass_jax.errors import STOPPED, RasterError, Stopped, UsageError
 from biomass_jax.evaluation.tables import write_csv
+from biomass_jax.figures import style_path
 from biomass_jax.regional.overlap import BLOCK, INVERSE, MEAN, NEWEST, Member, MosaicPlan, block_values, sd_layer
 from biomass_jax.regional.styles import write_style
 from biomass_jax.runtime import environment, system
@@ -281,8 +282,8 @@ def mosaic(
             )
         _write(path, layout, FinishedBlocks(path, layout))
     shutil.rmtree(_blocks_folder(path), ignore_errors=True)
-    label, unit = next(iter(layout.layers.items()))
-    write_style(path, label, unit)
+    if not style_path(path).is_file():  # one that somebody has changed stays with a mosaic that is kept
+        write_style(path, *next(iter(layout.layers.items())))
     if not stac.read_item(path):
         stac.write_item(path, *(one.map.path for one in layout.members))
     if table is not None:
@@ -314,6 +315,7 @@ def _write(path: Path, layout: MosaicPlan, blocks: FinishedBlocks) -> None:
             writer.write_block(values)
             shown.advance(1)
         stac.remove_item(path)  # of the mosaic that this one replaces
+        style_path(path).unlink(missing_ok=True)
 
 
 def _in_order(

@@ -15,7 +15,7 @@ from biomass_jax import bundle
 from biomass_jax.convert.__main__ import main
 from biomass_jax.runtime.lock import lock_beside, one_writer
 
-pytestmark = pytest.mark.slow  # whole commands and runs
+pytestmark = pytest.mark.slow  # many, of a second and more each
 
 FULL, WEIGHTS = "lightning.ckpt", "state_dict.ckpt"
 

@@ -4,7 +4,6 @@ import argparse
 import ast
 import contextlib
 import importlib
-import json
 import os
 import re
 import runpy
@@ -21,7 +20,7 @@ from ml_collections import config_flags
 from biomass_jax import cli
 from biomass_jax import main as runner
 from biomass_jax.runtime.settings import find_config
-from tests.data_prep.archive_gate import TOKEN, open_archive
+from tests.data_prep.archive_gate import open_archive, stand_in
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", "CONTRIBUTING.md", "launch/README.md", *(f"docs/{path.name}" for path in ROOT.glob("docs/*.md")))
@@ -167,46 +166,12 @@ def test_errors_of_the_troubleshooting_page_are_those_of_the_programs():
     assert len(quoted) > 50 and unknown == []
 
 
-# What asks NASA's archive, in its place: the answers and the token are those of the stand-in.
-EARTHACCESS = """
-import json, os, requests
-from types import SimpleNamespace
-from . import exceptions
-def login(strategy):
-    if os.environ.get("EARTHDATA_TOKEN") is None:
-        raise exceptions.LoginStrategyUnavailable(strategy)
-    return SimpleNamespace(authenticated=True, token={"access_token": os.environ["EARTHDATA_TOKEN"]})
-def search_data(short_name, **query):
-    return json.load(open(os.environ["ARCHIVE_ANSWERS"])).get(short_name, [])
-def get_requests_https_session():
-    session = requests.Session()
-    session.headers["Authorization"] = "Bearer " + os.environ["EARTHDATA_TOKEN"]
-    return session
-"""
-EXCEPTIONS = """
-class LoginStrategyUnavailable(Exception): ...
-class LoginAttemptFailure(Exception): ...
-"""
-
-
-def stand_in(archive, folder):
-    """Environment variables with which `earthaccess` is the stand-in for NASA's archive."""
-    package = folder / "earthaccess"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text(EARTHACCESS)
-    (package / "exceptions.py").write_text(EXCEPTIONS)
-    products = ("HLSL30", "GEDI_L4A_AGB_Density_V2_1_2056")
-    answers = folder / "answers.json"
-    answers.write_text(json.dumps({name: archive.search(short_name=name) for name in products}))
-    return {"ARCHIVE_ANSWERS": str(answers), "EARTHDATA_TOKEN": TOKEN}
-
-
 @pytest.mark.slow
 def test_commands_of_the_pages_run_as_they_stand(tmp_path, root):
     """From the archive to shards by the steps of docs/data.md, then a model converted both ways, maps, scores."""
     checkpoint = root / "tests" / "golden" / "ckpt_micro_cli" / "state_dict.ckpt"
     shutil.copy(checkpoint, tmp_path / "biomass_model.ckpt")
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path / 'library'}:{root}", "MPLBACKEND": "Agg"}
+    environment = {**os.environ, "PYTHONPATH": str(root), "MPLBACKEND": "Agg"}
     environment["JAX_COMPILATION_CACHE_DIR"] = str(root / ".cache" / "jax-tests")
 
     def run(*words):
@@ -222,7 +187,7 @@ def test_commands_of_the_pages_run_as_they_stand(tmp_path, root):
         (tmp_path / "made" / orbit.stem).mkdir()
         orbit.rename(tmp_path / "made" / orbit.stem / orbit.name)
     with open_archive(tmp_path / "made") as archive:
-        environment |= stand_in(archive, tmp_path / "library")
+        environment |= stand_in(archive, tmp_path / "library", root)
         for words in commands("docs/data.md"):
             if words[1] == "prepare":  # all steps in one, as in the demo
                 continue

@@ -1,6 +1,5 @@
 """`biomass-jax predict --tile 10SFF --season 2020`: from NASA's archive, here a stand-in, to a map."""
 
-import json
 import os
 import subprocess
 import sys
@@ -15,34 +14,25 @@ from biomass_jax import load
 from data_prep.hls.composite import composite
 from data_prep.season import season_of_year
 from data_prep.synthetic.granule import Overpass, write_granule
-from tests.data_prep.archive_gate import TOKEN, open_archive
+from tests.data_prep.archive_gate import open_archive, stand_in
 from tests.prediction.stubs import random_bundle
-
-# The command as users give it, but for the archive's answers and the login, which come as its first two words.
-PROGRAM = """
-import json, sys
-from data_prep.archive import stream
-from biomass_jax.cli import main
-answers, token = json.loads(sys.argv.pop(1)), sys.argv.pop(1)
-stream.search_archive, stream.token = lambda **query: answers, lambda: token
-sys.exit(main())
-"""
 
 
 @pytest.fixture(scope="module")
-def archive(tmp_path_factory):
+def archive(tmp_path_factory, root):
     rng, folder = np.random.default_rng(5), tmp_path_factory.mktemp("archive")
     for days in (0, 16):
         fmask = np.where(rng.random((70, 80)) < 0.2, 0b10, 0).astype(np.uint8)
         place = replace(Overpass(), time=Overpass().time + timedelta(days=days))
         write_granule(folder, rng.integers(100, 6000, (70, 80, 6)).astype(np.int16), fmask, place)
     with open_archive(folder) as archive:
+        archive.found_as = stand_in(archive, tmp_path_factory.mktemp("library"), root)
         yield archive
 
 
 def predict(archive, *words):
-    command = [sys.executable, "-c", PROGRAM, json.dumps(archive.search(short_name="HLSL30")), TOKEN, "predict"]
-    done = subprocess.run([*command, *words], capture_output=True, text=True, env=os.environ, timeout=500)
+    command = [sys.executable, "-m", "biomass_jax.cli", "predict", *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | archive.found_as, timeout=500)
     return done.returncode, done.stdout + done.stderr
 
 

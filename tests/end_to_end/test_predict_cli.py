@@ -15,7 +15,7 @@ from biomass_jax import bundle as bundles
 from biomass_jax.data.bands import BAND_NAMES
 from tests.prediction.stubs import coded_image, random_bundle, read_map, write_raster
 
-pytestmark = pytest.mark.slow  # whole commands and runs
+pytestmark = pytest.mark.slow  # many, of a second and more each
 
 CHIP_BANDS = "(None,'BLUE','GREEN','RED','NIR_NARROW','SWIR_1','SWIR_2',None,None,None)"
 

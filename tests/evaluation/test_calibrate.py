@@ -19,7 +19,7 @@ from data_prep.shards import write as shards
 from tests.evaluation.worlds import chip
 from tests.prediction.stubs import write_raster
 
-pytestmark = pytest.mark.slow  # whole commands and runs
+pytestmark = pytest.mark.slow  # many, of a second and more each
 
 VAL, TRAIN = 14, 6
 OPTIONS = ["--split", "val", "--block-km", "2", "--samples", "4", "--batch-size", "5"]

@@ -22,7 +22,7 @@ from launch import ensemble
 from tests.prediction.stubs import random_bundle
 from tests.training import world
 
-pytestmark = pytest.mark.slow  # whole commands and runs
+pytestmark = pytest.mark.slow  # many, of a second and more each
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FAKE = [sys.executable, "-I", "-S", str(Path(__file__).with_name("fake_training.py"))]

@@ -18,7 +18,7 @@ optuna = pytest.importorskip("optuna", reason="sweeps need the extra 'sweep'")
 from biomass_jax.runtime.lock import one_writer  # noqa: E402
 from launch import sweep  # noqa: E402
 
-pytestmark = pytest.mark.slow  # whole commands and runs
+pytestmark = pytest.mark.slow  # many, of a second and more each
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FAKE = [sys.executable, "-I", "-S", str(Path(__file__).with_name("fake_training.py"))]

@@ -17,7 +17,7 @@ from launch import work, work_table
 from launch.work_table import Table, at_work
 from tests.prediction.stubs import coded_image, nir, read_map, stub_bundle, write_raster
 
-pytestmark = pytest.mark.slow  # whole commands and runs
+pytestmark = pytest.mark.slow  # many, of a second and more each
 
 
 @pytest.fixture

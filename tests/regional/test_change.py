@@ -19,7 +19,7 @@ from biomass_jax.errors import ConfigError, RasterError, RegionalError
 from biomass_jax.regional import change as module
 from biomass_jax.regional.mosaic import mosaic
 
-pytestmark = pytest.mark.slow  # whole commands and runs
+pytestmark = pytest.mark.slow  # many, of a second and more each
 
 SIDE, STABLE_ROWS = 300, 240  # of these the first have not changed
 GRID = Grid(SIDE, SIDE, CRS.from_epsg(32610), Affine(30, 0, 600000, 0, -30, 4200000))

@@ -17,7 +17,7 @@ from biomass_jax.errors import RasterError, RegionalError
 from biomass_jax.regional import compare as module
 from biomass_jax.regional.products import PRODUCTS
 
-pytestmark = pytest.mark.slow  # whole commands and runs
+pytestmark = pytest.mark.slow  # many, of a second and more each
 
 SIDE = 500  # pixels of 30 m
 UTM = CRS.from_epsg(32610)

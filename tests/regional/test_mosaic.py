@@ -294,11 +294,14 @@ def test_the_command_makes_keeps_and_replaces(tmp_path, capsys, caplog):
     assert main(words) == 0
     assert "out.tif: 2 maps, overlaps by inverse_variance; 30 x 70 pixels of 30 x -30" in capsys.readouterr().out
     before = os.stat(tmp_path / "out.tif").st_mtime_ns
+    (tmp_path / "out.qml").write_text("my own colours")
     assert main(words) == 0 and os.stat(tmp_path / "out.tif").st_mtime_ns == before
+    assert (tmp_path / "out.qml").read_text() == "my own colours"
     assert main([*words, "--overlap", "mean"]) == 1
     assert "out.tif: already exists, made of other maps or settings" in capsys.readouterr().err
     assert main([*words, "--overlap", "mean", "--overwrite"]) == 0
     assert read(tmp_path / "out.tif")[1]["OVERLAP"] == "mean"
+    assert (tmp_path / "out.qml").read_text().startswith("<!DOCTYPE qgis")
     assert main(["--maps", str(tmp_path / "none*.tif"), "--out", str(tmp_path / "new.tif")]) == 1
     assert "none*.tif" in capsys.readouterr().err
     assert sorted(os.listdir(tmp_path)) == ["a.tif", "b.tif", "out.json", "out.qml", "out.tif"]

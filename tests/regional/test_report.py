@@ -17,7 +17,7 @@ from biomass_jax.errors import RegionalError
 from biomass_jax.figures import page as pages
 from biomass_jax.regional import report as module
 
-pytestmark = pytest.mark.slow  # whole commands and runs
+pytestmark = pytest.mark.slow  # many, of a second and more each
 
 GRANULES = ("HLS.L30.T10SFF.2020137T184512.v2.0", "HLS.S30.T10SFF.2020167T184512.v2.0")
 MODEL = "1ab928c51bdd639f4028bfc60f4a40e6434fd70d496350260dd8ed6cdd03277b"

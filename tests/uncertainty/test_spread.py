@@ -11,7 +11,7 @@ from biomass_jax.models.biomass import BiomassModel
 from biomass_jax.models.ensemble import BiomassEnsemble, join_variables
 from biomass_jax.uncertainty.spread import Spread, channels_of, own_channels, with_spread
 
-pytestmark = pytest.mark.slow  # whole commands and runs
+pytestmark = pytest.mark.slow  # many, of a second and more each
 
 FIELDS = {
     "embed_dim": 8,

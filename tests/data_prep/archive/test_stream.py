@@ -15,7 +15,7 @@ from data_prep.season import Season
 from data_prep.synthetic.granule import Overpass, write_granule
 from tests.data_prep.archive_gate import TOKEN, open_archive
 
-pytestmark = pytest.mark.slow  # whole commands and runs
+pytestmark = pytest.mark.slow  # many, of a second and more each
 
 SEASON = "2020-06-01/2020-09-16"
 CLOUD = 0b10

@@ -25,7 +25,7 @@ from data_prep.prepare.runner import Runner, SerialExecutor, attempt, open_execu
 from data_prep.prepare.state import StepJob, StepRecords
 from data_prep.synthetic.forest.world import write_forest_world
 
-pytestmark = pytest.mark.slow  # whole commands and runs
+pytestmark = pytest.mark.slow  # many, of a second and more each
 
 ROOT = Path(__file__).resolve().parents[3]
 CONFIG = ROOT / "configs" / "prepare.py"

@@ -15,7 +15,7 @@ from rasterio.warp import transform as project
 from data_prep.synthetic.__main__ import main
 from data_prep.synthetic.ruler.world import write_ruler_world
 
-pytestmark = pytest.mark.slow  # whole commands and runs
+pytestmark = pytest.mark.slow  # many, of a second and more each
 
 SHAPE = (70, 100)
 ROWS, COLS = np.mgrid[: SHAPE[0], : SHAPE[1]]
