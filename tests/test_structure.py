@@ -16,7 +16,7 @@ FOLDERS = ("biomass_jax", "data_prep", "configs", "benchmarks", "launch", "tests
 MOST_FILE_LINES = 500
 MOST_FUNCTION_LINES = 60
 MOST_MODULES_IN_A_FOLDER = 14
-MOST_PRODUCT_LINES = 40_000  # of biomass_jax and data_prep; lower it when they shrink, raise it for what users get
+MOST_PRODUCT_LINES = 46_000  # of biomass_jax and data_prep; lower it when they shrink, raise it for what users get
 # Modules that one other module imports stand for an idea of their own, or belong to that one.
 OF_THEIR_OWN = {
     "biomass_jax.convert.torch_file.pickle": "safe against hostile files; read and tested by itself",
