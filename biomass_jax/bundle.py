@@ -135,7 +135,7 @@ class Bundle:
         )
 
     def module(self, dtype: str = "float32", *, attention: str = "auto") -> Any:
-        """The Flax module that `variables` belong to; `attention` as models/attention.py has it."""
+        """The Flax module that `variables` belong to; `attention` as models/fused/choice.py has it."""
         return _build(self.path, self.task, self.meta["architecture"], dtype).clone(attention=attention)
 
 

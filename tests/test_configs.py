@@ -65,7 +65,7 @@ def count(params):
 @pytest.mark.parametrize("name", ["finetune_all_biomes", "pretrain_simmim_swin_b_100ep"])
 def test_swin_b_has_the_parameters_of_the_original(name, shards):
     _, planned = plan(name, shards)
-    assert count(jax.eval_shape(planned.init).params) == SWIN_B[name]
+    assert count(planned.state.params) == SWIN_B[name]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_every_config_becomes_its_jitted_step(name, shards):
     config, planned = plan(name, shards)
     rows = (config.batch_size, 224, 224)
     batch = {"image": jax.ShapeDtypeStruct((*rows, 6), np.int16), "label": jax.ShapeDtypeStruct(rows, np.float32)}
-    state = jax.eval_shape(planned.init)
+    state = planned.state
     after, metrics = planned.steps.train.eval_shape(state, batch)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), state

@@ -44,11 +44,7 @@ PARTS: dict[str, GpuPart] = {
     "rival": GpuPart(150, ("torch",)),
     "parity": GpuPart(100),
     "profile": GpuPart(120),
-    "tests": GpuPart(
-        120,
-        ("pytest", "pytest_timeout"),
-        (sys.executable, "-m", "pytest", "-q", "tests/models/test_fused_attention.py"),
-    ),
+    "tests": GpuPart(120, ("pytest", "pytest_timeout"), (sys.executable, "-m", "pytest", "-q", "tests/models/fused")),
     "smoke": GpuPart(180, ("rasterio", "grain", "tensorflow_datasets", "ml_collections"), ("bash", "launch/smoke.sh")),
 }
 

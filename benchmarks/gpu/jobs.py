@@ -113,7 +113,8 @@ def _timing(size: int, seconds: float, compiling: float, gflop: float) -> Figure
 
 def attention(job: GpuJob) -> Iterator[Figures]:
     """Both ways to compute attention, alone: milliseconds forward and with the backward pass, a batch of 128."""
-    from biomass_jax.models import fused_attention, swin_ops
+    from biomass_jax.models import swin_ops
+    from biomass_jax.models.fused import attention as kernel
 
     found: Figures = {}
     stages = {"stage 1": (56, 4), "stage 3": (14, 16)} if not job.tiny else {"stage 3": (14, 2)}
@@ -124,7 +125,7 @@ def attention(job: GpuJob) -> Iterator[Figures]:
             bias = jax.random.normal(jax.random.key(1), (heads, 49, 49))
             ways = {
                 way: functools.partial(attend, window_size=7, shift=shift)
-                for way, attend in (("einsum", swin_ops.attend_map), ("fused", fused_attention.attend))
+                for way, attend in (("einsum", swin_ops.attend_map), ("fused", kernel.attend))
             }
             for way, function in ways.items():
 
@@ -170,7 +171,7 @@ def _training(job: GpuJob, size: int) -> tuple[Any, dict[str, jax.Array], Any]:
     task = Regression(_module(job, "bfloat16"), InputStatistics(**numbers, fill=-9999))
     shapes = jax.eval_shape(lambda: task.init(jax.random.key(0)))["params"]
     adamw = optimizer.create_optimizer(shapes, weight_decay=0.033)
-    init, planned = state.plan_train_state(task, adamw, mesh, seed=0)
+    fresh, planned = state.plan_train_state(task, adamw, mesh, seed=0)
     settings = steps.StepSettings(seed=0, trainable=jax.tree.map(lambda _: True, shapes))
     schedule = optimizer.create_schedule("constant", learning_rate=3e-4)
     compiled = steps.compile_steps(task, adamw, schedule, settings, mesh, planned)
@@ -180,7 +181,7 @@ def _training(job: GpuJob, size: int) -> tuple[Any, dict[str, jax.Array], Any]:
         one[rng.choice(SIDE * SIDE, 250, replace=False)] = rng.uniform(0, 300, 250)
     rows = sharding.batch_sharding(mesh)
     batch = jax.device_put({"image": _chips(size), "label": label}, rows)
-    return state.create_train_state(init, planned), batch, compiled.train
+    return state.create_train_state(fresh, planned), batch, compiled.train
 
 
 def parity(job: GpuJob) -> Iterator[Figures]:

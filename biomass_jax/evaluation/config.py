@@ -77,7 +77,7 @@ class Evaluate:
         "auto",
         "fused, one kernel for NVIDIA GPUs, see [speed](performance.md#attention-on-a-gpu); einsum; auto, fused where "
         "the model runs on one such GPU and its windows fit",
-        choices="biomass_jax.models.attention:CHOICES",
+        choices="biomass_jax.models.fused.choice:CHOICES",
     )
     mode: str | None = setting(None, "what `main` runs")
 

@@ -33,6 +33,14 @@ def inverse_std(variance: jax.Array, epsilon: float) -> jax.Array:
     return 1 / jnp.sqrt(variance + epsilon)
 
 
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
+    """What `LayerNorm` computes, float32: x [..., C], scale and bias [C] -> [..., C]."""
+    y = x.astype(jnp.float32)
+    y = y - y.mean(-1, keepdims=True)
+    y = y * inverse_std(jnp.square(y).mean(-1, keepdims=True), epsilon)
+    return y * scale + bias
+
+
 class LayerNorm(nn.Module):
     """Layer normalisation over the last axis as torch has it: eps 1e-5, two-pass variance, statistics in float32.
 
@@ -48,10 +56,7 @@ class LayerNorm(nn.Module):
         c = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones_init(), (c,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), (c,), jnp.float32)
-        y = x.astype(jnp.float32)
-        y = y - y.mean(-1, keepdims=True)
-        y = y * inverse_std(jnp.square(y).mean(-1, keepdims=True), self.epsilon)
-        return (y * scale + bias).astype(self.dtype)
+        return layer_norm(x, scale, bias, self.epsilon).astype(self.dtype)
 
 
 class BatchNorm(nn.Module):

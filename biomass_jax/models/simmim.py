@@ -22,7 +22,7 @@ class SimMIM(SwinFields):
     def setup(self) -> None:
         """Build the encoder, the mask token and the decoder."""
         self.encoder = self.make_encoder(stage_norms=False, final_norm=True)
-        self.mask_token = self.param("mask_token", initialisation.NORMAL, (1, 1, self.embed_dim), jnp.float32)
+        self.mask_token = self.param("mask_token", initialisation.normal, (1, 1, self.embed_dim), jnp.float32)
         draws = initialisation.conv(self.embed_dim * 2 ** (len(self.depths) - 1))
         self.decoder = nn.Conv(self.encoder_stride**2 * self.in_channels, (1, 1), dtype=self.dtype, **draws)
 

@@ -14,8 +14,9 @@ from flax import linen as nn
 
 from biomass_jax.models import initialisation, swin_ops
 from biomass_jax.models.attention import WindowAttention
+from biomass_jax.models.fused import choice, mlp
 from biomass_jax.models.layers import Dense, LayerNorm, gelu
-from biomass_jax.runtime import cpu
+from biomass_jax.runtime import cpu, mesh
 
 Dtype = Any
 
@@ -94,10 +95,24 @@ class SwinBlock(nn.Module):
         y = self._attend(LayerNorm(self.dtype, name="norm1")(x))
         x = x + swin_ops.DropPath(self.drop_path_rate)(y, train=train)
         x = cpu.computed_once(x)
+        if weights := self._weights_of_kernel(x, train):
+            return mesh.on_each_device(mlp.add_mlp, x, weights)
         y = Mlp(int(c * self.mlp_ratio), self.initializer, self.dtype, name="mlp")(
             LayerNorm(self.dtype, name="norm2")(x)
         )
         return x + swin_ops.DropPath(self.drop_path_rate)(y, train=train)
+
+    def _weights_of_kernel(self, x: jax.Array, train: bool) -> mlp.MlpWeights | None:
+        """The weights of norm2 and mlp where a kernel computes both, None where their modules do."""
+        hidden = int(x.shape[-1] * self.mlp_ratio)
+        if train or self.is_initializing() or not choice.mlp_is_fused(self.attention, x.shape, hidden, self.dtype):
+            return None
+        norm: dict[str, jax.Array] = self.get_variable("params", "norm2")
+        dense: dict[str, dict[str, jax.Array]] = self.get_variable("params", "mlp")
+        if any(set(dense[name]) != {"kernel", "bias"} for name in ("fc1", "fc2")):
+            return None  # the modules hold more than the kernel knows of
+        fc1, fc2 = dense["fc1"], dense["fc2"]
+        return mlp.MlpWeights(norm["scale"], norm["bias"], fc1["kernel"], fc1["bias"], fc2["kernel"], fc2["bias"])
 
     def _attend(self, x: jax.Array) -> jax.Array:
         _, h, w, _ = x.shape
@@ -177,7 +192,8 @@ class SwinFields(nn.Module):
     `shift_single_window`: shift also where the padded map is one window (granite's weights need it; the original, timm
     and SimMIM do not). How a run computes is no part of a model's architecture: `remat` names the stages (0 to 3) whose
     blocks are computed a second time in the backward pass to save memory, `initializer` how fresh weights are drawn
-    (`torch` or `simmim`, see initialisation.py), `attention` what computes it (see attention.py).
+    (`torch` or `simmim`, see initialisation.py), `attention` whether kernels compute attention and MLPs
+    (see fused/choice.py).
     """
 
     embed_dim: int = 128

@@ -30,7 +30,7 @@ class Predict:
         "auto",
         "fused, one kernel for NVIDIA GPUs, see [speed](performance.md#attention-on-a-gpu); einsum; auto, fused where "
         "the model runs on one such GPU and its windows fit",
-        choices="biomass_jax.models.attention:CHOICES",
+        choices="biomass_jax.models.fused.choice:CHOICES",
     )
     tile: int = setting(224, "px, side of a tile: the size that the model was trained on")
     stride: int = setting(192, "px from one tile to the next")

@@ -10,10 +10,10 @@ import numpy as np
 
 from biomass_jax.bundle import Bundle
 from biomass_jax.errors import PredictionError
-from biomass_jax.models.attention import CHOICES, check_here
 from biomass_jax.models.build import abstract_variables, in_compute_dtype
+from biomass_jax.models.fused.choice import CHOICES, check_here
 from biomass_jax.pipeline.augment import normalize, without_fill
-from biomass_jax.runtime import cpu, numerics
+from biomass_jax.runtime import cpu, mesh, numerics
 from biomass_jax.uncertainty.applicability import dissimilarity, feature_stage, to_pixels
 from biomass_jax.uncertainty.spread import ModelFunction, Spread, channels_of, with_spread
 
@@ -33,7 +33,7 @@ class Forward:
         bundle: a model of task `biomass`, its variables where `replicated` says.
         dtype: `float32` or `bfloat16` inside the model.
         matmul_precision: `default`, `high` or `highest`, for float32.
-        attention: `auto`, `einsum` or `fused`, see models/attention.py.
+        attention: `auto`, `einsum` or `fused`, see models/fused/choice.py.
         means: (bands,) digital numbers in the order of the bundle's bands; the bundle's own where None.
         stds: likewise.
         batch_sharding: where batches go; None is the default device.
@@ -98,7 +98,7 @@ class Forward:
         self._variables: tuple[Any, Any] | None = None  # maps that are kept need no weights
         self._centres: dict[str, np.ndarray] = (bundle.applicability or {}) if di else {}
         self._stub, self._dtype = model_fn is not None, dtype
-        self._run = jax.jit(self._predict)
+        self._run = jax.jit(mesh.traced_for(batch_sharding)(self._predict))
         self._programs: dict[tuple[tuple[int, ...], np.dtype], Future[jax.stages.Compiled]] = {}
         self._compiler = ThreadPoolExecutor(1, "compiler")
 

@@ -49,7 +49,7 @@ class Predictor:
         tiling: `default`, or `reference_0_99`, `reference_1_2`: the published algorithms.
         dtype: `float32` or `bfloat16` inside the model.
         matmul_precision: `default`, `high` or `highest`, for float32.
-        attention: `auto`, `einsum` or `fused`, see models/attention.py.
+        attention: `auto`, `einsum` or `fused`, see models/fused/choice.py.
         batch_sharding: where batches go; None is the default device.
         replicated: where the variables go; None is the default device.
         model_fn: another model: (variables, z-scored (B, H, W, bands)) -> (B, H, W). Maps made with one aren't told

@@ -4,11 +4,12 @@ Batches are split over both axes; parameters and optimiser state are replicated 
 `fsdp`.
 """
 
+import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ from biomass_jax.runtime import environment
 
 AXES = ("data", "fsdp")
 DeviceMesh = Mesh  # so that others can name the type without naming axes
+Whole = TypeVar("Whole")
 SMALLEST_SPLIT = 2**14  # numbers; a smaller array costs more to gather than to keep
 
 # (pattern in an array's path, axis that is split over `fsdp`; None = whole on each device). The first that fits counts,
@@ -45,6 +47,14 @@ def all_devices(*, local: bool = False) -> list[jax.Device]:
         return jax.local_devices() if local else jax.devices()
     except (RuntimeError, AssertionError) as error:
         raise UsageError(environment.explain(error) or f"JAX finds no devices: {error}") from error
+
+
+def host_device() -> jax.Device | None:
+    """This process's CPU as a device; None, JAX's default, where the environment leaves JAX without it."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
 
 
 def create_mesh(devices: Sequence[jax.Device] | None = None, *, data: int = -1, fsdp: int = 1) -> Mesh:
@@ -83,6 +93,44 @@ def local_placement() -> dict[str, Any]:
     """`batch_sharding` and `replicated` over this process's devices, as predictors and scores take them."""
     mesh = create_mesh()
     return {"batch_sharding": batch_sharding(mesh), "replicated": replicated(mesh)}
+
+
+@contextlib.contextmanager
+def traced_for(sharding: jax.sharding.Sharding | None) -> Iterator[None]:
+    """In which a program is traced, or a function decorated, whose batches lie so: of `batch_sharding`, or None."""
+    if isinstance(sharding, NamedSharding):
+        with jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh):
+            yield
+    else:
+        yield
+
+
+def mesh_is_known() -> bool:
+    """Whether this is traced within `traced_for` a mesh's sharding."""
+    return set(AXES) <= set(jax.sharding.get_abstract_mesh().axis_names)
+
+
+def on_each_device(function: Callable[..., jax.Array], rows: jax.Array, whole: Whole) -> jax.Array:
+    """`function(rows, whole)` where a compiler can't split the function over devices by itself, a kernel.
+
+    Within `traced_for` each device computes its own rows, or all where their number isn't a multiple of the
+    devices.
+
+    Args:
+        function: of `rows` and `whole`, whose result's rows each depend on the same row of `rows` alone.
+        rows: [B, ...].
+        whole: a tree of arrays that every device has.
+
+    Returns:
+        [B, ...].
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh_is_known() or mesh.size == 1:
+        return function(rows, whole)
+    split = PartitionSpec() if len(rows) % mesh.size else PartitionSpec(AXES)
+    # Unchecked: JAX doesn't know how what kernels return varies over devices.
+    placed = jax.shard_map(function, in_specs=(split, PartitionSpec()), out_specs=split, check_vma=False)
+    return placed(rows, whole)
 
 
 def place(mesh: Mesh, abstract: object) -> Any:

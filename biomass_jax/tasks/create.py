@@ -13,9 +13,9 @@ from biomass_jax.data import bands, sources
 from biomass_jax.data.raster.chips import record_grid
 from biomass_jax.data.raster.resample import fits
 from biomass_jax.errors import ConfigError, DataError
-from biomass_jax.models.attention import check_here
 from biomass_jax.models.biomass import BiomassModel
 from biomass_jax.models.build import architecture_of, build_module
+from biomass_jax.models.fused.choice import check_here
 from biomass_jax.models.swin import VARIANTS, SwinFields
 from biomass_jax.tasks import losses
 from biomass_jax.tasks.base import InputStatistics, Task

@@ -10,6 +10,7 @@ import numpy as np
 
 from biomass_jax import figures
 from biomass_jax.data import bands
+from biomass_jax.models.initialisation import draw_variables
 from biomass_jax.pipeline import augment as transforms
 from biomass_jax.tasks import losses, scores
 from biomass_jax.tasks.base import Arrays, InputStatistics, first_chips, model_keys
@@ -44,8 +45,8 @@ class Regression:
 
     def init(self, key: jax.Array) -> Arrays:
         """See `Task`."""
-        image = jnp.zeros((1, 64, 64, self.module.in_channels))
-        variables = self.module.init(key, image)
+        image = jax.ShapeDtypeStruct((1, 64, 64, self.module.in_channels), jnp.float32)
+        variables = draw_variables(self.module, key, image)
         return {"params": variables["params"], "batch_stats": variables["batch_stats"]}
 
     def inputs(self, batch: Arrays, key: jax.Array) -> Arrays:

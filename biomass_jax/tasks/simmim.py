@@ -11,6 +11,7 @@ import numpy as np
 
 from biomass_jax import figures
 from biomass_jax.data import bands
+from biomass_jax.models.initialisation import draw_variables
 from biomass_jax.pipeline import augment as transforms
 from biomass_jax.tasks.base import Arrays, InputStatistics, first_chips, model_keys
 from biomass_jax.tasks.losses import patch_statistics, simmim_chip_sums, simmim_finish
@@ -94,9 +95,9 @@ class Pretraining:
     def init(self, key: jax.Array) -> Arrays:
         """See `Task`."""
         side = self.module.encoder_stride
-        image = jnp.zeros((1, side, side, self.module.in_channels))
-        mask = jnp.zeros((1, *(side // self.module.patch_size,) * 2))
-        return {"params": self.module.init(key, image, mask)["params"], "batch_stats": {}}
+        image = jax.ShapeDtypeStruct((1, side, side, self.module.in_channels), jnp.float32)
+        mask = jax.ShapeDtypeStruct((1, *(side // self.module.patch_size,) * 2), jnp.float32)
+        return {"params": draw_variables(self.module, key, image, mask)["params"], "batch_stats": {}}
 
     def inputs(self, batch: Arrays, key: jax.Array) -> Arrays:
         """{"image": z-scored [B, size, size, 6], "nodata": bool [B, size, size], "mask": [B, size / 4, size / 4]}."""

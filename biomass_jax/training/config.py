@@ -35,7 +35,7 @@ class ModelSettings:
         "auto",
         "fused, one kernel for NVIDIA GPUs, see [speed](performance.md#attention-on-a-gpu); einsum; auto, fused where "
         "the model runs on one such GPU and its windows fit",
-        choices="biomass_jax.models.attention:CHOICES",
+        choices="biomass_jax.models.fused.choice:CHOICES",
     )
 
 

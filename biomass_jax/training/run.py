@@ -32,7 +32,14 @@ from biomass_jax.training.config import PLATEAU, check_fields
 from biomass_jax.training.loop import Run
 from biomass_jax.training.monitor import METRICS, Profiler, Writer
 from biomass_jax.training.optimizer import all_but, create_optimizer, create_schedule, import_adam, trainable_mask
-from biomass_jax.training.state import TrainState, check_weights, create_train_state, load_weights, plan_train_state
+from biomass_jax.training.state import (
+    FreshState,
+    TrainState,
+    check_weights,
+    create_train_state,
+    load_weights,
+    plan_train_state,
+)
 from biomass_jax.training.steps import Schedule, Steps, StepSettings, compile_steps
 
 log = logging.getLogger(__name__)
@@ -118,7 +125,7 @@ def set_up(config: ConfigDict, workdir: Path, *, command: str) -> Run:
     if resumed is None:
         if loaded is not None:
             check_start(plan.state, loaded, config)
-        state, host = create_train_state(plan.init, plan.state), plan.host
+        state, host = create_train_state(plan.fresh, plan.state), plan.host
         if loaded is not None:
             state, host = start_from(state, host, loaded, config)
     else:
@@ -152,8 +159,8 @@ def set_up(config: ConfigDict, workdir: Path, *, command: str) -> Run:
 class PlannedRun:
     """A run's state and steps as they will be; nothing is computed yet."""
 
-    init: Callable[[], TrainState]  # draws the state
-    state: TrainState  # its shapes, dtypes and shardings
+    fresh: FreshState  # how its state is drawn
+    state: TrainState  # that state's shapes, dtypes and shardings
     steps: Steps  # to be compiled when they are first called
     host: HostState  # of a run that has not begun
 
@@ -175,14 +182,14 @@ def plan_steps(
     host = fresh_host(config)
     ema_decay = config.optimizer.ema_decay
     rate = host.plateau["lr"] if host.plateau else None
-    init, state = plan_train_state(task, optimizer, mesh, seed=config.seed, ema=ema_decay > 0, learning_rate=rate)
+    fresh, state = plan_train_state(task, optimizer, mesh, seed=config.seed, ema=ema_decay > 0, learning_rate=rate)
     settings = StepSettings(
         seed=config.seed,
         accumulation=config.optimizer.gradient_accumulation,
         ema_decay=ema_decay,
         trainable=trainable_mask(params, frozen(config, params)),
     )
-    return PlannedRun(init, state, compile_steps(task, optimizer, schedule, settings, mesh, state), host)
+    return PlannedRun(fresh, state, compile_steps(task, optimizer, schedule, settings, mesh, state), host)
 
 
 def open_splits(config: ConfigDict) -> tuple[sources.Source, sources.Source]:

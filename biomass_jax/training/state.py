@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import flax.struct
@@ -45,6 +45,40 @@ class TrainState:
         return dataclasses.replace(self, learning_rate=placed)
 
 
+@dataclasses.dataclass(frozen=True)
+class FreshState:
+    """How the state comes about with which a run begins: variables are drawn, all else follows from them.
+
+    Attributes:
+        task: whose variables are drawn.
+        optimizer: whose state belongs to them.
+        seed: of the draws.
+        ema: hold averages of the weights.
+        learning_rate: the first one, where validation moves it.
+    """
+
+    task: Task
+    optimizer: optax.GradientTransformation
+    seed: int
+    ema: bool = False
+    learning_rate: float | None = None
+
+    def draw(self) -> dict[str, Any]:
+        """{"params", "batch_stats"}."""
+        return self.task.init(jax.random.key(self.seed))
+
+    def begin(self, variables: dict[str, Any]) -> TrainState:
+        """The state that begins with these variables."""
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=variables["params"],
+            batch_stats=variables["batch_stats"],
+            opt_state=self.optimizer.init(variables["params"]),
+            ema=jax.tree.map(jnp.copy, variables) if self.ema else None,
+            learning_rate=None if self.learning_rate is None else jnp.asarray(self.learning_rate, jnp.float32),
+        )
+
+
 def plan_train_state(
     task: Task,
     optimizer: optax.GradientTransformation,
@@ -53,32 +87,27 @@ def plan_train_state(
     seed: int,
     ema: bool = False,
     learning_rate: float | None = None,
-) -> tuple[Callable[[], TrainState], TrainState]:
-    """How a fresh state is drawn and where it belongs, from its shapes alone.
-
-    With `ema` it holds averages of the weights, with `learning_rate`, the first one, a rate that validation moves.
+) -> tuple[FreshState, TrainState]:
+    """How a fresh state is drawn and where it belongs, from its shapes alone; arguments as for `FreshState`.
 
     Returns:
-        what draws the state, and its shapes, dtypes and shardings; nothing is drawn yet.
+        how the state is drawn, and its shapes, dtypes and shardings; nothing is drawn yet.
     """
-
-    def init() -> TrainState:
-        variables = task.init(jax.random.key(seed))
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=variables["params"],
-            batch_stats=variables["batch_stats"],
-            opt_state=optimizer.init(variables["params"]),
-            ema=jax.tree.map(jnp.copy, variables) if ema else None,
-            learning_rate=None if learning_rate is None else jnp.asarray(learning_rate, jnp.float32),
-        )
-
-    return init, sharding.place(mesh, jax.eval_shape(init))
+    fresh = FreshState(task, optimizer, seed, ema, learning_rate)
+    return fresh, sharding.place(mesh, jax.eval_shape(lambda: fresh.begin(fresh.draw())))
 
 
-def create_train_state(init: Callable[[], TrainState], planned: TrainState) -> TrainState:
-    """Draw a fresh state, as planned; no device ever holds more than its part."""
-    return jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, planned))()
+def create_train_state(fresh: FreshState, planned: TrainState) -> TrainState:
+    """Draw a fresh state, as planned: weights on the host, the rest where it belongs.
+
+    No device ever holds more than its part, and none has to compile what is drawn once.
+    """
+    with jax.default_device(sharding.host_device()):
+        drawn = fresh.draw()
+    places = jax.tree.map(lambda x: x.sharding, planned)
+    wanted = {"params": places.params, "batch_stats": places.batch_stats}
+    variables = jax.tree.map(lambda x, place: jax.device_put(np.asarray(x), place), drawn, wanted)
+    return jax.jit(fresh.begin, out_shardings=places, donate_argnums=0)(variables)
 
 
 def check_weights(

@@ -118,13 +118,17 @@ def compile_steps(
     step = functools.partial(train_step, task=task, optimizer=optimizer, schedule=schedule, settings=settings)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     train = jax.jit(
-        cpu.for_training(step) if on_cpu else step,
+        sharding.traced_for(rows)(cpu.for_training(step) if on_cpu else step),
         in_shardings=(places, rows),
         out_shardings=(places, whole),
         donate_argnums=0,
         compiler_options=cpu.COMPILER_OPTIONS if on_cpu else None,
     )
-    evaluate = jax.jit(task.evaluate, in_shardings=(places.evaluated(), rows, whole), out_shardings=(rows, whole))
+    evaluate = jax.jit(
+        sharding.traced_for(rows)(task.evaluate),
+        in_shardings=(places.evaluated(), rows, whole),
+        out_shardings=(rows, whole),
+    )
     return Steps(train, evaluate)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from biomass_jax import bundle
+from biomass_jax.models import initialisation
 from biomass_jax.models.biomass import BiomassModel
 from biomass_jax.models.build import architecture_of, build_module, dummy_inputs
 from biomass_jax.models.simmim import SimMIM
@@ -187,6 +188,21 @@ def test_how_weights_are_drawn_is_no_part_of_the_architecture():
     fields = architecture_of(module)
     assert not {"initializer", "remat", "dtype"} & set(fields)
     assert build_module("biomass", fields, remat=[1, 2]) == BiomassModel(**ENCODER, remat=(1, 2))
+
+
+@pytest.mark.parametrize("kind", ["torch", "simmim"])
+@pytest.mark.parametrize("task", ["biomass", "simmim"])
+def test_one_array_after_the_other_draws_what_flax_does(task, kind):
+    """Of some lengths between powers of two, and in a module that computes in bfloat16."""
+    fields = ENCODER | ({"decoder_channels": 7} if task == "biomass" else {})
+    module = build_module(task, fields, "bfloat16").clone(initializer=kind)
+    inputs = dummy_inputs(module)
+    expected = bundle.flatten(jax.jit(lambda key: module.init(key, *inputs))(jax.random.key(5)))
+    shapes = [jax.ShapeDtypeStruct(one.shape, one.dtype) for one in inputs]
+    found = bundle.flatten(initialisation.draw_variables(module, jax.random.key(5), *shapes))
+    assert {path: leaf.dtype for path, leaf in found.items()} == {path: leaf.dtype for path, leaf in expected.items()}
+    for path, leaf in expected.items():
+        np.testing.assert_array_equal(found[path], leaf, err_msg=path)
 
 
 def test_an_unknown_initialisation_is_refused():

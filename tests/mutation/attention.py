@@ -1,9 +1,12 @@
-"""Faults of the attention by a kernel, and of weights in the type they are multiplied in."""
+"""Faults of the kernels and of their choice, and of weights in the type they are multiplied in."""
 
 from tests.mutation.fault import Mutation, in_file
 
-FUSED = "biomass_jax/models/fused_attention.py"
-BOTH_WAYS = "tests/models/test_fused_attention.py::test_output_and_gradients_are_the_einsums"
+FUSED = "biomass_jax/models/fused/attention.py"
+BOTH_WAYS = "tests/models/fused/test_attention.py::test_output_and_gradients_are_the_einsums"
+MLP = "biomass_jax/models/fused/mlp.py"
+MLP_TESTS = "tests/models/fused/test_mlp.py"
+CHOICE = "biomass_jax/models/fused/choice.py"
 
 MUTATIONS = (
     Mutation("kernel_keys_that_fill_up_attend", BOTH_WAYS, in_file(FUSED, ("NO_KEY = -1e9", "NO_KEY = 0.0"))),
@@ -34,29 +37,72 @@ MUTATIONS = (
         in_file(
             FUSED,
             (
-                "there, first, _dot(of_products, k, (1, 0), layout)",
-                "there, first + c, _dot(of_products, k, (1, 0), layout)",
+                "there, first, kernels.dot(of_products, k, (1, 0), layout.precision)",
+                "there, first + c, kernels.dot(of_products, k, (1, 0), layout.precision)",
             ),
             (
-                "there, first + c, _dot(of_products, q, (0, 0), layout)",
-                "there, first, _dot(of_products, q, (0, 0), layout)",
+                "there, first + c, kernels.dot(of_products, q, (0, 0), layout.precision)",
+                "there, first, kernels.dot(of_products, q, (0, 0), layout.precision)",
             ),
         ),
     ),
     Mutation(
         "kernel_for_every_shape",
-        "tests/models/test_fused_attention.py::test_what_the_kernel_does_not_take",
+        "tests/models/fused/test_attention.py::test_what_the_kernel_does_not_take",
         in_file(FUSED, ("if c // num_heads not in HEAD_SIZES:", "if c % num_heads:")),
     ),
     Mutation(
         "kernel_by_choice_of_auto_on_cpu",
-        "tests/models/test_fused_attention.py::test_auto_is_einsum_on_this_machine_and_says_nothing_in_bundles",
-        in_file("biomass_jax/models/attention.py", ('(choice == "auto" and why_not_here())', "False")),
+        "tests/models/fused/test_choice.py::test_auto_is_einsum_on_this_machine_and_says_nothing_in_bundles",
+        in_file(CHOICE, ("return placed and not why_not_here()", "return placed")),
     ),
     Mutation(
         "kernel_trusted_untried",
-        "tests/models/test_fused_attention.py::test_a_kernel_that_does_not_work_here_is_left_alone_with_a_word",
-        in_file("biomass_jax/models/attention.py", ("    return fault_here()\n", '    return ""\n')),
+        "tests/models/fused/test_choice.py::test_a_kernel_that_does_not_work_here_is_left_alone_with_a_word",
+        in_file(CHOICE, ("    return fault_here()\n", '    return ""\n')),
+    ),
+    Mutation(
+        "kernel_on_several_devices_without_a_mesh",
+        "tests/models/fused/test_choice.py::test_on_several_devices_a_program_has_to_say_how_it_is_split",
+        in_file(CHOICE, ("and mesh.mesh_is_known())", ")")),
+    ),
+    Mutation(
+        "mlp_kernel_tried_by_its_gradients_alone",
+        "tests/models/fused/test_choice.py::test_a_broken_mlp_is_noticed_too",
+        in_file(
+            CHOICE, ("pairs = [outputs, *zip(found(fused), found(plain), strict=True)]", "pairs = [outputs[:1] * 2]")
+        ),
+    ),
+    Mutation(
+        "mlp_kernel_normalises_filled_channels",
+        f"{MLP_TESTS}::test_both_ways_against_numpy",
+        in_file(MLP, ("centred = jnp.where(known[None, :], wide - ", "centred = (lambda _, a, b: a)(0, wide - ")),
+    ),
+    Mutation(
+        "mlp_kernel_without_its_input",
+        f"{MLP_TESTS}::test_both_ways_against_numpy",
+        in_file(MLP, ("y = read() + total", "y = total")),
+    ),
+    Mutation(
+        "mlp_kernel_in_training",
+        f"{MLP_TESTS}::test_a_block_takes_it_in_predictions_alone",
+        in_file("biomass_jax/models/swin.py", ("if train or self.is_initializing()", "if self.is_initializing()")),
+    ),
+    Mutation(
+        "erf_cut_too_early",
+        f"{MLP_TESTS}::test_erf_against_the_c_library",
+        in_file(MLP, ("_ERF_IS_ONE = 3.83", "_ERF_IS_ONE = 3.43")),
+    ),
+    Mutation(
+        "kernel_on_all_rows_of_the_wrong_device",
+        f"{MLP_TESTS}::test_split_over_devices",
+        in_file(
+            "biomass_jax/runtime/mesh.py",
+            (
+                "split = PartitionSpec() if len(rows) % mesh.size else PartitionSpec(AXES)",
+                "split = PartitionSpec(None, AXES[0])",
+            ),
+        ),
     ),
     Mutation(
         "last_products_in_bfloat16",

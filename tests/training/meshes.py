@@ -96,7 +96,7 @@ class World:
         sizes = {"total_steps": SEEDS * STEPS, "steps_per_epoch": per_epoch}
         self.plan = training.plan_steps(config, self.task, self.mesh, **sizes)
         self.planned = self.plan.state
-        fresh = state.create_train_state(self.plan.init, self.planned)
+        fresh = state.create_train_state(self.plan.fresh, self.planned)
         whole = sum(leaf.nbytes for leaf in jax.tree.leaves(fresh))
         self.shares = np.array([sharding.bytes_a_device(self.planned), held(fresh)]) / whole
         self.drawn = processes.to_host(fresh)

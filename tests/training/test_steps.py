@@ -17,7 +17,7 @@ from biomass_jax.tasks.create import choose
 from biomass_jax.training import plateau
 from biomass_jax.training import run as training
 from biomass_jax.training.optimizer import create_optimizer, create_schedule, trainable_mask
-from biomass_jax.training.state import plan_train_state
+from biomass_jax.training.state import create_train_state, plan_train_state
 from biomass_jax.training.steps import StepSettings, compile_steps
 from configs import finetune_all_biomes
 from tests.training import world
@@ -98,10 +98,10 @@ def begin(task=None, *, accumulation=1, ema=0.0, freeze=(), schedule=None, rate=
     mesh = sharding.create_mesh()
     params = task.init(None)["params"]
     optimizer = create_optimizer(params, weight_decay=0.03, freeze=freeze)
-    init, planned = plan_train_state(task, optimizer, mesh, seed=3, ema=ema > 0, learning_rate=rate)
+    fresh, planned = plan_train_state(task, optimizer, mesh, seed=3, ema=ema > 0, learning_rate=rate)
     options = StepSettings(3, accumulation, ema, trainable_mask(params, freeze))
     schedule = schedule or create_schedule("constant", learning_rate=0.01)
-    state = jax.device_put(init(), jax.tree.map(lambda x: x.sharding, planned))
+    state = create_train_state(fresh, planned)
     return state, compile_steps(task, optimizer, schedule, options, mesh, planned)
 
 

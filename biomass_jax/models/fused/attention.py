@@ -8,7 +8,7 @@ on GPUs the kernel is interpreted, which is for tests.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,22 +22,15 @@ from jax.ref import AbstractRef
 from jax.typing import DTypeLike
 
 from biomass_jax.models import swin_ops
+from biomass_jax.models.fused import kernels
 
 WINDOW_SIZES = range(1, 9)
 HEAD_SIZES = (16, 32, 64)
-DTYPES = ("float32", "bfloat16")
-MOST_NUMBERS = 2**31 - 1  # that the kernel's int32 offsets reach
 # Windows of which a program sums up the bias's gradient; fewer where there would be fewer programs than these.
 WINDOWS_A_PROGRAM = 16
 FEWEST_PROGRAMS = 512
+TUNED = {"warps": 4, "stages": 1}  # the fastest of those tried on an H200
 NO_KEY = -1e9  # score of a key that only fills up
-
-_PRECISIONS = {
-    "highest": lax.Precision.HIGHEST,
-    "float32": lax.Precision.HIGHEST,
-    "high": lax.Precision.HIGH,
-    "tensorfloat32": lax.Precision.HIGH,
-}
 
 
 def why_not(shape: tuple[int, ...], num_heads: int, window_size: int, dtype: DTypeLike) -> str:
@@ -49,10 +42,10 @@ def why_not(shape: tuple[int, ...], num_heads: int, window_size: int, dtype: DTy
         return f"a map of {height} x {width} tokens isn't cut into windows of {window_size} without a rest"
     if c // num_heads not in HEAD_SIZES:
         return f"a head has {c // num_heads} channels, and the kernel takes {', '.join(map(str, HEAD_SIZES))}"
-    if jnp.dtype(dtype).name not in DTYPES:
-        return f"the dtype is {jnp.dtype(dtype).name}, and the kernel takes {', '.join(DTYPES)}"
-    if not 0 < (numbers := batch * height * width * 3 * c) <= MOST_NUMBERS:
-        return f"the batch's q, k and v are {numbers:,} numbers, and the kernel takes 1 to {MOST_NUMBERS:,}"
+    if jnp.dtype(dtype).name not in kernels.DTYPES:
+        return f"the dtype is {jnp.dtype(dtype).name}, and the kernel takes {', '.join(kernels.DTYPES)}"
+    if not 0 < (numbers := batch * height * width * 3 * c) <= kernels.MOST_NUMBERS:
+        return f"the batch's q, k and v are {numbers:,} numbers, and the kernel takes 1 to {kernels.MOST_NUMBERS:,}"
     return ""
 
 
@@ -71,12 +64,9 @@ def attend(qkv: jax.Array, bias: jax.Array, window_size: int, shift: int) -> jax
         [B, H, W, C].
     """
     batch, height, width, c = qkv.shape
-    name = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
-    # The backward pass may be traced where another holds.
-    precision = _PRECISIONS.get(name, lax.Precision.DEFAULT) if qkv.dtype == jnp.float32 else lax.Precision.DEFAULT
     heads = bias.shape[0]
     sizes = (batch, height, width, heads, c // 3 // heads, window_size, shift)
-    return _attend(qkv, bias, _Layout(*sizes, precision, FEWEST_PROGRAMS))
+    return _attend(qkv, bias, _Layout(*sizes, kernels.precision_here(qkv.dtype), FEWEST_PROGRAMS))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,12 +161,13 @@ ad.primitive_transposes[_tangent_p] = _tangent_transposed
 def _forward(qkv: jax.Array, bias: jax.Array, layout: _Layout) -> jax.Array:
     """qkv [B, H, W, 3C], bias [heads, w * w, w * w] -> [B, H, W, C]."""
     rows = layout.rows
-    found = _call(
+    found = kernels.call(
         functools.partial(_forward_kernel, layout=layout),
         "window_attention",
         layout.windows * layout.heads,
         (jax.ShapeDtypeStruct((rows, layout.channels), qkv.dtype),),
         (qkv.reshape(rows, -1), _table(bias, layout)),
+        **TUNED,
     )
     return found[0].reshape(*qkv.shape[:3], layout.channels)
 
@@ -186,7 +177,7 @@ def _backward(qkv: jax.Array, bias: jax.Array, g: jax.Array, *, layout: _Layout)
     """qkv [B, H, W, 3C], bias [heads, w * w, w * w], g [B, H, W, C] -> gradients of qkv and of bias."""
     rows, tokens = layout.rows, layout.tokens
     groups = pl.cdiv(layout.windows, layout.in_a_program)
-    of_qkv, of_bias = _call(
+    of_qkv, of_bias = kernels.call(
         functools.partial(_backward_kernel, layout=layout),
         "window_attention_gradient",
         groups * layout.heads,
@@ -195,28 +186,10 @@ def _backward(qkv: jax.Array, bias: jax.Array, g: jax.Array, *, layout: _Layout)
             jax.ShapeDtypeStruct((groups * layout.heads * tokens, tokens), jnp.float32),
         ),
         (qkv.reshape(rows, -1), _table(bias, layout), g.astype(qkv.dtype).reshape(rows, -1)),
+        **TUNED,
     )
     of_bias = of_bias.reshape(groups, layout.heads, tokens, tokens).sum(0)
     return of_qkv.reshape(qkv.shape), of_bias[:, : layout.size**2, : layout.size**2]
-
-
-def _call(
-    kernel: Callable[..., None],
-    name: str,
-    programs: int,
-    outputs: tuple[jax.ShapeDtypeStruct, ...],
-    inputs: tuple[jax.Array, ...],
-) -> tuple[jax.Array, ...]:
-    """Run a kernel; what it runs on is known when the program is compiled, not yet when it is traced."""
-
-    def run(*inputs: jax.Array, interpret: bool) -> tuple[jax.Array, ...]:
-        # 4 warps and 1 stage: the fastest of those tried on an H200.
-        params = triton.CompilerParams(num_warps=4, num_stages=1)
-        call = pl.pallas_call(kernel, outputs, grid=(programs,), name=name, interpret=interpret, compiler_params=params)
-        return call(*inputs)
-
-    compiled, interpreted = functools.partial(run, interpret=False), functools.partial(run, interpret=True)
-    return lax.platform_dependent(*inputs, cuda=compiled, default=interpreted)
 
 
 def _table(bias: jax.Array, layout: _Layout) -> jax.Array:
@@ -254,28 +227,16 @@ def _places(window: jax.Array, layout: _Layout) -> tuple[jax.Array, jax.Array, j
     return rows, there, kind
 
 
-def _spot(ref: AbstractRef, rows: jax.Array, first: jax.Array, count: int) -> AbstractRef:
-    """`count` columns of a ref's rows, from the `first` on."""
-    spot = rows[:, None], (first + lax.iota(jnp.int32, count))[None, :]
-    return ref.at[spot]  # type: ignore[call-overload]
-
-
 def _read(ref: AbstractRef, rows: jax.Array, there: jax.Array, first: jax.Array, layout: _Layout) -> jax.Array:
     """A head's channels from the column `first` on, [tokens, dim]; 0 in rows that only fill up."""
     mask = jnp.broadcast_to(there[:, None], (layout.tokens, layout.dim))
-    return triton.load(_spot(ref, rows, first, layout.dim), mask=mask, other=0.0)
+    return triton.load(kernels.spot(ref, rows, first, layout.dim), mask=mask, other=0.0)
 
 
 def _write(ref: AbstractRef, rows: jax.Array, there: jax.Array, first: jax.Array, value: jax.Array) -> None:
     """Write what `_read` reads."""
     mask = jnp.broadcast_to(there[:, None], value.shape)
-    triton.store(_spot(ref, rows, first, value.shape[1]), value.astype(ref.dtype), mask=mask)
-
-
-def _dot(a: jax.Array, b: jax.Array, contracted: tuple[int, int], layout: _Layout) -> jax.Array:
-    """The product of two matrices over one axis of each, float32."""
-    numbers = (((contracted[0],), (contracted[1],)), ((), ()))
-    return lax.dot_general(a, b, numbers, precision=layout.precision, preferred_element_type=jnp.float32)
+    triton.store(kernels.spot(ref, rows, first, value.shape[1]), value.astype(ref.dtype), mask=mask)
 
 
 def _weights(
@@ -283,8 +244,8 @@ def _weights(
 ) -> jax.Array:
     """Softmax of the scores, float32 [tokens, tokens]."""
     rows = (kind * layout.heads + head) * layout.tokens + lax.iota(jnp.int32, layout.tokens)
-    table = triton.load(_spot(table_ref, rows, jnp.zeros_like(head), layout.tokens))
-    scores = _dot(q, k, (1, 1), layout) * layout.dim**-0.5 + table
+    table = triton.load(kernels.spot(table_ref, rows, jnp.zeros_like(head), layout.tokens))
+    scores = kernels.dot(q, k, (1, 1), layout.precision) * layout.dim**-0.5 + table
     powers = jnp.exp(scores - jnp.max(scores, axis=1, keepdims=True))
     return powers / jnp.sum(powers, axis=1, keepdims=True)
 
@@ -297,7 +258,7 @@ def _forward_kernel(qkv_ref: AbstractRef, table_ref: AbstractRef, out_ref: Abstr
     first = head * layout.dim
     q, k, v = (_read(qkv_ref, rows, there, first + part * c, layout) for part in range(3))
     weights = _weights(q, k, table_ref, kind, head, layout)
-    _write(out_ref, rows, there, first, _dot(weights.astype(v.dtype), v, (1, 0), layout))
+    _write(out_ref, rows, there, first, kernels.dot(weights.astype(v.dtype), v, (1, 0), layout.precision))
 
 
 def _backward_kernel(
@@ -320,14 +281,16 @@ def _backward_kernel(
         q, k, v = (_read(qkv_ref, rows, there, first + part * c, layout) for part in range(3))
         g = _read(g_ref, rows, there, first, layout)
         weights = _weights(q, k, table_ref, kind, head, layout)
-        of_weights = _dot(g, v, (1, 1), layout)
+        of_weights = kernels.dot(g, v, (1, 1), layout.precision)
         of_scores = weights * (of_weights - jnp.sum(weights * of_weights, axis=1, keepdims=True))
         of_products = (of_scores * layout.dim**-0.5).astype(q.dtype)
-        _write(of_qkv_ref, rows, there, first, _dot(of_products, k, (1, 0), layout))
-        _write(of_qkv_ref, rows, there, first + c, _dot(of_products, q, (0, 0), layout))
-        _write(of_qkv_ref, rows, there, first + 2 * c, _dot(weights.astype(g.dtype), g, (0, 0), layout))
+        _write(of_qkv_ref, rows, there, first, kernels.dot(of_products, k, (1, 0), layout.precision))
+        _write(of_qkv_ref, rows, there, first + c, kernels.dot(of_products, q, (0, 0), layout.precision))
+        _write(
+            of_qkv_ref, rows, there, first + 2 * c, kernels.dot(weights.astype(g.dtype), g, (0, 0), layout.precision)
+        )
         return total + of_scores
 
     total = lax.fori_loop(np.int32(0), np.int32(layout.in_a_program), one, jnp.zeros((tokens, tokens), jnp.float32))
     rows = program * tokens + lax.iota(jnp.int32, tokens)
-    triton.store(_spot(of_bias_ref, rows, jnp.zeros_like(head), tokens), total)
+    triton.store(kernels.spot(of_bias_ref, rows, jnp.zeros_like(head), tokens), total)

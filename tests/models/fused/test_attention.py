@@ -1,18 +1,16 @@
 """The kernel, interpreted, against the einsums: outputs, gradients of everything, derivatives, and what it refuses."""
 
-import contextlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from biomass_jax import bundle
-from biomass_jax.errors import ConfigError, PredictionError
-from biomass_jax.models import attention, fused_attention, swin_ops
-from biomass_jax.models.build import architecture_of, build_module
+from biomass_jax.errors import ConfigError
+from biomass_jax.models import swin_ops
+from biomass_jax.models.fused import attention as fused_attention
+from biomass_jax.models.fused import choice
 from biomass_jax.models.swin import SwinTransformer
-from biomass_jax.prediction.forward import Forward
 
 # Batch, windows down and across, heads, channels a head, window, shift: no two alike where they could be mixed up.
 CASES = {
@@ -287,119 +285,8 @@ def test_what_the_kernel_does_not_take(changed, words, monkeypatch):
     assert fused_attention.why_not(**given) == ""
     assert words in fused_attention.why_not(**given | changed)
     with pytest.raises(ConfigError, match=f"attention is 'fused', but .*{words}; expected auto or einsum"):
-        attention.is_fused("fused", **given | changed)
-    assert not attention.is_fused("einsum", **given | changed)
-    monkeypatch.setattr(attention, "why_not_here", lambda: "")
-    assert not attention.is_fused("auto", **given | changed)
-    assert attention.is_fused("auto", **given)
-
-
-class Card:
-    """Stands for a device."""
-
-    def __init__(self, **fields):
-        self.__dict__.update(fields)
-
-
-@pytest.mark.parametrize(
-    ("backend", "fields", "count", "words"),
-    [
-        ("gpu", {"compute_capability": "9.0"}, 1, ""),
-        ("gpu", {"compute_capability": "12.0"}, 1, ""),
-        ("gpu", {"compute_capability": "7.5"}, 1, "found 7.5"),
-        ("gpu", {"compute_capability": "gfx942"}, 1, "found gfx942"),
-        ("gpu", {}, 1, "found none"),
-        ("gpu", {"compute_capability": "9.0"}, 8, "it isn't split over devices, and there are 8"),
-        ("tpu", {}, 1, "JAX computes on tpu here"),
-        ("cpu", {}, 1, "JAX computes on cpu here"),
-    ],
-)
-def test_where_the_kernel_runs(backend, fields, count, words, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    monkeypatch.setattr(jax, "local_devices", lambda: [Card(**fields)])
-    monkeypatch.setattr(jax, "device_count", lambda: count)
-    assert words in attention.why_not_here() and bool(words) == bool(attention.why_not_here())
-    for choice in attention.CHOICES:
-        refused = choice == "fused" and words
-        expected = pytest.raises(ConfigError, match="config.attention is 'fused', but it ") if refused else None
-        with expected or contextlib.nullcontext():
-            attention.check_here(choice, "config.attention")
-    assert attention.is_fused("auto", (1, 14, 14, 48), 3, 7, "float32") == (not words)
-
-
-@pytest.fixture
-def card(monkeypatch):
-    """A machine that seems to have a card for the kernel, which hasn't been tried yet."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "local_devices", lambda: [Card(compute_capability="9.0")])
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    attention.fault_here.cache_clear()
-    yield
-    attention.fault_here.cache_clear()
-
-
-def chosen_in_a_program():
-    """What `auto` is where a program is traced."""
-    seen = []
-    jax.jit(lambda x: seen.append(attention.is_fused("auto", (1, 14, 14, 48), 3, 7, "float32")) or x)(jnp.zeros(2))
-    return seen
-
-
-def test_the_kernel_is_tried_once_before_it_is_trusted(card, monkeypatch, caplog):
-    tries = []
-    monkeypatch.setattr(
-        fused_attention, "attend", lambda *given, own=fused_attention.attend: tries.append(1) or own(*given)
-    )
-    assert chosen_in_a_program() == [True] and len(tries) == 2  # of two dtypes
-    assert chosen_in_a_program() == [True] and len(tries) == 2 and caplog.text == ""
-
-
-@pytest.mark.parametrize(
-    ("broken", "says"),
-    [
-        (lambda qkv, bias, size, shift, own: 1 / 0, "the fused kernel fails on this machine: division by zero"),
-        (lambda qkv, bias, size, shift, own: own(qkv, bias, size, 0), "the fused kernel's bfloat16 numbers are off by"),
-        (lambda qkv, bias, size, shift, own: own(qkv, jax.lax.stop_gradient(bias), size, shift), "are off by 100.0%"),
-        (lambda qkv, bias, size, shift, own: jnp.nan * own(qkv, bias, size, shift), "are off by nan%"),
-    ],
-)
-def test_a_kernel_that_does_not_work_here_is_left_alone_with_a_word(card, monkeypatch, caplog, broken, says):
-    own = fused_attention.attend
-    monkeypatch.setattr(fused_attention, "attend", lambda *given: broken(*given, own))
-    assert chosen_in_a_program() == [False]
-    assert "attention by einsums: the fused kernel" in caplog.text and says in caplog.text
-    with pytest.raises(ConfigError, match="config.attention is 'fused', but the fused kernel"):
-        attention.check_here("fused", "config.attention")
-
-
-def test_auto_is_einsum_on_this_machine_and_says_nothing_in_bundles():
-    if jax.default_backend() == "gpu":
-        pytest.skip("a GPU is here")
-    fields = {"embed_dim": 16, "depths": (1,), "num_heads": (1,), "window_size": 4}
-    image = jnp.zeros((1, 32, 32, 6))
-    modules = {way: build_module("encoder", fields, attention=way) for way in attention.CHOICES}
-    variables = jax.jit(modules["fused"].init)(jax.random.key(0), image)
-    texts = {way: str(jax.make_jaxpr(module.apply)(variables, image)) for way, module in modules.items()}
-    assert texts["auto"] == texts["einsum"]
-    assert ["pallas_call" in texts[way] for way in ("einsum", "fused")] == [False, True]
-    assert len({str(architecture_of(module)) for module in modules.values()}) == 1
-    assert "attention" not in architecture_of(modules["fused"])
-    with pytest.raises(ConfigError, match="attention is 'flash'; expected one of auto, einsum, fused"):
-        build_module("encoder", fields, attention="flash").apply(variables, image)
-
-
-def test_predictions_take_it_by_name(tmp_path, monkeypatch):
-    pytest.importorskip("rasterio")  # machines that are lent with a GPU may lack it
-    from tests.prediction.stubs import random_bundle
-
-    model = bundle.load(random_bundle(tmp_path / "model", embed_dim=16, depths=[1], num_heads=[1], decoder_channels=8))
-    with pytest.raises(PredictionError, match="attention is 'flash'; expected one of auto, einsum, fused"):
-        Forward(model, attention="flash")
-    monkeypatch.setattr(attention, "why_not_here", lambda: "there is no card")
-    with pytest.raises(ConfigError, match="attention is 'fused', but there is no card; expected auto or einsum"):
-        Forward(model, attention="fused")
-    monkeypatch.setattr(attention, "why_not_here", lambda: "")
-    image = np.random.default_rng(0).integers(500, 3000, (1, 32, 32, 6)).astype(np.int16)
-    found = {way: np.asarray(Forward(model, attention=way)(image, None)) for way in attention.CHOICES}
-    np.testing.assert_array_equal(found["auto"], found["fused"])
-    assert 0 < relative_error(found["fused"], found["einsum"]) < 1e-5
+        choice.attention_is_fused("fused", **given | changed)
+    assert not choice.attention_is_fused("einsum", **given | changed)
+    monkeypatch.setattr(choice, "why_not_here", lambda: "")
+    assert not choice.attention_is_fused("auto", **given | changed)
+    assert choice.attention_is_fused("auto", **given)
