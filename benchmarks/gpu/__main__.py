@@ -40,6 +40,7 @@ PARTS: dict[str, GpuPart] = {
     "ceilings": GpuPart(45),
     "forward": GpuPart(150),
     "attention": GpuPart(75),
+    "mlp": GpuPart(45),
     "step": GpuPart(180),
     "rival": GpuPart(150, ("torch",)),
     "parity": GpuPart(100),
@@ -98,6 +99,7 @@ def run(command: Sequence[str], limit: float, log: IO[str]) -> int | None:
     """Exit code of a command; None where it was still running after `limit` seconds: it and its children are killed."""
     # Compiling has to take its time, and each process the memory that it needs.
     more = {"JAX_ENABLE_COMPILATION_CACHE": "false", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    more["JAX_THREEFRY_GPU_KERNEL_LOWERING"] = "true"  # as runs have it, see biomass_jax/main.py
     more["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "")  # the tests would have flags for CPUs otherwise
     with subprocess.Popen(
         command, cwd=common.ROOT, env=os.environ | more, stdout=log, stderr=subprocess.STDOUT, start_new_session=True

@@ -76,16 +76,18 @@ def _module(job: GpuJob, dtype: str, attention: str = "auto", **more: Any) -> An
 def _predicting(job: GpuJob, dtype: str, attention: str = "auto", **more: Any) -> tuple[Any, Any]:
     """A function of weights and int16 chips, as predictions run it, and the weights."""
     from biomass_jax.models.build import in_compute_dtype
-    from biomass_jax.pipeline.augment import normalize, without_fill
 
     module = _module(job, dtype, attention, **more)
     variables = in_compute_dtype(common.random_variables(module), dtype)
+    return functools.partial(predict, module), jax.device_put(variables)
 
-    def predict(variables: Any, chips: jax.Array) -> jax.Array:
-        means, stds = (np.asarray(STATISTICS[name], np.float32) for name in ("means", "stds"))
-        return module.apply(variables, normalize(without_fill(chips, -9999), means, stds))
 
-    return predict, jax.device_put(variables)
+def predict(module: Any, variables: Any, chips: jax.Array) -> jax.Array:
+    """int16 chips [B, H, W, 6] as predictions run them."""
+    from biomass_jax.pipeline.augment import normalize, without_fill
+
+    means, stds = (np.asarray(STATISTICS[name], np.float32) for name in ("means", "stds"))
+    return module.apply(variables, normalize(without_fill(chips, -9999), means, stds))
 
 
 def _chips(count: int) -> np.ndarray:
@@ -94,12 +96,12 @@ def _chips(count: int) -> np.ndarray:
 
 def forward(job: GpuJob) -> Iterator[Figures]:
     """The forward pass in bfloat16 over batch sizes: chips/s and seconds to compile."""
-    predict, variables = _predicting(job, "bfloat16")
+    run, variables = _predicting(job, "bfloat16")
     found: Figures = {"batches": {}}
     for size in job.sizes(FORWARD_SIZES):
         chips = jax.device_put(_chips(size))
         began = time.perf_counter()
-        program = jax.jit(predict).lower(variables, chips).compile()
+        program = jax.jit(run).lower(variables, chips).compile()
         compiling = time.perf_counter() - began
         seconds = _median(evaluating(program, variables, chips))
         found["batches"][size] = _timing(size, seconds, compiling, common.CHIP_GFLOP)
@@ -142,6 +144,28 @@ def attention(job: GpuJob) -> Iterator[Figures]:
             yield found
 
 
+def mlp(job: GpuJob) -> Iterator[Figures]:
+    """The second half of a block by the kernel and by plain JAX, alone: milliseconds forward, a batch of 128."""
+    from biomass_jax.models.fused import mlp as kernel
+
+    found: Figures = {}
+    for name, side, c in (("stage 1", 56, 128), ("stage 2", 28, 256)):
+        shape = (2 if job.tiny else 128, 7 if job.tiny else side, side, c)
+        x = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
+        sizes = ((c,), (c,), (c, 4 * c), (4 * c,), (4 * c, c), (c,))
+        drawn = [jax.random.normal(jax.random.key(1 + i), size) * size[0] ** -0.5 for i, size in enumerate(sizes)]
+        weights = kernel.MlpWeights(*[one.astype(jnp.bfloat16) if one.ndim == 2 else one for one in drawn])
+        outputs = {}
+        for way, function in (("plain", kernel.plain_add_mlp), ("fused", kernel.add_mlp)):
+            compiled = jax.jit(function)
+            outputs[way] = compiled(x, weights)
+            found[f"{name}, {way}"] = {"forward_ms": 1e3 * _median(evaluating(compiled, x, weights))}
+            yield found
+        difference = jnp.abs(outputs["plain"].astype(jnp.float32) - outputs["fused"].astype(jnp.float32)).max()
+        found[f"{name}, largest difference"] = {"value": float(difference)}
+        yield found
+
+
 def step(job: GpuJob) -> Iterator[Figures]:
     """The training step as runs compile it, bfloat16 over float32 weights: chips/s, memory, seconds to compile."""
     found: Figures = {"batches": {}}
@@ -160,28 +184,34 @@ def step(job: GpuJob) -> Iterator[Figures]:
 
 
 def _training(job: GpuJob, size: int) -> tuple[Any, dict[str, jax.Array], Any]:
-    """State, batch and compiled step of granite's fine-tuning, without a config, shards or files."""
+    """State, batch and compiled step of granite's fine-tuning."""
     from biomass_jax.runtime import mesh as sharding
+    from biomass_jax.training import state
+
+    mesh = sharding.create_mesh()
+    fresh, planned, train = planned_training(_module(job, "bfloat16"), mesh)
+    label = np.full((size, SIDE, SIDE), -1, np.float32)
+    rng = np.random.default_rng(0)
+    for one in label.reshape(size, -1):
+        one[rng.choice(SIDE * SIDE, 250, replace=False)] = rng.uniform(0, 300, 250)
+    batch = jax.device_put({"image": _chips(size), "label": label}, sharding.batch_sharding(mesh))
+    return state.create_train_state(fresh, planned), batch, train
+
+
+def planned_training(module: Any, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
+    """How a state is drawn, its shapes, and the step of granite's fine-tuning, without a config, shards or files."""
     from biomass_jax.tasks.base import InputStatistics
     from biomass_jax.tasks.regression import Regression
     from biomass_jax.training import optimizer, state, steps
 
-    mesh = sharding.create_mesh()
     numbers = {name: np.asarray(values, np.float32) for name, values in STATISTICS.items()}
-    task = Regression(_module(job, "bfloat16"), InputStatistics(**numbers, fill=-9999))
+    task = Regression(module, InputStatistics(**numbers, fill=-9999))
     shapes = jax.eval_shape(lambda: task.init(jax.random.key(0)))["params"]
     adamw = optimizer.create_optimizer(shapes, weight_decay=0.033)
     fresh, planned = state.plan_train_state(task, adamw, mesh, seed=0)
     settings = steps.StepSettings(seed=0, trainable=jax.tree.map(lambda _: True, shapes))
     schedule = optimizer.create_schedule("constant", learning_rate=3e-4)
-    compiled = steps.compile_steps(task, adamw, schedule, settings, mesh, planned)
-    label = np.full((size, SIDE, SIDE), -1, np.float32)
-    rng = np.random.default_rng(0)
-    for one in label.reshape(size, -1):
-        one[rng.choice(SIDE * SIDE, 250, replace=False)] = rng.uniform(0, 300, 250)
-    rows = sharding.batch_sharding(mesh)
-    batch = jax.device_put({"image": _chips(size), "label": label}, rows)
-    return state.create_train_state(fresh, planned), batch, compiled.train
+    return fresh, planned, steps.compile_steps(task, adamw, schedule, settings, mesh, planned).train
 
 
 def parity(job: GpuJob) -> Iterator[Figures]:
@@ -194,9 +224,9 @@ def parity(job: GpuJob) -> Iterator[Figures]:
     chips = _chips(2)
 
     def predicted(dtype: str, precision: str, attention: str, device: jax.Device | None = None) -> np.ndarray:
-        predict, variables = _predicting(job, dtype, attention, final_relu=False)
+        run, variables = _predicting(job, dtype, attention, final_relu=False)
         with jax.default_device(device), jax.default_matmul_precision(precision):
-            values = jax.jit(predict)(jax.device_put(variables, device), jax.device_put(chips, device))
+            values = jax.jit(run)(jax.device_put(variables, device), jax.device_put(chips, device))
         return np.asarray(values).astype(np.float64)
 
     exact = predicted("float32", "highest", "einsum", host)
@@ -214,9 +244,9 @@ def parity(job: GpuJob) -> Iterator[Figures]:
 def profile(job: GpuJob) -> Iterator[Figures]:
     """Share of a forward pass and of a training step by kind of operation, of some traced calls each."""
     size = job.sizes(FORWARD_SIZES)[0]
-    predict, variables = _predicting(job, "bfloat16")
+    run, variables = _predicting(job, "bfloat16")
     chips = jax.device_put(_chips(size))
-    program = jax.jit(predict).lower(variables, chips).compile()
+    program = jax.jit(run).lower(variables, chips).compile()
     found: Figures = {"forward": trace.by_kind(program.as_text() or "", evaluating(program, variables, chips))}
     yield found
     state, batch, train = _training(job, job.sizes(STEP_SIZES)[0])
@@ -253,6 +283,7 @@ PARTS: dict[str, Callable[[GpuJob], Iterator[Figures]]] = {
     "ceilings": ceilings,
     "forward": forward,
     "attention": attention,
+    "mlp": mlp,
     "step": step,
     "rival": rival,
     "parity": parity,
