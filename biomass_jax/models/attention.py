@@ -16,8 +16,9 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from biomass_jax.errors import ConfigError
-from biomass_jax.models import fused_attention, initialisation, swin_ops
+from biomass_jax.models import fused_attention, initialisation, shapes, swin_ops
 from biomass_jax.models.layers import Dense
+from biomass_jax.models.shapes import Size
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +125,7 @@ class WindowAttention(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, shift: int) -> jax.Array:
+    def __call__(self, x: jax.Array, shift: Size) -> jax.Array:
         """x [B, H, W, C], H and W multiples of the window -> same shape. Softmax in float32.
 
         Windows are those of the map rolled by `shift` tokens, in which what lay apart before doesn't attend.
@@ -144,6 +145,6 @@ class WindowAttention(nn.Module):
         bias = table[swin_ops.relative_position_index(size)].transpose(2, 0, 1)
         if fused and not self.is_initializing():
             return proj(fused_attention.attend(qkv(x), bias, size, shift))
-        mask = swin_ops.shift_mask(height, width, size, shift) if shift else None
+        mask = None if shapes.is_zero(shift) else swin_ops.shift_mask(height, width, size, shift)
         windows = swin_ops.attend_windows(qkv(swin_ops.to_windows(x, size, shift)), bias, mask)
         return swin_ops.from_windows(proj(windows), size, shift, height, width)
