@@ -1,8 +1,8 @@
 """Layers that several parts share: torch-like norms and GELU, resizing and pooling as matrix products.
 
 Resizing and adaptive pooling are linear and separable, so each is two small matrices, from torch's own index formulas
-(aten/src/ATen/native/UpSample.h, AdaptiveAveragePooling.cpp). They are built in NumPy at trace time, or when the program
-runs where sizes aren't known before (see shapes.py). The products are float32 whatever the model's dtype.
+(aten/src/ATen/native/UpSample.h, AdaptiveAveragePooling.cpp). They are built in NumPy at trace time, or when the
+program runs where sizes aren't known before (see shapes.py). The products are float32 whatever the model's dtype.
 """
 
 from functools import partial

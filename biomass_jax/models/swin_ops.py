@@ -53,8 +53,8 @@ def relative_position_index(window_size: int) -> np.ndarray:
 def shift_mask(height: Size, width: Size, window_size: int, shift: Size) -> np.ndarray | jax.Array:
     """Additive attention mask of a shifted block, float32 [H/w * W/w, w * w, w * w]: 0 within a region, -100 across.
 
-    `height` and `width` are those of the padded map, in tokens. A `shift` that is computed may be 0, which masks nothing
-    of a single window.
+    `height` and `width` are those of the padded map, in tokens. A `shift` that is computed may be 0, which masks
+    nothing of a single window.
     """
     xp = shapes.arrays_of(height, width, shift)
 
