@@ -24,8 +24,8 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="python -m biomass_jax.portable",
         description="Write a bundle as a program that runs without biomass_jax: digital numbers in, the first band of "
-        "its maps out. StableHLO takes images of any size and opens with JAX alone; ONNX takes those of one size and opens "
-        "with onnxruntime and its like. To make a PyTorch checkpoint again: biomass-jax convert --to torch.",
+        "its maps out. StableHLO takes images of any size and opens with JAX alone; ONNX takes those of one size and "
+        "opens with onnxruntime and its like. To make a PyTorch checkpoint again: biomass-jax convert --to torch.",
         allow_abbrev=False,
     )
     result.add_argument("--bundle", required=True, metavar="BUNDLE", help="the model's folder")
