@@ -77,7 +77,7 @@ def test_onnx_of_one_size_gives_what_maps_have(tmp_path, tiny, needs):
     check_against_maps(lambda pixels: found.run(["agbd"], {"image": pixels})[0], tiny, [(1, 64, 96), (3, 64, 96)], 1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("form", ["stablehlo", "onnx"])
 def test_fewer_bits_make_a_smaller_file_and_little_error(tmp_path, tiny, form, needs):
     needs({"stablehlo": "flatbuffers", "onnx": "jax2onnx"}[form])

@@ -65,7 +65,7 @@ def test_what_it_cannot_be_made_of(tmp_path, tiny):
         of_bundle(deep, form="onnx")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_ensemble_gives_the_mean_of_its_members(tmp_path):
     members = [drawn(build_module("biomass", ARCHITECTURE), seed) for seed in (1, 2)]
     paths = [saved(tmp_path / f"member_{seed}", seed=seed) for seed in (1, 2)]
