@@ -54,19 +54,24 @@ def opened(path: Path, form: str) -> Callable[[np.ndarray], np.ndarray]:
 
 def measure(folder: Path, architecture: dict[str, Any], count: int) -> dict[str, dict[str, float]]:
     """Figures of each format and precision."""
-    from biomass_jax.portable.formats import NEEDS, export
+    from biomass_jax import bundle
+    from biomass_jax.portable.formats import NEEDS, write_onnx, write_stablehlo
+    from biomass_jax.portable.program import of_bundle
     from biomass_jax.portable.weights import PRECISIONS
     from biomass_jax.prediction.predictor import Predictor
 
     chips = np.random.default_rng(0).integers(1, 5000, (count, 224, 224, 6)).astype(np.float32)
     source = common.random_bundle(spread_out(architecture, chips), folder / "bundle")
-    exact = Predictor.open(source).predict_array(chips).astype(np.float64)
+    model = bundle.load(source)
+    exact = Predictor(model).predict_array(chips).astype(np.float64)
     found = {}
     for form in NEEDS:
         for precision in PRECISIONS:
             path = folder / f"{precision}.{form}"
-            writing = common.timed(lambda: export(source, path, form=form, precision=precision))  # noqa: B023
             began = time.perf_counter()
+            program = of_bundle(model, form=form, precision=precision)
+            write_onnx(program, path, size=(224, 224)) if form == "onnx" else write_stablehlo(program, path)
+            writing, began = time.perf_counter() - began, time.perf_counter()
             run = opened(path, form)
             error = run(chips) - exact
             first = time.perf_counter() - began

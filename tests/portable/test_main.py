@@ -4,6 +4,8 @@ import pytest
 
 from biomass_jax import cli
 from biomass_jax.portable import formats
+from biomass_jax.portable.__main__ import parser
+from biomass_jax.portable.weights import PRECISIONS
 
 
 @pytest.fixture
@@ -29,6 +31,12 @@ def test_options_reach_the_program(asked, tmp_path, capsys):
     assert asked[1][2] == {"form": "stablehlo", "precision": "float32", "size": (224, 224), "overwrite": False}
     assert asked[2][2]["size"] == (448, 448)
     assert capsys.readouterr().out.splitlines()[0] == "file      there"
+
+
+def test_choices_are_those_that_there_are():
+    """The parser has them by itself: it answers --help before JAX is imported."""
+    choices = {action.dest: tuple(action.choices) for action in parser()._actions if action.choices}
+    assert choices == {"format": tuple(formats.NEEDS), "precision": PRECISIONS}
 
 
 @pytest.mark.parametrize(
