@@ -42,12 +42,14 @@ def run_as_written(root, folder, script, without):
 
 
 def exported(root, folder, form, bundle, monkeypatch, *more):
-    """The page's command for a format."""
+    """The page's commands for a format, in its order; the files that they made."""
     page = (root / "docs" / "export.md").read_text(encoding="utf-8")
-    line = re.search(rf"(?m)^    biomass-jax export (.*--format {form} --output .*)$", page)[1]
+    lines = re.findall(rf"(?m)^    biomass-jax export (.*--format {form} .*)$", page)
     shutil.copytree(bundle, folder / "granite")
     monkeypatch.chdir(folder)
-    assert main([*shlex.split(line), *more]) == 0
+    for line in lines:
+        assert main([*shlex.split(line), *more]) == 0
+    return [folder / line.split()[-1] for line in lines]
 
 
 @pytest.mark.slow
@@ -143,7 +145,8 @@ def test_the_margin_is_the_scripts(root, needs):
 def test_a_map_by_an_exported_model_is_the_models(tmp_path, root, tiny, needs, monkeypatch):
     """One tile: no blending, so that it is what the model says of the whole image."""
     needs("jax2onnx")
-    exported(root, tmp_path, "onnx", tiny, monkeypatch, "--size", "64x96", "--overwrite")
+    whole, smaller = exported(root, tmp_path, "onnx", tiny, monkeypatch, "--size", "64x96", "--overwrite")
+    assert smaller.stat().st_size < whole.stat().st_size
     pixels = image(1, 64, 96)[0]
     named = np.concatenate([pixels, pixels[..., :1]], axis=-1)  # a sixth band, which the model doesn't take
     write_raster(tmp_path / "scene.tif", named)
