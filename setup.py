@@ -67,7 +67,7 @@ PORTABLE = [
     # jax.export writes and reads its files by it; older ones were not tried.
     "flatbuffers>=25.12.19",
     # ONNX, brings onnx and onnxruntime; older ones were not tried. Those from 0.13.1 on bound orbax-checkpoint below
-    # our floor, so that pip takes this one until they no longer do.
+    # our floor, so that pip takes this one, which goes with JAX 0.10; docs/export.md has what goes with 0.11.
     "jax2onnx>=0.13",
     "onnx>=1.20.1",  # jax2onnx's own floor
 ]

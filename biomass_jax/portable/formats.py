@@ -7,6 +7,7 @@ import logging
 import warnings
 import zipfile
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -113,19 +114,28 @@ def write_onnx(program: Program, path: Path, *, size: tuple[int, int]) -> None:
         program: of a bundle.
         path: the file, whole or not at all; one that is there is replaced.
         size: height and width of its images, multiples of `STEP`.
+
+    Raises:
+        ConvertError: this version of jax2onnx doesn't go with this version of JAX.
     """
     with numerics.fixed(), _quietly():
         import onnx
         from jax2onnx import to_onnx  # which says so where it can't load what it knows of other libraries
 
-        model = to_onnx(
-            program.__call__,
-            [("batch", *size, len(program.bands))],
-            model_name=program.output,
-            opset=OPSET,
-            input_names=[INPUT],
-            output_names=[program.output],
-        )
+        try:
+            model = to_onnx(
+                program.__call__,
+                [("batch", *size, len(program.bands))],
+                model_name=program.output,
+                opset=OPSET,
+                input_names=[INPUT],
+                output_names=[program.output],
+            )
+        except Exception as error:  # it reaches into JAX, and fails in ways of each version's own
+            raise ConvertError(
+                f"jax2onnx {version('jax2onnx')} can't convert with JAX {jax.__version__} ({type(error).__name__}: "
+                f"{str(error).strip().partition(chr(10))[0]}); docs/export.md says which versions go together"
+            ) from error
     onnx.helper.set_model_props(model, dict(program.meta))
     onnx.checker.check_model(model)
     with replacing(path) as partial:

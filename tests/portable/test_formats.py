@@ -1,13 +1,16 @@
 """Files of programs, opened by what others have, against maps of the bundle that they were made from."""
 
 import json
+import sys
 import zipfile
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
 from biomass_jax.errors import ConvertError
+from biomass_jax.portable import formats
 from biomass_jax.portable.formats import OPSET, export
 from biomass_jax.prediction.predictor import Predictor
 from tests.portable.conftest import image, saved
@@ -108,6 +111,27 @@ def test_the_full_model_gives_what_maps_have(tmp_path, form, needs):
         check_against_maps(lambda pixels: found.run(None, {"image": pixels})[0], path, [(1, 224, 224)], 1e-4)
     else:
         check_against_maps(opened(tmp_path / "full.file")[0].call, path, [(1, 224, 224), (2, 96, 256)], 1e-4)
+
+
+def test_a_converter_that_does_not_know_this_jax_is_said_to_be_so(tmp_path, monkeypatch):
+    def fails(*inputs, **settings):
+        raise AttributeError("module has no attribute 'Var'\nand more")
+
+    monkeypatch.setitem(sys.modules, "onnx", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "jax2onnx", SimpleNamespace(to_onnx=fails))
+    monkeypatch.setattr(formats, "version", lambda name: f"{name[:3]} 1.2")
+
+    class Stub(SimpleNamespace):
+        def __call__(self, image):
+            return image[..., 0]
+
+    program = Stub(bands=("A", "B"), output="agbd")
+    said = (
+        rf"jax2onnx jax 1.2 can't convert with JAX {jax.__version__} \(AttributeError: module has no attribute 'Var'\);"
+    )
+    with pytest.raises(ConvertError, match=said):
+        formats.write_onnx(program, tmp_path / "new", size=(32, 32))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_refused_before_anything_is_computed(tmp_path, monkeypatch):
