@@ -81,21 +81,24 @@ def export(
     return done
 
 
+def for_any_size(program: Program) -> jax_export.Exported:
+    """The program for any batch, any height and width that are multiples of `STEP`, and all `PLATFORMS`."""
+    sizes = jax_export.symbolic_shape(f"batch, {STEP}*height, {STEP}*width, {len(program.bands)}")
+    with numerics.fixed():
+        image = jax.ShapeDtypeStruct(sizes, jnp.float32)
+        return jax_export.export(jax.jit(program.__call__), platforms=PLATFORMS)(image)
+
+
 def write_stablehlo(program: Program, path: Path) -> None:
     """Write a zip of `program.jax`, which `jax.export.deserialize` reads, and the texts of `program.meta`.
 
-    It is for any batch, any height and width that are multiples of `STEP`, and `PLATFORMS`. The zip is not compressed:
-    weights hardly become smaller.
+    The zip is not compressed: weights hardly become smaller.
 
     Args:
         program: of a bundle.
         path: the file, whole or not at all; one that is there is replaced.
     """
-    sizes = jax_export.symbolic_shape(f"batch, {STEP}*height, {STEP}*width, {len(program.bands)}")
-    with numerics.fixed():
-        image = jax.ShapeDtypeStruct(sizes, jnp.float32)
-        exported = jax_export.export(jax.jit(program.__call__), platforms=PLATFORMS)(image)
-        data = exported.serialize()
+    data = for_any_size(program).serialize()
     with replacing(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as file:
         _add(file, PROGRAM, bytes(data))
         for name, text in program.meta.items():

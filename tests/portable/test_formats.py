@@ -9,9 +9,11 @@ import jax
 import numpy as np
 import pytest
 
+from biomass_jax import bundle
 from biomass_jax.errors import ConvertError
 from biomass_jax.portable import formats
 from biomass_jax.portable.formats import OPSET, export
+from biomass_jax.portable.program import of_bundle
 from biomass_jax.prediction.predictor import Predictor
 from tests.portable.conftest import image, saved
 
@@ -43,23 +45,27 @@ def check_against_maps(run, path, shapes, relative):
 
 
 @pytest.mark.slow
-def test_stablehlo_of_any_size_gives_what_maps_have(tmp_path, tiny, needs):
+def test_a_program_for_any_size_gives_what_maps_have(tiny):
     """Windows of 5 tokens: with padding or none in the four stages, and a last stage of a single window or many."""
-    needs("flatbuffers")
-    lines = export(tiny, tmp_path / "a" / "tiny.zip", form="stablehlo")
-    program, texts = opened(tmp_path / "a" / "tiny.zip")
+    program = formats.for_any_size(of_bundle(bundle.load(tiny), form="stablehlo"))
     assert program.platforms == ("cpu", "cuda", "tpu")
-    assert set(texts) == {"bundle.json", "export.json"}
-    assert texts["bundle.json"] == (tiny / "bundle.json").read_text()
-    assert ("output", "agbd, float32 [batch, height, width]") in lines
     check_against_maps(program.call, tiny, [(1, 64, 160), (3, 96, 32), (1, 160, 320)], 1e-5)
     with pytest.raises(ValueError, match="32"):
         program.call(np.zeros((1, 48, 64, 5), np.float32))
     with pytest.raises(ValueError, match="5"):
         program.call(np.zeros((1, 64, 64, 6), np.float32))
-    export(tiny, tmp_path / "again.zip", form="stablehlo")
-    again, first = (tmp_path / "again.zip").read_bytes(), (tmp_path / "a" / "tiny.zip").read_bytes()
-    assert len(again) == len(first)
+
+
+@pytest.mark.slow
+def test_a_file_of_stablehlo_tells_all_of_the_bundle(tmp_path, tiny, needs):
+    needs("flatbuffers")
+    lines = export(tiny, tmp_path / "a" / "tiny.zip", form="stablehlo", precision="int8")
+    program, texts = opened(tmp_path / "a" / "tiny.zip")
+    assert ("output", "agbd, float32 [batch, height, width]") in lines
+    assert str(program.in_avals[0].shape) == "(batch, 32*height, 32*width, 5)"
+    assert set(texts) == {"bundle.json", "export.json"}
+    assert texts["bundle.json"] == (tiny / "bundle.json").read_text()
+    assert json.loads(texts["export.json"])["precision"] == "int8"
 
 
 @pytest.mark.slow
