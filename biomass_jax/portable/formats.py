@@ -24,7 +24,7 @@ from biomass_jax.runtime.files import replacing
 NEEDS = {"stablehlo": "flatbuffers", "onnx": "jax2onnx"}
 PLATFORMS = ("cpu", "cuda", "tpu")
 PROGRAM = "program.jax"  # in the zip
-OPSET = 21  # the first in which all that is used has stayed as it is in later ones; onnxruntime reads it since 1.18
+OPSET = 21  # of ONNX 1.16, of 2024: what reads models today reads it
 
 
 def export(
@@ -84,9 +84,21 @@ def export(
 def for_any_size(program: Program) -> jax_export.Exported:
     """The program for any batch, any height and width that are multiples of `STEP`, and all `PLATFORMS`."""
     sizes = jax_export.symbolic_shape(f"batch, {STEP}*height, {STEP}*width, {len(program.bands)}")
-    with numerics.fixed():
+    with numerics.fixed(), _without_folders():
         image = jax.ShapeDtypeStruct(sizes, jnp.float32)
         return jax_export.export(jax.jit(program.__call__), platforms=PLATFORMS)(image)
+
+
+@contextlib.contextmanager
+def _without_folders() -> Iterator[None]:
+    """Of each operation a program says in which file it was written: by name, without this machine's folders."""
+    setting = "jax_hlo_source_file_canonicalization_regex"
+    before = getattr(jax.config, setting)
+    jax.config.update(setting, r".*[\\/]")
+    try:
+        yield
+    finally:
+        jax.config.update(setting, before)
 
 
 def write_stablehlo(program: Program, path: Path) -> None:
