@@ -63,10 +63,19 @@ REGIONAL = [
     "pyproj>=3.7",  # as above
     "shapely>=2.0.4",  # as above
 ]
+PORTABLE = [
+    # jax.export writes and reads its files by it; older ones were not tried.
+    "flatbuffers>=25.12.19",
+    # ONNX, brings onnx and onnxruntime; older ones were not tried. Those from 0.13.1 on bound orbax-checkpoint below
+    # our floor, so that pip takes this one, which goes with JAX 0.10; docs/export.md has what goes with 0.11.
+    "jax2onnx>=0.13",
+    "onnx>=1.20.1",  # jax2onnx's own floor
+]
 DOCS = ["nbclient>=0.10", "ipykernel>=6.29"]  # runs the notebook as a test; the first that allow Python 3.12
 # `make docs`: the site with its API reference; older ones were not tried.
 SITE = ["mkdocs-material>=9.6", "mkdocstrings[python]>=1.0", "mkdocs-jupyter>=0.25"]
 TOOLS = [
+    "flatbuffers>=25.12.19",  # for the tests of StableHLO, as above
     "setuptools>=70.1",  # builds the wheel without the network; the first that needs no `wheel` beside it
     "pystac[validation]>=1.12,<1.15",  # STAC items; the first with schemas of STAC 1.1; 1.15 is two dozen packages
     "pytest>=8.2",  # older ones were not tried with the importlib import mode
@@ -111,6 +120,7 @@ setup(
         "xarray": XARRAY,
         "regional": REGIONAL,
         "sweep": SWEEP,
+        "portable": PORTABLE,
         "hub": ["huggingface_hub>=0.23"],  # resumes broken downloads by itself
         # torch: the version behind the numeric references in tests/golden, for the model that ours races. rioxarray,
         # with xarray: what composites are measured against; older ones were not tried. Only benchmarks/ uses them.

@@ -72,6 +72,11 @@ TOOLS = {
         "biomass_jax.convert.__main__",
         "--input biomass_model.ckpt --config config.yaml --output granite",
     ),
+    "export": ToolCommand(
+        "a bundle as a program for JAX alone (StableHLO) or other runtimes (ONNX)",
+        "biomass_jax.portable.__main__",
+        "--bundle granite --format onnx --output granite.onnx",
+    ),
     "calibrate": ToolCommand(
         "a bundle whose maps say how sure they are",
         "biomass_jax.evaluation.calibrate",
@@ -169,6 +174,7 @@ _MGRS_TILE = re.compile(r"T?\d{2}[A-Z]{3}")
 # The programs that the tools name in their help when they are called by themselves.
 _OTHER_NAMES = {
     "python -m biomass_jax.convert": f"{PROGRAM} convert",
+    "python -m biomass_jax.portable": f"{PROGRAM} export",
     "python -m biomass_jax.evaluation.calibrate": f"{PROGRAM} calibrate",
     "python -m biomass_jax.evaluation": f"{PROGRAM} validate",
     "python -m biomass_jax.regional.catalog": f"{PROGRAM} catalog",
@@ -334,7 +340,7 @@ def _steps() -> dict[str, str]:
 
 def _overview() -> str:
     """What `--help` shows."""
-    models = ("convert", "ensemble")
+    models = ("convert", "export", "ensemble")
     parts = {
         "models and maps": {name: run.about for name, run in RUNS.items()}
         | {name: TOOLS[name].about for name in models},

@@ -19,7 +19,22 @@ from packaging.utils import canonicalize_name
 import biomass_jax
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = {"prep", "regional", "dask", "sweep", "xarray", "hub", "bench", "docs", "site", "tools", "dev", "tpu", "cuda"}
+EXTRAS = {
+    "prep",
+    "regional",
+    "dask",
+    "sweep",
+    "xarray",
+    "hub",
+    "portable",
+    "bench",
+    "docs",
+    "site",
+    "tools",
+    "dev",
+    "tpu",
+    "cuda",
+}
 # Imported under another name than the distribution's, where the distribution need not be installed.
 OTHER_NAMES = {"absl": "absl-py", "yaml": "pyyaml", "orbax": "orbax-checkpoint", "grain": "grain"}
 
@@ -106,7 +121,8 @@ def test_neither_tensorflow_nor_torch_is_needed(declared):
 
 
 @pytest.mark.parametrize(
-    ("folder", "extras"), [("biomass_jax", ["hub", "prep", "regional", "xarray"]), ("data_prep", ["prep", "dask"])]
+    ("folder", "extras"),
+    [("biomass_jax", ["hub", "portable", "prep", "regional", "xarray"]), ("data_prep", ["prep", "dask"])],
 )
 def test_whatever_is_imported_is_declared(declared, folder, extras):
     names = {canonicalize_name(r.name) for extra in [None, *extras] for r in declared[extra]}

@@ -46,7 +46,7 @@ LAYERS: tuple[set[str], ...] = (
     {"bundle"},
     {"pipeline", "tasks", "uncertainty"},
     {"convert", "training", "prediction"},
-    {"evaluation", "regional"},
+    {"evaluation", "regional", "portable"},
     {"__init__", "main", "cli", "serving", "launch"},
 )
 BESIDE = {

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from biomass_jax.models import initialisation, swin_ops
+from biomass_jax.models import initialisation, shapes, swin_ops
 from biomass_jax.models.fused import attention, choice
 from biomass_jax.models.layers import Dense
+from biomass_jax.models.shapes import Size
 from biomass_jax.runtime import mesh
 
 
@@ -26,7 +27,7 @@ class WindowAttention(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, shift: int) -> jax.Array:
+    def __call__(self, x: jax.Array, shift: Size) -> jax.Array:
         """x [B, H, W, C], H and W multiples of the window -> same shape. Softmax in float32.
 
         Windows are those of the map rolled by `shift` tokens, in which what lay apart before doesn't attend.

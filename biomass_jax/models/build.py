@@ -21,7 +21,7 @@ MODULES: dict[str, type[nn.Module]] = {"biomass": BiomassModel, "simmim": SimMIM
 SPREAD_FIELDS = ("spread", "spread_scale", "quantile_levels")
 CHECK_SEED = 20240712
 _SIDE = 96  # px; a multiple of SimMIM's stride, and small beside the time to compile
-_FLOAT32 = ("final", "spread")  # modules of the head whose products are float32 whatever the model's dtype
+FLOAT32_PRODUCTS = ("final", "spread")  # modules of the head whose products are float32 whatever the model's dtype
 _tracing = threading.Lock()
 
 
@@ -107,7 +107,7 @@ def in_compute_dtype(variables: Mapping[str, Any], dtype: str) -> dict[str, Any]
     """
 
     def cast(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
-        narrow = "kernel" in tree and name not in _FLOAT32
+        narrow = "kernel" in tree and name not in FLOAT32_PRODUCTS
         return {
             key: cast(value, key) if isinstance(value, Mapping) else value.astype(dtype) if narrow else value
             for key, value in tree.items()

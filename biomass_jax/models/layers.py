@@ -1,11 +1,11 @@
 """Layers that several parts share: torch-like norms and GELU, resizing and pooling as matrix products.
 
-Resizing and adaptive pooling are linear and separable, so each is two small matrices built in NumPy at trace time from
-torch's own index formulas (aten/src/ATen/native/UpSample.h, AdaptiveAveragePooling.cpp). The products are float32
-whatever the model's dtype.
+Resizing and adaptive pooling are linear and separable, so each is two small matrices, from torch's own index formulas
+(aten/src/ATen/native/UpSample.h, AdaptiveAveragePooling.cpp). They are built in NumPy at trace time, or when the
+program runs where sizes aren't known before (see shapes.py). The products are float32 whatever the model's dtype.
 """
 
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from biomass_jax.models import initialisation
+from biomass_jax.models import initialisation, shapes
+from biomass_jax.models.shapes import Size
 from biomass_jax.runtime import cpu
 
 # `flax.linen.Dense`, x [..., K] -> [..., features], whose weights' gradients are faster on CPU.
@@ -110,43 +111,45 @@ class ConvNormRelu(nn.Module):
         return nn.relu(BatchNorm(self.dtype, name="norm")(x, train=train))
 
 
-@lru_cache(maxsize=64)
-def bilinear_matrix(size_in: int, size_out: int, align_corners: bool) -> np.ndarray:
+@shapes.kept(64)
+def bilinear_matrix(size_in: Size, size_out: Size, align_corners: bool) -> np.ndarray | jax.Array:
     """Weights of torch's 1-D linear interpolation, float32 [size_out, size_in]; each row sums to 1.
 
     Source coordinates are computed in float32 as torch does: aligned corners, (in - 1) / (out - 1) * i; otherwise,
     max(in / out * (i + 0.5) - 0.5, 0).
     """
-    index = np.arange(size_out, dtype=np.float32)
+    xp = shapes.arrays_of(size_in, size_out)
+    index, length = xp.arange(size_out, dtype=np.float32), xp.asarray(size_in, np.float32)
     if align_corners:
-        scale = np.float32(size_in - 1) / np.float32(size_out - 1) if size_out > 1 else np.float32(0)
+        scale = (length - 1) / xp.maximum(xp.asarray(size_out, np.float32) - 1, 1)
         source = scale * index
     else:
-        scale = np.float32(size_in) / np.float32(size_out)
-        source = np.maximum(scale * (index + np.float32(0.5)) - np.float32(0.5), np.float32(0))
-    low = np.minimum(source.astype(np.int64), size_in - 1)
-    high = np.minimum(low + 1, size_in - 1)
+        scale = length / xp.asarray(size_out, np.float32)
+        source = xp.maximum(scale * (index + np.float32(0.5)) - np.float32(0.5), np.float32(0))
+    last = xp.asarray(size_in, np.int32) - 1
+    low = xp.minimum(source.astype(np.int32), last)
+    high = xp.minimum(low + 1, last)
     fraction = source - low.astype(np.float32)
-    matrix = np.zeros((size_out, size_in), np.float32)
-    np.add.at(matrix, (np.arange(size_out), low), np.float32(1) - fraction)
-    np.add.at(matrix, (np.arange(size_out), high), fraction)
-    return matrix
+    column, zero = xp.arange(size_in), np.float32(0)
+    below = xp.where(column == low[:, None], np.float32(1) - fraction[:, None], zero)
+    return below + xp.where(column == high[:, None], fraction[:, None], zero)
 
 
-@lru_cache(maxsize=64)
-def adaptive_pool_matrix(size_in: int, size_out: int) -> np.ndarray:
+@shapes.kept(64)
+def adaptive_pool_matrix(size_in: Size, size_out: int) -> np.ndarray | jax.Array:
     """Weights of torch's 1-D adaptive average pooling, float32 [size_out, size_in].
 
     Bin i covers [floor(i in / out), ceil((i + 1) in / out)); bins may overlap, and repeat where out > in.
     """
-    matrix = np.zeros((size_out, size_in), np.float32)
-    for i in range(size_out):
-        start, stop = i * size_in // size_out, -(-(i + 1) * size_in // size_out)
-        matrix[i, start:stop] = 1.0 / (stop - start)
-    return matrix
+    xp = shapes.arrays_of(size_in)
+    index, length = xp.arange(size_out)[:, None], xp.asarray(size_in, np.int32)
+    start, stop = index * length // size_out, -(-(index + 1) * length // size_out)
+    column = xp.arange(size_in)
+    share = np.float32(1) / (stop - start).astype(np.float32)
+    return xp.where((column >= start) & (column < stop), share, np.float32(0))
 
 
-def _apply_separable(x: jax.Array, rows: np.ndarray, cols: np.ndarray) -> jax.Array:
+def _apply_separable(x: jax.Array, rows: np.ndarray | jax.Array, cols: np.ndarray | jax.Array) -> jax.Array:
     """x [B, H, W, C], rows [H', H], cols [W', W] -> [B, H', W', C] in x's dtype, computed in float32."""
     y = jnp.einsum("ih,bhwc->biwc", rows, x.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
     y = jnp.einsum("jw,biwc->bijc", cols, y, precision=jax.lax.Precision.HIGHEST)

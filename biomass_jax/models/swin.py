@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from biomass_jax.models import initialisation, swin_ops
+from biomass_jax.models import initialisation, shapes, swin_ops
 from biomass_jax.models.attention import WindowAttention
 from biomass_jax.models.fused import choice, mlp
 from biomass_jax.models.layers import Dense, LayerNorm, gelu
@@ -118,12 +118,13 @@ class SwinBlock(nn.Module):
         _, h, w, _ = x.shape
         size = self.window_size
         # Zeros come after the norm and are not masked: in the reference a window sees its padding.
-        pad_h, pad_w = -h % size, -w % size
+        padded_h, padded_w = shapes.rounded_up(h, size), shapes.rounded_up(w, size)
+        pad_h, pad_w = padded_h - h, padded_w - w  # of sizes that aren't known: there, and maybe 0 when it runs
         if pad_h or pad_w:
             x = jnp.pad(x, ((0, 0), (0, pad_h), (0, pad_w), (0, 0)))
-        padded_h, padded_w = h + pad_h, w + pad_w
-        single = padded_h == size and padded_w == size
-        shift = size // 2 if self.shifted and (self.shift_single_window or not single) else 0
+        shift = size // 2 if self.shifted else 0
+        if shift and not self.shift_single_window:
+            shift = shapes.where((padded_h, padded_w), size, 0, shift)
         attention = WindowAttention(self.num_heads, size, self.initializer, self.attention, self.dtype, name="attn")
         x = attention(x, shift)
         return x[:, :h, :w] if pad_h or pad_w else x

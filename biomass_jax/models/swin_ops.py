@@ -1,6 +1,7 @@
 """Window arithmetic of Swin: partitions, relative positions, shift masks, attention, merging, stochastic depth.
 
-Everything that depends on shapes alone is computed once in NumPy at trace time and enters the program as a constant.
+Everything that depends on shapes alone is computed once in NumPy at trace time and enters the program as a constant;
+what depends on sizes that aren't known then is computed when the program runs (see shapes.py).
 Formulas: Liu et al., "Swin Transformer" (arXiv 2103.14030), sections 3.2 and 3.3.
 """
 
@@ -11,6 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+
+from biomass_jax.models import shapes
+from biomass_jax.models.shapes import Size
 
 # Additive penalty between regions that a cyclic shift has brought together, as in the original.
 SHIFT_MASK_VALUE = -100.0
@@ -26,7 +30,7 @@ def window_partition(x: jax.Array, window_size: int) -> jax.Array:
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, window_size * window_size, c)
 
 
-def window_reverse(windows: jax.Array, window_size: int, height: int, width: int) -> jax.Array:
+def window_reverse(windows: jax.Array, window_size: int, height: Size, width: Size) -> jax.Array:
     """Undo `window_partition`: windows [B * H/w * W/w, w * w, C] -> [B, H, W, C]."""
     c = windows.shape[-1]
     x = windows.reshape(-1, height // window_size, width // window_size, window_size, window_size, c)
@@ -45,37 +49,39 @@ def relative_position_index(window_size: int) -> np.ndarray:
     return (dy * (2 * window_size - 1) + dx).astype(np.int32)
 
 
-@lru_cache(maxsize=64)
-def shift_mask(height: int, width: int, window_size: int, shift: int) -> np.ndarray:
+@shapes.kept(64)
+def shift_mask(height: Size, width: Size, window_size: int, shift: Size) -> np.ndarray | jax.Array:
     """Additive attention mask of a shifted block, float32 [H/w * W/w, w * w, w * w]: 0 within a region, -100 across.
 
-    `height` and `width` are those of the padded map, in tokens.
+    `height` and `width` are those of the padded map, in tokens. A `shift` that is computed may be 0, which masks
+    nothing of a single window.
     """
+    xp = shapes.arrays_of(height, width, shift)
 
-    def region(size: int) -> np.ndarray:
-        index = np.arange(size)
-        return (index >= size - window_size).astype(np.int32) + (index >= size - shift)
+    def region(size: Size) -> np.ndarray | jax.Array:
+        index, length = xp.arange(size), xp.asarray(size, np.int32)
+        return (index >= length - window_size).astype(np.int32) + (index >= length - shift)
 
     regions = region(height)[:, None] * 3 + region(width)[None, :]
     windows = regions.reshape(height // window_size, window_size, width // window_size, window_size)
     windows = windows.transpose(0, 2, 1, 3).reshape(-1, window_size * window_size)
-    return np.where(windows[:, :, None] == windows[:, None, :], 0.0, SHIFT_MASK_VALUE).astype(np.float32)
+    return xp.where(windows[:, :, None] == windows[:, None, :], 0.0, SHIFT_MASK_VALUE).astype(np.float32)
 
 
-def to_windows(x: jax.Array, window_size: int, shift: int) -> jax.Array:
+def to_windows(x: jax.Array, window_size: int, shift: Size) -> jax.Array:
     """Windows of a map that is first rolled by `shift` tokens: x [B, H, W, C] -> [B * H/w * W/w, w * w, C]."""
-    if shift:
+    if not shapes.is_zero(shift):
         x = jnp.roll(x, (-shift, -shift), axis=(1, 2))
     return window_partition(x, window_size)
 
 
-def from_windows(windows: jax.Array, window_size: int, shift: int, height: int, width: int) -> jax.Array:
+def from_windows(windows: jax.Array, window_size: int, shift: Size, height: Size, width: Size) -> jax.Array:
     """Undo `to_windows`: windows [B * H/w * W/w, w * w, C] -> [B, H, W, C]."""
     x = window_reverse(windows, window_size, height, width)
-    return jnp.roll(x, (shift, shift), axis=(1, 2)) if shift else x
+    return x if shapes.is_zero(shift) else jnp.roll(x, (shift, shift), axis=(1, 2))
 
 
-def attend_windows(qkv: jax.Array, bias: jax.Array, mask: np.ndarray | None) -> jax.Array:
+def attend_windows(qkv: jax.Array, bias: jax.Array, mask: np.ndarray | jax.Array | None) -> jax.Array:
     """Attention by einsums, softmax in float32.
 
     Args:

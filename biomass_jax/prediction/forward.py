@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from biomass_jax.bundle import Bundle
 from biomass_jax.errors import PredictionError
@@ -178,13 +179,23 @@ class Forward:
         """(B, H, W, bands) digital numbers -> float32, on one CPU part by part where they come out even."""
         part = cpu.images_at_once() if self.platform == "cpu" and self.devices == 1 else len(images)
         if len(images) <= part or len(images) % part:
-            return self._predict_part(variables, images, fill)
+            return self.compute(variables, images, fill)
         parts = images.reshape(-1, part, *images.shape[1:])
-        found = jax.lax.map(lambda some: self._predict_part(variables, some, fill), parts)
+        found = jax.lax.map(lambda some: self.compute(variables, some, fill), parts)
         return found.reshape(len(images), *found.shape[2:])
 
-    def _predict_part(self, variables: tuple[Any, Any], images: jax.Array, fill: jax.Array) -> jax.Array:
-        """(B, H, W, bands) digital numbers -> float32, as `__call__` says; no-data pixels are 0 before z-scoring."""
+    def compute(self, variables: tuple[Any, Any], images: jax.Array, fill: ArrayLike) -> jax.Array:
+        """All that runs on the device, as a function to be traced; no-data pixels are 0 before z-scoring.
+
+        Args:
+            variables: the model's, with products' weights in the type of computing, and the arrays of the area of
+                applicability, {} without `di`.
+            images: (B, H, W, bands) digital numbers; sizes may be unknown (`jax.export`).
+            fill: the file's fill value, NaN where it has none.
+
+        Returns:
+            float32 as `__call__` says.
+        """
         present = without_fill(images, fill, reference=self._reference)
         with jax.default_matmul_precision(self._precision):
             values, features = self._model(variables[0], normalize(present, self._means, self._stds))
