@@ -41,7 +41,8 @@ LAYERS: tuple[set[str], ...] = (
     {"errors", "version", "configs"},  # of configs, where the files are; they themselves know the settings of all parts
     {"runtime"},
     {"data", "figures"},
-    {"models"},
+    {"models", "trees"},
+    {"adapter"},
     {"bundle"},
     {"pipeline", "tasks", "uncertainty"},
     {"convert", "training", "prediction"},

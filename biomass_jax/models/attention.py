@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 
 from biomass_jax.errors import ConfigError
 from biomass_jax.models import fused_attention, initialisation, swin_ops
-from biomass_jax.models.layers import Dense
+from biomass_jax.models.lora import Lora, dense
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +122,7 @@ class WindowAttention(nn.Module):
     initializer: str = "torch"
     attention: str = "auto"
     dtype: Any = jnp.float32
+    lora: Lora | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, shift: int) -> jax.Array:
@@ -138,9 +139,9 @@ class WindowAttention(nn.Module):
             ((2 * size - 1) ** 2, self.num_heads),
             jnp.float32,
         )
-        draws = initialisation.dense(self.initializer, c)
-        qkv = Dense(3 * c, dtype=self.dtype, name="qkv", **draws)
-        proj = Dense(c, dtype=self.dtype, name="proj", **draws)
+        how: dict[str, Any] = {"dtype": self.dtype, "lora": self.lora, **initialisation.dense(self.initializer, c)}
+        qkv = dense(3 * c, name="qkv", **how)
+        proj = dense(c, name="proj", **how)
         bias = table[swin_ops.relative_position_index(size)].transpose(2, 0, 1)
         if fused and not self.is_initializing():
             return proj(fused_attention.attend(qkv(x), bias, size, shift))

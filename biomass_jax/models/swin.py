@@ -15,6 +15,7 @@ from flax import linen as nn
 from biomass_jax.models import initialisation, swin_ops
 from biomass_jax.models.attention import WindowAttention
 from biomass_jax.models.layers import Dense, LayerNorm, gelu
+from biomass_jax.models.lora import Lora, dense
 from biomass_jax.runtime import cpu
 
 Dtype = Any
@@ -62,14 +63,16 @@ class Mlp(nn.Module):
     hidden_dim: int
     initializer: str = "torch"
     dtype: Dtype = jnp.float32
+    lora: Lora | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., C] -> [..., C]."""
         c, kind = x.shape[-1], self.initializer
-        x = Dense(self.hidden_dim, dtype=self.dtype, name="fc1", **initialisation.dense(kind, c))(x)
+        same: dict[str, Any] = {"dtype": self.dtype, "lora": self.lora}
+        x = dense(self.hidden_dim, name="fc1", **same, **initialisation.dense(kind, c))(x)
         x = gelu(x)
-        return Dense(c, dtype=self.dtype, name="fc2", **initialisation.dense(kind, self.hidden_dim))(x)
+        return dense(c, name="fc2", **same, **initialisation.dense(kind, self.hidden_dim))(x)
 
 
 class SwinBlock(nn.Module):
@@ -84,6 +87,7 @@ class SwinBlock(nn.Module):
     initializer: str = "torch"
     attention: str = "auto"
     dtype: Dtype = jnp.float32
+    lora: Lora | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -94,7 +98,7 @@ class SwinBlock(nn.Module):
         y = self._attend(LayerNorm(self.dtype, name="norm1")(x))
         x = x + swin_ops.DropPath(self.drop_path_rate)(y, train=train)
         x = cpu.computed_once(x)
-        y = Mlp(int(c * self.mlp_ratio), self.initializer, self.dtype, name="mlp")(
+        y = Mlp(int(c * self.mlp_ratio), self.initializer, self.dtype, self.lora, name="mlp")(
             LayerNorm(self.dtype, name="norm2")(x)
         )
         return x + swin_ops.DropPath(self.drop_path_rate)(y, train=train)
@@ -109,8 +113,8 @@ class SwinBlock(nn.Module):
         padded_h, padded_w = h + pad_h, w + pad_w
         single = padded_h == size and padded_w == size
         shift = size // 2 if self.shifted and (self.shift_single_window or not single) else 0
-        attention = WindowAttention(self.num_heads, size, self.initializer, self.attention, self.dtype, name="attn")
-        x = attention(x, shift)
+        how = (self.initializer, self.attention, self.dtype, self.lora)
+        x = WindowAttention(self.num_heads, size, *how, name="attn")(x, shift)
         return x[:, :h, :w] if pad_h or pad_w else x
 
 
@@ -144,6 +148,7 @@ class SwinStage(nn.Module):
     initializer: str = "torch"
     attention: str = "auto"
     dtype: Dtype = jnp.float32
+    lora: Lora | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
@@ -153,6 +158,7 @@ class SwinStage(nn.Module):
             block = nn.remat(SwinBlock, static_argnums=(2,))
         elif not train and not self.is_initializing():  # blocks alike are traced once: a prediction starts sooner
             block = nn.jit(SwinBlock, static_argnums=(2,))
+        lora = self.lora if train or self.lora is None else self.lora.without_dropout()
         for j in range(self.depth):
             x = block(
                 num_heads=self.num_heads,
@@ -164,6 +170,7 @@ class SwinStage(nn.Module):
                 initializer=self.initializer,
                 attention=self.attention,
                 dtype=self.dtype,
+                lora=lora,
                 name=f"blocks_{j}",
             )(x, train)
         features = LayerNorm(self.dtype, name="norm")(x) if self.out_norm else x
@@ -177,7 +184,8 @@ class SwinFields(nn.Module):
     `shift_single_window`: shift also where the padded map is one window (granite's weights need it; the original, timm
     and SimMIM do not). How a run computes is no part of a model's architecture: `remat` names the stages (0 to 3) whose
     blocks are computed a second time in the backward pass to save memory, `initializer` how fresh weights are drawn
-    (`torch` or `simmim`, see initialisation.py), `attention` what computes it (see attention.py).
+    (`torch` or `simmim`, see initialisation.py), `attention` what computes it (see attention.py). `lora` adds low-rank
+    updates to dense layers of the blocks (see lora.py), which a whole model has within its kernels.
     """
 
     embed_dim: int = 128
@@ -193,6 +201,7 @@ class SwinFields(nn.Module):
     initializer: str = "torch"
     attention: str = "auto"
     dtype: Dtype = jnp.float32
+    lora: Lora | None = None
 
     @nn.nowrap
     def make_encoder(self, **options: Any) -> "SwinTransformer":
@@ -237,6 +246,7 @@ class SwinTransformer(SwinFields):
                 initializer=self.initializer,
                 attention=self.attention,
                 dtype=self.dtype,
+                lora=self.lora,
             )
             for i, depth in enumerate(self.depths)
         ]
