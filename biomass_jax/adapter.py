@@ -62,6 +62,29 @@ def lora_of(path: str | os.PathLike[str], section: dict[str, Any]) -> Lora:
     return found
 
 
+def check_base(path: str | os.PathLike[str], meta: dict[str, Any], base: Path, base_sha256: str) -> None:
+    """Refuse what is no adapter of a base.
+
+    Args:
+        path: of the adapter.
+        meta: its `bundle.json`.
+        base: folder of the base.
+        base_sha256: of its weights.
+
+    Raises:
+        BundleError: what was found.
+    """
+    if "adapter" not in meta:
+        raise BundleError(f"{path}: is a whole model; expected an adapter of {base}")
+    lora_of(path, meta["adapter"])
+    known = meta["adapter"]["base"]
+    if known["weights_sha256"] != base_sha256:
+        raise BundleError(
+            f"{path}: is an adapter of {known['path']}, whose weights have the SHA-256 {known['weights_sha256']}; "
+            f"those of {base} have {base_sha256}"
+        )
+
+
 def find_base(
     path: str | os.PathLike[str], section: dict[str, Any], given: str | os.PathLike[str] | None = None
 ) -> Path:

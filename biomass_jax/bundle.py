@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from biomass_jax.adapter import Adapter, find_base, lora_of, shared
+from biomass_jax.adapter import Adapter, check_base, find_base, lora_of, shared
 from biomass_jax.errors import ArchitectureError, BundleError
 from biomass_jax.models.build import CHECK_SEED, abstract_variables, architecture_of, build_module, dummy_inputs
 from biomass_jax.models.lora import Lora, merge
@@ -329,14 +329,8 @@ def load_adapter(path: str | os.PathLike[str], base: Bundle) -> Bundle:
         BundleError: see `read_meta`; no adapter, one of another base, or arrays that are damaged or do not fit.
     """
     meta = read_meta(path)
-    if (section := meta.pop("adapter", None)) is None:
-        raise BundleError(f"{path}: is a whole model; expected an adapter of {base.path}")
-    if section["base"]["weights_sha256"] != base.weights_sha256:
-        raise BundleError(
-            f"{path}: is an adapter of {section['base']['path']}, whose weights have the SHA-256 "
-            f"{section['base']['weights_sha256']}; those of {base.path} have {base.weights_sha256}"
-        )
-    lora = lora_of(path, section)
+    check_base(path, meta, base.path, base.weights_sha256)
+    lora = lora_of(path, meta.pop("adapter"))
     own = jax.device_put(_read_updates(path, meta, lora, base.variables), jax.tree.leaves(base.variables)[0].sharding)
     return Bundle(Path(path), meta, own, lora)
 

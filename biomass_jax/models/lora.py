@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from biomass_jax.models import initialisation
 from biomass_jax.models.layers import Dense
@@ -18,6 +19,7 @@ from biomass_jax.runtime import cpu
 
 TARGETS = ("qkv", "proj", "fc1", "fc2")  # dense layers of a block, by their names
 A, B = "lora_a", "lora_b"  # beside the `kernel` of the layer that they adapt
+_KEPT = "dense of a block"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Lora:
 
 
 class AdaptedDense(nn.Dense):
-    """`flax.linen.Dense` with a low-rank update beside its kernel."""
+    """`flax.linen.Dense` of a model with low-rank updates: one beside its kernel, where `lora` names the layer."""
 
     lora: Lora | None = None
 
@@ -55,23 +57,36 @@ class AdaptedDense(nn.Dense):
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """inputs [..., K] -> [..., features]."""
         y = super().__call__(inputs)
-        if self.lora is None:
-            return y
-        k, rank = inputs.shape[-1], self.lora.rank
-        a = self.param(A, initialisation.uniform(k), (k, rank), self.param_dtype)
-        b = self.param(B, nn.initializers.zeros_init(), (rank, self.features), self.param_dtype)
-        x = nn.Dropout(self.lora.dropout, deterministic=False)(inputs)
+        if self.lora is not None and self.name in self.lora.targets:
+            y = y + self._update(inputs, self.lora).astype(y.dtype)
+        return checkpoint_name(y, _KEPT)
+
+    def _update(self, x: jax.Array, lora: Lora) -> jax.Array:
+        k = x.shape[-1]
+        a = self.param(A, initialisation.uniform(k), (k, lora.rank), self.param_dtype)
+        b = self.param(B, nn.initializers.zeros_init(), (lora.rank, self.features), self.param_dtype)
+        x = nn.Dropout(lora.dropout, deterministic=False)(x)
         for kernel in (a, b):
             x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
             x = cpu.dense(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), self.precision)
-        return y + np.asarray(self.lora.scale, x.dtype) * x
+        return x * np.asarray(lora.scale, x.dtype)
 
 
 def dense(features: int, *, name: str, lora: Lora | None, **options: Any) -> nn.Module:
     """A dense layer of a block, adapted where `lora` names it; `options` are those of `flax.linen.Dense`."""
-    if lora is None or name not in lora.targets:
+    if lora is None:
         return Dense(features, name=name, **options)
     return AdaptedDense(features, name=name, lora=lora, dot_general=cpu.dense, **options)
+
+
+def lean(block: Any) -> Any:
+    """A block with updates, `train` its second argument, whose backward pass computes again what costs little.
+
+    The outputs of dense layers are kept; norms, softmax and GELU, half the memory, aren't. Where weights stay they need
+    no input of theirs either.
+    """
+    policy = jax.checkpoint_policies.save_only_these_names(_KEPT)
+    return nn.remat(block, static_argnums=(2,), policy=policy)
 
 
 def is_update(path: str) -> bool:

@@ -15,7 +15,7 @@ from flax import linen as nn
 from biomass_jax.models import initialisation, swin_ops
 from biomass_jax.models.attention import WindowAttention
 from biomass_jax.models.layers import Dense, LayerNorm, gelu
-from biomass_jax.models.lora import Lora, dense
+from biomass_jax.models.lora import Lora, dense, lean
 from biomass_jax.runtime import cpu
 
 Dtype = Any
@@ -156,6 +156,8 @@ class SwinStage(nn.Module):
         block: Any = SwinBlock
         if train and self.remat:  # where memory matters more than time, the backward pass computes a block again
             block = nn.remat(SwinBlock, static_argnums=(2,))
+        elif train and self.lora is not None:
+            block = lean(SwinBlock)
         elif not train and not self.is_initializing():  # blocks alike are traced once: a prediction starts sooner
             block = nn.jit(SwinBlock, static_argnums=(2,))
         lora = self.lora if train or self.lora is None else self.lora.without_dropout()

@@ -53,5 +53,5 @@ def test_it(base, whole):
     best = bundle.load(whole[0] / "best")
     print(best.meta)
     print(list(bundle.stored_shapes(whole[0] / "best" / "variables")["params"]["encoder"]))
-    print(bundle.verify(whole[0]/"best"))
+    print(bundle.verify(whole[0] / "best"))
     print(sorted(whole[1])[:5], lines(whole[0])[-1])
