@@ -133,14 +133,7 @@ class Adapters:
         return self._opened[number]
 
     def _outlines(self, grid: Grid, crs: str) -> list["Geometry"]:
-        margin = _margin(self._width)
-        corners = [
-            grid.transform * (column, row)
-            for column in (-margin, grid.width + margin)
-            for row in (-margin, grid.height + margin)
-        ]
-        x, y = zip(*corners, strict=True)
-        return outlines_on(self._frame, crs, (min(x), min(y), max(x), max(y)))
+        return outlines_on(self._frame, crs, grid.rows(0, grid.height, _margin(self._width)).bounds())
 
 
 def _check_alike(path: Path, meta: dict[str, Any], base: Bundle) -> None:

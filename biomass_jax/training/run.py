@@ -53,9 +53,8 @@ MAY_CHANGE = (
     "checkpoint.",
 )
 # It can't with others of these: they decide which chips are learnt from when, or what `val/loss` is.
-MUST_STAY = {"mode", "batch_size", "seed", "loss", "huber_delta", "nll_beta", "reference", "spread_only"}
+MUST_STAY = {"mode", "batch_size", "seed", "loss", "huber_delta", "nll_beta", "reference", "spread_only", "lora.alpha"}
 MUST_STAY |= {"mask_patch_size", "mask_ratio", "skip_nodata", "normalize_targets"}
-MUST_STAY |= {"lora.rank", "lora.alpha", "lora.targets"}
 MUST_STAY |= {"data.weights", "data.bootstrap", "data.bands", "data.encoding", "data.label_max"}
 TRAINING_ONLY = ("drop_path_rate", "head_dropout")  # fields of a module that change nothing of what it is
 

@@ -249,9 +249,9 @@ def numbered(outlines: Sequence["Geometry"], grid: Grid, start: int, stop: int, 
     Returns:
         int16 (stop - start + 2 margin, W + 2 margin): number of the outline, counted from 1; 0 outside of all.
     """
-    shape = (stop - start + 2 * margin, grid.width + 2 * margin)
-    corner = grid.transform * Affine.translation(-margin, start - margin)
+    part = grid.rows(start, stop, margin)
     given = [(outline, number) for number, outline in enumerate(outlines, 1) if not outline.is_empty]
     if not given:
-        return np.zeros(shape, np.int16)
-    return features.rasterize(given[::-1], out_shape=shape, transform=corner, dtype=np.int16)
+        return np.zeros((part.height, part.width), np.int16)
+    size = part.height, part.width
+    return features.rasterize(given[::-1], out_shape=size, transform=part.transform, dtype=np.int16)
