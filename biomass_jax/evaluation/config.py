@@ -42,7 +42,7 @@ class Evaluate:
 
     bundle: str | None = setting(None, "folder of the model")
     base: str | None = setting(
-        None, "folder of the base, where the model is an [adapter](adapt.md) and its base doesn't lie where it did"
+        None, "folder of an adapter's base, where that doesn't lie where it did, see [adapters](adapt.md)"
     )
     against: str | None = setting(None, "folder of another model, to be compared with on the same pixels")
     data: EvaluationData = group(EvaluationData)
@@ -89,9 +89,7 @@ class Evaluate:
 class Calibrate:
     """How a bundle is calibrated: options of `biomass-jax calibrate`."""
 
-    base: str | None = setting(
-        None, "folder of the base, where the model is an adapter and its base doesn't lie where it did"
-    )
+    base: str | None = setting(None, "folder of an adapter's base, where that doesn't lie where it did")
     split: str = setting("val", "chips that it is calibrated on: none that it was trained or will be tested on")
     level: float = setting(0.9, "share of the labels that an interval is to hold", within=Range(0.5, 1, ends="[)"))
     uncertainty: str = setting(

@@ -11,7 +11,7 @@ class Predict:
 
     bundle: str | None = setting(None, "folder of the model, from `biomass-jax convert` or a training's `best`")
     base: str | None = setting(
-        None, "folder of the base, where the model is an [adapter](adapt.md) and its base doesn't lie where it did"
+        None, "folder of an adapter's base, where that doesn't lie where it did, see [adapters](adapt.md)"
     )
     inputs: str | None = setting(
         None, "a GeoTIFF, an HLS granule's folder, a folder or pattern of such, a VRT, a URL; see above"

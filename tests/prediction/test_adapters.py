@@ -179,7 +179,9 @@ def test_within_its_polygon_an_adapter_maps_as_its_merged_model(made, tmp_path):
     np.testing.assert_allclose(found[103:], under[103:], rtol=1e-5)
     assert np.median(np.abs(merged - under)) > 1 and np.ptp(merged) > 1
     with rioxarray.open_rasterio(image, chunks={"y": 50, "x": 90}) as lazy:
-        np.testing.assert_allclose(mixed.predict(lazy, bands=list(BAND_NAMES)).compute(), found, rtol=1e-6)
+        np.testing.assert_allclose(
+            mixed.predict(lazy, bands=list(BAND_NAMES), encoding="digital_numbers").compute(), found, rtol=1e-6
+        )
 
 
 @pytest.mark.slow
