@@ -427,7 +427,7 @@ def _restore(folder: Path, abstract: Any, sharding: object) -> Any:
     return _put(restore_plain(folder, abstract, "weights"), sharding)
 
 
-def _put(tree: Any, sharding: object) -> Any:
+def _put(tree: dict[str, Any], sharding: object) -> Any:
     """Arrays of the host where they are to lie; `sharding` as for `load`."""
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

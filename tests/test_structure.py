@@ -24,6 +24,7 @@ OF_THEIR_OWN = {
     "biomass_jax.evaluation.uncertainty": "measures of pixels' uncertainty as numbers, without a model or a run",
     "biomass_jax.models.simmim": "the other model",
     "biomass_jax.models.upernet": "the decoder of the literature",
+    "biomass_jax.prediction.adapters": "which of several models counts where, whatever predicts",
     "biomass_jax.regional.significance": "which differences are no chance as numbers, without maps or files",
     "biomass_jax.regional.products": "the layouts of maps that others publish, whatever is done with them",
     "biomass_jax.tasks.simmim": "one task a module",

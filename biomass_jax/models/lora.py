@@ -79,7 +79,7 @@ def dense(features: int, *, name: str, lora: Lora | None, **options: Any) -> nn.
     return AdaptedDense(features, name=name, lora=lora, dot_general=cpu.dense, **options)
 
 
-def lean(block: Any) -> Any:
+def lean(block: type[nn.Module]) -> Any:
     """A block with updates, `train` its second argument, whose backward pass computes again what costs little.
 
     The outputs of dense layers are kept; norms, softmax and GELU, half the memory, aren't. Where weights stay they need

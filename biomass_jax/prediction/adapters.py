@@ -74,7 +74,7 @@ class Adapters:
         polygons: their file.
         field: the column that names the adapter's folder, itself or from the file's folder on; none = the base.
         width: pixels over which one model passes into the other, half of them on each side of the border.
-        options: of every `Forward`.
+        **options: of every `Forward`.
 
     Raises:
         RegionalError: polygons that can't be read.
@@ -83,7 +83,7 @@ class Adapters:
     """
 
     def __init__(
-        self, base: Bundle, polygons: str | os.PathLike[str], *, field: str, width: float, **options: Any
+        self, base: Bundle, polygons: str | os.PathLike[str], *, field: str, width: float, **options: object
     ) -> None:
         if not 0 <= width < math.inf:
             raise PredictionError(f"the width of borders is {width} pixels; expected 0 or more")
@@ -94,7 +94,8 @@ class Adapters:
         named = [None if value is None or value != value else str(value).strip() for value in self._frame[field]]
         self._names = sorted({name for name in named if name})
         self._of_row = [self._names.index(name) + 1 if name else 0 for name in named]
-        self._base, self._options, self._width = base, options, width
+        self._base, self._width = base, width
+        self._options: dict[str, Any] = options
         self._paths = [Path(polygons).parent / name for name in self._names]
         metas = [bundles.read_meta(path) for path in self._paths]
         for path, meta in zip(self._paths, metas, strict=True):

@@ -120,7 +120,7 @@ class Predictor:
         given: dict[str, Any] = {"model_fn": model_fn, "spread": self._layers.spread, "di": self._layers.di}
         self.forward = Forward(bundle, **how, **given)
         self._adapters: Adapters | None = None
-        if adapters is not None:
+        if adapters:
             _check_estimate_alone(bundle, self.forward)
             self._adapters = Adapters(bundle, adapters, field=adapter_field, width=adapter_blend, **how)
             self.settings["adapters"] = self._adapters.settings

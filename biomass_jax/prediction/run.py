@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 
 PREDICTOR_FIELDS = (
     *("batch_size", "tile", "stride", "margin", "blend", "tiling", "dtype", "matmul_precision", "attention"),
-    *("uncertainty", "samples", "di", "biome", "outside", "base", "adapter_field", "adapter_blend"),
+    *("uncertainty", "samples", "di", "biome", "outside", "base"),
+    *("adapters", "adapter_field", "adapter_blend"),
 )
 
 
@@ -85,7 +86,7 @@ def open_predictor(config: ConfigDict | Predict, shardings: dict[str, Any]) -> P
         BundleError, TilingError, PredictionError: see `Predictor`.
     """
     settings = {field: getattr(config, field) for field in PREDICTOR_FIELDS}
-    return Predictor.open(str(config.bundle), adapters=config.adapters or None, **shardings, **settings)
+    return Predictor.open(str(config.bundle), **shardings, **settings)
 
 
 @dataclasses.dataclass
