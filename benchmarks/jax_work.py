@@ -140,20 +140,55 @@ def stepping(program: Any, state: Any, batch: Any) -> Callable[[], float]:
     return common.per_call(call, lambda: jax.block_until_ready(metrics))
 
 
-def step(shards: str, batch_size: int, dtype: str, fields: dict[str, Any]) -> tuple[dict[str, Any], Once]:
-    """Seconds of the step that `biomass_jax.main` compiles: int16 chips in; everything up to AdamW inside."""
+def step(
+    shards: str, batch_size: int, dtype: str, fields: dict[str, Any], settings: dict[str, Any] | None = None
+) -> tuple[dict[str, Any], Once]:
+    """Seconds of the step that `biomass_jax.main` compiles: int16 chips in; everything up to AdamW inside.
+
+    `settings` are fields of the config by their dotted names.
+    """
     from biomass_jax.training.steps import compiled
 
-    run, batch = built(training(shards, batch_size, dtype, fields))
+    config = training(shards, batch_size, dtype, fields)
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in (settings or {}).items()}
+    config.update_from_flattened_dict(given)
+    run, batch = built(config)
+    trained = trained_weights(config, run.state.params)
     began = time.perf_counter()
     program, state = compiled(run.steps.train, run.state, batch), run.state
     seconds_compile = time.perf_counter() - began
     del run  # holds the first state, which the step is given
     once = stepping(program, state, batch)
     del state
-    facts = {"seconds_compile": seconds_compile, "memory_gib": memory()}
+    facts: dict[str, Any] = {"seconds_compile": seconds_compile, "memory_gib": memory()}
+    facts |= {"program_gib": program_memory(program), "trained": trained}
     rate = common.matmul_peak(dtype)
     return facts, lambda: {"gflops_peak": rate(), "seconds": once()}
+
+
+def program_memory(program: Any) -> float:
+    """What a compiled program holds at its peak by the compiler's own count, GiB: arguments, results, all between."""
+    sizes = program.memory_analysis()
+    ours = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return (ours + sizes.temp_size_in_bytes) / 2**30
+
+
+def trained_weights(config: Any, params: Any) -> dict[str, list[int]]:
+    """Of the encoder, and of decoder and head: how many weights a config trains, and how many there are."""
+    from biomass_jax.training.optimizer import trainable_mask
+    from biomass_jax.training.run import frozen
+    from biomass_jax.trees import flatten
+
+    sizes = {path: leaf.size for path, leaf in flatten(params).items()}
+    trained = flatten(trainable_mask(params, frozen(config, params)))
+    parts = {"encoder": ("encoder/",), "decoder and head": ("decoder/", "head/")}
+    return {
+        name: [
+            sum(size for path, size in sizes.items() if path.startswith(start) and (trained[path] or not only))
+            for only in (True, False)
+        ]
+        for name, start in parts.items()
+    }
 
 
 def breakdown(shards: str, batch_size: int, dtype: str, fields: dict[str, Any]) -> tuple[dict[str, Any], Once]:

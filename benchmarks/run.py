@@ -3,7 +3,8 @@
 Ours beside the PyTorch original's model (benchmarks/rival/model.py), each in a process of its own, in turns on one
 machine; the two are compared on shared weights first. Prints one table and writes JSON with the machine, the versions
 and the spread. On a machine with a GPU: bfloat16 over batch sizes beside torch.compile. More parts on demand:
-`breakdown` (where a training step's time goes) and `roofline` (no GPU needed).
+`adapters` (a step that trains low-rank updates), `breakdown` (where a training step's time goes) and `roofline` (no GPU
+needed).
 """
 
 import argparse
@@ -23,12 +24,13 @@ PARTS: dict[str, Callable[[suite.Settings], suite.SuitePart]] = {
     "predict": predict.measure,
     "uncertainty": predict.measure_uncertainty,
     "train": train.measure,
+    "adapters": train.measure_adapters,
     "input": train.measure_input,
     "prep": data_prep.measure,
     "breakdown": train.measure_breakdown,
     "roofline": roofline.measure,
 }
-ALONE = {"uncertainty", "prep", "breakdown", "roofline"}  # without the PyTorch rival
+ALONE = {"uncertainty", "adapters", "prep", "breakdown", "roofline"}  # without the PyTorch rival
 USUAL = {
     "cpu": ("model", "predict", "uncertainty", "train", "input", "prep"),
     "gpu": ("model", "train", "predict", "uncertainty", "input"),

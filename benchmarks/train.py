@@ -3,6 +3,7 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from benchmarks import common, model, suite
 from benchmarks.table import TableRow, Target
@@ -15,10 +16,45 @@ WAITING_STEPS = 8
 BATCH = 4
 WAITING_TARGET = Target("ours", "<", 2.0)  # % of the time
 
+# What a run trains, by fields of its config; `all weights` is what the others are held against.
+ADAPTED: dict[str, dict[str, Any]] = {
+    "all weights": {},
+    "rank 8 on qkv, proj": {"lora.rank": 8},
+    "rank 8 on all four": {"lora.rank": 8, "lora.targets": ["qkv", "proj", "fc1", "fc2"]},
+    "decoder and head alone": {"optimizer.freeze": ["encoder"]},
+}
+LEAN = Target("ratio", ">=", 1 / 0.6)
+ADAPTER_ROUNDS = 3
+
 
 def measure(settings: suite.Settings) -> suite.SuitePart:
     """The training step."""
     return model.measure_steps(settings)
+
+
+def measure_adapters(settings: suite.Settings) -> suite.SuitePart:
+    """Time and memory of a step at batch 4 that trains low-rank updates, and the share of the weights that it trains.
+
+    The memory is the compiler's count of what the step's program holds, since a process holds the compiler too.
+    """
+    found = suite.SuitePart(raw={})
+    whole: float | None = None
+    for name, fields in ADAPTED.items():
+        with common.Crew() as workers:
+            arguments = settings.training | {"batch_size": BATCH, "settings": fields}
+            workers["ours"] = common.Worker(suite.OURS, "step", settings.env(), **arguments)
+            facts = workers["ours"].facts
+            runs = common.in_turns(workers, settings.turns(ADAPTER_ROUNDS))
+        work = common.CHIP_GFLOP * common.TRAINING
+        found.rows.append(suite.timing_row(settings, "adapters", f"step, {name}", runs, None, chips=BATCH, work=work))
+        target = LEAN if name == "rank 8 on qkv, proj" else None
+        found.rows.append(suite.memory_row("adapters", f"memory, {name}", facts["program_gib"], whole, target))
+        whole = facts["program_gib"] if whole is None else whole
+        trained, count = facts["trained"]["encoder"]
+        share = 100 * trained / (count - (trained if "lora.rank" in fields else 0))
+        found.rows.append(TableRow("adapters", f"trained of the encoder, {name}", "%", [share], less=True))
+        found.raw[name] = {"facts": facts, "rounds": runs["ours"]}
+    return found
 
 
 def make_geotiffs() -> Path:

@@ -2,14 +2,12 @@
 
 A bundle is a folder with `bundle.json`, Orbax `variables/` and, to train further, Orbax `optimizer/`; a calibrated one
 has a section `uncertainty` in `bundle.json` and may have its area of applicability in Orbax `applicability/`. Nothing
-else is needed to make a map. Reading `bundle.json` alone (`read_meta`) does not start JAX.
+else is needed to make a map, but for an adapter (see adapter.py), which names the bundle whose weights it updates.
+Reading `bundle.json` alone (`read_meta`) does not start JAX.
 """
 
 import functools
-import hashlib
-import json
 import os
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,20 +19,28 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
-from flax import traverse_util
 
-from biomass_jax.errors import ArchitectureError, BundleError, name_list
+from biomass_jax.adapter import Adapter, check_base, find_base, lora_of, shared
+from biomass_jax.errors import ArchitectureError, BundleError
 from biomass_jax.models.build import CHECK_SEED, abstract_variables, architecture_of, build_module, dummy_inputs
+from biomass_jax.models.lora import Lora, merge
 from biomass_jax.runtime import environment
-from biomass_jax.runtime.files import replace_folder
+from biomass_jax.trees import (
+    SCHEMA_VERSION,
+    compare_trees,
+    flatten,
+    read_meta,
+    restore_plain,
+    stored_shapes,
+    unflatten,
+    weights_sha256,
+    without_empty,
+    write_folder,
+)
 from biomass_jax.version import __version__
 
-SCHEMA_VERSION = 1
 PIXEL_SIZE = 30.0  # metres, of HLS
 CHECK_TOLERANCE = 1e-4
-_REQUIRED = {"task": str, "weights_sha256": str} | dict.fromkeys(
-    ("architecture", "input", "output", "training", "provenance", "check"), dict
-)
 
 
 class Bundle:
@@ -42,12 +48,19 @@ class Bundle:
 
     Attributes:
         path: its folder.
-        meta: `bundle.json`.
+        meta: `bundle.json`; of an adapter what its whole model would have there.
+        lora: the updates that the variables hold beside the weights; None where they are within them.
     """
 
-    def __init__(self, path: Path, meta: dict[str, Any], variables: dict[str, Any] | Future[dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        meta: dict[str, Any],
+        variables: dict[str, Any] | Future[dict[str, Any]],
+        lora: Lora | None = None,
+    ) -> None:
         """`variables` may still be read; then `variables` waits for them."""
-        self.path, self.meta, self._variables = path, meta, variables
+        self.path, self.meta, self._variables, self.lora = path, meta, variables, lora
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -107,7 +120,7 @@ class Bundle:
         expected = self.meta.get("uncertainty", {}).get("applicability_sha256")
         if expected is None and not folder.is_dir():
             return None
-        found = _restore_plain(folder, _stored_shapes(folder, "arrays"), "arrays")
+        found = restore_plain(folder, stored_shapes(folder, "arrays"), "arrays")
         if (digest := weights_sha256(found)) != expected:
             raise BundleError(
                 f"{folder}: the arrays' SHA-256 is {digest}, bundle.json says {expected}; calibrate the model again"
@@ -136,23 +149,8 @@ class Bundle:
 
     def module(self, dtype: str = "float32", *, attention: str = "auto") -> Any:
         """The Flax module that `variables` belong to; `attention` as models/fused/choice.py has it."""
-        return _build(self.path, self.task, self.meta["architecture"], dtype).clone(attention=attention)
-
-
-def flatten(tree: dict[str, Any]) -> dict[str, Any]:
-    """Nested dictionaries -> {'a/b/c': leaf}, sorted by path."""
-    return dict(sorted(traverse_util.flatten_dict(tree, sep="/").items()))
-
-
-def weights_sha256(variables: dict[str, Any]) -> str:
-    """Digest over sorted path, dtype, shape and little-endian bytes (Orbax folders are not byte-stable)."""
-    digest = hashlib.sha256()
-    for path, leaf in flatten(variables).items():
-        array = np.asarray(leaf)
-        digest.update(f"{path} {array.dtype.name} {array.shape}\n".encode())
-        little = array.astype(array.dtype.newbyteorder("<"), copy=False)
-        digest.update(np.ascontiguousarray(little).data if little.size else b"")
-    return digest.hexdigest()
+        module = _build(self.path, self.task, self.meta["architecture"], dtype)
+        return module.clone(attention=attention, lora=self.lora)
 
 
 def software_versions() -> dict[str, str]:
@@ -196,6 +194,7 @@ def save(
     training: dict[str, Any],
     provenance: dict[str, Any],
     optimizer: dict[str, Any] | None = None,
+    adapter: Adapter | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write a bundle, whole or not at all.
@@ -210,6 +209,7 @@ def save(
         training: dataset, season, scores.
         provenance: source, sha256, command, versions.
         optimizer: {count, mu, nu, lr, plateau} to continue training from, `mu` and `nu` shaped like params.
+        adapter: write it as an adapter; `variables` hold its updates beside the weights.
         overwrite: replace a bundle that is there.
 
     Raises:
@@ -219,7 +219,12 @@ def save(
     _refuse_existing(path, overwrite)
     module = _build(path, task, architecture)
     variables = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
-    _compare_trees(str(path), abstract_variables(module), variables)
+    own, section = variables, {}
+    if adapter is not None:
+        mine = {name: leaf for name, leaf in flatten(variables).items() if name not in adapter.kept}
+        own, section = unflatten(mine), {"adapter": adapter.section(path)}
+        variables = merge(variables, adapter.lora.scale)
+    compare_trees(str(path), abstract_variables(module), variables)
     meta: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "task": task,
@@ -230,13 +235,14 @@ def save(
         "provenance": provenance,
         "weights_sha256": weights_sha256(variables),
         "check": compute_check(module, variables),
+        **section,
     }
     if not np.isfinite([*meta["check"]["values"], meta["check"]["mean"]]).all():
         raise BundleError(f"{path}: the model gives NaN or infinite values on a fixed input; its weights are unusable")
-    trees = {"variables": _without_empty(variables)}
+    trees = {"variables": without_empty(own)}
     if optimizer is not None:
         trees["optimizer"] = jax.tree.map(lambda leaf: leaf if hasattr(leaf, "shape") else np.asarray(leaf), optimizer)
-    return _write(path, meta, trees)
+    return write_folder(path, meta, trees)
 
 
 def with_uncertainty(
@@ -266,7 +272,7 @@ def with_uncertainty(
     path = Path(path)
     _refuse_existing(path, overwrite)
     section = {name: value for name, value in uncertainty.items() if name != "applicability_sha256"}
-    trees = {"variables": _without_empty(bundle.variables)}
+    trees = {"variables": without_empty(bundle.variables)}
     if applicability is not None:
         trees["applicability"] = dict(applicability)
         section["applicability_sha256"] = weights_sha256(trees["applicability"])
@@ -275,7 +281,7 @@ def with_uncertainty(
         "provenance": bundle.meta["provenance"] | dict(provenance),
         "uncertainty": section,
     }
-    return _write(path, meta, trees)
+    return write_folder(path, meta, trees)
 
 
 def _refuse_existing(path: Path, overwrite: bool) -> None:
@@ -283,90 +289,88 @@ def _refuse_existing(path: Path, overwrite: bool) -> None:
         raise BundleError(f"{path}: already exists; choose another folder or ask to overwrite it")
 
 
-def _write(path: Path, meta: dict[str, Any], trees: dict[str, Any]) -> Path:
-    """Write the folder under another name and rename it when it is whole."""
-    import orbax.checkpoint as ocp
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f".{path.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        # Trained weights hardly compress (8 %), and plain ones open in half the time.
-        # One process of a run writes, so that Orbax must not wait for the others.
-        me = jax.process_index()
-        alone = ocp.options.MultiprocessingOptions(
-            primary_host=me, active_processes={me}, barrier_sync_key_prefix="bundle"
-        )
-        handler = ocp.PyTreeCheckpointHandler(use_compression=False, use_zarr3=True, multiprocessing_options=alone)
-        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-            for name, tree in trees.items():
-                checkpointer.save(partial.absolute() / name, args=ocp.args.PyTreeSave(tree))
-        (partial / "bundle.json").write_text(json.dumps(meta, indent=2, allow_nan=False) + "\n")
-        replace_folder(partial, path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return path
-
-
-def read_meta(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """`bundle.json`, checked.
-
-    Raises:
-        BundleError: no bundle there, unreadable, of another schema version, or with a field missing.
-    """
-    path = Path(path)
-    file = path / "bundle.json"
-    if not file.is_file():
-        hint = "; a PyTorch file is turned into a bundle by `python -m biomass_jax.convert`" if path.is_file() else ""
-        raise BundleError(f"{path}: not a model bundle (there is no {file}){hint}")
-    try:
-        meta = json.loads(file.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BundleError(f"{file}: not readable as JSON: {error}") from error
-    if not isinstance(meta, dict) or "schema_version" not in meta:
-        raise BundleError(f"{file}: no field `schema_version`; this is not a bundle's description")
-    if meta["schema_version"] != SCHEMA_VERSION:
-        raise BundleError(
-            f"{file}: schema_version {meta['schema_version']!r}, but this version of biomass_jax reads "
-            f"{SCHEMA_VERSION}; convert the original checkpoint again, or use the matching release"
-        )
-    for field, kind in _REQUIRED.items():
-        if not isinstance(meta.get(field), kind):
-            raise BundleError(f"{file}: field `{field}` must be a {kind.__name__}, found {meta.get(field)!r}")
-    if not isinstance(meta.get("uncertainty", {}), dict):
-        raise BundleError(f"{file}: field `uncertainty` must be a dict, found {meta['uncertainty']!r}")
-    return meta
-
-
-def load(path: str | os.PathLike[str], sharding: object = None, *, background: bool = False) -> Bundle:
-    """Open a bundle written on any number of devices.
+def load(
+    path: str | os.PathLike[str],
+    sharding: object = None,
+    *,
+    background: bool = False,
+    base: str | os.PathLike[str] | None = None,
+) -> Bundle:
+    """Open a bundle written on any number of devices; of an adapter the whole model, merged in memory.
 
     Args:
         path: the bundle's folder.
         sharding: where the variables go, one `jax.sharding.Sharding` or a tree of them; default, the first device.
         background: read the weights in a thread; whoever asks for them first waits, and meets the second error.
+        base: folder of an adapter's base, where it doesn't lie where it did.
 
     Raises:
-        BundleError: see `read_meta`; or weights that are damaged or do not fit the architecture.
+        BundleError: see `read_meta`; an adapter whose base isn't found, a base for what is no adapter; or weights that
+            are damaged or do not fit the architecture.
     """
     meta = read_meta(path)
+    section = meta.pop("adapter", None)
+    if section is None and base is not None:
+        raise BundleError(f"{path}: is a whole model and no adapter; leave its base, {base}, out")
+    under = None if section is None else (find_base(path, section, base), lora_of(path, section))
+    arguments = (path, meta, sharding, under)
     if not background:
-        return Bundle(Path(path), meta, _read_variables(path, meta, sharding))
+        return Bundle(Path(path), meta, _read_variables(*arguments))
     reader = ThreadPoolExecutor(1, "bundle reader")
-    bundle = Bundle(Path(path), meta, reader.submit(_read_variables, path, meta, sharding))
+    bundle = Bundle(Path(path), meta, reader.submit(_read_variables, *arguments))
     reader.shutdown(wait=False)
     return bundle
 
 
-def _read_variables(path: str | os.PathLike[str], meta: dict[str, Any], sharding: object) -> dict[str, Any]:
-    abstract = _without_empty(abstract_variables(_build(path, meta["task"], meta["architecture"])))
+def load_adapter(path: str | os.PathLike[str], base: Bundle) -> Bundle:
+    """Open an adapter with its updates beside the weights of its base, whose arrays it shares.
+
+    Raises:
+        BundleError: see `read_meta`; no adapter, one of another base, or arrays that are damaged or do not fit.
+    """
+    meta = read_meta(path)
+    check_base(path, meta, base.path, base.weights_sha256)
+    lora = lora_of(path, meta.pop("adapter"))
+    own = jax.device_put(_read_updates(path, meta, lora, base.variables), jax.tree.leaves(base.variables)[0].sharding)
+    return Bundle(Path(path), meta, own, lora)
+
+
+def _read_variables(
+    path: str | os.PathLike[str], meta: dict[str, Any], sharding: object, under: tuple[Path, Lora] | None = None
+) -> dict[str, Any]:
+    return _put(_read_plain(path, meta, under), sharding)
+
+
+def _read_plain(
+    path: str | os.PathLike[str], meta: dict[str, Any], under: tuple[Path, Lora] | None = None
+) -> dict[str, Any]:
+    """{"params", "batch_stats"} on the host; of an adapter merged with its base, in `under`."""
+    if under is not None:
+        place, lora = under
+        about = read_meta(place)
+        section = about.pop("adapter", None)
+        below = None if section is None else (find_base(place, section), lora_of(place, section))
+        return merge(_read_updates(path, meta, lora, _read_plain(place, about, below)), lora.scale)
+    abstract = without_empty(abstract_variables(_build(path, meta["task"], meta["architecture"])))
     folder = Path(path) / "variables"
     try:
-        variables = _restore(folder, abstract, sharding)
+        variables = restore_plain(folder, abstract, "weights")
     except BundleError:
-        _compare_trees(str(folder), abstract, _stored_shapes(folder))  # names the arrays that don't fit
+        compare_trees(str(folder), abstract, stored_shapes(folder))  # names the arrays that don't fit
         raise
+    return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+
+
+def _read_updates(
+    path: str | os.PathLike[str], meta: dict[str, Any], lora: Lora, base: dict[str, Any]
+) -> dict[str, Any]:
+    """An adapter's own arrays, on the host, with the rest taken from its base's variables."""
+    folder = Path(path) / "variables"
+    own = flatten(restore_plain(folder, stored_shapes(folder), "weights"))
+    wanted = abstract_variables(_build(path, meta["task"], meta["architecture"]).clone(lora=lora))
+    found = {name: leaf for name, leaf in shared(base).items() if name in flatten(wanted)} | own
+    variables = unflatten(found)
+    compare_trees(str(folder), wanted, variables)
     return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
 
@@ -379,9 +383,9 @@ def load_optimizer(bundle: Bundle, sharding: object = None) -> dict[str, Any] | 
     folder = bundle.path / "optimizer"
     if not folder.is_dir():
         return None
-    abstract = _stored_shapes(folder)
+    abstract = stored_shapes(folder)
     for moments in ("mu", "nu"):
-        _compare_trees(f"{folder}: {moments}", bundle.variables["params"], abstract.get(moments, {}))
+        compare_trees(f"{folder}: {moments}", bundle.variables["params"], abstract.get(moments, {}))
     return _restore(folder, abstract, sharding)
 
 
@@ -418,58 +422,13 @@ def _build(path: str | os.PathLike[str], task: str, architecture: dict[str, Any]
         raise BundleError(f"{path}: {error}") from error
 
 
-def _stored_shapes(folder: Path, what: str = "weights") -> dict[str, Any]:
-    """What an Orbax folder holds, as a tree of `jax.ShapeDtypeStruct`."""
-    import orbax.checkpoint as ocp
-
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            stored = checkpointer.metadata(folder.absolute()).item_metadata.tree
-    except (ValueError, KeyError, OSError, AttributeError) as error:
-        raise BundleError(f"{folder}: no readable {what} there: {_first_line(error)}") from error
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored)
-
-
 def _restore(folder: Path, abstract: Any, sharding: object) -> Any:
+    # By way of NumPy: Orbax takes twice as long to put hundreds of arrays on their devices one by one.
+    return _put(restore_plain(folder, abstract, "weights"), sharding)
+
+
+def _put(tree: dict[str, Any], sharding: object) -> Any:
+    """Arrays of the host where they are to lie; `sharding` as for `load`."""
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    if isinstance(sharding, jax.sharding.Sharding):
-        sharding = jax.tree.map(lambda _: sharding, abstract)
-    # By way of NumPy: Orbax takes twice as long to put hundreds of arrays on their devices one by one.
-    return jax.device_put(_restore_plain(folder, abstract, "weights"), sharding)
-
-
-def _restore_plain(folder: Path, abstract: dict[str, Any], what: str) -> Any:
-    """Arrays on the host."""
-    import orbax.checkpoint as ocp
-
-    plain = jax.tree.map(lambda x: ocp.RestoreArgs(restore_type=np.ndarray, dtype=x.dtype), abstract)
-    try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            found = checkpointer.restore(folder.absolute(), args=ocp.args.PyTreeRestore(abstract, restore_args=plain))
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise BundleError(f"{folder}: the {what} are damaged: {_first_line(error)}") from error
-    _compare_trees(str(folder), abstract, found)
-    return found
-
-
-def _first_line(error: Exception) -> str:
-    # Orbax's messages can run to pages; the first line says what happened.
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _compare_trees(where: str, expected: dict[str, Any], found: dict[str, Any]) -> None:
-    """Raise a `BundleError` that names missing, unknown and misshapen arrays, the first few and their number."""
-    want = {path: tuple(leaf.shape) for path, leaf in flatten(expected).items()}
-    have = {path: tuple(leaf.shape) for path, leaf in flatten(found).items()}
-    faults = [f"missing {path} {want[path]}" for path in sorted(want.keys() - have.keys())]
-    faults += [f"unknown {path} {have[path]}" for path in sorted(have.keys() - want.keys())]
-    both = sorted(want.keys() & have.keys())
-    faults += [f"{path} has shape {have[path]}, expected {want[path]}" for path in both if want[path] != have[path]]
-    if faults:
-        raise BundleError(f"{where}: weights do not fit the architecture: {name_list(faults)}")
-
-
-def _without_empty(variables: dict[str, Any]) -> dict[str, Any]:
-    # Orbax does not keep an empty `batch_stats`.
-    return {key: tree for key, tree in variables.items() if tree}
+    return jax.device_put(tree, sharding)

@@ -77,6 +77,11 @@ TOOLS = {
         "biomass_jax.portable.__main__",
         "--bundle granite --format onnx --output granite.onnx",
     ),
+    "merge": ToolCommand(
+        "an adapter and its base as one plain bundle",
+        "biomass_jax.convert.merge",
+        "--adapter run/best --base granite --output merged",
+    ),
     "calibrate": ToolCommand(
         "a bundle whose maps say how sure they are",
         "biomass_jax.evaluation.calibrate",
@@ -173,6 +178,7 @@ _ARCHIVE = "data_prep.archive.stream"
 _MGRS_TILE = re.compile(r"T?\d{2}[A-Z]{3}")
 # The programs that the tools name in their help when they are called by themselves.
 _OTHER_NAMES = {
+    "python -m biomass_jax.convert.merge": f"{PROGRAM} merge",
     "python -m biomass_jax.convert": f"{PROGRAM} convert",
     "python -m biomass_jax.portable": f"{PROGRAM} export",
     "python -m biomass_jax.evaluation.calibrate": f"{PROGRAM} calibrate",

@@ -148,7 +148,7 @@ MODES: dict[str, Callable[[Any, Path], None]] = {
 def check_paths(config: ConfigDict) -> None:
     """Refuse a bucket's address where a folder is meant; inputs of `predict` may be addresses."""
     check_local(WORKDIR.value, "--workdir")
-    for name in ("bundle", "against", "init_from"):
+    for name in ("bundle", "base", "adapters", "against", "init_from"):
         check_local(config.get(name), f"config.{name}")
     if "data" in config:
         check_local(config.data.get("path"), "config.data.path")

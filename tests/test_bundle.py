@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from biomass_jax import bundle
+from biomass_jax import bundle, trees
 from biomass_jax.errors import BundleError
 from biomass_jax.models.build import abstract_variables, build_module
 
@@ -186,7 +186,7 @@ def test_save_replaces_only_when_told_and_leaves_nothing_when_it_fails(saved, tm
     target = bundle.save(tmp_path / "b", random_variables(ARCHITECTURE, 1), **FIELDS)
     first = bundle.read_meta(target)["weights_sha256"]
     with monkeypatch.context() as patch:
-        patch.setattr(bundle.json, "dumps", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+        patch.setattr(trees.json, "dumps", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
         with pytest.raises(OSError, match="disk full"):
             bundle.save(target, random_variables(ARCHITECTURE, 2), overwrite=True, **FIELDS)
     assert bundle.read_meta(target)["weights_sha256"] == first
@@ -271,7 +271,7 @@ def test_a_calibrated_copy_is_whole_or_not_there(calibrated, tmp_path, monkeypat
     target = edit(calibrated, tmp_path / "c")
     opened, given = bundle.load(target), {"output_bands": BANDS, "provenance": {}, "overwrite": True}
     with monkeypatch.context() as patch:
-        patch.setattr(bundle.json, "dumps", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+        patch.setattr(trees.json, "dumps", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
         with pytest.raises(OSError, match="disk full"):
             bundle.with_uncertainty(opened, target, SECTION, area(seed=1), **given)
     np.testing.assert_array_equal(opened.applicability["centres"], area()["centres"])

@@ -174,7 +174,7 @@ def test_shells_complete_commands_options_and_what_they_may_be(monkeypatch):
     monkeypatch.setattr(cli, "_options", options.__getitem__)
     script = cli.completion("bash")
     assert complete(script, "pre") == ["predict", "pretrain", "prepare", "preview"]
-    assert complete(script, "predict", "--ba") == ["--bands", "--batch-size"]
+    assert complete(script, "predict", "--ba") == ["--base", "--bands", "--batch-size"]
     assert complete(script, "predict", "--no-q") == ["--no-quicklook"]
     assert complete(script, "finetune", "--optimizer.le") == ["--optimizer.learning-rate"]
     assert complete(script, "finetune", "--load", "") == ["all", "encoder"]

@@ -25,7 +25,10 @@ def command(root, *arguments, cwd=None):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        (["--config.bundel=x"], "no field 'bundel' in this config; it has allow_empty, attention, bands, batch_size"),
+        (
+            ["--config.bundel=x"],
+            "no field 'bundel' in this config; it has adapter_blend, adapter_field, adapters, allow_empty",
+        ),
         ([], "config.bundle is not given; add --config.bundle=PATH"),
         (["--config.bundle=b"], "config.inputs is not given; add --config.inputs=PATH"),
         (["--config.bundle=b", "--config.inputs=None"], "config.inputs is not given"),
@@ -145,6 +148,7 @@ def test_every_field_reaches_its_place(monkeypatch, tmp_path):
     settings = {"batch_size": 5, "tile": 100, "stride": 80, "margin": 4, "blend": "none", "tiling": "reference_1_2"}
     settings |= {"dtype": "bfloat16", "matmul_precision": "high", "uncertainty": "dropout", "samples": 3}
     settings |= {"di": True, "biome": "taiga", "outside": "nodata", "attention": "einsum"}
+    settings |= {"base": "c", "adapters": "d.gpkg", "adapter_field": "name", "adapter_blend": 3.0}
     options = {"encoding": "percent", "resample": 30.0, "allow_empty": True, "overwrite": True, "quicklook": True}
     options |= {"style": True, "stac": True}
     options |= {"mask": "cover.tif", "mask_keep": (1, 2)}

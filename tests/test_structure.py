@@ -25,6 +25,7 @@ OF_THEIR_OWN = {
     "biomass_jax.evaluation.uncertainty": "measures of pixels' uncertainty as numbers, without a model or a run",
     "biomass_jax.models.simmim": "the other model",
     "biomass_jax.models.upernet": "the decoder of the literature",
+    "biomass_jax.prediction.adapters": "which of several models counts where, whatever predicts",
     "biomass_jax.regional.significance": "which differences are no chance as numbers, without maps or files",
     "biomass_jax.regional.products": "the layouts of maps that others publish, whatever is done with them",
     "biomass_jax.tasks.simmim": "one task a module",
@@ -42,7 +43,8 @@ LAYERS: tuple[set[str], ...] = (
     {"errors", "version", "configs"},  # of configs, where the files are; they themselves know the settings of all parts
     {"runtime"},
     {"data", "figures"},
-    {"models"},
+    {"models", "trees"},
+    {"adapter"},
     {"bundle"},
     {"pipeline", "tasks", "uncertainty"},
     {"convert", "training", "prediction"},

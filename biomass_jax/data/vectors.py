@@ -153,6 +153,35 @@ def _unwrapped(part: "Geometry") -> "Geometry | None":
     return shapely.Polygon(rings[0], rings[1:])
 
 
+def outlines_on(frame: "GeoDataFrame", crs: str, box: tuple[float, float, float, float]) -> list["Geometry"]:
+    """The part of each outline in and about a box, in the box's CRS; empty where none of it lies there.
+
+    Edges are straight in the frame's own CRS: they get corners enough to be so in the other one.
+
+    Args:
+        frame: of `read_zones`.
+        crs: of the box, as WKT.
+        box: (left, bottom, right, top).
+    """
+    import shapely
+    from pyproj import Transformer
+
+    back = Transformer.from_crs(crs, frame.crs, always_xy=True)
+    forward = Transformer.from_crs(frame.crs, crs, always_xy=True)
+    west, south, east, north = back.transform_bounds(*box, densify_pts=21)
+    spans = [(west, east)] if west <= east else [(west, 180.0), (-180.0, east)]  # across the antimeridian
+    about = max(north - south, *(right - left for left, right in spans)) / 10
+    near = shapely.union_all(
+        [shapely.box(left - about, south - about, right + about, north + about) for left, right in spans]
+    )
+
+    def place(at: np.ndarray) -> np.ndarray:
+        return np.column_stack(forward.transform(at[:, 0], at[:, 1]))
+
+    clipped = shapely.intersection(frame.geometry.to_numpy(), near)
+    return list(shapely.transform(shapely.segmentize(clipped, about / 10), place))
+
+
 def ground_area(outline: "Geometry") -> float:
     """Geodesic area of an outline in degrees on WGS 84's ellipsoid, hectares."""
     import shapely

@@ -73,7 +73,7 @@ def calibrate(
     if output.exists() and not overwrite:
         raise EvaluationError(f"{output}: already exists; choose another folder, or give --overwrite")
     placement = placement or {}
-    model = bundles.load(bundle, placement.get("replicated"))
+    model = bundles.load(bundle, placement.get("replicated"), base=chosen.base)
     source = _opened(data, chosen.split, chosen)
     evaluate.check_bands(model)
     evaluate.check_units(model, source.info)

@@ -41,6 +41,9 @@ class Evaluate:
     """Fields of an evaluation."""
 
     bundle: str | None = setting(None, "folder of the model")
+    base: str | None = setting(
+        None, "folder of an adapter's base, where that doesn't lie where it did, see [adapters](adapt.md)"
+    )
     against: str | None = setting(None, "folder of another model, to be compared with on the same pixels")
     data: EvaluationData = group(EvaluationData)
     reference: bool = setting(
@@ -86,6 +89,7 @@ class Evaluate:
 class Calibrate:
     """How a bundle is calibrated: options of `biomass-jax calibrate`."""
 
+    base: str | None = setting(None, "folder of an adapter's base, where that doesn't lie where it did")
     split: str = setting("val", "chips that it is calibrated on: none that it was trained or will be tested on")
     level: float = setting(0.9, "share of the labels that an interval is to hold", within=Range(0.5, 1, ends="[)"))
     uncertainty: str = setting(

@@ -117,7 +117,7 @@ def _made_ready(
     path: str, config: ConfigDict, source: Source, train: Callable[[], Source], placement: dict[str, Any]
 ) -> tuple[Forward, dict[str, Any]]:
     """A model that fits the data, and its statistics as `ScoredModel` has them; `train` opens the training split."""
-    bundle = bundles.load(path, placement["replicated"])
+    bundle = bundles.load(path, placement["replicated"], base=config.base if path == config.bundle else None)
     check_units(bundle, source.info)
     check_bands(bundle)
     check_pixel_size(source, bundle)

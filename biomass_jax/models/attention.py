@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from biomass_jax.models import initialisation, shapes, swin_ops
 from biomass_jax.models.fused import attention, choice
-from biomass_jax.models.layers import Dense
+from biomass_jax.models.lora import Lora, dense
 from biomass_jax.models.shapes import Size
 from biomass_jax.runtime import mesh
 
@@ -25,6 +25,7 @@ class WindowAttention(nn.Module):
     initializer: str = "torch"
     attention: str = "auto"
     dtype: Any = jnp.float32
+    lora: Lora | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, shift: Size) -> jax.Array:
@@ -41,13 +42,13 @@ class WindowAttention(nn.Module):
             ((2 * size - 1) ** 2, self.num_heads),
             jnp.float32,
         )
-        draws = initialisation.dense(self.initializer, c)
-        qkv = Dense(3 * c, dtype=self.dtype, name="qkv", **draws)
-        proj = Dense(c, dtype=self.dtype, name="proj", **draws)
+        how: dict[str, Any] = {"dtype": self.dtype, "lora": self.lora, **initialisation.dense(self.initializer, c)}
+        qkv = dense(3 * c, name="qkv", **how)
+        proj = dense(c, name="proj", **how)
         bias = table[swin_ops.relative_position_index(size)].transpose(2, 0, 1)
         if fused and not self.is_initializing():
             attend = partial(attention.attend, window_size=size, shift=shift)
             return proj(mesh.on_each_device(attend, qkv(x), bias))
-        mask = swin_ops.shift_mask(height, width, size, shift) if shift else None
+        mask = None if shapes.is_zero(shift) else swin_ops.shift_mask(height, width, size, shift)
         windows = swin_ops.attend_windows(qkv(swin_ops.to_windows(x, size, shift)), bias, mask)
         return swin_ops.from_windows(proj(windows), size, shift, height, width)

@@ -14,6 +14,7 @@ from flax import linen as nn
 from biomass_jax.errors import ArchitectureError
 from biomass_jax.models.biomass import BiomassModel
 from biomass_jax.models.ensemble import BiomassEnsemble, join_variables
+from biomass_jax.models.lora import Lora
 from biomass_jax.models.simmim import SimMIM
 from biomass_jax.models.swin import SwinEncoder
 
@@ -32,6 +33,7 @@ def build_module(
     *,
     remat: tuple[int, ...] = (),
     attention: str = "auto",
+    lora: Lora | None = None,
 ) -> Any:
     """The Flax module of a task, not yet holding any variables.
 
@@ -42,6 +44,7 @@ def build_module(
         dtype: `float32` or `bfloat16`, of the computation; parameters are float32.
         remat: stages (0 to 3) whose blocks are computed a second time in the backward pass, to save memory.
         attention: what computes the attention of windows, one of `attention.CHOICES`.
+        lora: low-rank updates beside the weights of dense layers; None for none.
 
     Raises:
         ArchitectureError: unknown task or field, or what can't be an ensemble.
@@ -53,15 +56,15 @@ def build_module(
     if unknown := sorted(set(architecture) - set(known)):
         raise ArchitectureError(f"architecture has unknown fields {unknown}; {kind.__name__} has {sorted(known)}")
     fields = {key: tuple(value) if isinstance(value, list) else value for key, value in architecture.items()}
-    return kind(**fields, dtype=jnp.dtype(dtype), remat=tuple(remat), attention=attention)
+    return kind(**fields, dtype=jnp.dtype(dtype), remat=tuple(remat), attention=attention, lora=lora)
 
 
 def architecture_of(module: nn.Module) -> dict[str, Any]:
     """Every constructor field of a module that says what it is, as JSON has them: what `build_module` takes.
 
-    `dtype`, `remat`, `attention` and `initializer` say how it is computed and drawn, and are left out; so are the
-    fields of a spread that a model doesn't have: what it is, it has been since before there were spreads, and older
-    versions open it.
+    `dtype`, `remat`, `attention` and `initializer` say how it is computed and drawn, `lora` what is added to it: they
+    are left out; so are the fields of a spread that a model doesn't have: what it is, it has been since before there
+    were spreads, and older versions open it.
     """
     values = {name: getattr(module, name) for name in _fields(type(module))}
     if values.get("spread") == "none":
@@ -70,7 +73,7 @@ def architecture_of(module: nn.Module) -> dict[str, Any]:
 
 
 def _fields(module: type[nn.Module]) -> list[str]:
-    other = ("parent", "name", "dtype", "remat", "attention", "initializer")
+    other = ("parent", "name", "dtype", "remat", "attention", "initializer", "lora")
     return [field.name for field in dataclasses.fields(module) if field.name not in other]
 
 

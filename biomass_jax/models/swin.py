@@ -16,6 +16,7 @@ from biomass_jax.models import initialisation, shapes, swin_ops
 from biomass_jax.models.attention import WindowAttention
 from biomass_jax.models.fused import choice, mlp
 from biomass_jax.models.layers import Dense, LayerNorm, gelu
+from biomass_jax.models.lora import Lora, dense, lean
 from biomass_jax.runtime import cpu, mesh
 
 Dtype = Any
@@ -63,14 +64,16 @@ class Mlp(nn.Module):
     hidden_dim: int
     initializer: str = "torch"
     dtype: Dtype = jnp.float32
+    lora: Lora | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., C] -> [..., C]."""
         c, kind = x.shape[-1], self.initializer
-        x = Dense(self.hidden_dim, dtype=self.dtype, name="fc1", **initialisation.dense(kind, c))(x)
+        same: dict[str, Any] = {"dtype": self.dtype, "lora": self.lora}
+        x = dense(self.hidden_dim, name="fc1", **same, **initialisation.dense(kind, c))(x)
         x = gelu(x)
-        return Dense(c, dtype=self.dtype, name="fc2", **initialisation.dense(kind, self.hidden_dim))(x)
+        return dense(c, name="fc2", **same, **initialisation.dense(kind, self.hidden_dim))(x)
 
 
 class SwinBlock(nn.Module):
@@ -85,6 +88,7 @@ class SwinBlock(nn.Module):
     initializer: str = "torch"
     attention: str = "auto"
     dtype: Dtype = jnp.float32
+    lora: Lora | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -97,7 +101,7 @@ class SwinBlock(nn.Module):
         x = cpu.computed_once(x)
         if weights := self._weights_of_kernel(x, train):
             return mesh.on_each_device(mlp.add_mlp, x, weights)
-        y = Mlp(int(c * self.mlp_ratio), self.initializer, self.dtype, name="mlp")(
+        y = Mlp(int(c * self.mlp_ratio), self.initializer, self.dtype, self.lora, name="mlp")(
             LayerNorm(self.dtype, name="norm2")(x)
         )
         return x + swin_ops.DropPath(self.drop_path_rate)(y, train=train)
@@ -125,8 +129,8 @@ class SwinBlock(nn.Module):
         shift = size // 2 if self.shifted else 0
         if shift and not self.shift_single_window:
             shift = shapes.where((padded_h, padded_w), size, 0, shift)
-        attention = WindowAttention(self.num_heads, size, self.initializer, self.attention, self.dtype, name="attn")
-        x = attention(x, shift)
+        how = (self.initializer, self.attention, self.dtype, self.lora)
+        x = WindowAttention(self.num_heads, size, *how, name="attn")(x, shift)
         return x[:, :h, :w] if pad_h or pad_w else x
 
 
@@ -160,6 +164,7 @@ class SwinStage(nn.Module):
     initializer: str = "torch"
     attention: str = "auto"
     dtype: Dtype = jnp.float32
+    lora: Lora | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
@@ -167,8 +172,11 @@ class SwinStage(nn.Module):
         block: Any = SwinBlock
         if train and self.remat:  # where memory matters more than time, the backward pass computes a block again
             block = nn.remat(SwinBlock, static_argnums=(2,))
+        elif train and self.lora is not None:
+            block = lean(SwinBlock)
         elif not train and not self.is_initializing():  # blocks alike are traced once: a prediction starts sooner
             block = nn.jit(SwinBlock, static_argnums=(2,))
+        lora = self.lora if train or self.lora is None else self.lora.without_dropout()
         for j in range(self.depth):
             x = block(
                 num_heads=self.num_heads,
@@ -180,6 +188,7 @@ class SwinStage(nn.Module):
                 initializer=self.initializer,
                 attention=self.attention,
                 dtype=self.dtype,
+                lora=lora,
                 name=f"blocks_{j}",
             )(x, train)
         features = LayerNorm(self.dtype, name="norm")(x) if self.out_norm else x
@@ -193,8 +202,9 @@ class SwinFields(nn.Module):
     `shift_single_window`: shift also where the padded map is one window (granite's weights need it; the original, timm
     and SimMIM do not). How a run computes is no part of a model's architecture: `remat` names the stages (0 to 3) whose
     blocks are computed a second time in the backward pass to save memory, `initializer` how fresh weights are drawn
-    (`torch` or `simmim`, see initialisation.py), `attention` whether kernels compute attention and MLPs
-    (see fused/choice.py).
+    (`torch` or `simmim`, see initialisation.py), `attention` whether kernels compute attention and MLPs (see
+    fused/choice.py). `lora` adds low-rank updates to dense layers of the blocks (see lora.py), which a whole model has
+    within its kernels.
     """
 
     embed_dim: int = 128
@@ -210,6 +220,7 @@ class SwinFields(nn.Module):
     initializer: str = "torch"
     attention: str = "auto"
     dtype: Dtype = jnp.float32
+    lora: Lora | None = None
 
     @nn.nowrap
     def make_encoder(self, **options: Any) -> "SwinTransformer":
@@ -254,6 +265,7 @@ class SwinTransformer(SwinFields):
                 initializer=self.initializer,
                 attention=self.attention,
                 dtype=self.dtype,
+                lora=self.lora,
             )
             for i, depth in enumerate(self.depths)
         ]

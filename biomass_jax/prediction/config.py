@@ -10,6 +10,9 @@ class Predict:
     """Fields of a prediction run."""
 
     bundle: str | None = setting(None, "folder of the model, from `biomass-jax convert` or a training's `best`")
+    base: str | None = setting(
+        None, "folder of an adapter's base, where that doesn't lie where it did, see [adapters](adapt.md)"
+    )
     inputs: str | None = setting(
         None, "a GeoTIFF, an HLS granule's folder, a folder or pattern of such, a VRT, a URL; see above"
     )
@@ -56,6 +59,13 @@ class Predict:
         "keep",
         "or nodata, which leaves out where `di` is above its threshold, outside the area of applicability",
         choices="biomass_jax.prediction.layers:OUTSIDE",
+    )
+    adapters: str | None = setting(
+        None, "polygons that name adapters of the bundle: each pixel by that of its place, see [adapters](adapt.md)"
+    )
+    adapter_field: str = setting("adapter", "their column of names: folders, from the file's own on")
+    adapter_blend: float = setting(
+        16.0, "px over which one model passes into the other at a border, half of them on each side", within=Range(0)
     )
     mask: str | None = setting(None, "a raster of land-cover classes on any grid")
     mask_keep: tuple[int, ...] = setting((), "its classes to map, as `(10, 95)`; all else becomes no-data")

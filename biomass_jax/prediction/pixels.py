@@ -20,7 +20,6 @@ from biomass_jax.data.raster.grid import Grid
 from biomass_jax.data.raster.image import ImageSource, Reading
 from biomass_jax.data.raster.resample import MaskSource, mask_identity
 from biomass_jax.errors import PredictionError, refuse_empty
-from biomass_jax.prediction.forward import Forward
 from biomass_jax.prediction.stream import (
     TileRowPrediction,
     Timings,
@@ -38,15 +37,35 @@ log = logging.getLogger(__name__)
 _SAMPLE = 5000  # pixels of a piece of an image whose values are looked at
 
 
+class ImageModel(Protocol):
+    """What maps need of a `Forward`."""
+
+    def prepare(self, shape: tuple[int, ...], dtype: np.dtype) -> object:
+        """Compile for batches of this shape and type in a thread."""
+        ...
+
+    def __call__(self, images: np.ndarray, fill: float | None) -> jax.Array:
+        """(B, H, W, bands) digital numbers -> float32 (B, H, W[, channels]), still being computed."""
+        ...
+
+
 class Mapper(Protocol):
     """What maps need of a `Predictor`."""
 
     bundle: Bundle
-    forward: Forward
     tile: int
     batch_size: int
     settings: dict[str, Any]
     one_at_a_time: threading.Lock
+
+    @property
+    def forward(self) -> ImageModel:
+        """The model."""
+        ...
+
+    def on(self, grid: Grid, name: str) -> "Mapper":
+        """The mapper of an image on a grid; `name` is the image's."""
+        ...
 
     @property
     def layers(self) -> dict[str, str]:
@@ -62,8 +81,8 @@ class Mapper(Protocol):
         """What a map's file says of its layers."""
         ...
 
-    def finish(self, values: np.ndarray) -> np.ndarray:
-        """What `forward` gave as what the map has: float32 (rows, W[, channels]) -> (rows, W[, layers])."""
+    def finish(self, values: np.ndarray, start: int) -> np.ndarray:
+        """What `forward` gave as what the map has from row `start` on: (rows, W[, channels]) -> (rows, W[, layers])."""
         ...
 
     def plan(self, height: int, width: int) -> TilePlan | None:
@@ -203,8 +222,9 @@ class MapPixels(ExitStack[None]):
     ) -> None:
         """`write` takes the rows, `name` is that of the progress bar; errors as for `Predictor.predict_file`."""
         super().__init__()
-        self._predictor, self._source, self._options, self._write = predictor, source, options, write
         grid = source.grid
+        predictor = predictor.on(grid, source.name)
+        self._predictor, self._source, self._options, self._write = predictor, source, options, write
         plan = predictor.plan(grid.height, grid.width)
         shape = (1, grid.height, grid.width) if plan is None else (predictor.batch_size, *(predictor.tile,) * 2)
         predictor.forward.prepare((*shape, len(predictor.bundle.bands)), source.dtype)
@@ -243,7 +263,7 @@ class MapPixels(ExitStack[None]):
             values = np.array(self._whole)[0]
             self.timings.compute = time.perf_counter() - began
             check_finite(values, self._wanted)
-            values = self._predictor.finish(values)
+            values = self._predictor.finish(values, 0)
             values[~self._wanted] = self._predictor.bundle.nodata
             self._write(0, values)
         self._reader.check(self._options.allow_empty)
@@ -287,6 +307,7 @@ def map_lazily(predictor: Mapper, source: arrays.ArraySource, options: MapOption
     """A Dask array (H, W[, layers]): a task for each row of tiles, and one that blends neighbours for each row band."""
     _say(source.warnings)
     grid = source.grid
+    predictor = predictor.on(grid, source.name)
     plan = predictor.plan(grid.height, grid.width)
     several = (len(predictor.layers),) if len(predictor.layers) > 1 else ()
     if plan is None:

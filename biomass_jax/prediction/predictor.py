@@ -15,14 +15,16 @@ from biomass_jax.bundle import Bundle
 from biomass_jax.data import bands as band_table
 from biomass_jax.data.raster import arrays
 from biomass_jax.data.raster import encoding as encodings
+from biomass_jax.data.raster.grid import Grid
 from biomass_jax.data.raster.image import Reading, open_image
 from biomass_jax.data.raster.inputs import InputItem, StacItem, find_inputs, is_stac_item, stac_input
 from biomass_jax.errors import PredictionError, RasterError
 from biomass_jax.prediction import maps
+from biomass_jax.prediction.adapters import Adapters
 from biomass_jax.prediction.forward import Forward
 from biomass_jax.prediction.layers import AUTO, KEEP, Layers
 from biomass_jax.prediction.maps import Failure, MapResult
-from biomass_jax.prediction.pixels import MapOptions, map_lazily, map_now, say_oddities
+from biomass_jax.prediction.pixels import MapOptions, Mapper, map_lazily, map_now, say_oddities
 from biomass_jax.prediction.reference_tiling import reference_0_99_plan, reference_1_2_plan
 from biomass_jax.prediction.stream import check_finite
 from biomass_jax.prediction.tiling import TilePlan, check_settings, default_plan
@@ -60,6 +62,10 @@ class Predictor:
         di: give the dissimilarity to the training chips; None where the bundle has an area of applicability.
         biome: of all pixels, for the calibration's intervals of that biome; "" for those of all.
         outside: the area of applicability, where `di` is above its threshold: `keep` what is there, or `nodata`.
+        adapters: a file of polygons that name adapters of the bundle: each pixel by the adapter of its polygon, by the
+            bundle itself outside of all. Such maps are of the estimate alone.
+        adapter_field: their column that does so, as folders from the file's own on.
+        adapter_blend: pixels over which one model passes into the other at a border.
 
     Raises:
         TilingError: contradicting tile settings.
@@ -88,6 +94,9 @@ class Predictor:
         di: bool | None = None,
         biome: str = "",
         outside: str = KEEP,
+        adapters: str | os.PathLike[str] | None = None,
+        adapter_field: str = "adapter",
+        adapter_blend: float = 16.0,
     ) -> None:
         check_settings(tile, stride, margin, blend, tiling)
         if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
@@ -101,32 +110,39 @@ class Predictor:
         self._layers = Layers(bundle, uncertainty=uncertainty, samples=samples, di=di, biome=biome, outside=outside)
         self.settings = {**self._geometry, "tiling": tiling, "dtype": dtype, "matmul_precision": matmul_precision}
         self.settings |= self._layers.settings()
-        self.forward = Forward(
-            bundle,
-            dtype=dtype,
-            matmul_precision=matmul_precision,
-            attention=attention,
-            batch_sharding=batch_sharding,
-            replicated=replicated,
-            model_fn=model_fn,
-            spread=self._layers.spread,
-            di=self._layers.di,
-        )
+        how: dict[str, Any] = {
+            "dtype": dtype,
+            "matmul_precision": matmul_precision,
+            "attention": attention,
+            "batch_sharding": batch_sharding,
+            "replicated": replicated,
+        }
+        given: dict[str, Any] = {"model_fn": model_fn, "spread": self._layers.spread, "di": self._layers.di}
+        self.forward = Forward(bundle, **how, **given)
+        self._adapters: Adapters | None = None
+        if adapters:
+            _check_estimate_alone(bundle, self.forward)
+            self._adapters = Adapters(bundle, adapters, field=adapter_field, width=adapter_blend, **how)
+            self.settings["adapters"] = self._adapters.settings
         self.batch_size = self.forward.batch_size(batch_size)
         self.one_at_a_time = threading.Lock()  # of Dask's threads, which would each hold a batch on the device
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], **settings: Any) -> "Predictor":
+    def open(
+        cls, path: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None, **settings: Any
+    ) -> "Predictor":
         """A predictor from a bundle's folder that is ready at once: weights are read while the first image is opened.
 
         Args:
             path: the bundle.
+            base: folder of its base, where it is an adapter and its base doesn't lie where it did.
             **settings: the constructor's.
 
         Raises:
-            BundleError: no bundle there, or of another schema version; damaged weights show with the first image.
+            BundleError: no bundle there, of another schema version, or without its base; damaged weights show with the
+                first image.
         """
-        return cls(bundles.load(path, settings.get("replicated"), background=True), **settings)
+        return cls(bundles.load(path, settings.get("replicated"), background=True, base=base), **settings)
 
     def _repr_html_(self) -> str:
         """What notebooks show: the bundle, and how images are tiled."""
@@ -159,6 +175,8 @@ class Predictor:
             PredictionError: another shape or kind of number, numbers that can't be digital numbers, or the model gave
                 no number where there is data.
         """
+        if self._adapters is not None:
+            raise PredictionError("an array has no place, so nothing tells which polygons of adapters it lies in")
         image = np.asarray(image)
         count = len(self.bundle.bands)
         if image.ndim not in (3, 4) or image.shape[-1] != count or 0 in image.shape:
@@ -171,7 +189,7 @@ class Predictor:
         missing = band_table.no_data(batch, self.bundle.fill)
         for values, gone in zip(result, missing, strict=True):
             check_finite(values, ~gone)
-        result = self.finish(result)
+        result = self.finish(result, 0)
         if mask_nodata:
             result[missing] = self.bundle.nodata
         return result if image.ndim == 4 else result[0]
@@ -342,8 +360,17 @@ class Predictor:
         """(): the model gives one value a pixel; or how many."""
         return (len(self.forward.channels),) if len(self.forward.channels) > 1 else ()
 
-    def finish(self, values: np.ndarray) -> np.ndarray:
+    def on(self, grid: Grid, name: str) -> Mapper:
+        """What maps an image on a grid: this, or what mixes the adapters of its places; `name` is the image's.
+
+        Raises:
+            PredictionError, BundleError: see `Adapters`.
+        """
+        return self if self._adapters is None else self._adapters.mapper(self, self.forward, grid, name)
+
+    def finish(self, values: np.ndarray, start: int) -> np.ndarray:
         """What the model gave as what the map has: float32 (..., W[, channels]) -> (..., W[, layers])."""
+        del start  # all rows alike
         return self._layers.finish(values, self.forward.channels)
 
     def tags(self) -> dict[str, str]:
@@ -361,6 +388,16 @@ class Predictor:
             return reference_0_99_plan(height, width, tile=tile, stride=stride)
         margin, blend = self._geometry["margin"], self._geometry["blend"]
         return reference_1_2_plan(height, width, tile=tile, stride=stride, margin=margin, blend=blend)
+
+
+def _check_estimate_alone(bundle: Bundle, forward: Forward) -> None:
+    """PredictionError where a map would say how sure it is: intervals of one model are no other's."""
+    if len(forward.channels) > 1:
+        raise PredictionError(
+            f"{bundle.path}: adapters by polygon give the estimate alone, and its maps have "
+            f"{', '.join(forward.channels)}: intervals and dissimilarities of one model are no other's; add "
+            "uncertainty='none' and di=False"
+        )
 
 
 def _as_digital_numbers(image: np.ndarray, encoding: str, bundle: Bundle) -> np.ndarray:

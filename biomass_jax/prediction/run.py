@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 
 PREDICTOR_FIELDS = (
     *("batch_size", "tile", "stride", "margin", "blend", "tiling", "dtype", "matmul_precision", "attention"),
-    *("uncertainty", "samples", "di", "biome", "outside"),
+    *("uncertainty", "samples", "di", "biome", "outside", "base"),
+    *("adapters", "adapter_field", "adapter_blend"),
 )
 
 

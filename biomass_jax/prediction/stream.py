@@ -25,8 +25,8 @@ ReadRows = Callable[[int, int], tuple[np.ndarray, np.ndarray]]
 # channels, (B, h, w, channels), waiting if need be.
 StartBatch = Callable[[np.ndarray], object]
 WriteRows = Callable[[int, np.ndarray], None]
-# What the model gives of a pixel -> what the map has of it: (rows, W[, channels]) -> (rows, W[, layers]).
-Finish = Callable[[np.ndarray], np.ndarray]
+# What the model gives of a pixel -> what the map has of it: (rows, W[, channels]), first row -> (rows, W[, layers]).
+Finish = Callable[[np.ndarray, int], np.ndarray]
 
 READ_AHEAD = 3  # batches: one that is being read, and two that wait for the device
 WRITE_BEHIND = 5  # bands of rows: one that is being written, and four that wait for the disk
@@ -182,7 +182,7 @@ def _finished_rows(
         for start, values in bands:
             mine, wanted = wanted[: len(values)], wanted[len(values) :]
             check_finite(values, mine, start)
-            values = finish(values)
+            values = finish(values, start)
             values[~mine] = nodata
             yield start, values
 
@@ -210,7 +210,7 @@ def stream_map(
     nodata: float,
     advance: Callable[[int], None] = lambda tiles: None,
     channels: tuple[int, ...] = (),
-    finish: Finish = lambda values: values,
+    finish: Finish = lambda values, start: values,
 ) -> Timings:
     """Predict a raster tile by tile and hand its rows to `write` in order, each once.
 
@@ -291,7 +291,7 @@ def blend_band(
     *,
     nodata: float,
     channels: tuple[int, ...] = (),
-    finish: Finish = lambda values: values,
+    finish: Finish = lambda values, start: values,
 ) -> np.ndarray:
     """Rows of a map, blended as `stream_map` does.
 
@@ -333,6 +333,6 @@ def blend_band(
             wanted[low - start : high - start] = one.wanted[low - one.start : high - one.start]
     take(len(predictions))
     check_finite(blended, wanted, start)
-    blended = finish(blended)
+    blended = finish(blended, start)
     blended[~wanted] = nodata
     return blended

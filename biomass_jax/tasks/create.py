@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from biomass_jax.adapter import Adapter
 from biomass_jax.bundle import PIXEL_SIZE, Bundle, software_versions
 from biomass_jax.data import bands, sources
 from biomass_jax.data.raster.chips import record_grid
@@ -16,6 +17,7 @@ from biomass_jax.errors import ConfigError, DataError
 from biomass_jax.models.biomass import BiomassModel
 from biomass_jax.models.build import architecture_of, build_module
 from biomass_jax.models.fused.choice import check_here
+from biomass_jax.models.lora import TARGETS, Lora
 from biomass_jax.models.swin import VARIANTS, SwinFields
 from biomass_jax.tasks import losses
 from biomass_jax.tasks.base import InputStatistics, Task
@@ -68,7 +70,7 @@ def choose(
     make = pretraining if config.mode == "pretrain" else regression
     task, output = make(config, statistics, train, loaded)
     info = train.info
-    about = {
+    about: dict[str, Any] = {
         "task": "simmim" if config.mode == "pretrain" else "biomass",
         "architecture": architecture_of(task.module),
         "input": {
@@ -90,6 +92,9 @@ def choose(
             "versions": software_versions(),
         },
     }
+    lora = chosen_lora(config)
+    if lora is not None and loaded is not None:
+        about["adapter"] = Adapter.of(loaded.path, loaded.weights_sha256, loaded.variables, lora)
     return task, about
 
 
@@ -171,7 +176,7 @@ def regression(
     config: ConfigDict, statistics: InputStatistics, train: sources.Source, loaded: Bundle | None
 ) -> tuple[Task, dict[str, Any]]:
     """Fine-tuning: the task, and `output` of its bundles."""
-    module = _module(config, "biomass", loaded)
+    module = _module(config, "biomass", loaded, chosen_lora(config))
     _check_spread(config, module, loaded)
     if config.spread_only and loaded is not None:  # without a bundle `check_fields` refuses it
         _check_same_mean(module, loaded)
@@ -279,11 +284,27 @@ def pretraining(
     return task, {"bands": list(bands.BAND_NAMES), "units": "z-scores", "nodata": None}
 
 
-def _module(config: ConfigDict, task: str, loaded: Bundle | None) -> Any:
+def chosen_lora(config: ConfigDict) -> Lora | None:
+    """The updates that a run trains; None where it trains weights.
+
+    Raises:
+        ConfigError: layers that can't be adapted.
+    """
+    group = config.get("lora")
+    if group is None or not group.rank:
+        return None
+    targets = tuple(group.targets)
+    if not targets or len(set(targets)) < len(targets) or not set(targets) <= set(TARGETS):
+        raise ConfigError(f"config.lora.targets is {targets}; expected some of {', '.join(TARGETS)}, each once")
+    return Lora(group.rank, group.alpha, targets, group.dropout)
+
+
+def _module(config: ConfigDict, task: str, loaded: Bundle | None, lora: Lora | None = None) -> Any:
     group = config.model
     check_here(group.attention, "config.model.attention")
     fields = architecture(config, task, loaded)
-    return build_module(task, fields, config.dtype, remat=group.remat, attention=group.attention)
+    how = {"remat": group.remat, "attention": group.attention, "lora": lora}
+    return build_module(task, fields, config.dtype, **how)
 
 
 def architecture(config: ConfigDict, task: str, loaded: Bundle | None) -> dict[str, Any]:

@@ -187,6 +187,18 @@ class CropSettings:
 
 
 @dataclasses.dataclass
+class LoraSettings:
+    """Low-rank updates of the encoder, which otherwise stays as `init_from` has it."""
+
+    rank: int = setting(
+        0, "of the updates, see [adapters](adapt.md); 0 = none: all weights are trained", within=_FROM_0
+    )
+    alpha: float = setting(16.0, "updates are scaled by alpha / rank", within=_ABOVE_0)
+    targets: tuple[str, ...] = setting(("qkv", "proj"), "dense layers of each block: of qkv, proj, fc1, fc2")
+    dropout: float = setting(0.0, "of what updates are computed from, in training", within=Range(0, 1))
+
+
+@dataclasses.dataclass
 class MeshSettings:
     """The devices."""
 
@@ -270,6 +282,7 @@ class Finetune(Training):
     model: BiomassModelSettings = group(BiomassModelSettings)
     data: LabelledDataSettings = group(LabelledDataSettings)
     augment: AugmentSettings = group(AugmentSettings)
+    lora: LoraSettings = group(LoraSettings)
 
 
 @dataclasses.dataclass
@@ -310,6 +323,22 @@ def check_fields(config: ConfigDict) -> None:
         raise ConfigError("config.resume_optimizer with config.optimizer.freeze: frozen weights have no moments")
     if config.get("spread_only"):
         _check_spread_only(config)
+    if config.get("lora") and config.lora.rank:
+        _check_lora(config)
+
+
+def _check_lora(config: ConfigDict) -> None:
+    """Fields that updates have no use for."""
+    if config.init_from is None:
+        raise ConfigError("config.lora goes with config.init_from: updates are of the weights of a bundle")
+    for name in ("resume_optimizer", "spread_only"):
+        if config[name]:
+            raise ConfigError(f"config.lora with config.{name}: the weights that stay have no moments; leave one out")
+    if frozen := [name for name in config.optimizer.freeze if name.partition("/")[0] == "encoder"]:
+        raise ConfigError(
+            f"config.lora with config.optimizer.freeze={frozen[0]!r}: the encoder's weights stay as they are, and its "
+            "updates would; leave it out"
+        )
 
 
 def _check_spread_only(config: ConfigDict) -> None:

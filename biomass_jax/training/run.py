@@ -18,6 +18,7 @@ from biomass_jax import bundle
 from biomass_jax.data import bands, sources
 from biomass_jax.data.blocks import Drawn, draw_blocks
 from biomass_jax.errors import CheckpointError, ConfigError, name_list
+from biomass_jax.models.lora import is_update
 from biomass_jax.pipeline import batches as pipeline
 from biomass_jax.pipeline.batches import Feed
 from biomass_jax.runtime import mesh as sharding
@@ -25,7 +26,7 @@ from biomass_jax.runtime import numerics, processes
 from biomass_jax.runtime.files import write_json
 from biomass_jax.runtime.settings import changed_fields, known_fields
 from biomass_jax.tasks.base import Task
-from biomass_jax.tasks.create import choose
+from biomass_jax.tasks.create import choose, chosen_lora
 from biomass_jax.training import plateau
 from biomass_jax.training.checkpoint import BEST, FIGURES, FOLDER, Checkpoints, HostState
 from biomass_jax.training.config import PLATEAU, check_fields
@@ -41,6 +42,7 @@ from biomass_jax.training.state import (
     plan_train_state,
 )
 from biomass_jax.training.steps import Schedule, Steps, StepSettings, compile_steps
+from biomass_jax.trees import flatten
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +60,7 @@ MAY_CHANGE = (
     "checkpoint.",
 )
 # It can't with others of these: they decide which chips are learnt from when, or what `val/loss` is.
-MUST_STAY = {"mode", "batch_size", "seed", "loss", "huber_delta", "nll_beta", "reference", "spread_only"}
+MUST_STAY = {"mode", "batch_size", "seed", "loss", "huber_delta", "nll_beta", "reference", "spread_only", "lora.alpha"}
 MUST_STAY |= {"mask_patch_size", "mask_ratio", "skip_nodata", "normalize_targets"}
 MUST_STAY |= {"data.weights", "data.bootstrap", "data.bands", "data.encoding", "data.label_max"}
 TRAINING_ONLY = ("drop_path_rate", "head_dropout")  # fields of a module that change nothing of what it is
@@ -252,8 +254,13 @@ def make_optimizer(config: ConfigDict, params: dict[str, Any]) -> optax.Gradient
 
 
 def frozen(config: ConfigDict, params: dict[str, Any]) -> tuple[str, ...]:
-    """Names of the parameters that stay: those of `freeze`, and with `spread_only` all but the spread's."""
+    """Names of the parameters that stay.
+
+    Those of `freeze`; with `spread_only` all but the spread's; with `lora` the encoder's, but for the updates.
+    """
     rest = all_but(params, "head/spread") if config.get("spread_only") else ()
+    if chosen_lora(config) is not None:
+        rest = tuple(path for path in flatten(params) if path.startswith("encoder/") and not is_update(path))
     return (*config.optimizer.freeze, *rest)
 
 

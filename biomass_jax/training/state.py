@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from biomass_jax.bundle import Bundle, flatten
+from biomass_jax.bundle import Bundle
 from biomass_jax.errors import BundleError, name_list
+from biomass_jax.models.lora import is_update
 from biomass_jax.runtime import mesh as sharding
 from biomass_jax.tasks.base import Task
+from biomass_jax.trees import flatten
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +122,8 @@ def check_weights(
     """
     found = flatten(loaded.variables)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    wanted = {path: x for path, x in flatten(variables).items() if load == "all" or path.split("/")[1] == "encoder"}
+    own = {path: x for path, x in flatten(variables).items() if not is_update(path)}  # of which no bundle has any
+    wanted = {path: x for path, x in own.items() if load == "all" or path.split("/")[1] == "encoder"}
     anew = STAGE_NORM if load == "encoder" else SPREAD
     missing = [path for path in wanted if path not in found and not anew.fullmatch(path)]
     if missing:
@@ -140,7 +143,7 @@ def load_weights(state: TrainState, loaded: Bundle, *, load: str) -> TrainState:
         state: fresh, its shardings decided.
         loaded: the bundle; its task may be another one where only the encoder is taken.
         load: `all` (every weight and batch statistic, each of which must be there, but for a spread that the bundle
-            doesn't have) or `encoder`.
+            doesn't have) or `encoder`. Low-rank updates are new in any case.
 
     Raises:
         BundleError: a weight that was asked for is missing or has another shape.

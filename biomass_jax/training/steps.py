@@ -52,6 +52,8 @@ def train_step(
     learning_rate = schedule(state.step) if state.learning_rate is None else state.learning_rate
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = apply_updates(state.params, updates, learning_rate)
+    # Handed on as they are, what is frozen needs no second place in memory.
+    params = jax.tree.map(lambda new, old, on: new if on else old, params, state.params, settings.trainable)
     ema = state.ema
     if ema is not None:
         decay, new = settings.ema_decay, {"params": params, "batch_stats": batch_stats}
@@ -70,30 +72,41 @@ def accumulated_sums(
     state: TrainState, inputs: dict[str, jax.Array], key: jax.Array, *, task: Task, settings: StepSettings
 ) -> tuple[jax.Array, jax.Array, Any, Any]:
     """(total, count, gradient of total, batch statistics) over all micro-batches of a batch."""
+    chosen, structure = jax.tree.leaves(settings.trainable), jax.tree.structure(state.params)
+    leaves = jax.tree.leaves(state.params)
 
-    def sums(params: object, batch_stats: Any, rows: Any, number: Any) -> tuple[jax.Array, Any]:
-        params = jax.tree.map(lambda p, on: p if on else jax.lax.stop_gradient(p), params, settings.trainable)
+    def joined(trained: list[jax.Array], rest: Callable[[jax.Array], jax.Array]) -> Any:
+        """A tree like the parameters; `rest` makes of what is frozen what stands there."""
+        each = iter(trained)
+        return jax.tree.unflatten(
+            structure, [next(each) if on else rest(leaf) for leaf, on in zip(leaves, chosen, strict=True)]
+        )
+
+    def sums(trained: list[jax.Array], batch_stats: Any, rows: Any, number: Any) -> tuple[jax.Array, Any]:
+        params = joined(trained, lambda leaf: leaf)
         variables = {"params": params, "batch_stats": batch_stats}
         total, count, batch_stats = task.loss_sums(variables, rows, jax.random.fold_in(key, number))
         return total, (count, batch_stats)
 
     gradient = jax.value_and_grad(sums, has_aux=True)
+    trained = [leaf for leaf, on in zip(leaves, chosen, strict=True) if on]
     parts = settings.accumulation
     if parts == 1:
-        (total, (count, batch_stats)), grads = gradient(state.params, state.batch_stats, inputs, 0)
-        return total, count, grads, batch_stats
+        (total, (count, batch_stats)), grads = gradient(trained, state.batch_stats, inputs, 0)
+        return total, count, joined(grads, jnp.zeros_like), batch_stats
     # Every parts-th row, so that each device has its share of every micro-batch.
     split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), inputs)
 
     def add(carry: Any, micro: Any) -> tuple[Any, None]:
         total, count, grads, batch_stats = carry
         number, rows = micro
-        (new_total, (new_count, batch_stats)), new = gradient(state.params, batch_stats, rows, number)
+        (new_total, (new_count, batch_stats)), new = gradient(trained, batch_stats, rows, number)
         return (total + new_total, count + new_count, jax.tree.map(jnp.add, grads, new), batch_stats), None
 
     zero = jnp.zeros((), jnp.float32)
-    start = (zero, zero, jax.tree.map(jnp.zeros_like, state.params), state.batch_stats)
-    return jax.lax.scan(add, start, (jnp.arange(parts), split))[0]
+    start = (zero, zero, jax.tree.map(jnp.zeros_like, trained), state.batch_stats)
+    total, count, grads, batch_stats = jax.lax.scan(add, start, (jnp.arange(parts), split))[0]
+    return total, count, joined(grads, jnp.zeros_like), batch_stats
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import rasterio
+import shapely
 from absl import flags
 from ml_collections import config_flags
 
@@ -166,6 +168,22 @@ def test_errors_of_the_troubleshooting_page_are_those_of_the_programs():
     assert len(quoted) > 50 and unknown == []
 
 
+def run_adapters(run, folder):
+    """The commands of docs/adapt.md: trained for two steps, mapped, scored, merged, and by polygon."""
+    geopandas = pytest.importorskip("geopandas")
+    with rasterio.open(folder / "scene.tif") as scene:
+        left, bottom, right, top = scene.bounds
+        west = shapely.box(left, bottom, (left + right) / 2, top)
+        table = {"adapter": ["run/best"], "geometry": [west]}
+        geopandas.GeoDataFrame(table, geometry="geometry", crs=scene.crs.to_wkt()).to_file(folder / "biomes.gpkg")
+    short = ["--batch-size", "2", "--config.steps=2", "--config.log_every=1"]
+    for words in commands("docs/adapt.md"):
+        if words[0] != "biomass-jax":  # the benchmark
+            continue
+        given = ["data/shards" if word == "shards" else word for word in words]
+        run(*given, *(short if words[1] == "finetune" else []))
+
+
 @pytest.mark.slow
 def test_commands_of_the_pages_run_as_they_stand(tmp_path, root):
     """From the archive to shards by the steps of docs/data.md, then a model converted both ways, maps, scores."""
@@ -208,7 +226,9 @@ def test_commands_of_the_pages_run_as_they_stand(tmp_path, root):
     run(*predict)
     scores = commands("docs/evaluate.md")[0]
     run(*("data/shards" if "datasets/" in word else word for word in scores))
+    run_adapters(run, tmp_path)
     made = ("data/chips/chips.parquet", "data/shards/dataset_info.json", "model.ckpt", "granite/bundle.json")
+    made += ("merged/bundle.json", "maps_run/scene_agbd.tif", "maps_biomes/scene_agbd.tif", "scores_run/metrics.json")
     made += ("maps/scene_agbd.tif", "maps/scene_agbd_quicklook.png", "scores/metrics.json")
     made += ("data/granules/gedi", "maps/10SFF_2020-05-01_2020-10-01_agbd.tif")
     assert [name for name in made if not (tmp_path / name).exists()] == []

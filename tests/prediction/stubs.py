@@ -8,8 +8,11 @@ import rasterio
 from affine import Affine
 
 from biomass_jax import bundle
+from biomass_jax.adapter import Adapter
 from biomass_jax.data.bands import BAND_NAMES, UNITS
 from biomass_jax.models.build import abstract_variables, build_module
+from biomass_jax.models.lora import Lora, is_update
+from biomass_jax.trees import flatten, unflatten
 
 NIR = BAND_NAMES.index("NIR_NARROW")
 
@@ -102,3 +105,24 @@ def random_bundle(path: Path, *, seed: int = 0, **architecture) -> Path:
         training={},
         provenance={"source": "random"},
     )
+
+
+def random_adapter(path: Path, base: Path, *, seed: int = 1, constant: float | None = None, **changes) -> Path:
+    """An adapter of a bundle with seeded random updates; `constant` is then all that it predicts.
+
+    `changes` are of what `bundle.save` takes, by the names of its arguments.
+    """
+    loaded, lora = bundle.load(base), Lora(rank=2, alpha=6.0, targets=("qkv", "fc2"))
+    rng = np.random.default_rng(seed)
+    module = loaded.module().clone(lora=lora)
+    own = {name: leaf for name, leaf in flatten(abstract_variables(module)).items() if is_update(name)}
+    drawn = {name: rng.normal(0, 0.3, leaf.shape).astype(np.float32) for name, leaf in own.items()}
+    flat = {name: np.asarray(leaf) for name, leaf in flatten(loaded.variables).items()}
+    if constant is not None:
+        kernel = flat["params/head/final/kernel"]
+        flat |= {"params/head/final/kernel": 0 * kernel, "params/head/final/bias": np.float32([constant])}
+    else:
+        flat["params/head/final/bias"] = flat["params/head/final/bias"] + np.float32(7)
+    about = {name: loaded.meta[name] for name in ("task", "architecture", "input", "output", "training", "provenance")}
+    adapter = Adapter.of(loaded.path, loaded.weights_sha256, loaded.variables, lora)
+    return bundle.save(path, unflatten(flat | drawn), **about | changes, adapter=adapter)

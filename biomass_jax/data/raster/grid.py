@@ -150,6 +150,18 @@ class Grid:
         transform = Affine(t.a * across, t.b * down, t.c, t.d * across, t.e * down, t.f)
         return Grid(max(int(self.height / down), 1), max(int(self.width / across), 1), self.crs, transform)
 
+    def rows(self, start: int, stop: int, margin: int = 0) -> "Grid":
+        """The grid of some rows, with so many pixels more on every side, which may lie outside of this one."""
+        x, y = _place(self.transform, -margin, start - margin)
+        t = self.transform
+        corner = Affine(t.a, t.b, x, t.d, t.e, y)
+        return Grid(stop - start + 2 * margin, self.width + 2 * margin, self.crs, corner)
+
+    def bounds(self) -> tuple[float, float, float, float]:
+        """(left, bottom, right, top) of all pixels, in the CRS's units."""
+        x, y = zip(*(_place(self.transform, i, j) for i in (0, self.width) for j in (0, self.height)), strict=True)
+        return min(x), min(y), max(x), max(y)
+
     def ring(self, side_points: int) -> tuple[np.ndarray, np.ndarray]:
         """x and y of points along its outline, so many on each side; counterclockwise where north is up, not closed."""
         steps = np.arange(side_points) / side_points

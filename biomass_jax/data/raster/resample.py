@@ -1,12 +1,13 @@
 """Rasters on other grids: means over larger pixels, classes and land-cover masks by nearest neighbour."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from affine import Affine
+from rasterio import features
 from rasterio.enums import Resampling
 from rasterio.vrt import WarpedVRT
 from rasterio.windows import Window
@@ -15,6 +16,9 @@ from biomass_jax.data import bands
 from biomass_jax.data.raster.grid import Grid, grid_of, open_quietly, raster_errors
 from biomass_jax.data.raster.identity import identity_of
 from biomass_jax.errors import RasterError
+
+if TYPE_CHECKING:
+    from shapely import Geometry
 
 FINEST, COARSEST = 25 / 30, 36 / 30  # of the size that the model was trained on: taken as it is
 _SNAP = 0.01  # 2.999 times is 3 times
@@ -230,3 +234,24 @@ def _turns(own: Grid, grid: Grid) -> list[float]:
     west, east = sorted((own.transform.c, own.transform.c + own.transform.a * own.width))
     most = 360.0 if grid.crs is not None and grid.crs.is_geographic else 180.0  # PROJ gives -180 to 180
     return [turn for turn in (0.0, -360.0, 360.0) if west + turn < most and east + turn > -180] or [0.0]
+
+
+def numbered(outlines: Sequence["Geometry"], grid: Grid, start: int, stop: int, margin: int) -> np.ndarray:
+    """Which outline each pixel's centre lies in.
+
+    Args:
+        outlines: in the grid's CRS; of those that overlap the first counts.
+        grid: of the pixels.
+        start: the first row.
+        stop: the row behind the last.
+        margin: pixels more on every side, which may lie outside the grid.
+
+    Returns:
+        int16 (stop - start + 2 margin, W + 2 margin): number of the outline, counted from 1; 0 outside of all.
+    """
+    part = grid.rows(start, stop, margin)
+    given = [(outline, number) for number, outline in enumerate(outlines, 1) if not outline.is_empty]
+    if not given:
+        return np.zeros((part.height, part.width), np.int16)
+    size = part.height, part.width
+    return features.rasterize(given[::-1], out_shape=size, transform=part.transform, dtype=np.int16)
