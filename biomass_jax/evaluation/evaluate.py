@@ -65,7 +65,7 @@ def run(config: ConfigDict, workdir: Path, *, shardings: Callable[[], dict[str, 
     check(config, Evaluate)
     group = config.data
     check_given(config)
-    chosen = {name: group[name] for name in ("encoding", "label_max", "verify")}
+    chosen = {name: group[name] for name in ("encoding", "label_max", "label", "verify")}
     chosen["bands"] = bands.parse_band_list(group.bands)
     source = sources.open_source(group.path, group.split, **chosen)
     source = with_biomes(source, group.path, biome=group.biome, polygons=group.biomes, field=group.biome_field)

@@ -81,7 +81,10 @@ class DataSettings:
         "what the GeoTIFFs' numbers are, see [maps](maps.md)",
         choices="biomass_jax.data.raster.encoding:ENCODINGS",
     )
-    label_max: float = setting(2000.0, "Mg/ha, the highest label that GeoTIFFs may hold")
+    label_max: float = setting(2000.0, "the highest label that GeoTIFFs may hold, in its unit")
+    label: str | None = setting(
+        None, "what GeoTIFFs' labels are: agbd, canopy_height, rh98 ...; not given, what their files call it, else agbd"
+    )
     statistics: str | None = setting(
         None, "bundle or dataset; not given, the bundle's where `init_from` is given", choices=("bundle", "dataset")
     )
