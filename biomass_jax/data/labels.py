@@ -6,7 +6,7 @@ here. Where nothing says anything, it is above-ground biomass.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,11 @@ class Label:
     edges: tuple[float, ...]
     adds_up: bool
 
+    @property
+    def cuts(self) -> tuple[float, ...]:
+        """Where one bin of the label ends and the next one begins."""
+        return tuple(sorted({end for limits in self.bins for end in limits if 0 < end < math.inf}))
+
     def metadata(self) -> dict[str, Any]:
         """What shards and bundles say of it; name and unit alone of biomass, as they always did."""
         named: dict[str, Any] = {"name": self.name, "units": self.units}
@@ -46,6 +51,11 @@ class Label:
             return named
         bins = [[low, None if math.isinf(high) else high] for low, high in self.bins]
         return named | {"top": None if math.isinf(self.top) else self.top, "bins": bins}
+
+    def output(self, bands: Sequence[str], nodata: float) -> dict[str, Any]:
+        """`output` of a bundle: names of its outputs, their unit, no-data, and what else is known of the label."""
+        more = {name: value for name, value in self.metadata().items() if name not in ("name", "units")}
+        return {"bands": list(bands), "units": self.units, "nodata": nodata} | more
 
 
 # The first four bins are those of granite-geospatial-biomass, in its order.
@@ -101,6 +111,14 @@ def parse(name: str, what: str = "label") -> Label:
     return Label(name, **{**_fields(_HEIGHT), "title": f"Relative height, {share} % of the energy below"})
 
 
+def named(name: str) -> Label | None:
+    """The label of a name, None where it is none."""
+    try:
+        return parse(name)
+    except DataError:
+        return None
+
+
 def described(about: Mapping[str, Any], where: str = "label") -> Label:
     """The label that metadata tell of.
 
@@ -112,9 +130,8 @@ def described(about: Mapping[str, Any], where: str = "label") -> Label:
         DataError: a label that is known, in another unit.
     """
     name = about.get("name", BIOMASS.name)
-    try:
-        known = parse(name)
-    except DataError:
+    known = named(name)
+    if known is None:
         units = str(about.get("units", ""))
         known = Label(name, units, unit_text(units), name, math.inf, ((0, math.inf),), (0.0,), False)
     units = about.get("units", known.units)
@@ -147,10 +164,13 @@ _ENDINGS = {
 
 
 def _known_title(name: str) -> str:
-    try:
-        return parse(name).title
-    except DataError:
-        return ""
+    known = named(name)
+    return "" if known is None else known.title
+
+
+def is_map(stem: str) -> bool:
+    """Whether a file's name without its ending is that of a map: `scene_agbd`, `scene_rh98`."""
+    return re.search(rf"_({BIOMASS.name}|{_HEIGHT.name}|{_RH.pattern})$", stem) is not None
 
 
 def unit_text(units: str) -> str:

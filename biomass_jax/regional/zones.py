@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from biomass_jax.data.gedi import Gradients, read_gradients
+from biomass_jax.data.labels import BIOMASS, Label
 from biomass_jax.data.raster.zonal import At, Maps
 from biomass_jax.data.vectors import (
     Footprints,
@@ -98,6 +99,7 @@ class Done(NamedTuple):
     correlation: Correlation | None
     footprints: int
     of_change: bool
+    label: Label
 
 
 def zones(
@@ -131,6 +133,7 @@ def zones(
     found = outlines(frame, str(places))
     with Maps(maps, chosen.classes) as surface:
         method = _method(chosen, surface, footprints)
+        _check_means(chosen, surface.label)
         if granules and method != HYBRID:
             raise RegionalError(
                 f"--granules tell of GEDI's models, which method {method} doesn't take; only hybrid does"
@@ -138,13 +141,13 @@ def zones(
         for entry in surface.entries:
             if method == MAP and entry.sd is None:
                 raise RegionalError(
-                    f"{entry.path}: no band agbd_sd, the standard deviations that method map is about; make the map "
-                    "with a calibrated bundle, or take another --method"
+                    f"{entry.path}: no band {surface.label.name}_sd, the standard deviations that method map is about; "
+                    "make the map with a calibrated bundle, or take another --method"
                 )
         shots = None
         if footprints:
             boxes = [entry.box for entry in surface.entries] if method == MAP else [one.bounds for one in found]
-            shots = _shots(read_footprints(footprints, boxes), granules, surface, chosen, method)
+            shots = _shots(read_footprints(footprints, boxes, surface.label), granules, surface, chosen, method)
         errors = _errors(chosen, surface, shots, method)
         rows: list[dict[str, Any]] = []
         with Progress("zones", len(found), terminal=False, every=15.0) as shown:
@@ -154,7 +157,7 @@ def zones(
     table = frame.iloc[[row.pop("zone") for row in rows]].reset_index(drop=True)
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     correlation, count = errors[0].correlation if errors else None, 0 if shots is None else len(shots.cluster)
-    return Done(add_columns(table, columns), method, correlation, count, "net" in columns)
+    return Done(add_columns(table, columns), method, correlation, count, "net" in columns, surface.label)
 
 
 def _checked(settings: dict[str, object], maps: Sequence[Any], footprints: Sequence[Any]) -> Zones:
@@ -198,6 +201,22 @@ def _method(chosen: Zones, surface: Maps, footprints: Sequence[Any]) -> str:
     return ASSISTED if footprints else NONE
 
 
+def _check_means(chosen: Zones, label: Label) -> None:
+    """Refuse what is of totals where a label has none: metres of height don't add up over an area.
+
+    Raises:
+        RegionalError: the setting.
+    """
+    if label.adds_up:
+        return
+    for given, flag in ((chosen.scale_to_zone, "--scale-to-zone"), (chosen.carbon_fraction, "--carbon-fraction")):
+        if given:
+            raise RegionalError(
+                f"{flag} is of totals, and {label.name} in {label.unit} has none: of heights zones have means alone; "
+                "leave it out"
+            )
+
+
 def _shots(found: Footprints, granules: Sequence[str | Path], surface: Maps, chosen: Zones, method: str) -> Shots:
     nothing = np.full(len(found.lon), np.nan)
     at = At(nothing, nothing, np.full(len(found.lon), -1)) if method == HYBRID else surface.at(found.lon, found.lat)
@@ -226,7 +245,7 @@ def _errors(chosen: Zones, surface: Maps, shots: Shots | None, method: str) -> l
         return [one._replace(correlation=Correlation(*mean.tolist())) for one in told]
     assert shots is not None  # `_method` has seen to it
     used = np.flatnonzero(np.isfinite(shots.at.value) & (shots.at.sd > 0))
-    residuals = (shots.at.value - shots.of.agbd)[used] / shots.at.sd[used]
+    residuals = (shots.at.value - shots.of.value)[used] / shots.at.sd[used]
     places = estimators.on_sphere(shots.of.lon[used], shots.of.lat[used])
     reach = 1000 * chosen.max_lag_km
     fit = estimators.fit_correlation(places, residuals, model=chosen.correlation, reach=reach, seed=chosen.seed)
@@ -263,7 +282,8 @@ def _rows(
         else:
             found = _estimate(one, shots, mine, correlation, method, chosen)
             row |= {"n_shots": len(mine), "n_tracks": 0 if shots is None else len(np.unique(shots.cluster[mine]))}
-            figures = _figures("total", found, area if chosen.scale_to_zone else one.area, chosen)
+            whole = area if chosen.scale_to_zone else one.area
+            figures = _figures("total", found, whole, chosen) if surface.label.adds_up else _of_mean(found, chosen)
             note = found.note
         rows.append(row | figures | {"method": method, "note": note})
     return rows
@@ -278,7 +298,8 @@ def _sums(surface: Maps, outline: "Geometry", errors: Sequence[Shared], chosen: 
         seen, its = np.isfinite(cells.value), errors[cells.entry]
         if plane is not None and not np.isfinite(cells.sd[seen]).all():
             raise RegionalError(
-                f"{surface.entries[cells.entry].path}: pixels with agbd and without agbd_sd; make it anew"
+                f"{surface.entries[cells.entry].path}: pixels with {surface.label.name} and without "
+                f"{surface.label.name}_sd; make it anew"
             )
         codes = 3 * cells.kind + cells.sign
         rows, columns = (codes, codes) if plane is None else surface.in_plane(plane, cells)
@@ -310,7 +331,7 @@ def _estimate(
     found = estimators.by_map(one, correlation)
     if method == ASSISTED and one.area:
         assert shots is not None
-        return estimators.model_assisted(found.mean, (shots.of.agbd - shots.at.value)[mine], shots.cluster[mine])
+        return estimators.model_assisted(found.mean, (shots.of.value - shots.at.value)[mine], shots.cluster[mine])
     return found
 
 
@@ -328,7 +349,7 @@ def _hybrid(shots: Shots, mine: np.ndarray, chosen: Zones) -> Estimate:
             )
         variance = estimators.sigma_variance(sigma[np.isfinite(sigma)], chosen.shared_sigma)
         note = f"model's error from agbd_sigma, {chosen.shared_sigma:.0%} of it shared"
-    found = estimators.hybrid(shots.of.agbd[mine], shots.cluster[mine], variance)
+    found = estimators.hybrid(shots.of.value[mine], shots.cluster[mine], variance)
     return found if found.note else found._replace(note=note)
 
 
@@ -347,6 +368,12 @@ def _changes(signs: dict[int, Sums], correlation: Correlation | None, chosen: Zo
     if not note and not signs[-1].area + signs[1].area:
         note = "no significant change; a small one can't be told from chance"
     return figures | {"chance_ha": one.chance if one.area else np.nan}, note
+
+
+def _of_mean(found: Estimate, chosen: Zones) -> dict[str, float]:
+    """A mean with its interval, where an amount means nothing."""
+    reach = estimators.quantile(chosen.level, found.freedom) * found.se if np.isfinite(found.se) else np.nan
+    return {"mean": found.mean, "mean_se": found.se, "mean_lo": found.mean - reach, "mean_hi": found.mean + reach}
 
 
 def _figures(name: str, found: Estimate, area: float, chosen: Zones) -> dict[str, float]:
@@ -385,12 +412,13 @@ _OF_CHANGE = (
 _HELD_OUT = " Footprints that the model was trained on make errors look too small."
 
 
-def _cells(table: "GeoDataFrame", level: float, of_change: bool) -> tuple[list[str], list[list[str]]]:
+def _cells(table: "GeoDataFrame", level: float, of_change: bool, label: Label) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of the page's table, after what names the zone."""
     interval = f"{level:.0%} interval, Mg"
-    amounts = ("net", "loss", "gain") if of_change else ("total",)
+    amounts = ("net", "loss", "gain") if of_change else ("total",) if label.adds_up else ()
     head = ["area, ha", "covered"]
-    head += [] if of_change else ["mean, Mg/ha", "its standard error"]
+    head += [] if of_change else [f"mean, {label.unit}", "its standard error"]
+    head += [] if label.adds_up else [f"{level:.0%} interval, {label.unit}"]
     for name in amounts:
         head += [f"{name}, ha"] if name in ("loss", "gain") else []
         head += [f"{name}, Mg", interval]
@@ -399,6 +427,8 @@ def _cells(table: "GeoDataFrame", level: float, of_change: bool) -> tuple[list[s
     for row in table.to_dict("records"):
         cells = [f"{row['area_ha']:,.0f}", f"{row['covered_share']:.1%}"]
         cells += [] if of_change else [_told(row["mean"], ".1f"), _told(row["mean_se"], ".1f")]
+        if not label.adds_up:
+            cells += ["" if np.isnan(row["mean_lo"]) else f"{row['mean_lo']:.1f} to {row['mean_hi']:.1f}"]
         for name in amounts:
             cells += [_told(row[f"{name}_ha"], ",.1f")] if name in ("loss", "gain") else []
             ends = "" if np.isnan(row[f"{name}_lo"]) else f"{row[f'{name}_lo']:,.0f} to {row[f'{name}_hi']:,.0f}"
@@ -417,17 +447,19 @@ def _page(done: Done, places: str, maps: Sequence[str], footprints: Sequence[str
     table = done.table.drop(columns=done.table.geometry.name)
     own = list(table.columns[: list(table.columns).index("area_ha")])
     shown = [*own[:2], *(["class"] if "class" in own[2:] else [])]
-    head, cells = _cells(table, level, done.of_change)
+    head, cells = _cells(table, level, done.of_change, done.label)
+    title = "Biomass" if done.label == BIOMASS else done.label.title
+    what = "Means and totals are" if done.label.adds_up else "There are no totals, since metres don't add up. Means are"
     names = table[shown].astype(str).to_numpy().tolist()
     used = "" if done.correlation is None else f"<p>{html.escape(estimators.about(done.correlation).capitalize())}.</p>"
     return pages.page(
-        "Change of biomass by zone" if done.of_change else "Biomass by zone",
+        "Change of biomass by zone" if done.of_change else f"{title} by zone",
         [
             f"<p>{html.escape(places)}. Maps: {len(maps):,}; footprints: {done.footprints:,}. Made by biomass_jax "
             f"{__version__}.</p>",
             pages.table([*map(str, shown), *head], [[*name, *row] for name, row in zip(names, cells, strict=True)]),
             f"<h2>How sure</h2><p>{_OF_CHANGE if done.of_change else _ABOUT[done.method]}</p>{used}",
-            "<p>Areas are those on the ground (WGS 84). Means and totals are of the area that is covered, unless the "
+            f"<p>Areas are those on the ground (WGS 84). {what} of the area that is covered, unless the "
             "table was made for whole zones (--scale-to-zone). Each piece of ground counts once, though several maps "
             f"have it: the first one that has data.{'' if done.of_change else _HELD_OUT}</p>",
             f"<p>Maps: {html.escape(name_list(maps, 20))}. Footprints: {html.escape(name_list(footprints, 20))}.</p>",
@@ -436,10 +468,10 @@ def _page(done: Done, places: str, maps: Sequence[str], footprints: Sequence[str
 
 
 def _style(done: Done) -> str:
-    """Colours by biomass, or by its change, a hectare."""
+    """Colours by the mean, or by the change of biomass a hectare."""
     field = "net / covered_ha" if done.of_change else "mean"
     values = done.table["net"] / done.table["covered_ha"] if done.of_change else done.table["mean"]
-    return zone_style(values.to_numpy(float), field=field, unit="Mg/ha", change=done.of_change)
+    return zone_style(values.to_numpy(float), field=field, unit=done.label.unit, change=done.of_change)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,7 +8,6 @@ import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,13 +19,13 @@ from rasterio.enums import ColorInterp
 from rasterio.windows import Window
 
 from biomass_jax.data import bands, records
-from biomass_jax.data.labels import BIOMASS, Label, parse
+from biomass_jax.data.labels import BIOMASS, Label, named, parse
 from biomass_jax.data.raster.encoding import AUTO, check_plausible
 from biomass_jax.data.raster.grid import Grid, epsg_code, grid_of, open_quietly, raster_errors
 from biomass_jax.data.raster.image import hidden_pixels, open_image
 from biomass_jax.data.raster.tiff import verify_blocks
 from biomass_jax.data.records import Record
-from biomass_jax.errors import DataError, FractionError, RasterError
+from biomass_jax.errors import FractionError, RasterError
 
 Oddities = Counter[tuple[str, str]]  # what was done with pixels or chips, and why: how many
 SPLITS = ("train", "val", "test")
@@ -321,9 +320,7 @@ def label_of_files(paths: Sequence[tuple[Path, Path | None]], name: str | None =
         return BIOMASS
     with raster_errors(str(first)), open_quietly(str(first)) as dataset:
         called = dataset.descriptions[0] or ""
-    with suppress(DataError):
-        return parse(called)
-    return BIOMASS
+    return named(called) or BIOMASS
 
 
 def check_label_type(dataset: rasterio.DatasetReader, name: str, unit: str = BIOMASS.unit) -> None:
