@@ -6,7 +6,7 @@ here. Where nothing says anything, it is above-ground biomass.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,6 +117,11 @@ def named(name: str) -> Label | None:
         return parse(name)
     except DataError:
         return None
+
+
+def of_bands(names: Iterable[str]) -> Label:
+    """The label of a map, or of a raster of its change, by the names of its bands; biomass where none is a label's."""
+    return next(filter(None, (named(name.removesuffix("_change")) for name in names)), BIOMASS)
 
 
 def described(about: Mapping[str, Any], where: str = "label") -> Label:

@@ -133,7 +133,6 @@ def zones(
     found = outlines(frame, str(places))
     with Maps(maps, chosen.classes) as surface:
         method = _method(chosen, surface, footprints)
-        _check_means(chosen, surface.label)
         if granules and method != HYBRID:
             raise RegionalError(
                 f"--granules tell of GEDI's models, which method {method} doesn't take; only hybrid does"
@@ -183,6 +182,11 @@ def _checked(settings: dict[str, object], maps: Sequence[Any], footprints: Seque
 
 
 def _method(chosen: Zones, surface: Maps, footprints: Sequence[Any]) -> str:
+    if (chosen.scale_to_zone or chosen.carbon_fraction) and not surface.label.adds_up:
+        raise RegionalError(
+            f"scale_to_zone and carbon_fraction are of totals, and {surface.label.name} has none: metres of height "
+            "don't add up over an area, so that zones have means alone; leave them out"
+        )
     if surface.of_change:
         for given, flag in ((footprints, "--footprints"), (chosen.scale_to_zone, "--scale-to-zone")):
             if given:
@@ -199,22 +203,6 @@ def _method(chosen: Zones, surface: Maps, footprints: Sequence[Any]) -> str:
     if chosen.range_km is not None:
         return MAP
     return ASSISTED if footprints else NONE
-
-
-def _check_means(chosen: Zones, label: Label) -> None:
-    """Refuse what is of totals where a label has none: metres of height don't add up over an area.
-
-    Raises:
-        RegionalError: the setting.
-    """
-    if label.adds_up:
-        return
-    for given, flag in ((chosen.scale_to_zone, "--scale-to-zone"), (chosen.carbon_fraction, "--carbon-fraction")):
-        if given:
-            raise RegionalError(
-                f"{flag} is of totals, and {label.name} in {label.unit} has none: of heights zones have means alone; "
-                "leave it out"
-            )
 
 
 def _shots(found: Footprints, granules: Sequence[str | Path], surface: Maps, chosen: Zones, method: str) -> Shots:
@@ -283,7 +271,8 @@ def _rows(
             found = _estimate(one, shots, mine, correlation, method, chosen)
             row |= {"n_shots": len(mine), "n_tracks": 0 if shots is None else len(np.unique(shots.cluster[mine]))}
             whole = area if chosen.scale_to_zone else one.area
-            figures = _figures("total", found, whole, chosen) if surface.label.adds_up else _of_mean(found, chosen)
+            name, whole = ("total", whole) if surface.label.adds_up else ("mean", 1.0)
+            figures = _figures(name, found, whole, chosen)
             note = found.note
         rows.append(row | figures | {"method": method, "note": note})
     return rows
@@ -370,12 +359,6 @@ def _changes(signs: dict[int, Sums], correlation: Correlation | None, chosen: Zo
     return figures | {"chance_ha": one.chance if one.area else np.nan}, note
 
 
-def _of_mean(found: Estimate, chosen: Zones) -> dict[str, float]:
-    """A mean with its interval, where an amount means nothing."""
-    reach = estimators.quantile(chosen.level, found.freedom) * found.se if np.isfinite(found.se) else np.nan
-    return {"mean": found.mean, "mean_se": found.se, "mean_lo": found.mean - reach, "mean_hi": found.mean + reach}
-
-
 def _figures(name: str, found: Estimate, area: float, chosen: Zones) -> dict[str, float]:
     """A mean and the amount of an area, with intervals, and what follows from them."""
     reach = estimators.quantile(chosen.level, found.freedom) * found.se if np.isfinite(found.se) else np.nan
@@ -414,25 +397,22 @@ _HELD_OUT = " Footprints that the model was trained on make errors look too smal
 
 def _cells(table: "GeoDataFrame", level: float, of_change: bool, label: Label) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of the page's table, after what names the zone."""
-    interval = f"{level:.0%} interval, Mg"
-    amounts = ("net", "loss", "gain") if of_change else ("total",) if label.adds_up else ()
-    head = ["area, ha", "covered"]
-    head += [] if of_change else [f"mean, {label.unit}", "its standard error"]
-    head += [] if label.adds_up else [f"{level:.0%} interval, {label.unit}"]
+    interval = f"{level:.0%} interval, {'Mg' if label.adds_up else label.unit}"
+    form = ",.0f" if label.adds_up else ".1f"
+    amounts = ("net", "loss", "gain") if of_change else ("total",) if label.adds_up else ("mean",)
+    head = ["area, ha", "covered", *([] if of_change else [f"mean, {label.unit}", "its standard error"])]
     for name in amounts:
         head += [f"{name}, ha"] if name in ("loss", "gain") else []
-        head += [f"{name}, Mg", interval]
+        head += [interval] if name == "mean" else [f"{name}, Mg", interval]
     head += ["by chance, ha" if of_change else "footprints / clusters", "note"]
     rows = []
     for row in table.to_dict("records"):
         cells = [f"{row['area_ha']:,.0f}", f"{row['covered_share']:.1%}"]
         cells += [] if of_change else [_told(row["mean"], ".1f"), _told(row["mean_se"], ".1f")]
-        if not label.adds_up:
-            cells += ["" if np.isnan(row["mean_lo"]) else f"{row['mean_lo']:.1f} to {row['mean_hi']:.1f}"]
         for name in amounts:
             cells += [_told(row[f"{name}_ha"], ",.1f")] if name in ("loss", "gain") else []
-            ends = "" if np.isnan(row[f"{name}_lo"]) else f"{row[f'{name}_lo']:,.0f} to {row[f'{name}_hi']:,.0f}"
-            cells += [_told(row[name], ",.0f"), ends]
+            low, high = (_told(row[f"{name}_{end}"], form) for end in ("lo", "hi"))
+            cells += [*([] if name == "mean" else [_told(row[name], form)]), f"{low} to {high}" if low else ""]
         cells += [_told(row["chance_ha"], ",.1f") if of_change else f"{row['n_shots']:,} / {row['n_tracks']:,}"]
         rows.append([*cells, row["note"]])
     return head, rows

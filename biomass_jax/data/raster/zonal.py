@@ -10,7 +10,7 @@ import numpy as np
 from affine import Affine
 from rasterio.windows import Window
 
-from biomass_jax.data.labels import BIOMASS, Label, named
+from biomass_jax.data.labels import BIOMASS, Label, of_bands
 from biomass_jax.data.raster.grid import Grid, grid_of, open_quietly, pixel_areas, raster_errors, transformer
 from biomass_jax.data.raster.resample import NearestSource
 from biomass_jax.data.raster.stac import outline as outline_of
@@ -357,7 +357,12 @@ def _entry(path: str) -> Entry:
         if grid.crs is None:
             raise RasterError(f"{path}: it has no CRS, so nothing tells which zones lie on it")
         names, tags, sign = [name or "" for name in dataset.descriptions], dataset.tags(), None
-        about = _label_of(names, path)
+        about = of_bands(names)
+        if f"{about.name}_change" in names and not about.adds_up:
+            raise RasterError(
+                f"{path}: a change of {about.name} in {about.units}, of which zones have no losses and gains as "
+                "amounts; give the maps of each year, whose means by zone can be compared"
+            )
         if CHANGE in names:
             if lost := {f"{CHANGE}{SD}", SIGNIFICANT} - {*names}:
                 raise RasterError(f"{path}: a band {CHANGE} and none {min(lost)}; make it anew with biomass-jax change")
@@ -372,32 +377,12 @@ def _entry(path: str) -> Entry:
         for band in filter(None, (value, sd)):
             unit = dataset.units[band - 1]
             if unit and unit not in (UNITS if about == BIOMASS else (about.units,)):
-                what = "a map of biomass" if about == BIOMASS else f"a map of {about.name}"
-                raise RasterError(f"{path}: band {band} is in {unit!r}; expected {about.units}, {what}")
+                what = "biomass" if about == BIOMASS else about.name
+                raise RasterError(f"{path}: band {band} is in {unit!r}; expected {about.units}, a map of {what}")
             if (dataset.scales[band - 1], dataset.offsets[band - 1]) != (1, 0):
-                raise RasterError(
-                    f"{path}: band {band} has a scale or an offset; expected values in {about.unit} as they are"
-                )
+                raise RasterError(f"{path}: band {band} has a scale or an offset; expected {about.unit} as they are")
     west, south, east, north = outline_of(grid)["bbox"]
     return Entry(path, grid, grid.crs, value, sd, (west, south, east + 360 * (east < west), north), sign, tags, about)
-
-
-def _label_of(names: Sequence[str], path: str) -> Label:
-    """The label of a map by the names of its bands; biomass where none of them is a label's.
-
-    Raises:
-        RasterError: a raster of change of something that isn't biomass.
-    """
-    for name in names:
-        known = named(name.removesuffix("_change"))
-        if known is not None and name != known.name and not known.adds_up:
-            raise RasterError(
-                f"{path}: a change of {known.name} in {known.units}, of which zones have no losses and gains as "
-                "amounts; give the maps of each year, whose means by zone can be compared"
-            )
-        if known is not None:
-            return known
-    return BIOMASS
 
 
 def _alike(one: Entry, other: Entry) -> bool:
