@@ -241,8 +241,9 @@ def find_pairs(
 
     Raises:
         PrepError: no composite has labels, or a tile that was asked for has none.
+        DataError: a label of another name than there are.
     """
-    root = Path(out)
+    root, label = Path(out), labels.parse(label).name
     wanted = [tile.removeprefix("T") for tile in tiles]
     pairs: list[tuple[Path, Path, Path | None]] = []
     for composite in find_composites(root):

@@ -93,6 +93,12 @@ class TilePair(ExitStack[None]):
                 f"{self.label_path}: found {count} band(s) of {found.describe()}, expected one on the "
                 f"composite's grid, or agbd and agbd_sigma: {self.grid.describe()}"
             )
+        called = labels.named(self._label.descriptions[0] or "")
+        if called is not None and called.name != self.about.name:
+            raise PrepError(
+                f"{self.label_path}: its band is called {called.name}, its tag LABELS tells of {self.about.name}; make it "
+                "by `python -m data_prep labels`"
+            )
         self.epsg = epsg_code(self.grid.crs, str(self.composite))
 
     def read_image(self, window: Window) -> np.ndarray:
