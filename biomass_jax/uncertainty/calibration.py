@@ -58,7 +58,7 @@ class CalibrationGroup:
         biome: "" for any.
         low: least prediction, None for no end.
         high: the prediction from which on it isn't this bin, None for no end.
-        quantile: Q, see the module; in sds, or in Mg/ha for quantiles.
+        quantile: Q, see the module; in sds, or in the label's unit for quantiles.
         blocks: of ground with labels in the group.
         pixels: labelled ones in the group.
     """
@@ -80,7 +80,7 @@ class Calibration:
         level: share of labels that the intervals are to hold.
         seed: of halves and draws.
         variance: a, b, c; the spread is sd, or hi - lo of quantiles.
-        least_sd: Mg/ha, no sd is below.
+        least_sd: in the label's unit, no sd is below.
         groups: that of all pixels first.
     """
 
@@ -184,7 +184,7 @@ def fit(
     """Calibrate on labelled pixels that neither training nor the test has seen.
 
     Args:
-        raw: `mean` and `sd`, or `mean`, `lo` and `hi`, (n,) each, Mg/ha.
+        raw: `mean` and `sd`, or `mean`, `lo` and `hi`, (n,) each, in the label's unit.
         label: (n,), from 0 on.
         blocks: (n,) names or numbers of the pieces of ground.
         biomes: (n,) text; "" or `unknown` where it isn't known.

@@ -96,8 +96,8 @@ class TilePair(ExitStack[None]):
         called = labels.named(self._label.descriptions[0] or "")
         if called is not None and called.name != self.about.name:
             raise PrepError(
-                f"{self.label_path}: its band is called {called.name}, its tag LABELS tells of {self.about.name}; make it "
-                "by `python -m data_prep labels`"
+                f"{self.label_path}: its band is called {called.name}, its tag LABELS tells of {self.about.name}; make "
+                "it by `python -m data_prep labels`"
             )
         self.epsg = epsg_code(self.grid.crs, str(self.composite))
 
