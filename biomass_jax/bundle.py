@@ -21,6 +21,7 @@ import numpy as np
 from flax import linen as nn
 
 from biomass_jax.adapter import Adapter, check_base, find_base, lora_of, shared
+from biomass_jax.data.labels import Label, of_output
 from biomass_jax.errors import ArchitectureError, BundleError
 from biomass_jax.models.build import CHECK_SEED, abstract_variables, architecture_of, build_module, dummy_inputs
 from biomass_jax.models.lora import Lora, merge
@@ -98,6 +99,11 @@ class Bundle:
     def pixel_size(self) -> float:
         """Side of the training images' pixels on the ground, metres; HLS's where an older bundle doesn't tell."""
         return float(self.meta["input"].get("pixel_size", PIXEL_SIZE))
+
+    @property
+    def label(self) -> Label:
+        """What the output is. DataError where its unit isn't the label's own."""
+        return of_output(self.meta["output"], str(self.path))
 
     @property
     def nodata(self) -> float:
@@ -205,7 +211,7 @@ def save(
         task: `biomass`, `simmim` or `encoder`.
         architecture: the module's constructor fields, dtype apart; defaults of those left out are written too.
         input: bands, units, fill, means, stds, sensors, no_data_rule.
-        output: bands, units, nodata.
+        output: bands, units, nodata; of another label than biomass `top` and `bins`, see `labels.Label`.
         training: dataset, season, scores.
         provenance: source, sha256, command, versions.
         optimizer: {count, mu, nu, lr, plateau} to continue training from, `mu` and `nu` shaped like params.

@@ -15,7 +15,7 @@ class Granules(Typed):
     """Where granules come from."""
 
     hls: str = setting("", "folder of HLS granules' folders; OUT/granules/hls where empty")
-    gedi: str = setting("", "folder of GEDI L4A files; OUT/granules/gedi where empty")
+    gedi: str = setting("", "folder of GEDI L4A files (of L2A for heights); OUT/granules/gedi where empty")
     download: bool = setting(False, "get what the tiles need from NASA's archives first")
     max_cloud: float = setting(100.0, "percent of a scene that is downloaded")
 
@@ -69,6 +69,16 @@ class Filters(Typed):
         None, "greatest agbd_se / agbd; agbd_se is nearly constant, so this removes low biomass, not bad shots"
     )
     max_agbd: float | None = setting(None, "greatest agbd, Mg/ha")
+    # Of heights (GEDI L2A, labels.label rh98); of the fields above these leave algorithm_run_flag, l4_quality_flag,
+    # outlier_flag, algorithm_10 and all that name agbd or se without a use.
+    quality_flag: bool = setting(True, "heights alone: want 1 (version 3: l2a_quality_flag_rel3)")
+    surface_flag: bool = setting(True, "heights alone: want 1, the ground within 300 m of a digital elevation model's")
+    rh_valid: bool = setting(True, "heights alone: finite and >= 0")
+    # A DEM of radar sees the canopy: a narrower bar would drop the tallest forests first.
+    dem_difference_below: float | None = setting(
+        100.0, "heights alone: metres between elev_lowestmode and digital_elevation_model; 0: no filter"
+    )
+    max_rh: float | None = setting(150.0, "heights alone: greatest height, metres; 0: no filter")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +90,15 @@ class GediSettings(Filters):
 
 @dataclasses.dataclass(frozen=True)
 class LabelSettings(Typed):
-    """To which tile a shot belongs."""
+    """What the labels are, and to which tile a shot belongs."""
 
     shot_owner: str = setting(
         "nearest",
         "a shot in several tiles belongs to the one whose centre is nearest, or to all as in the reference",
         choices=("nearest", "all"),
+    )
+    label: str = setting(
+        "agbd", "agbd, biomass of GEDI L4A; or rh98, a relative height of GEDI L2A in metres, of rh0 to rh100"
     )
 
 
@@ -101,7 +114,7 @@ class ChipSettings(Typed):
         "digital_numbers takes composites as they are, whatever they look like",
         choices=("auto", "digital_numbers"),
     )
-    label_max: float = setting(2000.0, "Mg/ha, the highest label there may be")
+    label_max: float = setting(2000.0, "highest label there may be, in its unit; of heights never above 150 m")
     biomes: str = setting("", "polygon file that names biomes")
     biome_field: str = setting("", "its column with the name")
 

@@ -33,6 +33,7 @@ OF_THEIR_OWN = {
     "data_prep.hls.composite_sums": "the arithmetic of composites, without files",
     "data_prep.prepare.chain": "the order of the steps",
     "data_prep.prepare.steps": "what workers call by name",
+    "data_prep.synthetic.height_file": "the layout of GEDI L2A, beside gedi_file for L4A",
     "data_prep.synthetic.ruler.shots": "the labels of the ruler world, beside its images",
 }
 MOST_OF_THEIR_OWN = 15

@@ -80,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("--statistics", choices=("granite", "prithvi"), help="means and stds as published with a model")
     data.add_argument("--fill", type=float, help="value of missing pixels (default -9999, HLS's)")
     data.add_argument("--sensors", type=names, metavar="L30,S30", help="sensors of the training images")
+    data.add_argument("--label", metavar="NAME", help="what the model gives: agbd (default), canopy_height, rh98 ...")
     data.add_argument("--dataset", metavar="NAME", help="training data, for the record")
     data.add_argument("--season", metavar="TEXT", help="season of the training images, for the record")
     back = result.add_argument_group("--to torch")

@@ -19,7 +19,8 @@ from biomass_jax.convert.declared import Options
 from biomass_jax.convert.layouts import Layout, Match, match
 from biomass_jax.convert.resize import resize_bias_table
 from biomass_jax.convert.torch_file import TorchTensor
-from biomass_jax.errors import ConvertError, name_list
+from biomass_jax.data.labels import BIOMASS, Label, described, parse
+from biomass_jax.errors import ConvertError, DataError, name_list
 
 _HOW_TO_SKIP = "; --no-optimizer converts the weights alone"
 _PLATEAU = ("factor", "patience", "threshold", "cooldown", "cooldown_counter", "best", "num_bad_epochs", "last_epoch")
@@ -130,7 +131,11 @@ def read(source: str | Path, *, config: str | Path | None = None, options: Optio
             f"{path.name} has no optimiser's state, which --with-optimizer asks for; a full Lightning file has one"
         )
     provenance = _provenance(str(source), path, file, said) | _kept_with(keys, state) | {"command": options.command}
-    made = _output_meta(keys.layout.task, fields, meta) | said.kept("output")
+    kept = said.kept("output")
+    label = _label(options, kept, str(source), keys.layout.task)
+    made = _output_meta(keys.layout.task, fields, meta, label)
+    if kept:  # by an export, which names the label; its bins follow from that
+        made = {name: made[name] for name in ("bands", "units", "nodata")} | kept
     found = Converted(file, keys, under, fields, meta, made, variables, optimizer, provenance, said.unchecked())
     if options.window_size is not None and options.window_size != fields["window_size"]:
         _resize_window(found, options.window_size)
@@ -165,10 +170,40 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     return traverse_util.unflatten_dict(dict(flat), sep="/")
 
 
-def _output_meta(task: str, fields: Mapping[str, Any], source: Mapping[str, Any]) -> dict[str, Any]:
+def _label(options: Options, kept: Mapping[str, Any], source: str, task: str) -> Label:
+    """What a model gives: what an export kept, or the user says, else biomass.
+
+    Raises:
+        ConvertError: the two contradict each other; the name is none; nothing says what a model of canopy height, by
+            its file's name, gives; statistics of another model; a label of weights that give none.
+    """
+    if task != "biomass":
+        if options.label is not None:
+            raise ConvertError(f"{source}: --label {options.label}, but its weights are of task {task}, without labels")
+        return BIOMASS
+    try:
+        if kept.get("bands"):
+            label = described({"name": kept["bands"][0]} | {name: kept[name] for name in ("units",) if name in kept})
+        else:
+            label = parse(options.label or BIOMASS.name, "--label")
+    except DataError as error:
+        raise ConvertError(str(error)) from error
+    if options.label not in (None, label.name):
+        raise ConvertError(f"--label {options.label} contradicts the checkpoint, which was exported with {label.name}")
+    if options.label is None and not kept and re.search(r"canopy.?height", source, re.IGNORECASE):
+        raise ConvertError(f"{source}: a model of canopy height by its name; give --label canopy_height, or agbd")
+    if options.statistics == "granite" and label != BIOMASS:
+        raise ConvertError(
+            "--statistics granite are those of granite-geospatial-biomass, and the canopy height model has its own; "
+            "give --config with the config.yaml beside its weights"
+        )
+    return label
+
+
+def _output_meta(task: str, fields: Mapping[str, Any], source: Mapping[str, Any], label: Label) -> dict[str, Any]:
     if task == "biomass":
         # -1 is safe behind a final ReLU; without one the model itself may say -1.
-        return {"bands": ["agbd"], "units": "Mg ha-1", "nodata": -1 if fields["final_relu"] else -9999}
+        return label.output([label.name], -1 if fields["final_relu"] else -9999)
     if task == "simmim":
         return {"bands": source["bands"], "units": "z-scores", "nodata": None}
     return {"bands": [], "units": "features", "nodata": None}

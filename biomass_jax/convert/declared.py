@@ -72,6 +72,7 @@ class Options:
         means, stds: of each band, in digital numbers; `statistics` names a preset instead.
         fill: value of missing pixels, HLS's where not given.
         sensors: of the training images.
+        label: what the model gives, as `labels.parse` takes it; biomass where nothing says another.
         dataset, season: of the training, for the record.
         command: the command line, for the provenance.
     """
@@ -89,6 +90,7 @@ class Options:
     statistics: str | None = None
     fill: float | None = None
     sensors: tuple[str, ...] | None = None
+    label: str | None = None
     dataset: str | None = None
     season: str | None = None
     command: str = ""

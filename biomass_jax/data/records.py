@@ -37,8 +37,9 @@ class Record(TypedDict):
 
     Attributes:
         image: (H, W, 6) int16 (float32 only where the source holds fractions), digital numbers, rows north to south.
-        label: (H, W) float32, Mg/ha, -1 for none.
-        agbd_sigma: (H, W) float32, error of the label in Mg/ha, -1 where there is none or it is not known.
+        label: (H, W) float32, in the unit that the data set's metadata name (Mg/ha, or m), -1 for none.
+        agbd_sigma: (H, W) float32, error of the label in its unit, -1 where there is none or it is not known, as of
+            heights; it has the name of the first label that there was.
         chip_id: `{tile}_{cell}_{season start}`, unique in a data set.
         tile: MGRS tile without its T (`10SFF`), "" where unknown.
         row: of the upper-left pixel in its tile, -1 where unknown.
@@ -210,7 +211,7 @@ def _label_faults(field: str, label: Any, shape: tuple[int, ...]) -> Any:
         yield field, f"found shape {label.shape}, expected {shape} as the image's"
     wrong = label[~(((label >= 0) & np.isfinite(label)) | (label == NO_LABEL))]
     if wrong.size:
-        yield field, f"found {wrong.size} values like {wrong[0]:g}, expected Mg/ha from 0 on, and -1 for none"
+        yield field, f"found {wrong.size} values like {wrong[0]:g}, expected labels from 0 on, and -1 for none"
 
 
 def _place_faults(record: Mapping[str, Any]) -> Any:

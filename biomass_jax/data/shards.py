@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from biomass_jax.data import bands, records
+from biomass_jax.data.labels import Label, described
 from biomass_jax.errors import DataError
 from biomass_jax.runtime.files import sha256_of
 
@@ -43,6 +44,11 @@ def read_metadata(folder: str | os.PathLike[str]) -> dict[str, Any]:
         ):
             raise DataError(f"{file}: {name}: found {values}, expected {len(names)} numbers; write the shards anew")
     return metadata
+
+
+def label_of(folder: str | os.PathLike[str]) -> Label:
+    """What the labels of shards are. DataError as for `read_metadata`."""
+    return described(read_metadata(folder).get("label", {}), os.fspath(folder))
 
 
 def split_counts(folder: str | os.PathLike[str]) -> dict[str, int]:

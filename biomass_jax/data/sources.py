@@ -19,8 +19,17 @@ import numpy as np
 from biomass_jax.data import bands as band_table
 from biomass_jax.data import records
 from biomass_jax.data.fingerprints import content, digest_of, fingerprint
+from biomass_jax.data.labels import BIOMASS, Label, described
 from biomass_jax.data.raster import chips as chip_files
-from biomass_jax.data.raster.chips import IMAGE_SUFFIX, LABEL_MAX, Pair, describe_pairs, pair_files, read_pair
+from biomass_jax.data.raster.chips import (
+    IMAGE_SUFFIX,
+    LABEL_MAX,
+    Pair,
+    describe_pairs,
+    label_of_files,
+    pair_files,
+    read_pair,
+)
 from biomass_jax.data.raster.encoding import AUTO
 from biomass_jax.data.raster.grid import epsg_code
 from biomass_jax.data.records import Record
@@ -64,7 +73,7 @@ class DatasetInfo:
         fill: value of no-data besides the rule's own, digital numbers.
         season: `YYYY-MM-DD/YYYY-MM-DD`, several joined by "; ", or "".
         sensors: `L30`, `S30`; () where nothing tells.
-        metadata: all that the shards' metadata hold, {} for folders.
+        metadata: all that the shards' metadata hold; of folders `label` alone, where it isn't biomass.
     """
 
     path: str
@@ -76,6 +85,17 @@ class DatasetInfo:
     season: str = ""
     sensors: tuple[str, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> Label:
+        """What the labels are; biomass where nothing tells.
+
+        Raises:
+            DataError: a unit that isn't the label's own; chips of several data sets with different labels.
+        """
+        if several := self.metadata.get("labels"):
+            raise DataError(f"{self.path}: chips with labels {' and '.join(several)}; a model learns one label")
+        return described(self.metadata.get("label", {}), self.path)
 
 
 class Source(ABC):
@@ -144,6 +164,7 @@ def open_source(
     bands: object = None,
     encoding: str = AUTO,
     label_max: float = LABEL_MAX,
+    label: str | None = None,
     verify: bool = False,
 ) -> Source:
     """Open one split of a data set.
@@ -154,12 +175,13 @@ def open_source(
         split: `train`, `val`, `test` ...
         bands: names of the GeoTIFFs' bands where their descriptions don't tell; see `bands.parse_band_list`.
         encoding: what the GeoTIFFs' numbers are, one of `raster.encoding.ENCODINGS`.
-        label_max: Mg/ha, the highest label that a GeoTIFF may hold.
+        label_max: the highest label that a GeoTIFF may hold, in its unit.
+        label: what GeoTIFFs' labels are, as `labels.parse` takes it; None for what their files call it, else biomass.
         verify: compare every shard with its SHA-256, or read every GeoTIFF once.
 
     Raises:
         DataError: no data set, or no such split, or other bands, or another schema version; files that are missing or
-            not of their size; or `bands`, `encoding` or `label_max` for shards.
+            not of their size; or `bands`, `encoding` or `label_max` for shards, or another `label` than theirs.
     """
     root = Path(path)
     if (root / "dataset_info.json").is_file():
@@ -170,9 +192,12 @@ def open_source(
                 raise DataError(f"{root}: {name} is {given!r}, but it is for GeoTIFFs; leave it out for shards")
         if verify:
             verify_shards(root, split)
-        return ShardSource(root, split)
+        source: Source = ShardSource(root, split)
+        if label is not None and source.info.label.name != label:
+            raise DataError(f"{root}: label is {label!r}, but its records hold {source.info.label.name}; leave it out")
+        return source
     if any(root.glob("*_images")):
-        source = FolderSource(root, split, bands=bands, encoding=encoding, label_max=label_max)
+        source = FolderSource(root, split, bands=bands, encoding=encoding, label_max=label_max, label=label)
         if verify:
             with ThreadPoolExecutor(_READERS) as pool:
                 deque(pool.map(source.__getitem__, range(len(source))), maxlen=0)
@@ -256,6 +281,7 @@ class FolderSource(Source):
         bands: object = None,
         encoding: str = AUTO,
         label_max: float = LABEL_MAX,
+        label: str | None = None,
     ) -> None:
         """Find the files and read their headers; DataError as for `open_source`."""
         root = Path(path)
@@ -278,9 +304,8 @@ class FolderSource(Source):
                 f"{path}: {len(alone)} files without a partner: {', '.join(alone[:_SHOWN])}{more}", stacklevel=3
             )
         try:
-            self._pairs = describe_pairs(
-                paths, band_list=band_table.parse_band_list(bands), encoding=encoding, label_max=label_max
-            )
+            about, names = label_of_files(paths, label), band_table.parse_band_list(bands)
+            self._pairs = describe_pairs(paths, band_list=names, encoding=encoding, label_max=label_max, about=about)
             with ThreadPoolExecutor(_READERS) as pool:
                 deque(pool.map(chip_files.check_files, self._pairs), maxlen=0)
             chip_files.check_units(self._pairs, root / f"{split}_images")
@@ -303,6 +328,7 @@ class FolderSource(Source):
             image_dtype=np.result_type(*{pair.dtype for pair in self._pairs}),
             fill=float(band_table.FILL),
             sensors=(_SENSORS,),
+            metadata={} if about == BIOMASS else {"label": about.metadata()},
         )
 
     def chips(self) -> list[Chip]:
@@ -363,7 +389,7 @@ class Mixture(Source):
             image_dtype=np.result_type(*(info.image_dtype for info in infos)),
             season="; ".join(sorted({season for info in infos for season in info.season.split("; ") if season})),
             sensors=tuple(sorted({sensor for info in infos for sensor in info.sensors})),
-            metadata=infos[0].metadata if len(infos) == 1 else {},
+            metadata=infos[0].metadata if len(infos) == 1 else _shared_label(infos),
         )
 
     @property
@@ -379,6 +405,14 @@ class Mixture(Source):
     def digest(self) -> str:
         """See Source."""
         return digest_of([(part.digest(), seen) for part, seen in zip(self._parts, self._seen, strict=True)])
+
+
+def _shared_label(infos: Sequence[DatasetInfo]) -> dict[str, Any]:
+    """The label of several data sets, where it isn't biomass; the names of all where they have different ones."""
+    found = [info.label for info in infos]
+    if any(label != found[0] for label in found):
+        return {"labels": sorted({label.name for label in found})}
+    return {} if found[0] == BIOMASS else {"label": found[0].metadata()}
 
 
 def open_mixture(parts: Sequence[tuple[str | os.PathLike[str], float]], split: str, **settings: Any) -> Mixture:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from biomass_jax.data.labels import BIOMASS, Label
 from biomass_jax.errors import BiomassError, RegionalError
 from biomass_jax.runtime.files import replacing, write_text
 
@@ -20,7 +21,7 @@ STYLES = "layer_styles"  # the table of a GeoPackage where QGIS keeps styles
 _STEP = 500.0  # metres between corners of an outline that is brought to another CRS, at most
 _STEP_DEGREES = 0.005
 _TRACK, _ORBIT = 10**11, 10**13  # a shot's number is its orbit, its beam, and 11 digits more
-_NEEDED = {"shot_number": "uint64", "lon": "degrees", "lat": "degrees", "agbd": "Mg/ha"}
+_NEEDED = {"shot_number": "uint64", "lon": "degrees", "lat": "degrees"}  # and the label
 
 
 def read_table(path: str | Path, what: str, error: type[BiomassError], layer: str | None = None) -> "DataFrame":
@@ -228,8 +229,8 @@ class Footprints(NamedTuple):
     Attributes:
         lon: degrees of WGS 84, -180 to 180.
         lat: degrees.
-        agbd: Mg/ha.
-        sigma: standard error of agbd, Mg/ha; NaN where there is none.
+        value: the label, in its unit.
+        sigma: its standard error; NaN where there is none.
         track: orbit and beam as one number.
         orbit: number of the orbit.
         number: shot_number, uint64.
@@ -237,19 +238,22 @@ class Footprints(NamedTuple):
 
     lon: np.ndarray
     lat: np.ndarray
-    agbd: np.ndarray
+    value: np.ndarray
     sigma: np.ndarray
     track: np.ndarray
     orbit: np.ndarray
     number: np.ndarray
 
 
-def read_footprints(paths: Iterable[str | Path], boxes: Sequence[tuple[float, float, float, float]]) -> Footprints:
+def read_footprints(
+    paths: Iterable[str | Path], boxes: Sequence[tuple[float, float, float, float]], label: Label = BIOMASS
+) -> Footprints:
     """Footprints of tables as `prepare` writes them.
 
     Args:
         paths: files, and folders of which all tables are read.
         boxes: (west, south, east, north) in degrees, east perhaps beyond 180; what is far from all of them is left out.
+        label: what is read of them.
 
     Returns:
         Each footprint once, though several tables have it.
@@ -261,9 +265,9 @@ def read_footprints(paths: Iterable[str | Path], boxes: Sequence[tuple[float, fl
     near = _near(boxes)
     tables: list[dict[str, np.ndarray]] = []
     for file in files:
-        table = _read_footprints(file)
+        table = _read_footprints(file, label)
         at = (np.floor(table["lat"] + 90).astype(int), np.floor((table["lon"] + 180) % 360).astype(int))
-        kept = near[at] & np.isfinite(table["agbd"])
+        kept = near[at] & np.isfinite(table["value"])
         tables.append({name: values[kept] for name, values in table.items()})
     whole = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
     number, first = np.unique(whole["number"], return_index=True)
@@ -281,8 +285,9 @@ def _near(boxes: Sequence[tuple[float, float, float, float]]) -> np.ndarray:
     return near
 
 
-def _read_footprints(file: Path) -> dict[str, np.ndarray]:
+def _read_footprints(file: Path, label: Label) -> dict[str, np.ndarray]:
     """Columns of a table."""
+    needed = _NEEDED | {label.name: label.unit}
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -291,19 +296,20 @@ def _read_footprints(file: Path) -> dict[str, np.ndarray]:
     try:
         with pq.ParquetFile(file) as opened:
             schema = opened.schema_arrow
-            more = {"agbd_sigma"} & set(schema.names)
-            lacking = [name for name in _NEEDED if name not in schema.names]
-            table = None if lacking else opened.read(columns=[*_NEEDED, *more])
+            more = {f"{label.name}_sigma"} & set(schema.names)
+            lacking = [name for name in needed if name not in schema.names]
+            table = None if lacking else opened.read(columns=[*needed, *more])
     except (OSError, pa.ArrowException) as error:
         raise RegionalError(f"{file}: can't be read as a table of footprints (Parquet): {error}") from error
     if table is None:
         raise RegionalError(
-            f"{file}: found columns {', '.join(schema.names)}, expected {lacking[0]} ({_NEEDED[lacking[0]]}); give "
+            f"{file}: found columns {', '.join(schema.names)}, expected {lacking[0]} ({needed[lacking[0]]}); give "
             "tables that biomass-jax gedi, or prepare, has written"
         )
     if not pa.types.is_integer(schema.field("shot_number").type):
         raise RegionalError(f"{file}: shot_number is {schema.field('shot_number').type}; expected uint64")
-    columns = {name: table.column(name).to_numpy().astype(float) for name in ("lon", "lat", "agbd")}
+    columns = {name: table.column(name).to_numpy().astype(float) for name in ("lon", "lat")}
+    columns["value"] = table.column(label.name).to_numpy().astype(float)
     columns["number"] = table.column("shot_number").to_numpy().astype(np.uint64)
     bad = ~((np.abs(columns["lat"]) <= 90) & (np.abs(columns["lon"]) <= 180))
     if bad.any():
@@ -314,7 +320,7 @@ def _read_footprints(file: Path) -> dict[str, np.ndarray]:
             "more, which tell the tracks apart"
         )
     nothing = np.full(len(table), np.nan)
-    columns["sigma"] = table.column("agbd_sigma").to_numpy().astype(float) if more else nothing
+    columns["sigma"] = table.column(*more).to_numpy().astype(float) if more else nothing
     return columns
 
 

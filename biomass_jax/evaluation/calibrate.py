@@ -16,6 +16,7 @@ from biomass_jax.bundle import Bundle, software_versions
 from biomass_jax.data import bands, sources
 from biomass_jax.data.biomes import with_biomes
 from biomass_jax.data.blocks import Drawn, chip_blocks, split_block_km
+from biomass_jax.data.labels import BIOMASS
 from biomass_jax.data.sources import Source
 from biomass_jax.errors import DataError, EvaluationError
 from biomass_jax.evaluation import evaluate, tables
@@ -109,14 +110,15 @@ def _learn_intervals(
     raw = dict(zip(forward.channels, [scored.prediction, *scored.more.T], strict=True))
     on_blocks = {"blocks": blocks.of_chip[scored.chip], "biomes": scored.pixel_biomes()}
     with _named(source):
-        found = calibration.fit(raw, scored.label, **on_blocks, level=chosen.level, seed=chosen.seed)
+        edges = calibration.EDGES if model.label == BIOMASS else model.label.cuts
+        found = calibration.fit(raw, scored.label, **on_blocks, level=chosen.level, seed=chosen.seed, edges=edges)
     on = {"split": chosen.split, "chips": len(np.unique(scored.chip)), "labels": len(scored.label)}
     section: dict[str, Any] = {
         "spread": spread.about(),
         "calibration": found.to_json(),
         "calibrated_on": {**on, "blocks_are": blocks.are},
     }
-    return section, _lines(found, spread, raw, scored, blocks)
+    return section, _lines(found, spread, raw, scored, blocks, model.label.unit)
 
 
 def _way(model: Bundle, asked: str) -> str:
@@ -200,7 +202,12 @@ def _named(source: Source) -> Iterator[None]:
 
 
 def _lines(
-    found: Calibration, spread: Spread, raw: dict[str, np.ndarray], scored: tables.Scored, blocks: tables.Blocks
+    found: Calibration,
+    spread: Spread,
+    raw: dict[str, np.ndarray],
+    scored: tables.Scored,
+    blocks: tables.Blocks,
+    unit: str,
 ) -> list[str]:
     """What the command tells of the intervals."""
     everything = found.groups[0]
@@ -209,13 +216,13 @@ def _lines(
     ways = ", ".join(f"{name} {value}" for name, value in spread.about().items())
     made = [
         f"uncertainty: {ways}; calibrated on {len(scored.label):,} labels of {everything.blocks} blocks ({blocks.are})",
-        f"intervals for {found.level:.0%}: on average {np.mean(hi - lo):.1f} Mg/ha wide, standard deviation "
-        f"{np.sqrt(np.mean(sd**2)):.1f} Mg/ha; they hold {inside:.1%} of the labels they come from, which says little: "
-        "evaluate tells what they hold on others",
+        f"intervals for {found.level:.0%}: on average {np.mean(hi - lo):.1f} {unit} wide, standard deviation "
+        f"{np.sqrt(np.mean(sd**2)):.1f} {unit}; they hold {inside:.1%} of the labels they come from, which says "
+        "little: evaluate tells what they hold on others",
     ]
     for group in found.groups[1:]:
         limits = (
-            "" if group.low is None and group.high is None else f"{group.low or 0:g} to {group.high or np.inf:g} Mg/ha"
+            "" if group.low is None and group.high is None else f"{group.low or 0:g} to {group.high or np.inf:g} {unit}"
         )
         named = ", ".join(part for part in (group.biome, limits) if part)
         made.append(f"  {named}: intervals of their own, from {group.blocks} blocks, {group.pixels:,} labels")

@@ -17,7 +17,10 @@ class EvaluationData:
         "what the GeoTIFFs' numbers are, see [maps](maps.md)",
         choices="biomass_jax.data.raster.encoding:ENCODINGS",
     )
-    label_max: float = setting(2000.0, "Mg/ha, the highest label that GeoTIFFs may hold")
+    label_max: float = setting(2000.0, "the highest label that GeoTIFFs may hold, in its unit")
+    label: str | None = setting(
+        None, "what GeoTIFFs' labels are: agbd, canopy_height, rh98 ...; not given, what their files call it, else agbd"
+    )
     statistics: str = setting("bundle", "means and stds: bundle, or dataset, those of the data's train split")
     means: tuple[float, ...] | None = setting(None, "or explicitly, a number for each band of the model")
     stds: tuple[float, ...] | None = setting(None, "likewise")

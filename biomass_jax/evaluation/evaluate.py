@@ -18,6 +18,7 @@ from biomass_jax.bundle import software_versions
 from biomass_jax.data import bands, records, sources
 from biomass_jax.data.biomes import with_biomes
 from biomass_jax.data.blocks import split_block_km
+from biomass_jax.data.labels import unit_text
 from biomass_jax.data.sources import Source
 from biomass_jax.errors import EvaluationError, name_list
 from biomass_jax.evaluation import tables
@@ -65,7 +66,7 @@ def run(config: ConfigDict, workdir: Path, *, shardings: Callable[[], dict[str, 
     check(config, Evaluate)
     group = config.data
     check_given(config)
-    chosen = {name: group[name] for name in ("encoding", "label_max", "verify")}
+    chosen = {name: group[name] for name in ("encoding", "label_max", "label", "verify")}
     chosen["bands"] = bands.parse_band_list(group.bands)
     source = sources.open_source(group.path, group.split, **chosen)
     source = with_biomes(source, group.path, biome=group.biome, polygons=group.biomes, field=group.biome_field)
@@ -143,7 +144,7 @@ def _scored_by(
     parts = [part]
     if jax.process_count() > 1:  # pickled: JAX would round float64
         parts = [pickle.loads(data) for data in processes.gather(pickle.dumps(part))]
-    return ScoredModel(bundle, *tables.join(parts), known, layers, forward.channels)
+    return ScoredModel(bundle, *tables.join(parts, bundle.label.bins), known, layers, forward.channels)
 
 
 def check_given(config: ConfigDict) -> None:
@@ -284,7 +285,7 @@ def summarize(
         "label_error": label_error(model.scored, rows[0]["rmse"]),
         "uncertainty": how_sure(model.scored, model.channels, model.layers, blocks),
         "interval": {"level": LEVEL, "blocks": rows[0]["blocks"], "blocks_are": blocks.are, "is": interval_of(rows[0])},
-        "label": {"name": bundle.meta["output"]["bands"][0], "units": bundle.meta["output"]["units"]},
+        "label": {"name": bundle.label.name, "units": bundle.label.units},
         "bundle": {"path": str(config.bundle), "weights_sha256": bundle.weights_sha256},
         "data": {
             "path": str(config.data.path),
@@ -388,7 +389,7 @@ def write(workdir: Path, result: dict[str, Any], scored: tables.Scored, pictures
 def draw(workdir: Path, result: dict[str, Any], scored: tables.Scored, pictures: Sequence[figures.ChipPanel]) -> None:
     """The pictures."""
     title, rows = result["experiment"], result["tables"]
-    unit = result["label"]["units"].replace(" ha-1", "/ha")
+    unit = unit_text(result["label"]["units"])
     name = result["label"]["name"].upper()
     values: tuple[Any, ...] = (scored.prediction, scored.label, result)
     scatter = figures.density_scatter(*values, title=title, name=name, unit=unit)
@@ -429,7 +430,7 @@ def lines(result: dict[str, Any]) -> list[str]:
     about = f"{error['rmse']:.2f}, {error['share']:.0%} of the squared error" if known else "not known"
     made.append(f"geolocation and GEDI itself: about {about} ({error['is']})")
     if result["uncertainty"] is not None:
-        made += sure_lines(result["uncertainty"])
+        made += sure_lines(result["uncertainty"], unit_text(unit))
     if "against" in result:
         other = result["against"]
         made += [f"against {other['bundle']['path']}:", *_table_lines(other["tables"])]

@@ -28,7 +28,7 @@ def error_pairs(rows: np.ndarray, cols: np.ndarray, errors: np.ndarray) -> np.nd
     Args:
         rows: (n,) of their pixels, which differ.
         cols: (n,) likewise.
-        errors: (n,) prediction - label, Mg/ha.
+        errors: (n,) prediction - label.
 
     Returns:
         As `no_pairs`; sums of chips add up.
@@ -42,7 +42,7 @@ def error_pairs(rows: np.ndarray, cols: np.ndarray, errors: np.ndarray) -> np.nd
 
 
 def nugget(pairs: np.ndarray) -> float | None:
-    """The variogram at distance 0, (Mg/ha)^2; None where fewer than `FEWEST_PAIRS` pairs, or four distances, tell.
+    """The variogram at distance 0, squared; None where fewer than `FEWEST_PAIRS` pairs, or four distances, tell.
 
     A parabola through the offsets' means, weighted by their pairs, and never below 0.
     """

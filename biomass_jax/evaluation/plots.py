@@ -15,7 +15,7 @@ import numpy as np
 
 from biomass_jax import figures
 from biomass_jax.data.raster.image import read_tags
-from biomass_jax.data.raster.zonal import Covered, covered_means
+from biomass_jax.data.raster.zonal import UNITS, Covered, covered_means
 from biomass_jax.errors import EvaluationError
 from biomass_jax.evaluation.tables import write_csv
 from biomass_jax.figures import page as pages
@@ -113,13 +113,13 @@ def compare(plots: "GeoDataFrame", maps: Sequence[str | Path], *, max_years: flo
         maps that cover a plot the one nearest in time counts.
 
     Raises:
-        RasterError: a map can't be read.
+        RasterError: a map can't be read, or is of something else than biomass.
     """
     count = len(plots)
     best = Covered(np.full(count, np.nan), np.zeros(count), np.zeros(count))
     years, source = np.full(count, np.nan), np.full(count, "", object)
     for path in maps:
-        found = covered_means(path, plots)
+        found = covered_means(path, plots, units=UNITS)
         apart = _middle_of_season(path) - plots["year"].to_numpy(float)
         enough, before = (one.cover >= min_cover for one in (found, best))
         away, nearest = (np.where(np.isnan(one), np.inf, np.abs(one)) for one in (apart, years))

@@ -18,6 +18,7 @@ import numpy as np
 
 from biomass_jax.data.bands import BAND_NAMES
 from biomass_jax.data.blocks import BLOCK_KM, UNKNOWN, ground_blocks
+from biomass_jax.data.labels import BIOMASS, Bin
 from biomass_jax.data.sources import Chip, Place
 from biomass_jax.errors import EvaluationError
 from biomass_jax.evaluation.intervals import block_intervals
@@ -29,9 +30,7 @@ from biomass_jax.tasks.scores import SCORES, RegressionSums
 
 RGB = tuple(BAND_NAMES.index(name) for name in ("RED", "GREEN", "BLUE"))
 
-Bin = tuple[float, float]
-# Mg/ha, [low, high). The first four are the reference's, in its order.
-BINS: tuple[Bin, ...] = ((0, 100), (100, 200), (200, 300), (0, 300), (300, math.inf))
+BINS = BIOMASS.bins  # unless the label has others
 BELOW_ZERO: Bin = (-math.inf, 0)  # only predictions, of a model without a final ReLU
 DIFFERENCE_COLUMNS = (
     "table",
@@ -61,6 +60,7 @@ class Scored:
         places: of each chip.
         pairs: sums over pairs of errors, see `nugget.error_pairs`.
         more: (n, channels - 1) float32, what the model gave beside its mean.
+        bins: of the label.
     """
 
     prediction: np.ndarray
@@ -72,6 +72,7 @@ class Scored:
     places: tuple[Place, ...]
     pairs: np.ndarray = field(default_factory=no_pairs)
     more: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    bins: tuple[Bin, ...] = BINS
 
     def pixel_biomes(self) -> np.ndarray:
         """(n,) text, the biome of each pixel."""
@@ -148,8 +149,8 @@ def score_batches(
     return part
 
 
-def join(parts: Sequence[ScoredPart]) -> tuple[Scored, list[ChipPanel]]:
-    """The pixels of all processes, chips numbered through; and their pictures.
+def join(parts: Sequence[ScoredPart], bins: tuple[Bin, ...] = BINS) -> tuple[Scored, list[ChipPanel]]:
+    """The pixels of all processes, chips numbered through, of a label with these bins; and their pictures.
 
     Raises:
         EvaluationError: a chip was read by two processes.
@@ -169,6 +170,7 @@ def join(parts: Sequence[ScoredPart]) -> tuple[Scored, list[ChipPanel]]:
         places,
         pairs,
         np.concatenate([more for part in parts for more in part.more] or [np.zeros((0, 0), np.float32)]),
+        bins,
     )
     if len(set(scored.chip_ids)) < len(chips):
         again = next(name for name in scored.chip_ids if scored.chip_ids.count(name) > 1)
@@ -271,13 +273,14 @@ def differences(scored: Scored, against: Scored, *, blocks: Blocks | None = None
 
 def prediction_bins(scored: Scored) -> list[tuple[str, str, np.ndarray]]:
     """Table, group and bool (n,) of its pixels, by bin of the prediction."""
-    return [("prediction_bin", bin_name(limits), within(scored.prediction, limits)) for limits in (BELOW_ZERO, *BINS)]
+    bins = (BELOW_ZERO, *scored.bins)
+    return [("prediction_bin", bin_name(limits), within(scored.prediction, limits)) for limits in bins]
 
 
 def groups(scored: Scored, between: Iterable[tuple[str, str, np.ndarray]]) -> Iterator[tuple[str, str, np.ndarray]]:
     """Table, group and bool (n,) of its pixels, `between` after the bins of labels."""
     yield "all", "all", np.ones(scored.label.shape, bool)
-    for limits in BINS:
+    for limits in scored.bins:
         yield "label_bin", bin_name(limits), within(scored.label, limits)
     yield from between
     for table, given in (("biome", scored.biomes), ("tile", scored.tiles)):
@@ -341,9 +344,7 @@ def write_reference_table(path: str | os.PathLike[str], rows: Sequence[Row], exp
     Our own column `300-inf` comes last. The reference fails on an empty bin; here its cell is empty.
     """
     found = {row["group"]: row["rmse"] for row in rows if row["table"] == "label_bin"}
-    names = [bin_name(limits) for limits in BINS]
-    row = {"experiment_name": experiment} | {name: found[name] for name in names}
-    return write_csv(path, ("experiment_name", *names), [row])
+    return write_csv(path, ("experiment_name", *found), [{"experiment_name": experiment} | found])
 
 
 def write_csv(path: str | os.PathLike[str], columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Path:

@@ -76,14 +76,14 @@ def how_sure(
     return found
 
 
-def sure_lines(found: dict[str, Any]) -> list[str]:
-    """What the console shows of `how_sure`."""
+def sure_lines(found: dict[str, Any], unit: str) -> list[str]:
+    """What the console shows of `how_sure`, of labels in that unit."""
     ends = (
         f" ({found['coverage_low']:.1%} to {found['coverage_high']:.1%})" if found["coverage_low"] is not None else ""
     )
     made = [
         f"uncertainty ({found['is']}): {found['level']:.0%} intervals hold {found['coverage']:.1%} of labels{ends}, "
-        f"{found['width']:.1f} Mg/ha wide; variance of z {found['z_variance']:.2f}, CRPS {found['crps']:.2f}, "
+        f"{found['width']:.1f} {unit} wide; variance of z {found['z_variance']:.2f}, CRPS {found['crps']:.2f}, "
         f"ENCE {found['ence']:.2f}"
     ]
     for name in ("inside", "outside"):

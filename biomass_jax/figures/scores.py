@@ -17,7 +17,7 @@ MOST_SHOWN = 99.9  # percentile of labels and predictions that a scatter reaches
 
 FILE = "metrics.jsonl"
 # Panels from left to right: what the axis is called, and the fields drawn thin and thick.
-PANELS = (("Loss", "train/loss", "val/loss"), ("Validation RMSE (Mg/ha)", "", "val/rmse"))
+PANELS = (("Loss", "train/loss", "val/loss"), ("Validation RMSE ({unit})", "", "val/rmse"))
 
 
 def density_scatter(
@@ -289,11 +289,11 @@ def training_curves(
     names = list(names) or [path.absolute().parent.name for path in paths]
     if not paths or len(names) != len(paths):
         raise FigureError(f"{len(paths)} runs and {len(names)} names; expected at least a run, and a name for each")
-    read = [read_metrics(path) for path in paths]
+    read, unit = [read_metrics(path) for path in paths], _unit_of(paths[0].parent)
     panels = [panel for panel in PANELS if any(_points(run, field)[0] for run in read for field in panel[1:])]
     figure = new_figure(6.2 * len(panels), 4.2)
     for axes, (label, thin, thick) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        plot_axes(axes, "Step", label)
+        plot_axes(axes, "Step", label.format(unit=unit))
         for index, (run, name) in enumerate(zip(read, names, strict=True)):
             colour = COLOURS[index % len(COLOURS)]
             steps, values = _points(run, thin)
@@ -311,6 +311,15 @@ def training_curves(
             text.set_parse_math(False)
     figure.suptitle(title, fontsize=11, parse_math=False)
     return figure
+
+
+def _unit_of(workdir: Path) -> str:
+    """The unit of what a run learns, from its best model; that of biomass where there is none yet."""
+    try:
+        units = json.loads((workdir / "best" / "bundle.json").read_text())["output"]["units"]
+    except (OSError, ValueError, KeyError):
+        return "Mg/ha"
+    return str(units).replace(" ha-1", "/ha")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

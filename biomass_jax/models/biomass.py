@@ -19,8 +19,8 @@ class BiomassModel(SwinFields):
     Fields are the encoder's, then the decoder's and the head's (see `RegressionHead`). `final_relu` false leaves
     negative values in. `spread` says what else a pixel is given beside its mean (see `outputs`), from a convolution of
     its own on the same features, so that the mean is that of the same weights without a spread: `gaussian` ln sigma
-    and `laplace` ln b of a distribution around the mean, `quantiles` those of `quantile_levels`. `spread_scale`, Mg/ha,
-    is about where a fresh spread starts.
+    and `laplace` ln b of a distribution around the mean, `quantiles` those of `quantile_levels`. `spread_scale`, in the
+    label's unit, is about where a fresh spread starts.
     """
 
     drop_path_rate: float = 0.3
@@ -39,8 +39,8 @@ class BiomassModel(SwinFields):
     def outputs(self) -> tuple[str, ...]:
         """Names of what a pixel is given, the order of the last axis.
 
-        `mean` (Mg/ha) alone, with `log_scale` (ln of sigma or b, both in Mg/ha), or with `q0.05`, `q0.95` and the like
-        (Mg/ha, none below the one before).
+        `mean` alone, with `log_scale` (ln of sigma or b), or with `q0.05`, `q0.95` and the like (none below the one
+        before); all in the label's unit.
         """
         if self.spread == "none":
             return ("mean",)
@@ -70,7 +70,7 @@ class BiomassModel(SwinFields):
         if self.spread not in SPREADS:
             raise ValueError(f"spread is {self.spread!r}; expected one of {', '.join(SPREADS)}")
         if not 0 < self.spread_scale < float("inf"):
-            raise ValueError(f"spread_scale is {self.spread_scale} Mg/ha; expected a number above 0")
+            raise ValueError(f"spread_scale is {self.spread_scale}; expected a number above 0")
         bounds = (0.0, *self.quantile_levels, 1.0)
         if len(bounds) < 4 or any(not low < high for low, high in itertools.pairwise(bounds)):
             raise ValueError(
@@ -122,7 +122,7 @@ class BiomassModel(SwinFields):
             train: batch statistics, drop path (stream `drop_path`) and dropout (stream `dropout`) on.
 
         Returns:
-            float32 [B, H, W], Mg/ha; with a spread [B, H, W, C], whose last axis `outputs` names.
+            float32 [B, H, W], in the label's unit; with a spread [B, H, W, C], whose last axis `outputs` names.
         """
         found = self.head(self.decoder(self.encode(x, train=train), train=train), train=train)
         value, spread = found if isinstance(found, tuple) else (found, None)

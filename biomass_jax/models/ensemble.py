@@ -70,7 +70,7 @@ class BiomassEnsemble(BiomassModel):
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Names of what a pixel is given, both Mg/ha: the mixture's mean and standard deviation."""
+        """Names of what a pixel is given, both as labels: the mixture's mean and standard deviation."""
         return ("mean", "sd")
 
     def setup(self) -> None:
@@ -111,7 +111,7 @@ class BiomassEnsemble(BiomassModel):
         )
 
     def estimate(self, features: jax.Array, size: tuple[int, ...], *, train: bool = False) -> jax.Array:
-        """The mixture: features of `decode` -> float32 [B, H, W, 2], mean and standard deviation, Mg/ha.
+        """The mixture: features of `decode` -> float32 [B, H, W, 2], mean and standard deviation, as labels.
 
         Raises:
             ArchitectureError: `train`.

@@ -25,7 +25,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 class Forward:
-    """Digital numbers in, Mg/ha out, and how sure the model is of them; one program for each shape and type of batch.
+    """Digital numbers in, labels out, and how sure the model is of them; one program for each shape and type of batch.
 
     Batches are split over the devices of `batch_sharding` where their number divides the batch, and predicted whole on
     every device where it doesn't.
@@ -45,7 +45,7 @@ class Forward:
         di: give the dissimilarity to the training chips too, for which the bundle needs an area of applicability.
 
     Attributes:
-        channels: what there is of a pixel: `mean`; `sd`, or `lo` and `hi` (Mg/ha, not calibrated); `di`.
+        channels: what there is of a pixel: `mean`; `sd`, or `lo` and `hi` (in its unit, not calibrated); `di`.
 
     Raises:
         PredictionError: a bundle of another task, or a wrong setting.
@@ -163,8 +163,8 @@ class Forward:
             fill: the file's fill value, None where it has none.
 
         Returns:
-            (B, H, W) float32 Mg/ha, or (B, H, W, channels) where there are more than the mean, still being computed;
-            pixels without data get numbers too.
+            (B, H, W) float32 in the label's unit, or (B, H, W, channels) where there are more than the mean, still
+            being computed; pixels without data get numbers too.
         """
         program = self.prepare(images.shape, images.dtype)
         if self._variables is None:

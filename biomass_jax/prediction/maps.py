@@ -13,14 +13,15 @@ from typing import Any, Protocol, TypeVar
 
 from biomass_jax import figures
 from biomass_jax.bundle import Bundle
+from biomass_jax.data.labels import title_of, unit_text
 from biomass_jax.data.raster import stac
 from biomass_jax.data.raster.cog import MapWriter
 from biomass_jax.data.raster.image import ImageSource, open_image, read_preview, read_tags
 from biomass_jax.data.raster.inputs import InputItem
 from biomass_jax.data.raster.stac import quicklook_path
 from biomass_jax.data.raster.tiff import verify_blocks
-from biomass_jax.data.raster.zonal import UNIT_TITLES
 from biomass_jax.errors import BiomassError, BundleError, RasterError
+from biomass_jax.prediction.layers import DI
 from biomass_jax.prediction.pixels import MapOptions, Mapper, MapPixels, check_source
 from biomass_jax.runtime import environment
 from biomass_jax.runtime.files import write_text
@@ -34,13 +35,6 @@ log = logging.getLogger(__name__)
 IDENTITY = ("MODEL_SHA256", "MODEL", "SETTINGS", "SOURCE_READING", "SOURCE_SIZE", "SOURCE_MTIME_NS", "SOURCE_FILES")
 _MODEL_FIELDS = ("task", "architecture", "input", "output")  # of bundle.json, on which values depend
 QUICKLOOK_SIZE = 1000  # px of the longer side
-LAYER_TITLES = {
-    "agbd": "Above-ground biomass",
-    "agbd_sd": "Standard deviation of the above-ground biomass",
-    "agbd_lo": "Above-ground biomass, lower end of the interval",
-    "agbd_hi": "Above-ground biomass, upper end of the interval",
-    "di": "Dissimilarity to the training chips",
-}
 TIFF_SUFFIXES = (".tif", ".tiff")
 Failure = tuple[str, Exception]  # the input's name, what went wrong
 
@@ -76,6 +70,11 @@ class MapResult:
 
     def __fspath__(self) -> str:
         return str(self.path)
+
+
+def layer_title(layer: str) -> str:
+    """What a layer of a map is, as pictures and arrays say it."""
+    return "Dissimilarity to the training chips" if layer == DI else title_of(layer)
 
 
 def map_path(dst: str | os.PathLike[str], relative: PurePath, name: str) -> Path:
@@ -187,7 +186,7 @@ def write_beside(
         return wanted and not (missing_only and all(place.is_file() for place in places))
 
     layer, unit = next(iter(layers.items()))
-    named = {"name": LAYER_TITLES.get(layer, layer), "unit": UNIT_TITLES.get(unit, unit)}
+    named = {"name": layer_title(layer), "unit": unit_text(unit)}
     if due(options.quicklook, quicklook_path(path)):
         _write_quicklook(source, path, list(layers), **named)
     if due(options.style, figures.style_path(path), colours_path(path)):

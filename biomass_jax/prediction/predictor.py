@@ -169,7 +169,8 @@ class Predictor:
             encoding: what the numbers are, one of `encoding.ENCODINGS` but `from_file`.
 
         Returns:
-            float32 (H, W) or (B, H, W), Mg/ha; a last axis has the layers where there are several (see `layers`).
+            float32 (H, W) or (B, H, W) in the label's unit; a last axis has the layers where there are several (see
+            `layers`).
 
         Raises:
             PredictionError: another shape or kind of number, numbers that can't be digital numbers, or the model gave
@@ -199,7 +200,7 @@ class Predictor:
 
         Args:
             src: the image.
-            dst: the map's path if it ends in .tif, else the folder for `<stem>_agbd.tif`.
+            dst: the map's path if it ends in .tif, else the folder for `<stem>_agbd.tif` (the label's name).
             **options: fields of `MapOptions`: bands, encoding, resample, mask, mask_keep, allow_empty, overwrite,
                 quicklook, style, stac, progress.
 
@@ -281,8 +282,9 @@ class Predictor:
             progress: show a bar on a terminal or in a notebook; a lazy image has Dask's own.
 
         Returns:
-            DataArray of float32 (y, x), or (time, y, x), in Mg/ha, with the image's CRS and coordinates; no data is the
-            attribute `_FillValue`. Other attributes are the tags of a map's file. Of a Dataset they are its own.
+            DataArray of float32 (y, x), or (time, y, x), in the label's unit, with the image's CRS and coordinates; no
+            data is the attribute `_FillValue`. Other attributes are the tags of a map's file. Of a Dataset they are its
+            own.
 
         Raises:
             RasterError: as `predict_file`, an array that doesn't tell where its pixels or bands are, or xarray missing.
@@ -325,7 +327,7 @@ class Predictor:
         """A map's values (H, W[, layers]); `make` takes those of one layer, its name and its attributes."""
         fill = float(self.bundle.nodata)
         about = {
-            name: {"long_name": maps.LAYER_TITLES.get(name, name), "units": unit, "_FillValue": fill}
+            name: {"long_name": maps.layer_title(name), "units": unit, "_FillValue": fill}
             for name, unit in self.layers.items()
         }
         if len(about) == 1:

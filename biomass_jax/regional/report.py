@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from biomass_jax import figures
+from biomass_jax.data.labels import BIOMASS, Label, named, unit_text
 from biomass_jax.data.raster import stac
 from biomass_jax.data.raster.image import read_preview, read_tags
 from biomass_jax.data.raster.warp import MapFile, map_file
@@ -185,17 +186,28 @@ def _days(season: str) -> str:
 
 
 def _table_of_scores(found: ReportParts) -> str:
-    rows = []
+    rows, alike = [], len({_unit(one) for _, one in found.scores}) == 1
     for path, one in found.scores:
         sure = one.get("uncertainty") or {}
         level = f" of {sure['level']:.0%}" if "level" in sure else ""
         rows.append(
-            [path.parent.name, f"{one['n']:,}", str((one.get("interval") or {}).get("blocks", ""))]
+            [
+                path.parent.name + ("" if alike else f", {_unit(one)}"),
+                f"{one['n']:,}",
+                str((one.get("interval") or {}).get("blocks", "")),
+            ]
             + [_between(one, "rmse", ".1f"), _between(one, "bias", "+.1f"), _between(one, "r2", ".2f")]
             + [f"{_between(sure, 'coverage', '.1%')}{level}" if "coverage" in sure else ""]
         )
-    head = ["", "labelled pixels", "blocks of ground", "RMSE, Mg/ha", "bias, Mg/ha", "R2", "intervals hold"]
+    units = {_unit(one) for _, one in found.scores}
+    of = f", {units.pop()}" if len(units) == 1 else ""
+    head = ["", "labelled pixels", "blocks of ground", f"RMSE{of}", f"bias{of}", "R2", "intervals hold"]
     return pages.table(head, rows)
+
+
+def _unit(scores: Mapping[str, Any]) -> str:
+    """The unit of scores, as texts have it; earlier ones, of biomass, don't all tell it."""
+    return unit_text(scores.get("label", {}).get("units", BIOMASS.units))
 
 
 def _between(one: Mapping[str, Any], name: str, form: str) -> str:
@@ -226,13 +238,24 @@ def methods(found: ReportParts) -> list[str]:
             "the area that each has there, and where maps overlap by the rule that the mosaic's file names "
             f"({', '.join(sorted({one.tags.get('OVERLAP', '') for one in maps} - {''}))})."
         )
-    words.append(
-        "Biomass is the dry mass of living plants above the ground. A model that learnt from lidar footprints takes "
-        "over their errors: scores against footprints tell nothing of those, which takes field plots. Images show "
-        "surfaces, and in dense forest they hardly differ, so high biomass tends to be mapped too low, and low biomass "
-        "too high."
-    )
+    if {BIOMASS.name} & {label.name for label in _labels(maps)} or not maps:
+        words.append(_OF_BIOMASS)
     return words
+
+
+_TITLES = {BIOMASS.name: "Above-ground biomass density"}  # of what was mapped, in a sentence
+_OF_BIOMASS = (
+    "Biomass is the dry mass of living plants above the ground. A model that learnt from lidar footprints takes "
+    "over their errors: scores against footprints tell nothing of those, which takes field plots. Images show "
+    "surfaces, and in dense forest they hardly differ, so high biomass tends to be mapped too low, and low biomass "
+    "too high."
+)
+
+
+def _labels(maps: Sequence[MapFile]) -> list[Label]:
+    """What maps are of, each label once, in the order of the maps."""
+    found = [named(next(iter(one.layers))) or BIOMASS for one in maps]
+    return list(dict.fromkeys(found))
 
 
 def _about_maps(maps: Sequence[MapFile]) -> str:
@@ -240,8 +263,9 @@ def _about_maps(maps: Sequence[MapFile]) -> str:
     times = sorted({text for one in maps if (text := _when(one))})
     images = "HLS (Harmonized Landsat and Sentinel-2) images" if _granules(maps) else "satellite images"
     models = _models(maps)
+    what = " and ".join(_TITLES.get(label.name, label.title) for label in _labels(maps))
     return (
-        f"Above-ground biomass density was mapped in pixels of {' and '.join(size)} m from {images}"
+        f"{what} was mapped in pixels of {' and '.join(size)} m from {images}"
         + (f" of {'; '.join(times[:6])}{' and more' if len(times) > 6 else ''}" if times else "")
         + " by a Swin Transformer with a UPerNet decoder, the architecture of granite-geospatial-biomass (Muszynski et "
         f"al. 2024), {'model' if len(models) == 1 else 'models'} {', '.join(model[:12] for model in models)}, with "
@@ -269,7 +293,7 @@ def _about_intervals(maps: Sequence[MapFile]) -> str:
 
 def _about_scores(one: Mapping[str, Any]) -> str:
     text = f"On {one['n']:,} labelled pixels that were set aside the root mean square error was "
-    text += f"{_between(one, 'rmse', '.1f')} Mg/ha and the bias {_between(one, 'bias', '+.1f')} Mg/ha"
+    text += f"{_between(one, 'rmse', '.1f')} {_unit(one)} and the bias {_between(one, 'bias', '+.1f')} {_unit(one)}"
     if one.get("interval"):
         text += f" (95 % intervals by a jackknife over {one['interval']['blocks']} blocks of ground)"
     sure = one.get("uncertainty") or {}

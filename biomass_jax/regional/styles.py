@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from biomass_jax import figures
+from biomass_jax.data.labels import unit_text
 from biomass_jax.data.raster.image import read_preview
-from biomass_jax.data.raster.zonal import UNIT_TITLES
 from biomass_jax.runtime.files import write_text
 
 _PREVIEW = 1024  # pixels of a raster's longer side that tell its colours
@@ -25,5 +25,5 @@ def write_style(path: Path, name: str, unit: str, *, band: int = 1, change: bool
         OSError: the place can't be written.
     """
     values = read_preview(path, _PREVIEW, number=band)
-    style, _ = figures.map_style(values, name=name, unit=UNIT_TITLES.get(unit, unit), band=band, change=change)
+    style, _ = figures.map_style(values, name=name, unit=unit_text(unit), band=band, change=change)
     write_text(figures.style_path(path), style)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from biomass_jax.data.gedi import Gradients, read_gradients
+from biomass_jax.data.labels import BIOMASS, Label
 from biomass_jax.data.raster.zonal import At, Maps
 from biomass_jax.data.vectors import (
     Footprints,
@@ -98,6 +99,7 @@ class Done(NamedTuple):
     correlation: Correlation | None
     footprints: int
     of_change: bool
+    label: Label
 
 
 def zones(
@@ -138,13 +140,13 @@ def zones(
         for entry in surface.entries:
             if method == MAP and entry.sd is None:
                 raise RegionalError(
-                    f"{entry.path}: no band agbd_sd, the standard deviations that method map is about; make the map "
-                    "with a calibrated bundle, or take another --method"
+                    f"{entry.path}: no band {surface.label.name}_sd, the standard deviations that method map is about; "
+                    "make the map with a calibrated bundle, or take another --method"
                 )
         shots = None
         if footprints:
             boxes = [entry.box for entry in surface.entries] if method == MAP else [one.bounds for one in found]
-            shots = _shots(read_footprints(footprints, boxes), granules, surface, chosen, method)
+            shots = _shots(read_footprints(footprints, boxes, surface.label), granules, surface, chosen, method)
         errors = _errors(chosen, surface, shots, method)
         rows: list[dict[str, Any]] = []
         with Progress("zones", len(found), terminal=False, every=15.0) as shown:
@@ -154,7 +156,7 @@ def zones(
     table = frame.iloc[[row.pop("zone") for row in rows]].reset_index(drop=True)
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     correlation, count = errors[0].correlation if errors else None, 0 if shots is None else len(shots.cluster)
-    return Done(add_columns(table, columns), method, correlation, count, "net" in columns)
+    return Done(add_columns(table, columns), method, correlation, count, "net" in columns, surface.label)
 
 
 def _checked(settings: dict[str, object], maps: Sequence[Any], footprints: Sequence[Any]) -> Zones:
@@ -180,6 +182,11 @@ def _checked(settings: dict[str, object], maps: Sequence[Any], footprints: Seque
 
 
 def _method(chosen: Zones, surface: Maps, footprints: Sequence[Any]) -> str:
+    if (chosen.scale_to_zone or chosen.carbon_fraction) and not surface.label.adds_up:
+        raise RegionalError(
+            f"scale_to_zone and carbon_fraction are of totals, and {surface.label.name} has none: metres of height "
+            "don't add up over an area, so that zones have means alone; leave them out"
+        )
     if surface.of_change:
         for given, flag in ((footprints, "--footprints"), (chosen.scale_to_zone, "--scale-to-zone")):
             if given:
@@ -226,7 +233,7 @@ def _errors(chosen: Zones, surface: Maps, shots: Shots | None, method: str) -> l
         return [one._replace(correlation=Correlation(*mean.tolist())) for one in told]
     assert shots is not None  # `_method` has seen to it
     used = np.flatnonzero(np.isfinite(shots.at.value) & (shots.at.sd > 0))
-    residuals = (shots.at.value - shots.of.agbd)[used] / shots.at.sd[used]
+    residuals = (shots.at.value - shots.of.value)[used] / shots.at.sd[used]
     places = estimators.on_sphere(shots.of.lon[used], shots.of.lat[used])
     reach = 1000 * chosen.max_lag_km
     fit = estimators.fit_correlation(places, residuals, model=chosen.correlation, reach=reach, seed=chosen.seed)
@@ -263,7 +270,9 @@ def _rows(
         else:
             found = _estimate(one, shots, mine, correlation, method, chosen)
             row |= {"n_shots": len(mine), "n_tracks": 0 if shots is None else len(np.unique(shots.cluster[mine]))}
-            figures = _figures("total", found, area if chosen.scale_to_zone else one.area, chosen)
+            whole = area if chosen.scale_to_zone else one.area
+            name, whole = ("total", whole) if surface.label.adds_up else ("mean", 1.0)
+            figures = _figures(name, found, whole, chosen)
             note = found.note
         rows.append(row | figures | {"method": method, "note": note})
     return rows
@@ -278,7 +287,8 @@ def _sums(surface: Maps, outline: "Geometry", errors: Sequence[Shared], chosen: 
         seen, its = np.isfinite(cells.value), errors[cells.entry]
         if plane is not None and not np.isfinite(cells.sd[seen]).all():
             raise RegionalError(
-                f"{surface.entries[cells.entry].path}: pixels with agbd and without agbd_sd; make it anew"
+                f"{surface.entries[cells.entry].path}: pixels with {surface.label.name} and without "
+                f"{surface.label.name}_sd; make it anew"
             )
         codes = 3 * cells.kind + cells.sign
         rows, columns = (codes, codes) if plane is None else surface.in_plane(plane, cells)
@@ -310,7 +320,7 @@ def _estimate(
     found = estimators.by_map(one, correlation)
     if method == ASSISTED and one.area:
         assert shots is not None
-        return estimators.model_assisted(found.mean, (shots.of.agbd - shots.at.value)[mine], shots.cluster[mine])
+        return estimators.model_assisted(found.mean, (shots.of.value - shots.at.value)[mine], shots.cluster[mine])
     return found
 
 
@@ -328,7 +338,7 @@ def _hybrid(shots: Shots, mine: np.ndarray, chosen: Zones) -> Estimate:
             )
         variance = estimators.sigma_variance(sigma[np.isfinite(sigma)], chosen.shared_sigma)
         note = f"model's error from agbd_sigma, {chosen.shared_sigma:.0%} of it shared"
-    found = estimators.hybrid(shots.of.agbd[mine], shots.cluster[mine], variance)
+    found = estimators.hybrid(shots.of.value[mine], shots.cluster[mine], variance)
     return found if found.note else found._replace(note=note)
 
 
@@ -385,15 +395,15 @@ _OF_CHANGE = (
 _HELD_OUT = " Footprints that the model was trained on make errors look too small."
 
 
-def _cells(table: "GeoDataFrame", level: float, of_change: bool) -> tuple[list[str], list[list[str]]]:
+def _cells(table: "GeoDataFrame", level: float, of_change: bool, label: Label) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of the page's table, after what names the zone."""
-    interval = f"{level:.0%} interval, Mg"
-    amounts = ("net", "loss", "gain") if of_change else ("total",)
-    head = ["area, ha", "covered"]
-    head += [] if of_change else ["mean, Mg/ha", "its standard error"]
+    interval = f"{level:.0%} interval, {'Mg' if label.adds_up else label.unit}"
+    form = ",.0f" if label.adds_up else ".1f"
+    amounts = ("net", "loss", "gain") if of_change else ("total",) if label.adds_up else ("mean",)
+    head = ["area, ha", "covered", *([] if of_change else [f"mean, {label.unit}", "its standard error"])]
     for name in amounts:
         head += [f"{name}, ha"] if name in ("loss", "gain") else []
-        head += [f"{name}, Mg", interval]
+        head += [interval] if name == "mean" else [f"{name}, Mg", interval]
     head += ["by chance, ha" if of_change else "footprints / clusters", "note"]
     rows = []
     for row in table.to_dict("records"):
@@ -401,8 +411,8 @@ def _cells(table: "GeoDataFrame", level: float, of_change: bool) -> tuple[list[s
         cells += [] if of_change else [_told(row["mean"], ".1f"), _told(row["mean_se"], ".1f")]
         for name in amounts:
             cells += [_told(row[f"{name}_ha"], ",.1f")] if name in ("loss", "gain") else []
-            ends = "" if np.isnan(row[f"{name}_lo"]) else f"{row[f'{name}_lo']:,.0f} to {row[f'{name}_hi']:,.0f}"
-            cells += [_told(row[name], ",.0f"), ends]
+            low, high = (_told(row[f"{name}_{end}"], form) for end in ("lo", "hi"))
+            cells += [*([] if name == "mean" else [_told(row[name], form)]), f"{low} to {high}" if low else ""]
         cells += [_told(row["chance_ha"], ",.1f") if of_change else f"{row['n_shots']:,} / {row['n_tracks']:,}"]
         rows.append([*cells, row["note"]])
     return head, rows
@@ -417,17 +427,19 @@ def _page(done: Done, places: str, maps: Sequence[str], footprints: Sequence[str
     table = done.table.drop(columns=done.table.geometry.name)
     own = list(table.columns[: list(table.columns).index("area_ha")])
     shown = [*own[:2], *(["class"] if "class" in own[2:] else [])]
-    head, cells = _cells(table, level, done.of_change)
+    head, cells = _cells(table, level, done.of_change, done.label)
+    title = "Biomass" if done.label == BIOMASS else done.label.title
+    what = "Means and totals are" if done.label.adds_up else "There are no totals, since metres don't add up. Means are"
     names = table[shown].astype(str).to_numpy().tolist()
     used = "" if done.correlation is None else f"<p>{html.escape(estimators.about(done.correlation).capitalize())}.</p>"
     return pages.page(
-        "Change of biomass by zone" if done.of_change else "Biomass by zone",
+        "Change of biomass by zone" if done.of_change else f"{title} by zone",
         [
             f"<p>{html.escape(places)}. Maps: {len(maps):,}; footprints: {done.footprints:,}. Made by biomass_jax "
             f"{__version__}.</p>",
             pages.table([*map(str, shown), *head], [[*name, *row] for name, row in zip(names, cells, strict=True)]),
             f"<h2>How sure</h2><p>{_OF_CHANGE if done.of_change else _ABOUT[done.method]}</p>{used}",
-            "<p>Areas are those on the ground (WGS 84). Means and totals are of the area that is covered, unless the "
+            f"<p>Areas are those on the ground (WGS 84). {what} of the area that is covered, unless the "
             "table was made for whole zones (--scale-to-zone). Each piece of ground counts once, though several maps "
             f"have it: the first one that has data.{'' if done.of_change else _HELD_OUT}</p>",
             f"<p>Maps: {html.escape(name_list(maps, 20))}. Footprints: {html.escape(name_list(footprints, 20))}.</p>",
@@ -436,10 +448,10 @@ def _page(done: Done, places: str, maps: Sequence[str], footprints: Sequence[str
 
 
 def _style(done: Done) -> str:
-    """Colours by biomass, or by its change, a hectare."""
+    """Colours by the mean, or by the change of biomass a hectare."""
     field = "net / covered_ha" if done.of_change else "mean"
     values = done.table["net"] / done.table["covered_ha"] if done.of_change else done.table["mean"]
-    return zone_style(values.to_numpy(float), field=field, unit="Mg/ha", change=done.of_change)
+    return zone_style(values.to_numpy(float), field=field, unit=done.label.unit, change=done.of_change)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -26,7 +26,6 @@ from biomass_jax.tasks.simmim import Pretraining
 
 log = logging.getLogger(__name__)
 
-LABEL = {"name": "agbd", "units": "Mg ha-1"}  # of GeoTIFF folders, which don't say
 REFERENCE_DEGREES = 30.0
 # What a spread adds to a bundle's output bands, after the label's name.
 SPREAD_BANDS = {"none": (), "gaussian": ("_sd",), "laplace": ("_sd",), "quantiles": ("_lo", "_hi")}
@@ -176,6 +175,13 @@ def regression(
     config: ConfigDict, statistics: InputStatistics, train: sources.Source, loaded: Bundle | None
 ) -> tuple[Task, dict[str, Any]]:
     """Fine-tuning: the task, and `output` of its bundles."""
+    label = train.info.label
+    if loaded is not None and loaded.task == "biomass" and config.load == "all" and loaded.label.units != label.units:
+        raise ConfigError(
+            f"config.init_from: {loaded.path} gives {loaded.label.name} in {loaded.label.units}, the labels of "
+            f"{train.info.path} are {label.name} in {label.units}; begin from its encoder (--config.load=encoder), "
+            "whose features serve both"
+        )
     module = _module(config, "biomass", loaded, chosen_lora(config))
     _check_spread(config, module, loaded)
     if config.spread_only and loaded is not None:  # without a bundle `check_fields` refuses it
@@ -205,12 +211,12 @@ def regression(
         spread_only=config.spread_only,
         augment=tuple(sorted(augment.items())),
         reference=reference,
+        label=label,
     )
-    label = train.info.metadata.get("label", LABEL)
     # What no ReLU has passed, quantiles among it, may be -1 itself.
     nodata = -1 if module.final_relu and module.spread != "quantiles" else -9999
-    names = [label["name"] + suffix for suffix in ("", *SPREAD_BANDS[module.spread])]
-    return task, {"bands": names, "units": label["units"], "nodata": nodata}
+    names = [label.name + suffix for suffix in ("", *SPREAD_BANDS[module.spread])]
+    return task, label.output(names, nodata)
 
 
 def _check_spread(config: ConfigDict, module: BiomassModel, loaded: Bundle | None) -> None:

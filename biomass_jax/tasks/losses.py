@@ -32,12 +32,12 @@ def loss_sums(
     """Sum of the pixel losses where there is a label, and how many those are.
 
     Args:
-        prediction: [B, H, W], Mg/ha. Values at pixels without a label, NaN among them, have no influence, neither on
-            the sum nor on its gradient; NaN at a labelled pixel makes the sum NaN.
-        label: [B, H, W], Mg/ha; below 0 or NaN for none.
+        prediction: [B, H, W], as labels. Values at pixels without a label, NaN among them, have no influence, neither
+            on the sum nor on its gradient; NaN at a labelled pixel makes the sum NaN.
+        label: [B, H, W], in its unit; below 0 or NaN for none.
         kind: one of `KINDS`. `rmse` and `mse` sum squares, `mae` magnitudes, `huber` e^2 / 2 up to `huber_delta` and
             delta (|e| - delta / 2) beyond (Huber 1964, as torch's HuberLoss).
-        huber_delta: Mg/ha; read by `huber` alone.
+        huber_delta: in the label's unit; read by `huber` alone.
 
     Returns:
         (total, count), float32 scalars.
@@ -108,13 +108,13 @@ def spread_sums(
     Args:
         outputs: [B, H, W, C], named by `BiomassModel.outputs`, the mean first. Values at pixels without a label, NaN
             among them, have no influence, neither on the sum nor on its gradient.
-        label: [B, H, W], Mg/ha; below 0 or NaN for none.
+        label: [B, H, W], in its unit; below 0 or NaN for none.
         kind: one of `SPREAD_KINDS`; see `spread_pixel_losses`.
         nll_beta: read by `beta_nll` alone, which weighs each pixel's `gaussian_nll` by sigma^(2 beta), without a
             gradient through the weight (Seitzer et al. 2022, arXiv 2203.09168, equation 4, constants kept): 0 is the
             likelihood itself, 1 gives the mean the gradient of the squared error.
         quantile_levels: of `pinball`.
-        mean_scale: Mg/ha; see `spread_pixel_losses`.
+        mean_scale: in the label's unit; see `spread_pixel_losses`.
 
     Returns:
         (total, count), float32 scalars; `finish` makes their loss.
@@ -142,22 +142,22 @@ def spread_pixel_losses(
 ) -> Array:
     """Loss of each labelled pixel, by JAX or by NumPy, whichever the arrays are of.
 
-    With the error e = label - mean and a scale s, both in Mg/ha:
+    With the error e = label - mean and a scale s, both in the label's unit:
 
     - `gaussian_nll`, `beta_nll` (before its weight): ln(2 pi) / 2 + ln s + (e / s)^2 / 2, minus the log density of a
       normal distribution with standard deviation s.
     - `laplace_nll`: ln 2 + ln s + |e| / s, likewise of a Laplace distribution with scale s (standard deviation
       sqrt(2) s).
     - `pinball`: the mean over the levels t of max(t d, (t - 1) d), d = label - quantile (Koenker and Bassett 1978),
-      which does nothing for the mean; with `mean_scale`, e^2 / (2 mean_scale) besides, in Mg/ha too, so that a mean
+      which does nothing for the mean; with `mean_scale`, e^2 / (2 mean_scale) besides, in its unit too, so that a mean
       that is trained stays a mean.
 
     Args:
         outputs: [..., C], the mean, then ln s or the quantiles.
-        label: [...], Mg/ha.
+        label: [...], in its unit.
         kind: one of `SPREAD_KINDS`.
         quantile_levels: of `pinball`.
-        mean_scale: Mg/ha; read by `pinball` alone.
+        mean_scale: in the label's unit; read by `pinball` alone.
 
     Raises:
         ValueError: unknown kind.

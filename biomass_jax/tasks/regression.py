@@ -1,4 +1,4 @@
-"""Biomass from labelled chips as a task of the loop."""
+"""Biomass, or another label, from labelled chips as a task of the loop."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ import numpy as np
 
 from biomass_jax import figures
 from biomass_jax.data import bands
+from biomass_jax.data.labels import BIOMASS, Label
 from biomass_jax.models.initialisation import draw_variables
 from biomass_jax.pipeline import augment as transforms
 from biomass_jax.tasks import losses, scores
@@ -18,13 +19,13 @@ from biomass_jax.tasks.base import Arrays, InputStatistics, first_chips, model_k
 
 @dataclasses.dataclass(frozen=True)
 class Regression:
-    """Biomass from labelled chips.
+    """Biomass, or another label, from labelled chips.
 
     Attributes:
         module: `BiomassModel`.
         statistics: of the inputs.
         loss: one of `losses.CHOICES`, one of a spread exactly where the module has that spread.
-        huber_delta: Mg/ha, where `huber` turns from square to linear.
+        huber_delta: in the label's unit, where `huber` turns from square to linear.
         nll_beta: of `beta_nll`, whose `val/loss` is the likelihood without the weight: weighted ones of different
             scales can't be compared.
         spread_only: nothing but `head/spread` learns; the rest is as in a prediction, without dropout, drop path or new
@@ -32,6 +33,7 @@ class Regression:
         augment: arguments of `transforms.augment`.
         reference: as the reference does, keep labels on no-data pixels and the bands of those that aren't filled, and
             have as `val/loss` the batch-size-weighted mean of per-batch RMSEs instead of the loss over all pixels.
+        label: what is learnt, for pictures.
     """
 
     module: Any
@@ -42,6 +44,7 @@ class Regression:
     spread_only: bool = False
     augment: tuple[tuple[str, Any], ...] = ()
     reference: bool = False
+    label: Label = BIOMASS
 
     def init(self, key: jax.Array) -> Arrays:
         """See `Task`."""
@@ -50,7 +53,7 @@ class Regression:
         return {"params": variables["params"], "batch_stats": variables["batch_stats"]}
 
     def inputs(self, batch: Arrays, key: jax.Array) -> Arrays:
-        """{"image": z-scored float32 [B, H, W, 6], "label": float32 [B, H, W], Mg/ha, -1 for none}."""
+        """{"image": z-scored float32 [B, H, W, 6], "label": float32 [B, H, W] in its unit, -1 for none}."""
         image, label, _ = transforms.clean(
             batch["image"], batch["label"], fill=self.statistics.fill, reference=self.reference
         )
@@ -95,7 +98,7 @@ class Regression:
         return losses.finish(total, count, self.loss)
 
     def evaluate(self, variables: Arrays, batch: Arrays, number: jax.Array) -> tuple[Arrays, Arrays]:
-        """{"prediction", "label"}, float32 [B, H, W], Mg/ha; padded rows have no labels.
+        """{"prediction", "label"}, float32 [B, H, W] in the label's unit; padded rows have no labels.
 
         Of a model with a spread, the mean is the prediction, and "spread" [B, H, W, C - 1] has its further outputs.
         """
@@ -119,7 +122,8 @@ class Regression:
             image = np.where(nodata[..., None], np.nan, shown["image"][i][..., rgb])
             prediction = np.where(nodata, np.nan, shown["prediction"][i])
             panels.append(figures.ChipPanel(image, prediction, shown["label"][i], title))
-        return figures.chip_panels(panels, title="Validation chips")
+        name, unit = ("AGB" if self.label == BIOMASS else self.label.name.upper()), self.label.unit
+        return figures.chip_panels(panels, title="Validation chips", name=name, unit=unit)
 
     def scorer(self) -> "RegressionScorer":
         """See `Task`."""

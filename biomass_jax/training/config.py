@@ -51,14 +51,16 @@ class BiomassModelSettings(ModelSettings):
     output_scale: float | None = setting(
         None, "prediction = scale x last layer + offset: from random weights, the labels' std and mean save many epochs"
     )
-    output_offset: float | None = setting(None, "Mg/ha")
+    output_offset: float | None = setting(None, "in the label's unit")
     spread: str | None = setting(
         None,
         "what a pixel is given beside its mean: gaussian, laplace, quantiles, none; not given, the bundle's, else none",
         choices="biomass_jax.models.biomass:SPREADS",
     )
     spread_scale: float | None = setting(
-        None, "Mg/ha, about where a fresh spread starts, and how far quantiles are apart there; 30", within=_ABOVE_0
+        None,
+        "in the label's unit, about where a fresh spread starts, and how far quantiles are apart there; 30",
+        within=_ABOVE_0,
     )
     quantile_levels: tuple[float, ...] | None = setting(None, "of `spread=quantiles`, increasing; (0.05, 0.95)")
 
@@ -81,7 +83,10 @@ class DataSettings:
         "what the GeoTIFFs' numbers are, see [maps](maps.md)",
         choices="biomass_jax.data.raster.encoding:ENCODINGS",
     )
-    label_max: float = setting(2000.0, "Mg/ha, the highest label that GeoTIFFs may hold")
+    label_max: float = setting(2000.0, "the highest label that GeoTIFFs may hold, in its unit")
+    label: str | None = setting(
+        None, "what GeoTIFFs' labels are: agbd, canopy_height, rh98 ...; not given, what their files call it, else agbd"
+    )
     statistics: str | None = setting(
         None, "bundle or dataset; not given, the bundle's where `init_from` is given", choices=("bundle", "dataset")
     )
@@ -271,7 +276,7 @@ class Finetune(Training):
         "pinball, see above",
         choices="biomass_jax.tasks.losses:CHOICES",
     )
-    huber_delta: float = setting(50.0, "Mg/ha, where huber turns from square to linear", within=_ABOVE_0)
+    huber_delta: float = setting(50.0, "in the label's unit, where huber turns from square to linear", within=_ABOVE_0)
     nll_beta: float = setting(
         0.5, "of beta_nll: each pixel's likelihood weighs sigma^(2 beta); 0 = all alike", within=Range(0, 1, "[]")
     )

@@ -62,7 +62,7 @@ MAY_CHANGE = (
 # It can't with others of these: they decide which chips are learnt from when, or what `val/loss` is.
 MUST_STAY = {"mode", "batch_size", "seed", "loss", "huber_delta", "nll_beta", "reference", "spread_only", "lora.alpha"}
 MUST_STAY |= {"mask_patch_size", "mask_ratio", "skip_nodata", "normalize_targets"}
-MUST_STAY |= {"data.weights", "data.bootstrap", "data.bands", "data.encoding", "data.label_max"}
+MUST_STAY |= {"data.weights", "data.bootstrap", "data.bands", "data.encoding", "data.label_max", "data.label"}
 TRAINING_ONLY = ("drop_path_rate", "head_dropout")  # fields of a module that change nothing of what it is
 
 
@@ -217,7 +217,7 @@ def open_splits(config: ConfigDict) -> tuple[sources.Source, sources.Source]:
 def open_split(config: ConfigDict, split: str) -> sources.Source:
     """A data set, or several with weights, their folders separated by commas; errors as for `open_splits`."""
     paths, weights = config.data.path.split(","), tuple(config.data.get("weights", ()))
-    chosen = {name: config.data[name] for name in ("encoding", "label_max", "verify")}
+    chosen = {name: config.data[name] for name in ("encoding", "label_max", "label", "verify")}
     chosen["bands"] = bands.parse_band_list(config.data.bands)
     if weights or len(paths) > 1:
         if len(weights) != len(paths):

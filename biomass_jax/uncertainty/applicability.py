@@ -75,7 +75,7 @@ def cell_labels(label: np.ndarray, no_data: np.ndarray, stride: int) -> tuple[np
     """What a chip's labels and its no-data say of the cells of the encoder's map.
 
     Args:
-        label: (H, W) Mg/ha, below 0 or NaN where there is none.
+        label: (H, W) in its unit, below 0 or NaN where there is none.
         no_data: bool (H, W), pixels without data; labels there don't count.
         stride: pixels a side of a cell; cells at the lower and right edge may be cut.
 
@@ -120,7 +120,7 @@ class CellSample:
         Args:
             chip_id: the chip's name, which no other has.
             features: (h, w, C) or (n, C) of its cells.
-            labels: (h, w) or (n,), mean label of the cell in Mg/ha, NaN for none.
+            labels: (h, w) or (n,), mean label of the cell, NaN for none.
             block: of ground, one name for all cells or one each, (h, w) or (n,).
             valid: bool (h, w) or (n,), false for cells that have no say: all their pixels are no-data.
 
@@ -164,7 +164,7 @@ def fit(
 ) -> Applicability:
     """The area of applicability of a model by its features of training cells; double precision.
 
-    Channels are standardised by mean and standard deviation of all cells and weighted by how much they tell of biomass:
+    Channels are standardised by mean and standard deviation of all cells and weighted by how much they tell of it:
     |Pearson's r| with the label over the labelled cells, normalised to a mean of 1; all alike where labels tell nothing
     (fewer than 3, no spread, no correlation). DI is the same for any factor common to all weights. Cells of no-data
     must have been left out (see `cell_labels`). Quartiles are NumPy's; CAST's hinges are as good as equal to them.

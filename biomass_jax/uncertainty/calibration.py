@@ -30,7 +30,7 @@ else bin, else all. A group's promise is of its pixels together.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Self
@@ -42,7 +42,8 @@ from biomass_jax.errors import BundleError, DataError
 
 LEVEL = 0.9
 LEAST_BLOCKS = 20  # of a group with a quantile of its own
-EDGES = (50.0, 100.0, 200.0, 300.0)  # Mg/ha, between bins of the prediction; the first and the last have no end
+# Mg/ha, between bins of the prediction where the label is biomass; the first and the last have no end.
+EDGES = (50.0, 100.0, 200.0, 300.0)
 DRAWS = 1001
 FLOOR = 0.01  # of the root mean square of all errors: no sd of a fit starts below, where mean and spread are 0
 NO_BIOME = ("", "unknown")
@@ -57,7 +58,7 @@ class CalibrationGroup:
         biome: "" for any.
         low: least prediction, None for no end.
         high: the prediction from which on it isn't this bin, None for no end.
-        quantile: Q, see the module; in sds, or in Mg/ha for quantiles.
+        quantile: Q, see the module; in sds, or in the label's unit for quantiles.
         blocks: of ground with labels in the group.
         pixels: labelled ones in the group.
     """
@@ -79,7 +80,7 @@ class Calibration:
         level: share of labels that the intervals are to hold.
         seed: of halves and draws.
         variance: a, b, c; the spread is sd, or hi - lo of quantiles.
-        least_sd: Mg/ha, no sd is below.
+        least_sd: in the label's unit, no sd is below.
         groups: that of all pixels first.
     """
 
@@ -178,16 +179,18 @@ def fit(
     biomes: np.ndarray,
     level: float = LEVEL,
     seed: int = 0,
+    edges: Sequence[float] = EDGES,
 ) -> Calibration:
     """Calibrate on labelled pixels that neither training nor the test has seen.
 
     Args:
-        raw: `mean` and `sd`, or `mean`, `lo` and `hi`, (n,) each, Mg/ha.
+        raw: `mean` and `sd`, or `mean`, `lo` and `hi`, (n,) each, in the label's unit.
         label: (n,), from 0 on.
         blocks: (n,) names or numbers of the pieces of ground.
         biomes: (n,) text; "" or `unknown` where it isn't known.
         level: share of labels that the intervals are to hold.
         seed: of halves and draws.
+        edges: between bins of the prediction, in the label's unit.
 
     Raises:
         DataError: shapes differ, a number can't be one, or there are fewer blocks than the level needs.
@@ -222,7 +225,7 @@ def fit(
         factor = math.sqrt(float(np.sum(weight * (error / np.maximum(spread, floor)) ** 2)))
         variance, least = (0.0, factor**2, 0.0), factor * floor
         scores = np.maximum(given["lo"] - label, label - given["hi"])
-    groups = _groups(mean, names, block, scores, level, seed)
+    groups = _groups(mean, names, block, scores, level, seed, edges)
     return Calibration(kind, float(level), int(seed), variance, least, groups)
 
 
@@ -319,11 +322,17 @@ def _halves(blocks: int, seed: int) -> np.ndarray:
 
 
 def _groups(
-    mean: np.ndarray, biomes: np.ndarray, block: np.ndarray, scores: np.ndarray, level: float, seed: int
+    mean: np.ndarray,
+    biomes: np.ndarray,
+    block: np.ndarray,
+    scores: np.ndarray,
+    level: float,
+    seed: int,
+    between: Sequence[float],
 ) -> tuple[CalibrationGroup, ...]:
     """The groups with enough blocks, that of all pixels first."""
     least = max(LEAST_BLOCKS, least_blocks(level))
-    edges = merged_edges(mean, block, least)
+    edges = merged_edges(mean, block, least, between)
     ends = [None, *edges, None]
     bins = np.searchsorted(edges, mean, side="right")
     names = [name for name in np.unique(biomes).tolist() if name not in NO_BIOME]
@@ -341,12 +350,12 @@ def _groups(
     return tuple(found)
 
 
-def merged_edges(mean: np.ndarray, block: np.ndarray, least: int) -> list[float]:
-    """The `EDGES` that are left when bins have joined neighbours until each has `least` blocks.
+def merged_edges(mean: np.ndarray, block: np.ndarray, least: int, between: Sequence[float] = EDGES) -> list[float]:
+    """The edges that are left when bins have joined neighbours until each has `least` blocks.
 
     The bin with the fewest goes first, to the neighbour with fewer.
     """
-    edges = list(EDGES)
+    edges = list(between)
     while edges:
         bins = np.searchsorted(edges, mean, side="right")
         counts = [len(np.unique(block[bins == number])) for number in range(len(edges) + 1)]

@@ -181,7 +181,7 @@ def first_encoders(map_of_stage: jax.Array) -> jax.Array:
 
 
 def _canonical(module: Model, outputs: jax.Array) -> jax.Array:
-    """A model's outputs (B, H, W) or (B, H, W, C) as mean, and sd or lo and hi, in Mg/ha: (B, H, W, 1 to 3)."""
+    """A model's outputs (B, H, W) or (B, H, W, C) as mean, and sd or lo and hi, as labels: (B, H, W, 1 to 3)."""
     if own_channels(module) == MEAN:
         return outputs[..., None]
     if module.outputs[1] != "log_scale":

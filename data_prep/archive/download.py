@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from biomass_jax.errors import PrepError
+from biomass_jax.runtime.settings import add_options
 from data_prep.archive.fetch import WORKERS, AccessError, OpenUrl, Response, Wanted, fetch_all
 from data_prep.archive.search import (
     GEDI_COVERAGE,
@@ -28,6 +29,7 @@ from data_prep.commands import command, refuse_beside_prepare
 from data_prep.hls.granules import needed_layers, parse_granule_name
 from data_prep.places import check_box
 from data_prep.season import Season, resolve_season
+from data_prep.settings import LabelSettings
 
 
 @dataclass
@@ -212,10 +214,13 @@ def _add(plan: DownloadPlan, name: str, umm: Mapping[str, Any], files: Sequence[
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m data_prep download",
-        description="Download HLS granules or GEDI L4A orbits. Needs `earthaccess`.",
+        description="Download HLS granules or GEDI L4A or L2A orbits. Needs `earthaccess`.",
     )
     products = parser.add_subparsers(dest="product", required=True)
-    for product, text in (("hls", "HLS v2.0 granules, the bands in use and Fmask"), ("gedi", "GEDI L4A v2.1 orbits")):
+    for product, text in (
+        ("hls", "HLS v2.0 granules, the bands in use and Fmask"),
+        ("gedi", "GEDI orbits, L4A v2.1 or L2A"),
+    ):
         one = products.add_parser(product, help=text, description=text)
         where = one.add_mutually_exclusive_group(required=True)
         where.add_argument("--tile", help="an MGRS tile, for example 10SFF")
@@ -231,6 +236,7 @@ def _parser() -> argparse.ArgumentParser:
             one.add_argument("--sensors", default="L30", help="L30 (default), S30 or L30+S30")
             one.add_argument("--max-cloud", type=float, default=100.0, help="percent (default 100)")
         else:
+            add_options(one, LabelSettings, without=("shot_owner",))
             one.add_argument("--label-years", type=int, default=0, help="years either side whose seasons are taken too")
     return parser
 
@@ -249,7 +255,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         answers = search_hls(area, season, sensors=args.sensors.split("+"), search=search_archive)
         plan = plan_hls(answers, args.out, season=season, tile=area.tile, max_cloud=args.max_cloud)
     else:
-        plan = plan_gedi(search_gedi(area, season.widened(args.label_years), search=search_archive), args.out)
+        how: dict[str, Any] = {"search": search_archive, "label": args.label}
+        plan = plan_gedi(search_gedi(area, season.widened(args.label_years), **how), args.out)
     print("\n".join(plan.lines()))
     plan.refuse_empty(args.product, season)
     if args.dry_run:

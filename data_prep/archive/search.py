@@ -10,13 +10,17 @@ from typing import Any
 
 import numpy as np
 
+from biomass_jax.data.labels import BIOMASS
 from biomass_jax.errors import PrepError
+from data_prep.gedi.names import level_of
 from data_prep.hls.granules import VERSION
 from data_prep.places import Box, grid_box, grid_centre, tile_grid
 from data_prep.season import Season
 
 HLS_PRODUCTS = {"L30": "HLSL30", "S30": "HLSS30"}
 GEDI_PRODUCT = "GEDI_L4A_AGB_Density_V2_1_2056"
+# Of version 2, whose shots lie where those of the L4A product above do; files of version 3 are read as well.
+GEDI_HEIGHTS = {"short_name": "GEDI02_A", "version": "002"}
 GEDI_COVERAGE = "GEDI measures from 51.6 S to 51.6 N, from 2019-04-18 to 2023-03-16 and again since April 2024"
 
 Search = Callable[..., Sequence[Mapping[str, Any]]]  # earthaccess.search_data, or recorded answers
@@ -74,12 +78,19 @@ def search_hls(
     return answers
 
 
-def search_gedi(area: Area, seasons: Sequence[Season], *, search: Search) -> list[Mapping[str, Any]]:
-    """Answers (UMM-G granules) for the orbits that meet an area in one of the seasons."""
+def search_gedi(
+    area: Area, seasons: Sequence[Season], *, search: Search, label: str = BIOMASS.name
+) -> list[Mapping[str, Any]]:
+    """Answers (UMM-G granules) for the orbits that meet an area in one of the seasons, of the product with the label.
+
+    Raises:
+        PrepError: no product has such a label.
+    """
+    product = {"short_name": GEDI_PRODUCT} if level_of(label).product == "L4A" else GEDI_HEIGHTS
     answers: list[Mapping[str, Any]] = []
     for season in seasons:
         for where in area.queries():
-            answers += _ask(search, short_name=GEDI_PRODUCT, **where, temporal=_temporal(season))
+            answers += _ask(search, **product, **where, temporal=_temporal(season))
     return answers
 
 

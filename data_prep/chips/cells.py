@@ -1,7 +1,8 @@
 """Chips: the cells of a tile's grid with enough labels and little no-data.
 
 `python -m data_prep chips --out OUT` goes through `OUT/composites/{tile}/*.tif`, each with its label raster
-`OUT/labels/{tile}/{stem}_agbd.tif` and its table of shots `..._agbd.parquet`, and writes `OUT/chips/chips.parquet`.
+`OUT/labels/{tile}/{stem}_agbd.tif` and its table of shots `..._agbd.parquet` (`..._rh98` of heights), and writes
+`OUT/chips/chips.parquet`.
 That is an index: pixels stay where they are, and `read_record` reads a chip's window. Splits are drawn afterwards.
 """
 
@@ -18,8 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rasterio.windows import Window
 
-from biomass_jax.data import bands, records
+from biomass_jax.data import bands, labels, records
 from biomass_jax.data.biomes import Biomes
+from biomass_jax.data.labels import BIOMASS, Label
 from biomass_jax.data.raster.chips import Oddities, tell
 from biomass_jax.data.raster.grid import Grid
 from biomass_jax.errors import PrepError, refuse_empty
@@ -29,9 +31,9 @@ from data_prep.chips import index as chip_index
 from data_prep.chips.windows import TilePair, moved
 from data_prep.commands import add_allow_empty, alone_in, command
 from data_prep.hls.composite import find_composites
-from data_prep.settings import ChipSettings
+from data_prep.settings import ChipSettings, LabelSettings
 
-_SHOT_COLUMNS = ("shot_number", "row", "col", "agbd")
+_SHOT_COLUMNS = ("shot_number", "row", "col")  # and the label
 
 
 def index_tile(
@@ -50,10 +52,11 @@ def index_tile(
 
     Args:
         composite: its six bands, with the tags TILE, SEASON and SENSORS.
-        label: Mg/ha on the same grid, -1 for none.
+        label: on the same grid, -1 for none; its tags tell what it is.
         settings: which cells become chips.
         root: folder to which the index's paths are relative; both rasters lie in it.
-        shots: Parquet table of the shots behind the labels (shot_number uint64, row, col, agbd), or None.
+        shots: Parquet table of the shots behind the labels (shot_number uint64, row, col, and the label as
+            `agbd` or `rh98`), or None.
         biomes: what names the biome at a place; `unknown` without.
 
     Returns:
@@ -70,7 +73,7 @@ def index_tile(
     odd = Oddities()
     with TilePair(composite, label, encoding=settings.encoding, label_max=settings.label_max) as pair:
         grid = pair.grid
-        table = None if shots is None else _ShotTable(shots, grid)
+        table = None if shots is None else _ShotTable(shots, grid, pair.about.name)
         for row in range(0, grid.height - size + 1, size):
             window = Window(0, row, grid.width, size)
             missing, (values, gone, reasons) = bands.no_data(pair.read_image(window)), pair.read_labels(window)
@@ -88,7 +91,7 @@ def index_tile(
                 if fate == "kept":
                     place = {"row": row, "col": col, "nodata_share": share}
                     behind = {"shot_numbers": [] if table is None else table.inside(row, col, size)}
-                    rows.append(place | _label_fields(found) | behind)
+                    rows.append(place | _label_fields(found, pair.about) | behind)
         _add_places(rows, pair, Path(root), size, biomes)
     tell(odd, label)
     return rows, counts
@@ -104,12 +107,12 @@ def _checked(settings: ChipSettings) -> tuple[int, int, float]:
     return size, min_labels, max_nodata
 
 
-def _label_fields(found: np.ndarray) -> dict[str, Any]:
+def _label_fields(found: np.ndarray, label: Label) -> dict[str, Any]:
     return {
         "n_labels": found.size,
         "label_mean": float(found.mean()),
         "label_max": float(found.max()),
-        "label_counts": np.histogram(found, [*chip_index.LABEL_EDGES, np.inf])[0].tolist(),
+        "label_counts": np.histogram(found, [*label.edges, np.inf])[0].tolist(),
     }
 
 
@@ -134,20 +137,21 @@ def _add_places(rows: list[dict[str, Any]], pair: TilePair, root: Path, size: in
 class _ShotTable:
     """The shots behind a label raster, by row of pixels."""
 
-    def __init__(self, path: str | os.PathLike[str], grid: Grid) -> None:
+    def __init__(self, path: str | os.PathLike[str], grid: Grid, label: str) -> None:
         self._path = path
+        columns = (*_SHOT_COLUMNS, label)
         try:
             table = pq.read_table(path)
         except (pa.ArrowInvalid, OSError) as error:
             raise PrepError(f"{path}: no readable Parquet table of shots: {error}") from error
-        missing = [name for name in _SHOT_COLUMNS if name not in table.column_names]
+        missing = [name for name in columns if name not in table.column_names]
         if missing:
             raise PrepError(
                 f"{path}: a table of shots without {', '.join(missing)}; run `python -m data_prep labels` again"
             )
         if table.schema.field("shot_number").type != pa.uint64():
             raise PrepError(f"{path}: shot_number: found {table.schema.field('shot_number').type}, expected uint64")
-        self._number, self._row, self._col, self._agbd = (table[name].to_numpy() for name in _SHOT_COLUMNS)
+        self._number, self._row, self._col, self._value = (table[name].to_numpy() for name in columns)
         self._width = grid.width
 
     def inside(self, row: int, col: int, size: int) -> list[int]:
@@ -162,14 +166,14 @@ class _ShotTable:
             return
         here = (self._row >= start) & (self._row < start + len(gone))
         here[here] = gone[self._row[here] - start, self._col[here]]
-        columns = (self._number, self._row, self._col, self._agbd)
-        self._number, self._row, self._col, self._agbd = (values[~here] for values in columns)
+        columns = (self._number, self._row, self._col, self._value)
+        self._number, self._row, self._col, self._value = (values[~here] for values in columns)
 
     def check(self, start: int, label: np.ndarray, path: str) -> None:
         """PrepError where the label (rows, width) from row `start` on isn't the mean of the shots in each pixel."""
         here = (self._row >= start) & (self._row < start + len(label))
         place = (self._row[here] - start) * self._width + self._col[here]
-        total = np.bincount(place, self._agbd[here].astype(np.float64), label.size)
+        total = np.bincount(place, self._value[here].astype(np.float64), label.size)
         number = np.bincount(place, minlength=label.size)
         expected = np.where(number > 0, total / np.maximum(number, 1), records.NO_LABEL).reshape(label.shape)
         wrong = np.argwhere(~np.isclose(label, expected, rtol=1e-5, atol=1e-5))
@@ -183,7 +187,12 @@ class _ShotTable:
 
 
 def index_folder(
-    out: str | os.PathLike[str], settings: ChipSettings, *, tiles: Sequence[str] = (), allow_empty: bool = False
+    out: str | os.PathLike[str],
+    settings: ChipSettings,
+    *,
+    tiles: Sequence[str] = (),
+    allow_empty: bool = False,
+    label: str = BIOMASS.name,
 ) -> dict[str, dict[str, int]]:
     """Write the index of a folder of prepared data.
 
@@ -192,6 +201,7 @@ def index_folder(
         settings: which cells become chips.
         tiles: MGRS tiles to take; all where empty.
         allow_empty: write it as well where fewer than 0.1 % of the cells are chips.
+        label: what the label rasters' names end with.
 
     Returns:
         counts of `index_tile` by composite, as path in the folder.
@@ -202,8 +212,8 @@ def index_folder(
     biomes = Biomes(settings.biomes, settings.biome_field) if settings.biomes else None
     rows: list[dict[str, Any]] = []
     counts: dict[str, dict[str, int]] = {}
-    for composite, label, shots in find_pairs(out, tiles):
-        found, counted = index_tile(composite, label, settings, root=out, shots=shots, biomes=biomes)
+    for composite, raster, shots in find_pairs(out, tiles, label):
+        found, counted = index_tile(composite, raster, settings, root=out, shots=shots, biomes=biomes)
         rows += found
         counts[composite.relative_to(out).as_posix()] = counted
     cells = sum(found["cells"] for found in counts.values())
@@ -213,41 +223,45 @@ def index_folder(
         warnings.warn(
             f"{out}: no cell has {settings.min_labels} labels and enough data: the index is empty", stacklevel=2
         )
-    chip_index.write_index(chip_index.path_in(out), rows, metadata(dataclasses.asdict(settings), counts))
+    chip_index.write_index(chip_index.path_in(out), rows, metadata(dataclasses.asdict(settings), counts, label))
     return counts
 
 
-def metadata(settings: Mapping[str, Any], counts: Mapping[str, Any]) -> dict[str, Any]:
-    """What the index says of how its chips were made: fields of `ChipSettings`, and counts by composite."""
-    about = {"biomes": Path(settings["biomes"]).name, "label_edges": list(chip_index.LABEL_EDGES), "counts": counts}
-    return {"chips": {**settings, **about}}
+def metadata(settings: Mapping[str, Any], counts: Mapping[str, Any], label: str) -> dict[str, Any]:
+    """What the index says of how its chips were made: fields of `ChipSettings`, counts by composite, the label."""
+    known = labels.parse(label)
+    about = {"biomes": Path(settings["biomes"]).name, "label_edges": list(known.edges), "counts": counts}
+    return {"chips": {**settings, **about}} | ({} if known == BIOMASS else {"label": known.metadata()})
 
 
-def find_pairs(out: str | os.PathLike[str], tiles: Sequence[str] = ()) -> list[tuple[Path, Path, Path | None]]:
+def find_pairs(
+    out: str | os.PathLike[str], tiles: Sequence[str] = (), label: str = BIOMASS.name
+) -> list[tuple[Path, Path, Path | None]]:
     """(composite, label raster, table of shots or None) of the folder; a warning for each that lacks one.
 
     Raises:
         PrepError: no composite has labels, or a tile that was asked for has none.
+        DataError: a label of another name than there are.
     """
-    root = Path(out)
+    root, label = Path(out), labels.parse(label).name
     wanted = [tile.removeprefix("T") for tile in tiles]
     pairs: list[tuple[Path, Path, Path | None]] = []
     for composite in find_composites(root):
         if wanted and composite.parent.name not in wanted:
             continue
-        label = root / "labels" / composite.parent.name / f"{composite.stem}_agbd.tif"
-        shots = label.with_suffix(".parquet")
-        if not label.is_file():
-            warnings.warn(f"{composite}: left out, it has no label raster {label}", stacklevel=2)
+        raster = root / "labels" / composite.parent.name / f"{composite.stem}_{label}.tif"
+        shots = raster.with_suffix(".parquet")
+        if not raster.is_file():
+            warnings.warn(f"{composite}: left out, it has no label raster {raster}", stacklevel=2)
             continue
         if not shots.is_file():
-            warnings.warn(f"{label}: no table of shots {shots.name} beside it: shot_numbers stay empty", stacklevel=2)
-        pairs.append((composite, label, shots if shots.is_file() else None))
+            warnings.warn(f"{raster}: no table of shots {shots.name} beside it: shot_numbers stay empty", stacklevel=2)
+        pairs.append((composite, raster, shots if shots.is_file() else None))
     missing = sorted(set(wanted) - {composite.parent.name for composite, _, _ in pairs})
     if missing or not pairs:
         raise PrepError(
             f"{root}: found no composite with labels{' for ' + ', '.join(missing) if missing else ''}, expected "
-            "composites/{tile}/*.tif and labels/{tile}/*_agbd.tif; "
+            f"composites/{{tile}}/*.tif and labels/{{tile}}/*_{label}.tif; "
             "run `python -m data_prep composite` and `python -m data_prep labels` first"
         )
     return pairs
@@ -260,13 +274,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of prepared data")
     parser.add_argument("--tile", action="append", default=[], help="take only this tile (repeatable)")
     add_options(parser, ChipSettings)
+    add_options(parser, LabelSettings, without=("shot_owner",))
     add_allow_empty(parser)
     args = parser.parse_args(argv)
     if (args.biomes == "") != (args.biome_field == ""):
         parser.error("--biomes and --biome-field go together")
     settings = ChipSettings(**options_of(args, ChipSettings))
     with alone_in(args.out):
-        counts = index_folder(args.out, settings, tiles=args.tile, allow_empty=args.allow_empty)
+        counts = index_folder(args.out, settings, tiles=args.tile, allow_empty=args.allow_empty, label=args.label)
     for name, found in counts.items():
         print(f"{name}: " + ", ".join(f"{number} {what.replace('_', ' ')}" for what, number in found.items()))
     print(f"{sum(found['kept'] for found in counts.values())} chips in {chip_index.path_in(args.out)}")

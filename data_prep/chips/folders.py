@@ -57,18 +57,19 @@ def write_folders(
             f"{path}: found seasons {', '.join(seasons)}, expected one: this layout has no season in its names"
         )
     counts: Counter[str] = Counter()
+    label = chip_index.label_of(chip_index.path_in(out)).name
     with ChipReader(out) as reader:
         for _, row in chips[chips["split"].isin(SPLITS)].iterrows():
             record = reader.read(row)
             cell = record["chip_id"].split("_")[1]
             for kind, name in (("images", "img"), ("labels", "label")):
                 place = Path(folders, f"{row['split']}_{kind}", f"T{record['tile']}_{cell}_tile_{name}.tif")
-                _write(place, record, kind)
+                _write(place, record, kind, label)
             counts[row["split"]] += 1
     return {name: counts[name] for name in SPLITS}
 
 
-def _write(path: Path, record: records.Record, kind: str) -> None:
+def _write(path: Path, record: records.Record, kind: str, label: str) -> None:
     """One GeoTIFF, written beside its place and checked before it gets its name."""
     values = record["image"] if kind == "images" else record["label"][..., None]
     values = np.moveaxis(values, -1, 0).astype(np.float32)
@@ -89,7 +90,7 @@ def _write(path: Path, record: records.Record, kind: str) -> None:
                 **options,
             ) as dst:
                 dst.write(values)
-                dst.descriptions = bands.BAND_NAMES if kind == "images" else ("agbd",)
+                dst.descriptions = bands.BAND_NAMES if kind == "images" else (label,)
             verify_blocks(partial)
     except (RasterioError, OSError) as error:
         raise PrepError(f"{path}: can't be written: {error}; is the disk full?") from error

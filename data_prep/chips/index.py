@@ -10,11 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import shapely
 
+from biomass_jax.data.labels import BIOMASS, Label, described
 from biomass_jax.errors import PrepError
 from data_prep import geoparquet
 
-# Mg/ha; the last bin is open. Finer where most labels lie.
-LABEL_EDGES = (0.0, 25.0, 50.0, 75.0, 100.0, 150.0, 200.0, 250.0, 300.0, 400.0, 500.0)
+LABEL_EDGES = BIOMASS.edges  # of chips of biomass; the last bin is open. Finer where most labels lie.
 COLUMNS = pa.schema(
     [
         ("geometry", pa.binary()),
@@ -29,7 +29,7 @@ COLUMNS = pa.schema(
         ("nodata_share", pa.float64()),
         ("label_mean", pa.float64()),
         ("label_max", pa.float64()),
-        ("label_counts", pa.list_(pa.int32())),  # in the bins of LABEL_EDGES
+        ("label_counts", pa.list_(pa.int32())),  # in the bins of the label's `edges`
         ("shot_numbers", pa.list_(pa.uint64())),
         ("composite", pa.string()),
         ("label", pa.string()),
@@ -86,6 +86,11 @@ def read_index(path: str | os.PathLike[str]) -> Any:
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Settings and counts stored in an index: `chips`, and `split` once splits are drawn."""
     return geoparquet.read_settings(_open(path))
+
+
+def label_of(path: str | os.PathLike[str]) -> Label:
+    """What the labels of an index's chips are; biomass where it tells nothing."""
+    return described(read_metadata(path).get("label", {}), os.fspath(path))
 
 
 def set_split(path: str | os.PathLike[str], split: Sequence[str], metadata: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import shapely
 
 from biomass_jax import figures
+from biomass_jax.data.labels import Label
 from biomass_jax.data.raster.grid import epsg_code, grid_of, open_quietly, raster_errors
 from biomass_jax.errors import PrepError, name_list
 from biomass_jax.runtime.settings import add_options, options_of
@@ -352,21 +353,22 @@ def described(settings: SplitSettings) -> str:
     return f"{settings.kind}{block}{fold}{left_out}, buffer {settings.buffer_m:,.0f} m"
 
 
-def label_histograms(chips: "GeoDataFrame", split: np.ndarray) -> dict[str, list[int]]:
-    """Labels of each split in the bins `chip_index.LABEL_EDGES`, summed over its chips' `label_counts`."""
+def label_histograms(chips: "GeoDataFrame", split: np.ndarray, label: Label) -> dict[str, list[int]]:
+    """Labels of each split in the label's bins, summed over its chips' `label_counts`."""
     counts = np.array([np.asarray(one) for one in chips["label_counts"]], np.int64)
-    counts = counts.reshape(len(split), len(chip_index.LABEL_EDGES))
+    counts = counts.reshape(len(split), len(label.edges))
     return {name: counts[split == name].sum(axis=0).tolist() for name in (*SPLITS, DROPPED)}
 
 
-def _report(metadata: Mapping[str, Any], histograms: Mapping[str, Sequence[int]]) -> str:
+def _report(metadata: Mapping[str, Any], histograms: Mapping[str, Sequence[int]], label: Label) -> str:
     """The table that the command prints."""
-    edges = [f"{edge:g}" for edge in chip_index.LABEL_EDGES]
+    edges = [f"{edge:g}" for edge in label.edges]
     bins = [f"{low}-{high}" for low, high in zip(edges, [*edges[1:], ""], strict=True)]
-    lines = [f"{'split':8} {'chips':>7} {'labels':>9}  labels by Mg/ha: " + " ".join(f"{text:>8}" for text in bins)]
+    head = f"  labels by {label.unit}: "
+    lines = [f"{'split':8} {'chips':>7} {'labels':>9}{head}" + " ".join(f"{text:>8}" for text in bins)]
     for name, counts in histograms.items():
         numbers = " ".join(f"{count:8d}" for count in counts)
-        lines.append(f"{name:8} {metadata['counts'][name]:7d} {sum(counts):9d}  {'':17}{numbers}")
+        lines.append(f"{name:8} {metadata['counts'][name]:7d} {sum(counts):9d}{'':{len(head)}}{numbers}")
     gone = ", ".join(f"{number} {reason.replace('_', ' ')}" for reason, number in metadata["dropped"].items())
     lines.append(f"dropped for shared ground: {gone}")
     chips, lost = sum(metadata["counts"].values()), metadata["lost_to_buffer"]
@@ -406,7 +408,8 @@ def run(index: Path, settings: SplitSettings) -> dict[str, Any]:
     """
     chips = chip_index.read_index(index)
     split, dropped = split_by_blocks(chips, settings)
-    histograms = label_histograms(chips, split)
+    label = chip_index.label_of(index)
+    histograms = label_histograms(chips, split, label)
     found = Counter(split.tolist())
     geometry = np.asarray(chips.geometry, object)
     outlines = {name: geometry[split == name] for name in (*SPLITS, DROPPED)}
@@ -419,13 +422,13 @@ def run(index: Path, settings: SplitSettings) -> dict[str, Any]:
         "lost_to_buffer": _lost_to_buffer(chips, settings, dropped),
         "strata": by_stratum(chips, split, settings),
         "distances": _about_distances(test, predicted),
-        "label_edges": list(chip_index.LABEL_EDGES),
+        "label_edges": list(label.edges),
         "label_histograms": histograms,
     }
     others = cells[~np.isin(shapely.to_wkb(cells), shapely.to_wkb(geometry))]
     _draw_picture(index.with_name(PICTURE), {"": others, **outlines}, test, predicted, settings)
     chip_index.set_split(index, split.tolist(), metadata)
-    print(_report(metadata, histograms))
+    print(_report(metadata, histograms, label))
     print(f"where they lie, and how far apart: {index.with_name(PICTURE)}")
     return metadata
 

@@ -14,7 +14,7 @@ from affine import Affine
 from rasterio.enums import ColorInterp
 from rasterio.windows import Window
 
-from biomass_jax.data import bands, records
+from biomass_jax.data import bands, labels, records
 from biomass_jax.data.raster.chips import Oddities, check_label_type, clean_labels
 from biomass_jax.data.raster.encoding import AUTO
 from biomass_jax.data.raster.grid import epsg_code, grid_of, open_quietly, raster_errors
@@ -32,6 +32,7 @@ class TilePair(ExitStack[None]):
         grid: the grid of both.
         tile: MGRS tile, from the composite's tags, as `season` and `sensors` are.
         epsg: code of the CRS.
+        about: what the labels are, from the label raster's tags; biomass where they tell nothing.
     """
 
     def __init__(
@@ -46,12 +47,14 @@ class TilePair(ExitStack[None]):
 
         Args:
             composite: its six bands, with the tags TILE, SEASON and SENSORS.
-            label: Mg/ha on the same grid.
+            label: on the same grid, in the label's unit.
             encoding: `auto` looks whether the composite holds digital numbers, unless its tag says that its making was
                 told; the default takes them as they are, as is right once they are in an index.
-            label_max: Mg/ha, the highest label that can be.
+            label_max: the highest label that can be, in its unit; where it is given, nor is one above the label's own
+                limit taken.
 
         Raises:
+            DataError: the label raster's tags tell of a label in a unit that isn't its own.
             PrepError: no int16 composite with the tags TILE, SEASON, SENSORS, or other grids.
             RasterError: a file can't be opened or is truncated, or the six bands aren't found by name, or hold
                 something else.
@@ -63,6 +66,10 @@ class TilePair(ExitStack[None]):
             with raster_errors(os.fspath(label)):
                 self._label = self.enter_context(open_quietly(os.fspath(label)))
             verify_blocks(label, sparse_ok=True)
+            told = json.loads(self._label.tags().get("LABELS", "{}")).get("label", {})
+            self.about = labels.described(told, os.fspath(label))
+            if math.isfinite(label_max):
+                self._label_max = min(label_max, self.about.top) if told else label_max
             self._check()
             if json.loads(self._image.tags.get("COMPOSITE", "{}")).get("encoding", AUTO) == AUTO:
                 self._image.check_units()
@@ -78,13 +85,19 @@ class TilePair(ExitStack[None]):
                 f"int16 {bands.UNITS} with {bands.FILL} as `data_prep composite` writes them"
             )
         self.grid, found = self._image.grid, grid_of(self._label)
-        check_label_type(self._label, str(self.label_path))
+        check_label_type(self._label, str(self.label_path), self.about.unit)
         count = self._label.count - (ColorInterp.alpha in self._label.colorinterp)
         self._sigma = count == 2 and self._label.descriptions[1] == "agbd_sigma"
         if count != 1 + self._sigma or not found.same_as(self.grid):
             raise PrepError(
                 f"{self.label_path}: found {count} band(s) of {found.describe()}, expected one on the "
                 f"composite's grid, or agbd and agbd_sigma: {self.grid.describe()}"
+            )
+        called = labels.named(self._label.descriptions[0] or "")
+        if called is not None and called.name != self.about.name:
+            raise PrepError(
+                f"{self.label_path}: its band is called {called.name}, its tag LABELS tells of {self.about.name}; make "
+                "it by `python -m data_prep labels`"
             )
         self.epsg = epsg_code(self.grid.crs, str(self.composite))
 
@@ -93,11 +106,11 @@ class TilePair(ExitStack[None]):
         return self._image.read_window(window)
 
     def read_label(self, window: Window) -> np.ndarray:
-        """(rows, columns) float32 Mg/ha, -1 for none. RasterError where they can't be read."""
+        """(rows, columns) float32 in the label's unit, -1 for none. RasterError where they can't be read."""
         return self.read_labels(window)[0]
 
     def read_sigma(self, window: Window, label: np.ndarray) -> np.ndarray:
-        """(rows, columns) float32 Mg/ha, errors of the labels of that window; -1 where there is none of either.
+        """(rows, columns) float32, errors of the labels of that window; -1 where there is none of either.
 
         Raises:
             RasterError: they can't be read.
@@ -116,7 +129,8 @@ class TilePair(ExitStack[None]):
             RasterError: they can't be read, or some are above `label_max`.
         """
         with raster_errors(f"{self.label_path}: can't be read"):
-            return clean_labels(self._label, str(self.label_path), window=window, label_max=self._label_max)
+            name, unit = str(self.label_path), self.about.unit
+            return clean_labels(self._label, name, window=window, label_max=self._label_max, unit=unit)
 
 
 def _tag(tags: Mapping[str, str], name: str, path: Path) -> str:

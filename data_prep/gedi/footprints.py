@@ -32,17 +32,36 @@ COLUMNS: dict[str, pa.DataType] = {
     "leaf_off_flag": pa.uint8(),
     "granule": pa.string(),
 }
+_OF_BIOMASS = ("agbd", "agbd_se", "agbd_sigma", "l4_quality_flag")
 _LATER = {"agbd_sigma": np.nan}  # columns that tables of earlier versions lack, and what stands there then
 _POINT = np.dtype([("order", "u1"), ("kind", "<u4"), ("x", "<f8"), ("y", "<f8")])  # well-known binary, 21 bytes
 
 
-def write_footprints(footprints: Mapping[str, np.ndarray], dst: str | os.PathLike[str], metadata: Mapping) -> Path:
+def columns_of(label: str) -> dict[str, pa.DataType]:
+    """The columns of a table with this label: `COLUMNS` of biomass; of heights `rh98` and its quality_flag instead."""
+    if label == "agbd":
+        return COLUMNS
+    found: dict[str, pa.DataType] = {}
+    for name, kind in COLUMNS.items():
+        if name not in _OF_BIOMASS:
+            found[name] = kind
+        elif name == "agbd":
+            found[label] = kind
+        elif name == "l4_quality_flag":
+            found["quality_flag"] = kind
+    return found
+
+
+def write_footprints(
+    footprints: Mapping[str, np.ndarray], dst: str | os.PathLike[str], metadata: Mapping, *, label: str = "agbd"
+) -> Path:
     """Write a footprint table as GeoParquet; it appears under its name only when it is whole.
 
     Args:
-        footprints: the columns of `COLUMNS`, each (N,); shot_number uint64, time datetime64.
+        footprints: the columns of `columns_of`, each (N,); shot_number uint64, time datetime64.
         dst: path of the file; its folder is made if need be.
         metadata: settings and counts, JSON-able, kept in the schema's metadata under `biomass_jax`.
+        label: what the footprints tell, `agbd` or a relative height.
 
     Returns:
         The path.
@@ -51,10 +70,11 @@ def write_footprints(footprints: Mapping[str, np.ndarray], dst: str | os.PathLik
         PrepError: the disk doesn't take it.
     """
     dst = Path(dst)
-    columns = [_column(footprints[name], kind) for name, kind in COLUMNS.items()]
+    named = columns_of(label)
+    columns = [_column(footprints[name], kind) for name, kind in named.items()]
     lon, lat = footprints["lon"], footprints["lat"]
     schema = pa.schema(
-        [pa.field(name, kind, nullable=False) for name, kind in COLUMNS.items()]
+        [pa.field(name, kind, nullable=False) for name, kind in named.items()]
         + [pa.field("geometry", pa.binary(), nullable=False)],
         metadata=geoparquet.metadata(["Point"], _box(lon, lat), metadata),
     )
@@ -62,35 +82,38 @@ def write_footprints(footprints: Mapping[str, np.ndarray], dst: str | os.PathLik
     return dst
 
 
-def read_footprints(path: str | os.PathLike[str], *, box: Box | None = None) -> dict[str, np.ndarray]:
+def read_footprints(
+    path: str | os.PathLike[str], *, box: Box | None = None, label: str = "agbd"
+) -> dict[str, np.ndarray]:
     """Read a footprint table back.
 
     Args:
         path: a file written by `write_footprints`.
         box: (west, south, east, north) in degrees: only rows inside. A file whose own box doesn't meet it isn't read.
+        label: what the footprints tell.
 
     Returns:
-        The columns of `COLUMNS`, each (N,); time as datetime64[us] in UTC.
+        The columns of `columns_of`, each (N,); time as datetime64[us] in UTC.
 
     Raises:
         PrepError: not such a file, or damaged.
     """
-    path = Path(path)
+    path, named = Path(path), columns_of(label)
     try:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
-            _check_schema(schema, path)
+            _check_schema(schema, path, named)
             if box is not None and not _meets(schema, box):
                 table = schema.empty_table()
             else:
-                table = file.read(columns=[name for name in COLUMNS if name in schema.names])
+                table = file.read(columns=[name for name in named if name in schema.names])
     except (OSError, pa.ArrowException) as error:
         raise PrepError(f"{path}: can't be read as a footprint table (Parquet): {error}") from error
     columns = {
         name: _array(table.column(name), kind)
         if name in schema.names
         else np.full(len(table), _LATER[name], np.float32)
-        for name, kind in COLUMNS.items()
+        for name, kind in named.items()
     }
     if box is None:
         return columns
@@ -135,8 +158,8 @@ def _box(lon: np.ndarray, lat: np.ndarray) -> Box | None:
     return west, float(lat.min()), east, float(lat.max())
 
 
-def _check_schema(schema: pa.Schema, path: Path) -> None:
-    for name, kind in COLUMNS.items():
+def _check_schema(schema: pa.Schema, path: Path, named: Mapping[str, pa.DataType]) -> None:
+    for name, kind in named.items():
         if name not in schema.names and name in _LATER:
             continue
         if name not in schema.names or schema.field(name).type != kind:

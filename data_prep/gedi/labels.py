@@ -10,7 +10,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from biomass_jax.data import bands
+from biomass_jax.data import bands, labels
+from biomass_jax.data.labels import BIOMASS, Label
 from biomass_jax.data.raster.cog import write_cog
 from biomass_jax.data.raster.grid import Grid
 from biomass_jax.data.raster.image import open_image
@@ -19,6 +20,7 @@ from biomass_jax.runtime.settings import add_options
 from data_prep.commands import add_allow_empty, command, refuse_beside_prepare
 from data_prep.gedi.filters import inside
 from data_prep.gedi.footprints import read_footprints, read_settings
+from data_prep.gedi.names import Level, level_of
 from data_prep.geoparquet import with_settings, write_table
 from data_prep.ground import geocentric
 from data_prep.hls.composite import find_composites
@@ -27,29 +29,27 @@ from data_prep.season import Season
 from data_prep.settings import LabelSettings
 
 NO_LABEL = -1.0
-BANDS = ("agbd", "agbd_sigma")  # of a label raster; those of earlier versions have the first alone
+# Bands of a raster of biomass, and those of its table of shots; of heights, which have no error, the first is `rh98`
+# and there is no other. Rasters of earlier versions have no band of errors either.
+BANDS = ("agbd", "agbd_sigma")
+_VALUES = ("agbd", "agbd_se", "agbd_sigma")
 ShotOwner = Literal["nearest", "all"]
 _ROWS = 512  # read at once
 _ANY = "digital_numbers"  # of composites no value is used here, whatever it means
-_SHOTS = {  # columns of the table beside a raster
-    "shot_number": pa.uint64(),
-    "row": pa.int32(),
-    "col": pa.int32(),
-    "agbd": pa.float32(),
-    "agbd_se": pa.float32(),
-    "agbd_sigma": pa.float32(),
-}
+_PLACES = {"shot_number": pa.uint64(), "row": pa.int32(), "col": pa.int32()}  # the table's columns before the values
 
 
 class Labels(NamedTuple):
     """A label raster and what made it.
 
     Attributes:
-        label: (H, W) float32, mean agbd in Mg/ha of the shots in each pixel, -1 where there is none.
+        label: (H, W) float32, mean of the shots in each pixel in the label's unit, -1 where there is none.
         sigma: (H, W) float32, error of that mean, sqrt(sum of agbd_sigma ** 2) / n over the n shots of a pixel, as if
-            their errors were independent; Mg/ha, -1 where a shot has no agbd_sigma and where there is no label.
+            their errors were independent; Mg/ha, -1 where a shot has no agbd_sigma and where there is no label: all
+            of heights.
         shots: the shots used, sorted by shot_number: shot_number uint64, row, col int32, agbd, agbd_se, agbd_sigma
-            float32, granule. agbd_se is as given: NaN or -9999 where there is none; agbd_sigma is NaN then.
+            float32, granule. agbd_se is as given: NaN or -9999 where there is none; agbd_sigma is NaN then. Of heights
+            the label alone instead of the three.
         counts: `shots` given; dropped, each under the first that fits: `repeated` (a shot_number again),
             `other_season`, `outside` the grid, `other_tile` (a neighbour owns it), `no_data`; `used`; those of them
             `without_sigma`; `pixels` with a label.
@@ -125,6 +125,7 @@ def label_raster(
     tiles: Mapping[str, Grid] | None = None,
     shot_owner: ShotOwner = "nearest",
     seasons: Sequence[Season] | None = None,
+    label: str = BIOMASS.name,
 ) -> Labels:
     """Labels on a composite's grid.
 
@@ -136,22 +137,24 @@ def label_raster(
         tiles: grids of all tiles that are made, for `shot_owner='nearest'`; None for this tile alone.
         shot_owner: `nearest`: a shot in several tiles belongs to the one whose centre is nearest; `all`: to each.
         seasons: shots outside all of them are dropped; None for no such filter.
+        label: what the footprints tell, `agbd` or a relative height.
 
     Raises:
-        PrepError: agbd that is negative or not finite, a tile that isn't in `tiles`.
+        PrepError: labels that is negative or not finite, a tile that isn't in `tiles`.
     """
     if shot_owner not in ("nearest", "all"):
         raise PrepError(f"shot_owner: found {shot_owner!r}, expected 'nearest' or 'all'")
     counts = {"shots": len(footprints["shot_number"])}
-    table = _sorted(footprints)
-    wrong = ~(np.isfinite(table["agbd"]) & (table["agbd"] >= 0))
+    table = _sorted(footprints, label)
+    wrong = ~(np.isfinite(table[label]) & (table[label] >= 0))
     if wrong.any():
         first = int(np.flatnonzero(wrong)[0])
+        keep = "agbd_valid" if label == BIOMASS.name else "rh_valid"
         raise PrepError(
-            f"footprints: {int(wrong.sum())} with agbd that is negative or not finite, first shot_number "
-            f"{table['shot_number'][first]} with {table['agbd'][first]}; keep `data_prep gedi`'s filter agbd_valid on"
+            f"footprints: {int(wrong.sum())} with {label} that is negative or not finite, first shot_number "
+            f"{table['shot_number'][first]} with {table[label][first]}; keep `data_prep gedi`'s filter {keep} on"
         )
-    again = np.zeros(len(table["agbd"]), bool)
+    again = np.zeros(len(table[label]), bool)
     again[1:] = table["shot_number"][1:] == table["shot_number"][:-1]
     table = _drop(table, again, counts, "repeated")
     if seasons is None:
@@ -161,26 +164,37 @@ def label_raster(
         table = _drop(table, ~inside(table["time"], spans), counts, "other_season")
     table["row"], table["col"], held = pixel_of(table["lon"], table["lat"], grid)
     table = _drop(table, ~held, counts, "outside")
-    others = np.zeros(len(table["agbd"]), bool)
+    others = np.zeros(len(table[label]), bool)
     if tiles is not None and shot_owner == "nearest":
         others = owner_tile(table["lon"], table["lat"], _neighbours(tile, grid, tiles)) != tile
     table = _drop(table, others, counts, "other_tile")
     table = _drop(table, ~valid[table["row"], table["col"]], counts, "no_data")
-    label, sigma = _means(table, grid)
-    counts |= {"used": len(table["agbd"]), "without_sigma": int((~(table["agbd_sigma"] >= 0)).sum())}
-    counts["pixels"] = int((label != NO_LABEL).sum())
-    kinds = {name: kind.to_pandas_dtype() for name, kind in _SHOTS.items()} | {"granule": object}
-    return Labels(label, sigma, {name: table[name].astype(kind) for name, kind in kinds.items()}, counts)
+    means, sigma = _means(table, grid, label)
+    counts["used"] = len(table[label])
+    counts["without_sigma"] = int((~(table["agbd_sigma"] >= 0)).sum()) if "agbd_sigma" in table else counts["used"]
+    counts["pixels"] = int((means != NO_LABEL).sum())
+    kinds = {name: kind.to_pandas_dtype() for name, kind in _shot_columns(label).items()} | {"granule": object}
+    return Labels(means, sigma, {name: table[name].astype(kind) for name, kind in kinds.items()}, counts)
 
 
-def _sorted(footprints: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _values_of(label: str) -> tuple[str, ...]:
+    """The columns of footprints that tell a label and what is known of its error."""
+    return _VALUES if label == BIOMASS.name else (label,)
+
+
+def _shot_columns(label: str) -> dict[str, pa.DataType]:
+    """Columns of the table beside a raster."""
+    return _PLACES | dict.fromkeys(_values_of(label), pa.float32())
+
+
+def _sorted(footprints: Mapping[str, np.ndarray], label: str) -> dict[str, np.ndarray]:
     """By shot_number; of a shot that came twice (two releases of a granule) the latest release first."""
     numbers = footprints["shot_number"]
     order = np.argsort(numbers, kind="stable")
     if (numbers[order][1:] == numbers[order][:-1]).any():
         granules, latest = np.unique(footprints["granule"].astype(str), return_inverse=True)
         order = np.lexsort((len(granules) - latest.reshape(-1), numbers))
-    names = ("shot_number", "lon", "lat", "time", "agbd", "agbd_se", "agbd_sigma", "granule")
+    names = ("shot_number", "lon", "lat", "time", *_values_of(label), "granule")
     return {name: footprints[name][order] for name in names}
 
 
@@ -196,7 +210,7 @@ def _neighbours(tile: str, grid: Grid, tiles: Mapping[str, Grid]) -> dict[str, G
     return {name: other for name, other in tiles.items() if name == tile or boxes_meet(box, grid_box(other))}
 
 
-def _means(table: Mapping[str, np.ndarray], grid: Grid) -> tuple[np.ndarray, np.ndarray]:
+def _means(table: Mapping[str, np.ndarray], grid: Grid, label: str) -> tuple[np.ndarray, np.ndarray]:
     """(H, W) float32 each, means and their errors; sums run in float64 in the order of the shots, however given."""
     pixels, place = np.unique(table["row"] * grid.width + table["col"], return_inverse=True)
     shots = np.bincount(place.reshape(-1), minlength=len(pixels))
@@ -205,11 +219,12 @@ def _means(table: Mapping[str, np.ndarray], grid: Grid) -> tuple[np.ndarray, np.
         return np.bincount(place.reshape(-1), weights=values.astype(np.float64), minlength=len(pixels)) / shots
 
     found = np.full((2, grid.height * grid.width), NO_LABEL, np.float32)
-    found[0, pixels] = over_shots(table["agbd"])
-    errors = np.sqrt(over_shots(np.square(table["agbd_sigma"], dtype=np.float64)) / shots)
-    found[1, pixels] = np.where(np.isnan(errors), NO_LABEL, errors)
-    label, sigma = found.reshape(2, grid.height, grid.width)
-    return label, sigma
+    found[0, pixels] = over_shots(table[label])
+    if "agbd_sigma" in table:
+        errors = np.sqrt(over_shots(np.square(table["agbd_sigma"], dtype=np.float64)) / shots)
+        found[1, pixels] = np.where(np.isnan(errors), NO_LABEL, errors)
+    means, sigma = found.reshape(2, grid.height, grid.width)
+    return means, sigma
 
 
 class Composite(NamedTuple):
@@ -256,8 +271,11 @@ def write_labels(
     shot_owner: ShotOwner = "nearest",
     label_years: int = 0,
     allow_empty: bool = False,
+    label: str = BIOMASS.name,
 ) -> tuple[Path, dict[str, int]]:
     """Write `folder/{tile}/{tile}_{start}_{end}_agbd.tif` (`BANDS`) and the table of its shots, `.parquet`.
+
+    Of heights it ends in `_rh98.tif` and has one band, in metres: GEDI gives them without an error.
 
     Args:
         composite: a file of data_prep.composite.
@@ -267,6 +285,7 @@ def write_labels(
         shot_owner: as in `label_raster`.
         label_years: shots of the composite's season in so many years before and after it count too.
         allow_empty: write them as well where fewer than 0.1 % of the shots on the tile are left.
+        label: what the footprint tables tell, `agbd` or a relative height.
 
     Returns:
         The raster's path, and `Labels.counts`.
@@ -275,12 +294,11 @@ def write_labels(
         PrepError: as `label_raster`; footprint tables made with different filters; (nearly) no shot is left; a disk
             that doesn't take the files.
     """
-    image = open_composite(composite)
-    table, gedi = _gather(sorted(map(Path, footprints)), image.grid)
+    image, level = open_composite(composite), level_of(label)
+    table, gedi = _gather(sorted(map(Path, footprints)), image.grid, level)
     seasons = image.season.widened(label_years)
-    made = label_raster(
-        table, image.grid, read_valid(composite), tile=image.tile, tiles=tiles, shot_owner=shot_owner, seasons=seasons
-    )
+    how: dict[str, Any] = {"tiles": tiles, "shot_owner": shot_owner, "seasons": seasons, "label": label}
+    made = label_raster(table, image.grid, read_valid(composite), tile=image.tile, **how)
     there = sum(made.counts[name] for name in ("used", "other_season", "no_data"))
     told = ", ".join(f"{count} {name}" for name, count in made.counts.items())
     what = f"{composite}: shots of {' and '.join(season.text for season in seasons)} on its pixels with data ({told})"
@@ -289,45 +307,62 @@ def write_labels(
         "step": "labels",
         "pixel": "contains the centre",
         "statistic": "mean",
-        "sigma": "sqrt(sum of squares) / number of shots",
+        "sigma": "sqrt(sum of squares) / number of shots" if level.inputs else "none: heights come without an error",
         "shot_owner": shot_owner,
         "seasons": [season.text for season in seasons],
         "tiles": sorted(_neighbours(image.tile, image.grid, tiles)) if tiles is not None else [image.tile],
         "counts": made.counts,
         "gedi": gedi | {"granules": sorted(set(made.shots["granule"].tolist()))},
     }
-    stem = f"{image.tile}_{image.season.start:%Y-%m-%d}_{image.season.stop:%Y-%m-%d}_agbd"
-    dst = Path(folder, image.tile, f"{stem}.tif")
-    schema = pa.schema([pa.field(name, kind, nullable=False) for name, kind in _SHOTS.items()])
+    return _write(Path(folder), image, made, settings, labels.parse(label)), made.counts
+
+
+def _write(folder: Path, image: Composite, made: Labels, settings: dict[str, Any], about: Label) -> Path:
+    """The raster and the table of its shots; the raster's path."""
+    if about != BIOMASS:
+        settings["label"] = about.metadata()
+    stem = f"{image.tile}_{image.season.start:%Y-%m-%d}_{image.season.stop:%Y-%m-%d}_{about.name}"
+    dst = folder / image.tile / f"{stem}.tif"
+    schema = pa.schema([pa.field(name, kind, nullable=False) for name, kind in _shot_columns(about.name).items()])
     schema = schema.with_metadata(with_settings(schema, settings))
     write_table(pa.Table.from_pydict(made.shots, schema), dst.with_suffix(".parquet"))
     tags = {"TILE": image.tile, "SEASON": image.season.text, "SENSORS": image.sensors}
     tags["LABELS"] = json.dumps(settings, sort_keys=True)
-    write_cog(
-        dst, [np.stack([made.label, made.sigma])], image.grid, "float32", BANDS, NO_LABEL, tags, units=["Mg ha-1"] * 2
-    )
-    return dst, made.counts
+    names, arrays = (BANDS, [made.label, made.sigma]) if about == BIOMASS else ((about.name,), [made.label])
+    units = [about.units] * len(names)
+    write_cog(dst, [np.stack(arrays)], image.grid, "float32", names, NO_LABEL, tags, units=units)
+    return dst
 
 
-def _gather(paths: Sequence[Path], grid: Grid) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def _gather(paths: Sequence[Path], grid: Grid, level: Level) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """All footprints in the box around the grid, and what made them."""
     if not paths:
-        raise PrepError("no footprint tables; expected files of `data_prep gedi`")
+        raise PrepError(f"no footprint tables of GEDI_{level.product}; expected files of `data_prep gedi`")
     box = grid_box(grid)
     tables, filters, versions = [], None, set()
     for path in paths:
         settings = read_settings(path)
+        if settings.get("product", "GEDI_L4A") != f"GEDI_{level.product}":
+            raise PrepError(
+                f"{path}: footprints of {settings['product']}, but labels {level.label} come from "
+                f"GEDI_{level.product}; keep the tables of two products in two folders of prepared data, or give "
+                "label as `data_prep gedi` had it"
+            )
         made = (settings.get("filters"), path)
         filters = filters or made
         if made[0] != filters[0]:
             raise PrepError(f"{path}: made with other filters than {filters[1]}: {made[0]} and {filters[0]}")
-        table = read_footprints(path, box=box)
+        table = read_footprints(path, box=box, label=level.label)
         if len(table["shot_number"]):
             tables.append(table)
             versions.add(f"{settings.get('release', '')} {settings.get('version', '')}".strip())
     tables = tables or [table]
     merged = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
-    return merged, {"product": "GEDI_L4A", "versions": sorted(versions), "filters": filters[0] if filters else None}
+    return merged, {
+        "product": f"GEDI_{level.product}",
+        "versions": sorted(versions),
+        "filters": filters[0] if filters else None,
+    }
 
 
 @command
@@ -357,7 +392,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     missing = sorted(set(args.tile or ()) - set(grids))
     if missing or not composites:
         raise PrepError(f"{args.out / 'composites'}: no composites of tile {', '.join(missing) or 'any'}")
+    product = f"GEDI_{level_of(args.label).product}"
     tables = sorted(args.out.glob("footprints/*.parquet"))
+    tables = [table for table in tables if read_settings(table).get("product", product) == product]
     for image in composites:
         if not args.tile or image.tile in args.tile:
             dst, counts = write_labels(
@@ -367,6 +404,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 tiles=grids,
                 shot_owner=args.shot_owner,
                 label_years=args.label_years,
+                label=args.label,
                 allow_empty=args.allow_empty,
             )
             print(f"{dst}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))

@@ -1,4 +1,4 @@
-"""GEDI L4A orbits (HDF5) to footprint tables (GeoParquet): `python -m data_prep gedi --help`."""
+"""GEDI L4A or L2A orbits (HDF5) to footprint tables (GeoParquet): `python -m data_prep gedi --help`."""
 
 import argparse
 import os
@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -17,13 +17,25 @@ from biomass_jax.errors import PrepError, refuse_empty
 from biomass_jax.runtime import content
 from biomass_jax.runtime.settings import add_options, options_of
 from data_prep.commands import add_allow_empty, command, refuse_beside_prepare
-from data_prep.gedi.filters import DEFAULT, EPOCH, Step, Table, as_dict, steps
-from data_prep.gedi.footprints import write_footprints
-from data_prep.gedi.names import BEAMS, COLUMNS, EXAMPLE, FIELDS, NO_VALUE, Product, naming, other_product, product_of
-from data_prep.gedi.sigma import FAULTS, INPUTS, NO_SLOPE, StratumModel, agbd_sigma, read_models
+from data_prep.gedi.filters import BIOMASS, DEFAULT, EPOCH, Step, Table, as_dict, steps
+from data_prep.gedi.footprints import columns_of, write_footprints
+from data_prep.gedi.names import (
+    BEAMS,
+    EXAMPLE,
+    HEIGHTS,
+    NO_VALUE,
+    Field,
+    Level,
+    Product,
+    level_of,
+    naming,
+    other_product,
+    product_of,
+)
+from data_prep.gedi.sigma import FAULTS, NO_SLOPE, StratumModel, agbd_sigma, read_models
 from data_prep.places import Box, check_box, grid_box, grid_centre, in_box, tile_grid
 from data_prep.season import Season, resolve_season
-from data_prep.settings import Filters
+from data_prep.settings import Filters, LabelSettings
 
 _BLOCK = 2**14  # rows read at once of a dataset without chunks
 _LATEST = 100 * 365.25 * 86400.0  # seconds of delta_time: what is later is no time
@@ -35,12 +47,14 @@ class Orbit(NamedTuple):
     Attributes:
         footprints: columns (N,) sorted by shot_number: shot_number uint64, lon, lat float64 degrees, time
             datetime64[us] UTC, beam, agbd, agbd_se, agbd_sigma (NaN where there is none) float32, sensitivity,
-            l4_quality_flag, degrade_flag, selected_algorithm, pft_class, leaf_off_flag, granule.
+            l4_quality_flag, degrade_flag, selected_algorithm, pft_class, leaf_off_flag, granule. Of heights `rh98` (or
+            the relative height that was asked for, float32 metres) instead of agbd and its errors, and quality_flag.
         counts: shots left after each step, in order: `shots` (all), `placed` where any lacks a value that is
             needed, as a place or a time, `box` where there is one, then each enabled filter.
         product: what the granule's name tells.
         skipped: beam -> why it can't be used.
-        without_sigma: why footprints have no agbd_sigma -> how many, see `sigma.FAULTS`.
+        without_sigma: why footprints have no agbd_sigma -> how many, see `sigma.FAULTS`; {} of heights, which L2A
+            gives without an error.
     """
 
     footprints: dict[str, np.ndarray]
@@ -56,6 +70,7 @@ def read_granule(
     bbox: Box | None = None,
     season: Sequence[Season] | None = None,
     filters: Filters = DEFAULT,
+    label: str = BIOMASS.label,
 ) -> Orbit:
     """Read the shots of one orbit that the filters leave.
 
@@ -64,29 +79,30 @@ def read_granule(
     filter that leaves nothing, what agbd_sigma can't be made without.
 
     Args:
-        path: GEDI L4A file, version 2, 2.1 or 3.
+        path: GEDI L4A file, version 2, 2.1 or 3; of heights an L2A file, version 2 or 3.
         bbox: (west, south, east, north) in degrees, west > east across the antimeridian; None for the whole orbit.
         season: shots inside any of them are kept; None for all times.
         filters: what is kept.
+        label: `agbd`, or of L2A a relative height `rh0` to `rh100`.
 
     Raises:
         PrepError: not such a file, truncated or damaged, or without a beam that can be used.
     """
-    path, box = Path(path), None if bbox is None else check_box(bbox)
-    with _opened(path) as file:
-        groups, skipped = _beams(file, path)
-        product, models = _product(file, path, filters), read_models(file)
+    path, box, level = Path(path), None if bbox is None else check_box(bbox), level_of(label)
+    with _opened(path, level) as file:
+        groups, skipped = _beams(file, path, level)
+        product, models = _product(file, path, filters, level), read_models(file)
         version = max(map(naming, groups.values()), default=2)
-        chain = steps(filters, naming=version, release=product.release, seasons=season)
+        chain = steps(filters, naming=version, release=product.release, seasons=season, level=level)
         beams: dict[str, _Beam] = {}
         for name, group in groups.items():
             try:
-                beams[name] = _read_beam(group, version, chain, box, models)
+                beams[name] = _read_beam(group, version, chain, box, models, level)
             except _Unusable as why:
                 skipped[name] = str(why)
     skipped = {name: skipped[name] for name in sorted(skipped)}
     _tell_skipped(beams, skipped, path)
-    counts, table = _joined(beams, version, path)
+    counts, table = _joined(beams, version, path, level)
     if box is None:
         del counts["box"]
     for step in chain:
@@ -96,13 +112,13 @@ def read_granule(
         counts[step.name] = len(table["shot_number"])
         if before and not counts[step.name]:
             _warn(f"{path.name}: filter {step.name} drops all of the {before} shots left before it")
-    if filters.max_relative_se is not None:
+    if filters.max_relative_se is not None and level is BIOMASS:
         _warn(
             f"{path.name}: max_relative_se removes low biomass, not bad shots, because agbd_se is nearly constant; "
             f"{counts['max_relative_se']} shots are left"
         )
-    without_sigma = _without_sigma(table.pop("sigma_fault"), path)
-    return Orbit(_footprints(table, product.granule), counts, product, skipped, without_sigma)
+    without_sigma = _without_sigma(table.pop("sigma_fault"), path) if level.inputs else {}
+    return Orbit(_footprints(table, product.granule, level), counts, product, skipped, without_sigma)
 
 
 def convert_granule(
@@ -112,6 +128,7 @@ def convert_granule(
     bbox: Box | None = None,
     season: Sequence[Season] | None = None,
     filters: Filters = DEFAULT,
+    label: str = BIOMASS.label,
 ) -> tuple[Path, dict[str, int]]:
     """Write one orbit's footprints to `out/{granule}.parquet`, settings and counts in its schema's metadata.
 
@@ -121,21 +138,24 @@ def convert_granule(
     Raises:
         PrepError: as `read_granule` and `write_footprints`.
     """
-    footprints, counts, product, skipped, without = read_granule(path, bbox=bbox, season=season, filters=filters)
+    level = level_of(label)
+    how: dict[str, Any] = {"bbox": bbox, "season": season, "filters": filters, "label": label}
+    footprints, counts, product, skipped, without = read_granule(path, **how)
     metadata = {
         "step": "gedi",
-        "product": "GEDI_L4A",
+        "product": f"GEDI_{level.product}",
         "granule": product.granule,
         "release": product.release,
         "version": product.version,
-        "filters": as_dict(filters),
+        "filters": as_dict(filters, level),
         "counts": [[name, count] for name, count in counts.items()],  # their order tells
         "skipped_beams": skipped,
         "without_sigma": without,
         "season": [one.text for one in season or ()],
         "box": None if bbox is None else list(check_box(bbox)),
     }
-    return write_footprints(footprints, Path(out) / f"{product.granule}.parquet", metadata), counts
+    metadata |= {} if level is BIOMASS else {"label": label}
+    return write_footprints(footprints, Path(out) / f"{product.granule}.parquet", metadata, label=label), counts
 
 
 def find_granules(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
@@ -171,11 +191,11 @@ def no_granules(*folders: Path) -> str:
     if others:
         end = ", a download that has not ended" if content.unfinished(others[0]) else ""
         found = f"; found {len(others)} other files, first {others[0].name}{end}"
-    return f"no .h5 files in {', '.join(map(str, folders))}{found}; expected GEDI L4A granules"
+    return f"no .h5 files in {', '.join(map(str, folders))}{found}; expected GEDI L4A granules (L2A for heights)"
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[h5py.File]:
+def _opened(path: Path, level: Level) -> Iterator[h5py.File]:
     """Open a file; what HDF5 has to say about a damaged one becomes a PrepError that names it."""
     if not path.is_file():
         raise PrepError(f"{path}: no such file")
@@ -190,7 +210,8 @@ def _opened(path: Path) -> Iterator[h5py.File]:
     except (OSError, RuntimeError, KeyError) as error:
         meaning = content.mistaken(path, *content.HDF5)
         if meaning is not None:
-            raise PrepError(f"{path}: can't be read as HDF5, it is {other_product(path.name) or meaning}") from error
+            what = other_product(path.name, expected=level.product) or meaning
+            raise PrepError(f"{path}: can't be read as HDF5, it is {what}") from error
         if re.search("filter .* registered|plugin", str(error)):
             raise PrepError(
                 f"{path}: compressed in a way that this HDF5 library doesn't know: {error}; get NASA's own file, or "
@@ -203,17 +224,17 @@ def _opened(path: Path) -> Iterator[h5py.File]:
         ) from error
 
 
-def _product(file: h5py.File, path: Path, filters: Filters) -> Product:
+def _product(file: h5py.File, path: Path, filters: Filters, level: Level) -> Product:
     """From the file's name, else from the name that its metadata hold."""
     inside = _attribute(file, "METADATA/DatasetIdentification", "fileName")
     product = product_of(path.name) or product_of(inside)
-    if product is None and filters.algorithm_10 == "auto":
+    if product is None and level is BIOMASS and filters.algorithm_10 == "auto":
         raise PrepError(
             f"{path}: release unknown, neither its name nor METADATA/DatasetIdentification fileName ({inside!r}) is "
             f"like {EXAMPLE}; algorithm 10 is wrong in release 002_01: "
             "give the file NASA's name, or set algorithm_10 to 'drop' or 'keep'"
         )
-    return product or Product(path.stem, "", "")
+    return product or Product(level.product, path.stem, "", "")
 
 
 def _attribute(file: h5py.File, group: str, name: str) -> str:
@@ -223,19 +244,19 @@ def _attribute(file: h5py.File, group: str, name: str) -> str:
     return found.decode(errors="replace") if isinstance(found, bytes) else str(found)
 
 
-def _beams(file: h5py.File, path: Path) -> tuple[dict[str, h5py.Group], dict[str, str]]:
+def _beams(file: h5py.File, path: Path, level: Level) -> tuple[dict[str, h5py.Group], dict[str, str]]:
     """The groups of beams, and {name: why it is none} of what only looks like one.
 
     Raises:
-        PrepError: another product than L4A, or no beams.
+        PrepError: another product than the label's, or no beams.
     """
     names = [name for name in file if name.startswith("BEAM")]
     found = {name: file[name] for name in BEAMS if isinstance(file.get(name), h5py.Group)}
     others = {name: f"{name} is no group of one of GEDI's eight beams" for name in names if name not in found}
     datasets = {name for group in found.values() for name in group}
-    if "agbd" not in datasets:
+    if level.fields[level.label].datasets[2] not in datasets:
         said = [_attribute(file, "METADATA/DatasetIdentification", "shortName"), _attribute(file, "/", "short_name")]
-        other = other_product(*said, path.name, datasets=datasets)
+        other = other_product(*said, path.name, datasets=datasets, expected=level.product)
         if other is not None:
             raise PrepError(f"{path}: {other}")
     if not found:
@@ -260,57 +281,64 @@ class _Beam(NamedTuple):
 
 
 def _read_beam(
-    beam: h5py.Group, version: int, chain: list[Step], box: Box | None, models: dict[bytes, StratumModel]
+    beam: h5py.Group, version: int, chain: list[Step], box: Box | None, models: dict[bytes, StratumModel], level: Level
 ) -> _Beam:
     """A beam's columns. _Unusable where something that is needed is absent, or isn't what it has to be."""
+    fields = level.fields
     needed = {
         field: f"filter {step.name} needs; get the whole granule, or turn that filter off"
         for step in reversed(chain)
         for field in step.needs
     }
-    needed |= dict.fromkeys((field for field in COLUMNS if FIELDS[field].missing is None), "is needed")
-    found = {field: _dataset(beam, field, version) for field in dict.fromkeys([*COLUMNS, *INPUTS, *needed])}
+    needed |= dict.fromkeys((field for field in level.columns if fields[field].missing is None), "is needed")
+    wanted = dict.fromkeys([*level.columns, *level.inputs, *needed])
+    found = {field: _dataset(beam, field, fields[field], version) for field in wanted}
     absent = [field for field, dataset in found.items() if dataset is None]
     for field in absent:
         if field in needed:
-            raise _Unusable(f"{_name(beam)} has no dataset {FIELDS[field].datasets[version]}, which {needed[field]}")
+            raise _Unusable(f"{_name(beam)} has no dataset {fields[field].datasets[version]}, which {needed[field]}")
     datasets = {field: dataset for field, dataset in found.items() if dataset is not None}
     shape = datasets["shot_number"].shape
-    for dataset in datasets.values():
-        if dataset.ndim != 1 or dataset.shape != shape:
-            raise _Unusable(f"{_name(dataset)} has shape {dataset.shape}, shot_number {shape}")
-    lon, lat = (_values(datasets[field], field, None)[0] for field in ("lon", "lat"))
+    for field, dataset in datasets.items():
+        expected = shape if fields[field].column is None else (*shape, HEIGHTS)
+        if len(shape) != 1 or dataset.shape != expected:
+            columns = "" if fields[field].column is None else f", and {HEIGHTS} columns are expected"
+            raise _Unusable(f"{_name(dataset)} has shape {dataset.shape}, shot_number {shape}{columns}")
+    lon, lat = (_values(datasets[field], fields[field], None)[0] for field in ("lon", "lat"))
     placed = (np.abs(lon) <= 180) & (np.abs(lat) <= 90) & ((lon != 0) | (lat != 0))  # 0, 0 is HDF5's fill
     rows = np.flatnonzero(placed if box is None else placed & in_box(lon, lat, box))
-    wanted = None if len(rows) == len(lon) else rows
+    chosen = None if len(rows) == len(lon) else rows
     table, whole = {"lon": lon[rows], "lat": lat[rows]}, np.ones(len(rows), bool)
     for field in found:
         if field in absent:
-            table[field] = np.full(len(rows), FIELDS[field].missing, FIELDS[field].dtype)
+            table[field] = np.full(len(rows), fields[field].missing, fields[field].dtype)
         elif field not in table:
-            table[field], known = _values(datasets[field], field, wanted)
+            table[field], known = _values(datasets[field], fields[field], chosen)
             whole &= known | (field not in needed)
     whole &= (table["shot_number"] > 0) & (table["delta_time"] > 0) & (table["delta_time"] < _LATEST)
     table["beam"] = np.full(len(rows), _name(beam))
-    t, t_se, strata = map(table.pop, INPUTS)
-    table["agbd_sigma"], table["sigma_fault"] = agbd_sigma(t, t_se, strata, models)
-    absent = [field for field in absent if field not in INPUTS]  # told with the shots that have no agbd_sigma
+    if level.inputs:
+        t, t_se, strata = map(table.pop, level.inputs)
+        table["agbd_sigma"], table["sigma_fault"] = agbd_sigma(t, t_se, strata, models)
+    absent = [field for field in absent if field not in level.inputs]  # told with the shots that have no agbd_sigma
     dropped = int((~placed).sum() + (~whole).sum())
     return _Beam({name: values[whole] for name, values in table.items()}, len(lon), len(lon) - dropped, tuple(absent))
 
 
-def _dataset(beam: h5py.Group, field: str, version: int) -> h5py.Dataset | None:
-    inside = FIELDS[field].datasets[version]
+def _dataset(beam: h5py.Group, name: str, field: Field, version: int) -> h5py.Dataset | None:
+    inside = field.datasets[version]
     found = beam.get(inside) if inside else None
     if not isinstance(found, h5py.Dataset):
         return None
     try:
         kind = found.dtype
     except TypeError as error:  # HDF5 has types that NumPy hasn't
-        raise _Unusable(f"{_name(found)}: {error}, expected {FIELDS[field].dtype}") from error
-    wanted = {"u": "iu", "f": "iuf", "S": "SO"}[FIELDS[field].dtype.kind]
-    if kind.kind not in wanted or (field == "shot_number" and kind.itemsize != 8):
-        raise _Unusable(f"{_name(found)} is {kind}, expected {FIELDS[field].dtype}")
+        raise _Unusable(f"{_name(found)}: {error}, expected {field.dtype}") from error
+    wanted = {"u": "iu", "f": "iuf", "S": "SO"}[field.dtype.kind]
+    # Whole numbers are no metres: heights of single algorithms are centimetres.
+    wanted = "f" if field.column is not None else wanted
+    if kind.kind not in wanted or (name == "shot_number" and kind.itemsize != 8):
+        raise _Unusable(f"{_name(found)} is {kind}, expected {field.dtype}")
     return found
 
 
@@ -318,32 +346,32 @@ def _name(node: h5py.Group | h5py.Dataset) -> str:
     return str(node.name).strip("/")
 
 
-def _values(dataset: h5py.Dataset, field: str, rows: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+def _values(dataset: h5py.Dataset, field: Field, rows: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """A field's values at the wanted rows (None: all), and which of them aren't -9999 where the type has no room."""
-    spec = FIELDS[field]
+    column = () if field.column is None else (field.column,)
     try:
-        stored = dataset[:] if rows is None else _read_rows(dataset, rows)
+        stored = dataset[(slice(None), *column)] if rows is None else _read_rows(dataset, rows, column)
     except OSError as error:
         raise OSError(f"{_name(dataset)}: {error}") from error
-    values = stored.astype(spec.dtype)
+    values = stored.astype(field.dtype)
     known = np.ones(len(values), bool)
-    if spec.dtype.kind == "u" and dataset.dtype != spec.dtype:
+    if field.dtype.kind == "u" and dataset.dtype != field.dtype:
         known = stored != NO_VALUE
-        values[~known] = spec.missing or 0
+        values[~known] = field.missing or 0
         odd = known & (values != stored)
         if odd.any():
-            raise _Unusable(f"{_name(dataset)} holds {stored[odd][0]}, which is no {spec.dtype}")
+            raise _Unusable(f"{_name(dataset)} holds {stored[odd][0]}, which is no {field.dtype}")
     return values, known
 
 
-def _read_rows(dataset: h5py.Dataset, rows: np.ndarray) -> np.ndarray:
-    """Values at ascending rows, decoding only the chunks that hold them."""
+def _read_rows(dataset: h5py.Dataset, rows: np.ndarray, column: tuple[int, ...]) -> np.ndarray:
+    """Values at ascending rows, of one column where one is given, decoding only the chunks that hold them."""
     chunk = dataset.chunks[0] if dataset.chunks else _BLOCK
     values = np.empty(len(rows), dataset.dtype)
     for number in np.unique(rows // chunk):
         start = number * chunk
         part = slice(*np.searchsorted(rows, (start, start + chunk)))
-        values[part] = dataset[start : start + chunk][rows[part] - start]
+        values[part] = dataset[(slice(start, start + chunk), *column)][rows[part] - start]
     return values
 
 
@@ -358,7 +386,7 @@ def _tell_skipped(beams: dict[str, _Beam], skipped: dict[str, str], path: Path) 
     _warn(f"{path.name}: {len(skipped)} of {len(skipped) + len(beams)} beams skipped: {'; '.join(skipped.values())}")
 
 
-def _joined(beams: dict[str, _Beam], version: int, path: Path) -> tuple[dict[str, int], Table]:
+def _joined(beams: dict[str, _Beam], version: int, path: Path, level: Level) -> tuple[dict[str, int], Table]:
     """Counts and columns over all beams."""
     counts = {"shots": sum(beam.shots for beam in beams.values())}
     lost = {name: beam.shots - beam.placed for name, beam in beams.items() if beam.placed < beam.shots}
@@ -375,8 +403,8 @@ def _joined(beams: dict[str, _Beam], version: int, path: Path) -> tuple[dict[str
     for field in dict.fromkeys(field for beam in beams.values() for field in beam.absent):
         lacking = ", ".join(name for name, beam in beams.items() if field in beam.absent)
         _warn(
-            f"{path.name}: no dataset {FIELDS[field].datasets[version]} in {lacking}: column {field} holds "
-            f"{FIELDS[field].missing!r} there"
+            f"{path.name}: no dataset {level.fields[field].datasets[version]} in {lacking}: column {field} holds "
+            f"{level.fields[field].missing!r} there"
         )
     return counts, table
 
@@ -391,15 +419,14 @@ def _without_sigma(fault: np.ndarray, path: Path) -> dict[str, int]:
     return found
 
 
-def _footprints(table: Table, granule: str) -> dict[str, np.ndarray]:
+def _footprints(table: Table, granule: str, level: Level) -> dict[str, np.ndarray]:
     """The table's columns in their order, sorted by shot number."""
     order = np.argsort(table["shot_number"], kind="stable")
     table = {name: values[order] for name, values in table.items()}
     # rounded down, so that a time before a season's end stays before it
     table["time"] = np.datetime64(EPOCH, "us") + np.floor(table["delta_time"] * 1e6).astype("timedelta64[us]")
     table["granule"] = np.full(len(order), granule, object)
-    names = ("shot_number", "lon", "lat", "time", "beam", *COLUMNS[4:6], "agbd_sigma", *COLUMNS[6:], "granule")
-    return {name: table[name] for name in names}
+    return {name: table[name] for name in columns_of(level.label)}
 
 
 def _warn(message: str) -> None:
@@ -409,7 +436,11 @@ def _warn(message: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m data_prep gedi", description=__doc__)
     made.add_argument(
-        "paths", nargs="*", type=Path, metavar="PATH", help="GEDI L4A files or folders of them (OUT/granules/gedi)"
+        "paths",
+        nargs="*",
+        type=Path,
+        metavar="PATH",
+        help="GEDI L4A files, L2A for heights, or folders of them (OUT/granules/gedi)",
     )
     made.add_argument("--out", type=Path, required=True, help="prepared data: takes footprints/{granule}.parquet")
     where = made.add_mutually_exclusive_group()
@@ -417,6 +448,7 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--tile", help="an HLS tile such as 10SFF instead of a box")
     made.add_argument("--season", help="2020-06-01/2020-09-16 (end not included), or a year with --bbox or --tile")
     made.add_argument("--label-years", type=int, default=0, help="the same days of N years before and after too (0)")
+    add_options(made, LabelSettings, without=("shot_owner",))
     add_options(made, Filters)
     add_allow_empty(made)
     return made
@@ -441,7 +473,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = left = read = 0
     for path in granules:
         try:
-            dst, counts = convert_granule(path, args.out / "footprints", bbox=bbox, season=season, filters=filters)
+            how: dict[str, Any] = {"bbox": bbox, "season": season, "filters": filters, "label": args.label}
+            dst, counts = convert_granule(path, args.out / "footprints", **how)
         except PrepError as error:
             print(f"error: {error}", file=sys.stderr)
             failed += 1

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from biomass_jax.data import bands
+from biomass_jax.data.labels import BIOMASS
 from biomass_jax.data.records import Record
-from biomass_jax.data.shards import split_counts
+from biomass_jax.data.shards import label_of, split_counts
 from biomass_jax.data.sources import ShardSource
 from biomass_jax.errors import PrepError
 from biomass_jax.figures import style
@@ -107,12 +108,13 @@ class TileCheck:
         tile: its name, `unknown` where records have none.
         chips: number of chips.
         labels: labels on pixels with data.
-        label_min: Mg/ha, NaN without labels, as label_max and label_mean.
+        label_min: in the label's unit, NaN without labels, as label_max and label_mean.
         zeros: labels of exactly 0.
         pixels: of all chips.
         nodata: pixels without data.
         counts: {(row, col) of a cell: labels}, in chips from the tile's corner.
         r2: (k, k) of `alignment`.
+        unit: of the labels, as texts have it.
     """
 
     tile: str
@@ -126,6 +128,7 @@ class TileCheck:
     nodata: int = 0
     counts: dict[tuple[int, int], int] = field(default_factory=dict)
     r2: np.ndarray = field(default_factory=lambda: np.full((2 * MAX_SHIFT + 1,) * 2, np.nan))
+    unit: str = BIOMASS.unit
 
     @property
     def peak(self) -> tuple[int, int] | None:
@@ -178,11 +181,12 @@ def _number(value: float) -> float | None:
     return None if np.isnan(value) else round(value, 6)
 
 
-def check_records(records: Iterable[Record]) -> list[TileCheck]:
+def check_records(records: Iterable[Record], unit: str = BIOMASS.unit) -> list[TileCheck]:
     """Check chips by tile.
 
     Args:
         records: in any order; each is used once and let go.
+        unit: of their labels.
 
     Returns:
         one TileCheck a tile, sorted by name.
@@ -193,7 +197,7 @@ def check_records(records: Iterable[Record]) -> list[TileCheck]:
     by_tile: dict[str, tuple[TileCheck, list[tuple[np.ndarray, np.ndarray]], list[np.ndarray]]] = {}
     for record in records:
         name = record["tile"] or "unknown"
-        check, samples, labels = by_tile.setdefault(name, (TileCheck(name), [], []))
+        check, samples, labels = by_tile.setdefault(name, (TileCheck(name, unit=unit), [], []))
         image, label = record["image"], record["label"]
         missing = bands.no_data(image)
         label = np.where(missing, -1, label)
@@ -241,7 +245,7 @@ def draw(check: TileCheck, path: str | os.PathLike[str]) -> Path:
         style.quiet_axes(axes)
     labels = f"{check.labels:,} labels in {check.chips} chip{'s' * (check.chips != 1)}"
     if check.labels:
-        labels += f", {check.label_min:.3g} to {check.label_max:.4g} Mg/ha, mean {check.label_mean:.4g}"
+        labels += f", {check.label_min:.3g} to {check.label_max:.4g} {check.unit}, mean {check.label_mean:.4g}"
     title = f"{check.tile}: {labels}; {check.nodata / check.pixels:.2%} of pixels without data"
     return style.save_titled(path, figure, title)
 
@@ -283,14 +287,14 @@ def records_of_shards(folder: str | os.PathLike[str], tiles: Sequence[str] = ())
                 yield record
 
 
-def run(records: Iterable[Record], figures: Path) -> list[TileCheck]:
+def run(records: Iterable[Record], figures: Path, unit: str = BIOMASS.unit) -> list[TileCheck]:
     """Check records, write a PNG a tile and `check.json`, print a line a tile, warn of each fault."""
-    checks = check_records(records)
+    checks = check_records(records, unit)
     for check in checks:
         draw(check, figures / f"{check.tile}.png")
         print(
             f"{check.tile}: {check.chips} chips, {check.labels} labels of {check.label_min:.3g} to "
-            f"{check.label_max:.4g} Mg/ha, {check.nodata / check.pixels:.2%} no data, "
+            f"{check.label_max:.4g} {check.unit}, {check.nodata / check.pixels:.2%} no data, "
             f"R2 {check.in_place:.3f} in place, {_place(check)}"
         )
         if check.fault:
@@ -312,6 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tiles = [tile.removeprefix("T") for tile in args.tile]
     found = records_of_index(args.out, tiles) if args.out else records_of_shards(args.shards, tiles)
     figures = args.figures or (args.out or args.shards.absolute().parent) / "check"
-    run(found, figures)
+    label = chip_index.label_of(chip_index.path_in(args.out)) if args.out else label_of(args.shards)
+    run(found, figures, label.unit)
     print(f"pictures and check.json in {figures}")
     return 0

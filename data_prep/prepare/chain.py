@@ -15,9 +15,9 @@ from data_prep.archive.fetch import fetch_all
 from data_prep.archive.search import GEDI_COVERAGE, Area, search_archive, search_gedi, search_hls
 from data_prep.chips import index as chip_index
 from data_prep.chips.splits import PICTURE, as_metadata
-from data_prep.gedi.filters import as_dict
+from data_prep.gedi.filters import BIOMASS, as_dict
 from data_prep.gedi.labels import Composite, open_composite
-from data_prep.gedi.names import EXAMPLE, other_product, product_of
+from data_prep.gedi.names import EXAMPLE, level_of, other_product, product_of
 from data_prep.gedi.orbits import find_granules, granules_below, no_granules
 from data_prep.hls.composite import composite_path, select
 from data_prep.hls.granules import tile_grid_key
@@ -101,6 +101,9 @@ class Chain:
         self.config, self.out, self.runner, self.threads = config, out, runner, threads
         self.state, self.done, self.errors, self.log = runner.state, runner.done, runner.errors, runner.log
         self.allow_empty: bool = config["allow_empty"]
+        self.level = level_of(config["labels"]["label"])
+        # among what a step's result depends on; of biomass as earlier versions had it
+        self.label = {} if self.level is BIOMASS else {"label": self.level.label}
         self.season, self.year, self.season_table = _season(config)
         hls = Path(config["granules"]["hls"] or out / "granules" / "hls")
         self.granules = steps.granules_by_tile(hls)
@@ -115,7 +118,7 @@ class Chain:
         settings = dict(self.config["gedi"])
         box: Box | None = check_box(settings["box"]) if settings["box"] else None
         del settings["box"]
-        filters = as_dict(Filters(**settings))
+        filters = as_dict(Filters(**settings), self.level)
         seasons = self._shot_seasons()
         folder = Path(self.config["granules"]["gedi"] or self.out / "granules" / "gedi")
         files = find_granules([folder]) if folder.is_dir() and granules_below(folder) else []
@@ -124,8 +127,9 @@ class Chain:
         jobs = []
         for name in sorted([*present, *gone]):
             path, dst = present.get(name), self.out / "footprints" / f"{name}.parquet"
-            arguments = {"path": path, "folder": dst.parent, "box": box, "seasons": seasons, "filters": settings}
-            chosen = {"box": box and list(box), "seasons": seasons, "filters": filters}
+            arguments: dict[str, Any] = {"path": path, "folder": dst.parent, "box": box, "seasons": seasons}
+            arguments |= {"filters": settings, "label": self.level.label}
+            chosen = {"box": box and list(box), "seasons": seasons, "filters": filters, **self.label}
             inputs = () if path is None else (path,)
             jobs.append(StepJob("gedi", name, steps.footprints_of_orbit, arguments, chosen, inputs, (dst,)))
         if not jobs and not files:
@@ -140,10 +144,13 @@ class Chain:
         found = {}
         for path in paths:
             product = product_of(path.name)
-            if product is not None:
+            wanted = self.level.product
+            if product is not None and product.level == wanted:
                 found[product.granule] = path
                 continue
-            meaning = other_product(path.name) or f"not a GEDI L4A granule's name; expected one like {EXAMPLE}"
+            like = EXAMPLE if wanted == "L4A" else EXAMPLE.replace("GEDI04", "GEDI02")
+            meaning = other_product(path.name, expected=wanted)
+            meaning = meaning or f"not a GEDI {wanted} granule's name; expected one like {like}"
             self.runner.fail("gedi", path.stem, f"{path}: {meaning}")
         return found
 
@@ -211,12 +218,18 @@ class Chain:
             beside = {name: self.images[name] for name in self.images if boxes_meet(boxes[name], boxes[tile])}
             grids = {name: _grid_key(other) for name, other in beside.items()}
             folder = self.out / "labels"
-            label = folder / tile / f"{image.path.stem}_agbd.tif"
-            arguments = {"path": image.path, "footprints": near, "folder": folder, **settings}
+            label = folder / tile / f"{image.path.stem}_{self.level.label}.tif"
+            arguments = {
+                "path": image.path,
+                "footprints": near,
+                "folder": folder,
+                "label": self.level.label,
+                **settings,
+            }
             arguments |= {"allow_empty": self.allow_empty}
             arguments |= {"composites": {name: other.path for name, other in beside.items()}}
             outputs = (label, label.with_suffix(".parquet"))
-            chosen = settings | {"tiles": grids}
+            chosen = settings | {"tiles": grids, **self.label}
             jobs.append(StepJob("labels", tile, steps.labels_of_tile, arguments, chosen, (image.path, *near), outputs))
         self.runner.run("labels", jobs, lambda r: f"{r['counts']['used']:,} shots on {r['counts']['pixels']:,} pixels")
 
@@ -252,7 +265,7 @@ class Chain:
         splits = self.config["splits"]
         index = chip_index.path_in(self.out)
         outputs = (index, index.with_name(PICTURE))
-        arguments = {"parts": parts, "index": index, "settings": chips, "splits": splits}
+        arguments = {"parts": parts, "index": index, "settings": chips, "splits": splits, "label": self.level.label}
         chosen = {"chips": chips, "splits": as_metadata(SplitSettings(**splits)), "parts": list(parts)}
         job = StepJob("splits", WHOLE, steps.index_with_splits, arguments, chosen, tuple(parts.values()), outputs)
         self.runner.run("splits", [job], _counts, here=True)
@@ -363,6 +376,8 @@ def download_tiles(config: Mapping[str, Any], runner: Runner) -> None:
     names = ("season", "season_table", "label_years")
     settings = {name: config[name] for name in names} | {"max_cloud": given["max_cloud"]}
     settings |= {"sensors": sorted(set(config["composite"]["sensors"]))}
+    label = config["labels"]["label"]
+    settings |= {} if level_of(label) is BIOMASS else {"label": label}  # of biomass as earlier versions had it
     jobs = []
     for tile in sorted({tile.removeprefix("T") for tile in config["tiles"]}):
         arguments = {"tile": tile, "settings": settings, "runner": runner}
@@ -385,7 +400,8 @@ def download_tile(tile: str, settings: Mapping[str, Any], runner: Runner) -> dic
         tile=tile,
         max_cloud=settings["max_cloud"],
     )
-    orbits = plan_gedi(search_gedi(area, season.widened(settings["label_years"]), search=search_archive), granules)
+    how: dict[str, Any] = {"search": search_archive, "label": settings.get("label", BIOMASS.label)}
+    orbits = plan_gedi(search_gedi(area, season.widened(settings["label_years"]), **how), granules)
     for what, plan in (("scenes", scenes), ("orbits", orbits)):
         if plan.incomplete:
             name, why = min(plan.incomplete.items())

@@ -33,11 +33,12 @@ _biomes = functools.lru_cache(maxsize=1)(Biomes)  # a worker reads the polygons 
 
 
 def footprints_of_orbit(
-    path: Path, folder: Path, box: Box | None, seasons: Sequence[str], filters: Mapping[str, Any]
+    path: Path, folder: Path, box: Box | None, seasons: Sequence[str], filters: Mapping[str, Any], label: str = "agbd"
 ) -> dict[str, Any]:
     """`gedi`: an orbit to `folder/{granule}.parquet`."""
     chosen = [Season.parse(text) for text in seasons] or None
-    table, counts = convert_granule(path, folder, bbox=box, season=chosen, filters=Filters(**filters))
+    how: dict[str, Any] = {"bbox": box, "season": chosen, "filters": Filters(**filters), "label": label}
+    table, counts = convert_granule(path, folder, **how)
     skipped = read_settings(table)["skipped_beams"]
     return {"counts": [list(pair) for pair in counts.items()], "skipped_beams": skipped}
 
@@ -67,6 +68,7 @@ def labels_of_tile(
     shot_owner: Any,
     label_years: int,
     allow_empty: bool,
+    label: str = "agbd",
 ) -> dict[str, Any]:
     """`labels`: a composite's label raster and its table of shots.
 
@@ -78,9 +80,11 @@ def labels_of_tile(
         shot_owner: as for `write_labels`.
         label_years: the same.
         allow_empty: the same.
+        label: the same.
     """
     grids = {tile: open_composite(other).grid for tile, other in composites.items()}
     how: dict[str, Any] = {"shot_owner": shot_owner, "label_years": label_years, "allow_empty": allow_empty}
+    how["label"] = label
     _, counts = write_labels(path, footprints, folder, tiles=grids, **how)
     return {"counts": counts}
 
@@ -96,7 +100,7 @@ def chips_of_tile(out: Path, image: Path, label: Path, index: Path, settings: Ma
 
 
 def index_with_splits(
-    parts: Mapping[str, Path], index: Path, settings: Mapping[str, Any], splits: Mapping[str, Any]
+    parts: Mapping[str, Path], index: Path, settings: Mapping[str, Any], splits: Mapping[str, Any], label: str = "agbd"
 ) -> dict[str, Any]:
     """`splits`: the tiles' parts to one index, with the splits drawn, and their picture beside it.
 
@@ -105,6 +109,7 @@ def index_with_splits(
         index: takes the whole.
         settings: fields of `ChipSettings`, for the index's metadata.
         splits: fields of `SplitSettings`.
+        label: what the labels are.
     """
     rows: list[dict[str, Any]] = []
     for part in parts.values():
@@ -114,7 +119,7 @@ def index_with_splits(
     counts = {name: chip_index.read_metadata(part)["chips"] for name, part in parts.items()}
     partial = index.with_name(".with_splits.parquet")  # under its name it has its splits
     try:
-        chip_index.write_index(partial, rows, cells.metadata(settings, counts))
+        chip_index.write_index(partial, rows, cells.metadata(settings, counts, label))
         made = run(partial, SplitSettings(**splits))
         os.replace(partial, index)
     finally:
@@ -138,7 +143,8 @@ def shards_of_index(
 
 def check_of_tile(out: Path, tile: str, picture: Path) -> dict[str, Any]:
     """`check`: whether a tile's labels lie where its image says, with a picture."""
-    (found,) = check_records(records_of_index(out, (tile,)))
+    unit = chip_index.label_of(chip_index.path_in(out)).unit
+    (found,) = check_records(records_of_index(out, (tile,)), unit)
     picture.parent.mkdir(parents=True, exist_ok=True)
     draw(found, picture)
     if found.fault:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from biomass_jax.data import bands, records
+from biomass_jax.data.labels import NAMES
 from biomass_jax.data.raster.chips import (
     LABEL_MAX,
     PUBLISHED_BANDS,
@@ -22,6 +23,7 @@ from biomass_jax.data.raster.chips import (
     check_units,
     describe_pairs,
     find_pairs,
+    label_of_files,
     read_pair,
     record_grid,
 )
@@ -29,7 +31,7 @@ from biomass_jax.data.raster.encoding import AUTO, ENCODINGS, SCALES, declared
 from biomass_jax.data.raster.grid import grid_of, open_quietly, raster_errors
 from biomass_jax.data.raster.image import hidden_pixels
 from biomass_jax.data.records import Record
-from biomass_jax.data.shards import read_metadata, split_counts
+from biomass_jax.data.shards import label_of, read_metadata, split_counts
 from biomass_jax.data.sources import ShardSource
 from biomass_jax.errors import FractionError, PrepError
 from data_prep.commands import command
@@ -45,6 +47,7 @@ def convert(
     band_list: tuple[str | None, ...] | None = None,
     encoding: str = AUTO,
     label_max: float = LABEL_MAX,
+    label: str | None = None,
     season: str = "",
     biome: str = records.UNKNOWN_BIOME,
     sensors: str = "L30",
@@ -58,6 +61,7 @@ def convert(
         band_list: see `describe_pairs`.
         encoding: likewise.
         label_max: likewise.
+        label: what the labels are; see `label_of_files`.
         season: see `Record`; the published files don't tell, nor the next two.
         biome: see `Record`.
         sensors: see `Record`.
@@ -74,17 +78,13 @@ def convert(
     found, alone = find_pairs(folder)
     _warn_of_files_alone(folder, alone)
     reading = {"encoding": encoding, "label_max": label_max}
-    pairs = _described_splits(found, band_list=band_list, season=season, **reading)
+    what = label_of_files([pair for chosen in found.values() for pair in chosen], label)
+    pairs = _described_splits(found, band_list=band_list, season=season, about=what, **reading)
     check_units([pair for chosen in pairs.values() for pair in chosen], folder)
     fields: dict[str, Any] = {"season": season, "biome": biome, "sensors": sensors}
-    about = {
-        "folder": Path(folder).absolute().name,
-        "unpaired": alone,
-        "bands": _band_lists(pairs),
-        **reading,
-        **fields,
-    }
-    metadata = {"sources": [about], "split": {"kind": "published", "counts": {s: len(p) for s, p in pairs.items()}}}
+    about = {"folder": Path(folder).absolute().name, "unpaired": alone, "bands": _band_lists(pairs)} | reading | fields
+    split = {"kind": "published", "counts": {name: len(chosen) for name, chosen in pairs.items()}}
+    metadata = {"sources": [about], "split": split, "label": what.metadata()}
 
     def write(dtype: str) -> dict[str, Any]:
         items = {
@@ -140,6 +140,7 @@ def verify(
         band_list=band_list,
         season=source["season"],
         **{name: source[name] for name in ("encoding", "label_max") if name in source},
+        about=label_of(out),
     )
     counts = split_counts(out)
     expected = {split: len(chosen) for split, chosen in pairs.items()}
@@ -213,8 +214,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--encoding", choices=ENCODINGS, default=AUTO, help="what the images' numbers are (auto)")
     parser.add_argument(
-        "--label-max", type=float, default=LABEL_MAX, help="Mg/ha, the highest label there may be (2000)"
+        "--label-max", type=float, default=LABEL_MAX, help="the highest label there may be, in its unit (2000)"
     )
+    parser.add_argument("--label", help=f"what the labels are: {NAMES}; by default what the files call them, else agbd")
     parser.add_argument("--season", default="", help="YYYY-MM-DD/YYYY-MM-DD, which the files don't tell")
     parser.add_argument("--biome", default=records.UNKNOWN_BIOME, help="slug of all chips' biome")
     parser.add_argument("--sensors", choices=records.SENSORS, default="L30", help="where the files don't tell")
@@ -231,6 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             band_list=band_list,
             encoding=args.encoding,
             label_max=args.label_max,
+            label=args.label,
             **fields,
             **shards.settings_of(args),
         )

@@ -109,7 +109,7 @@ def _tags(path: Path, settings: str) -> tuple[dict[str, str], dict[str, Any]]:
 
 def _gedi(made: Mapping[str, Any]) -> dict[str, Any]:
     """Of a label raster's settings those that don't belong to its tile alone."""
-    own = ("counts", "gedi", "tiles", "seasons", "step")
+    own = ("counts", "gedi", "tiles", "seasons", "step", "label")
     return _without(made, *own) | _without(made.get("gedi", {}), "granules")
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from biomass_jax.data import bands, records
+from biomass_jax.data.labels import BIOMASS, described
 from biomass_jax.data.raster.chips import Oddities, tell
 from biomass_jax.data.records import Record
 from biomass_jax.data.shards import METADATA_KEY, split_of, verify
@@ -43,8 +44,9 @@ Item = Record | Callable[[], Record | tuple[Record, Oddities]]
 
 NAME, VERSION = "biomass", "1.0.0"  # of the TFDS data set; the record's own version is `schema_version`
 DEFAULT = ShardSettings()
-LABEL = {"name": "agbd", "units": "Mg ha-1", "none": records.NO_LABEL}
-_DESCRIPTION = "HLS chips (digital numbers) with GEDI above-ground biomass density; metadata.json tells the rest."
+_DESCRIPTIONS = {
+    BIOMASS.name: "HLS chips (digital numbers) with GEDI above-ground biomass density; metadata.json tells the rest."
+}
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ def write_shards(
         split_records: for each split its records, or (picklable) calls that read one each, in a fixed order. A split
             without any is left out with a warning, since TFDS can't open one.
         out: folder of the data set.
-        metadata: what is known besides (composite, gedi, split, sources ...), JSON-able.
+        metadata: what is known besides (composite, gedi, split ...), JSON-able; `label` as `labels.Label.metadata`.
         records_per_shard: most records of a shard; a split's shards differ by at most one record.
         workers: writing processes.
         executor: writes instead of own processes, on machines that share the folder.
@@ -321,7 +323,7 @@ def _metadata(
         "stds": statistics.get("stds"),
         "stat_pixels": statistics.get("stat_pixels", 0),
         "stat_settings": statistics.get("stat_settings"),
-        "label": LABEL,
+        "label": described(given.get("label", {})).metadata() | {"none": records.NO_LABEL},
         "season": "; ".join(sorted({season for *_, season, _ in chips if season})),
         "sensors": sorted({sensor for *_, sensors in chips for sensor in sensors.split("+")}),
         "chips": given.get("chips", {}) | about_chips | {"counts": counts},
@@ -350,14 +352,16 @@ def _write_tfds_metadata(
                 filename_template=template.replace(split=split),
             )
         )
-    text = json.dumps(info, sort_keys=True, allow_nan=False)
+    text, name = json.dumps(info, sort_keys=True, allow_nan=False), info["label"]["name"]
     tfds.folder_dataset.write_metadata(
         data_dir=folder,
         features=records.features(shape, dtype),
         split_infos=splits,
         version=VERSION,
         check_data=False,  # that check needs TensorFlow; shards are checked as they are written
-        description=_DESCRIPTION,
+        description=_DESCRIPTIONS.get(
+            name, f"HLS chips (digital numbers) with labels {name}; metadata.json tells more."
+        ),
         metadata=tfds.core.MetadataDict({METADATA_KEY: text}),
     )
 

@@ -50,8 +50,16 @@ def main(argv: list[str] | None = None) -> None:
         type=parse_size,
         help="HEIGHTxWIDTH of a tile in pixels of 30 m (460x700; 900x1120 for a forest or context)",
     )
+    parser.add_argument(
+        "--heights",
+        type=int,
+        choices=(2, 3),
+        help="of a forest: the version of GEDI L2A files of the same shots, granules/gedi_l2a/ (none)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="another seed, another land (0)")
     args = parser.parse_args(argv)
+    if args.heights is not None and args.world != "forest":
+        parser.error("--heights goes with --world forest")
     size = {} if args.size is None else {"shape": args.size}
     try:
         # The worlds need the `prep` libraries, which a scene does without.
@@ -62,7 +70,9 @@ def main(argv: list[str] | None = None) -> None:
         elif args.world == "forest":
             from data_prep.synthetic.forest.world import write_forest_world
 
-            _print_limits(args.out, write_forest_world(args.out, seed=args.seed, **size)["limits"])
+            _print_limits(
+                args.out, write_forest_world(args.out, seed=args.seed, heights=args.heights, **size)["limits"]
+            )
         elif args.world == "context":
             from data_prep.synthetic.context.world import write_context_world
 

@@ -18,7 +18,7 @@ CHUNK = 14200  # shots, as in the real files
 NO_VALUE = -9999.0
 _SUB_ORBIT = 2  # the quarter of each orbit
 _TEXT = h5py.string_dtype()
-_COORDINATES = "delta_time lat_lowestmode lon_lowestmode"
+COORDINATES = "delta_time lat_lowestmode lon_lowestmode"
 _ALGORITHMS = (1, 2, 10)  # the real files have seven
 _ALPHA_QUANTILE = 1.6448536269514722  # of the normal distribution, for the product's intervals of 90 %
 _PFT = {1: "ENT", 2: "EBT", 3: "DNT", 4: "DBT", 5: "GSW", 6: "GSW", 11: "GSW"}
@@ -151,16 +151,17 @@ def _write_beam(group: h5py.Group, beam: str, shots: dict[str, Any]) -> None:
         values = shots.get(name, default)
         if np.ndim(values) == 0:
             values = np.full(count, values, object if dtype is _TEXT else dtype)
-        dataset = _create(group, name, np.asarray(values), dtype)
+        dataset = create(group, name, np.asarray(values), dtype)
         if "/" not in name:
-            dataset.attrs.update(coordinates=_COORDINATES, long_name=long_name, units=units)
+            dataset.attrs.update(coordinates=COORDINATES, long_name=long_name, units=units)
     xvar = np.zeros((count, 4), np.float32)
     xvar[:, 0] = (np.maximum(np.asarray(shots["agbd_t"], np.float64), 0) - _PAR[0]) / _PAR[1]
-    _create(group, "xvar", xvar, "f4")
+    create(group, "xvar", xvar, "f4")
     group["agbd_prediction"].attrs.update(alpha=0.1, max_nvar=4, predictor_offset=100)
 
 
-def _create(group: h5py.Group, name: str, values: np.ndarray, dtype: object) -> h5py.Dataset:
+def create(group: h5py.Group, name: str, values: np.ndarray, dtype: object) -> h5py.Dataset:
+    """A dataset in the product's chunks, of one column where there are several, compressed as the product's are."""
     layout = {"maxshape": (None, *values.shape[1:]), "chunks": (CHUNK, *[1] * (values.ndim - 1))}
     return group.create_dataset(name, data=values, dtype=dtype, compression="gzip", compression_opts=4, **layout)
 

@@ -26,6 +26,7 @@ from data_prep.synthetic.forest.land import Floats
 from data_prep.synthetic.forest.view import Day, under_sky
 from data_prep.synthetic.gedi_file import fit_error, granule_name, seconds_since_epoch, shot_numbers, write_gedi
 from data_prep.synthetic.granule import SMALLEST, Overpass, write_granule
+from data_prep.synthetic.height_file import height_name, height_of, profile_of, write_heights
 from data_prep.synthetic.landscape import PIXEL_M
 
 TILES = ("10SFF", "10SGF", "10SHF")  # neighbours, from west to east
@@ -50,7 +51,9 @@ class World(NamedTuple):
     stripes: float = 0.0  # how much the angle of view changes the brightness, as a share
 
 
-def write_world(world: World, out: Path, *, shape: tuple[int, int], scenes: int, tiles: int) -> dict[str, Any]:
+def write_world(
+    world: World, out: Path, *, shape: tuple[int, int], scenes: int, tiles: int, heights: int | None = None
+) -> dict[str, Any]:
     """Write HLS granules, GEDI orbits over them, and `plan.json`; return what that holds.
 
     Args:
@@ -59,6 +62,8 @@ def write_world(world: World, out: Path, *, shape: tuple[int, int], scenes: int,
         shape: (H, W) of a tile in pixels.
         scenes: number of dates in the season.
         tiles: number of tiles; neighbours overlap.
+        heights: 2 or 3: write L2A files of that version too, of the same shots, into `granules/gedi_l2a`; a shot's rh98
+            follows from its biomass by `height_file.height_of`.
 
     Raises:
         ValueError: too small a shape, no scene, or not 1 to 3 tiles.
@@ -76,7 +81,7 @@ def write_world(world: World, out: Path, *, shape: tuple[int, int], scenes: int,
         names = _write_scenes(out / "granules" / "hls", world, tile, left, shape, scenes)
         plan["tiles"][tile] = {"epsg": EPSG, "transform": [PIXEL_M, 0, left, 0, -PIXEL_M, TOP], "scenes": names}
     area = (shape[0], step * (tiles - 1) + shape[1])
-    shots, plan["gedi"] = _write_orbits(out / "granules" / "gedi", world, area)
+    shots, plan["gedi"] = _write_orbits(out / "granules", world, area, heights)
     plan["shots"], plan["kept"] = len(shots["kept"]), int(shots["kept"].sum())
     plan["limits"] = world.limits(shots, area)
     write_json(out / "plan.json", plan, indent=1)
@@ -121,7 +126,9 @@ def _tracks(area: tuple[int, int], rng: np.random.Generator) -> list[dict[str, t
     return orbits
 
 
-def _write_orbits(folder: Path, world: World, area: tuple[int, int]) -> tuple[dict[str, np.ndarray], list[str]]:
+def _write_orbits(
+    folder: Path, world: World, area: tuple[int, int], heights: int | None
+) -> tuple[dict[str, np.ndarray], list[str]]:
     """Write the files; return all shots (x, y, agbd, kept) and the files' names."""
     rng = np.random.default_rng([world.seed, 77])
     to_degrees = Transformer.from_crs(EPSG, 4326, always_xy=True)
@@ -148,8 +155,21 @@ def _write_orbits(folder: Path, world: World, area: tuple[int, int]) -> tuple[di
             }
             gathered.append({"x": x, "y": y, "agbd": arrays["agbd"], "kept": arrays.pop("kept")})
             beams[beam] = arrays
-        names.append(write_gedi(folder / granule_name(start, orbit), beams).name)
+        names.append(write_gedi(folder / "gedi" / granule_name(start, orbit), beams).name)
+        if heights is not None:
+            path = folder / "gedi_l2a" / height_name(start, orbit, version=heights)
+            write_heights(path, {name: _heights(arrays) for name, arrays in beams.items()}, version=heights)
     return {key: np.concatenate([shots[key] for shots in gathered]) for key in gathered[0]}, names
+
+
+def _heights(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """What L2A tells of the shots of a beam of L4A; where that has no biomass, the waveform is no good either."""
+    same = (
+        *("shot_number", "delta_time", "lon_lowestmode", "lat_lowestmode", "degrade_flag", "selected_algorithm"),
+        *("sensitivity", "solar_elevation", "land_cover_data/leaf_off_flag", "land_cover_data/pft_class"),
+    )
+    rh = profile_of(height_of(arrays["agbd"]))
+    return {name: arrays[name] for name in same} | {"rh": rh, "quality_flag": arrays["l2_quality_flag"]}
 
 
 def _measure(biomass: Floats, rng: np.random.Generator) -> dict[str, NDArray[Any]]:

@@ -7,6 +7,7 @@ import pytest
 from biomass_jax import bundle
 from biomass_jax.convert.convert import convert, read
 from biomass_jax.convert.declared import PRESETS, Options
+from biomass_jax.convert.export import export
 from biomass_jax.data.bands import BAND_NAMES
 from biomass_jax.errors import ConvertError
 from biomass_jax.models.build import abstract_variables, build_module
@@ -175,6 +176,53 @@ def test_a_config_that_makes_no_sense_is_an_error(golden, tmp_path, old, new, wo
     (tmp_path / "config.yaml").write_text(CONFIG.replace(old, new, 1))
     with pytest.raises(ConvertError, match=words):
         read(golden / "micro" / "model.pt", config=tmp_path / "config.yaml")
+
+
+# As the model of canopy height is called, with statistics of its own.
+HEIGHT_CONFIG = CONFIG.replace("547.36707", "500.25").replace("411.4701", "400.5")
+
+
+def canopy_height(golden, folder):
+    """The weights under the released name, and their config.yaml."""
+    weights = folder / "granite-geospatial-canopyheight" / "pytorch_model.bin"
+    weights.parent.mkdir()
+    weights.write_bytes((golden / "micro" / "model.pt").read_bytes())
+    (folder / "config.yaml").write_text(HEIGHT_CONFIG)
+    return weights, folder / "config.yaml"
+
+
+def test_a_model_of_canopy_height_becomes_a_bundle_in_metres(golden, tmp_path):
+    weights, config = canopy_height(golden, tmp_path)
+    convert(weights, tmp_path / "bundle", config=config, options=Options(label="canopy_height"))
+    made = bundle.load(tmp_path / "bundle")
+    bins = [[0, 10], [10, 20], [20, 30], [0, 30], [30, None]]
+    told = {"bands": ["canopy_height"], "units": "m", "nodata": -1, "top": 150.0, "bins": bins}
+    assert made.meta["output"] == told
+    assert (made.label.title, made.bands) == ("Canopy height", BAND_NAMES)
+    assert made.meta["input"]["means"][0] == 500.25 and made.meta["input"]["stds"][0] == 400.5
+    plain = bundle.load(converted_biomass(golden, tmp_path))  # the same weights as biomass give the same numbers
+    assert plain.meta["output"] == {"bands": ["agbd"], "units": "Mg ha-1", "nodata": -1}
+    assert plain.weights_sha256 == made.weights_sha256
+    export(tmp_path / "bundle", tmp_path / "back.ckpt")
+    assert read(tmp_path / "back.ckpt").output == {"bands": ["canopy_height"], "units": "m", "nodata": -1}
+
+
+def converted_biomass(golden, folder):
+    convert(golden / "micro" / "model.pt", folder / "plain", config=folder / "config.yaml")
+    return folder / "plain"
+
+
+def test_what_a_model_of_canopy_height_gives_has_to_be_said(golden, tmp_path):
+    weights, config = canopy_height(golden, tmp_path)
+    for options, words in (
+        (Options(), r"a model of canopy height by its name; give --label canopy_height, or agbd"),
+        (Options(label="rh198"), "--label is 'rh198'; expected agbd, canopy_height, or a relative height rh0 to rh100"),
+        (Options(label="canopy_height", statistics="granite"), "granite are those of granite-geospatial-biomass"),
+    ):
+        given = None if options.statistics else config
+        flags = replace(options, drop_path=0.3, head_dropout=0.1, final_act="relu", bands=BAND_NAMES)
+        with pytest.raises(ConvertError, match=words):
+            read(weights, config=given, options=options if given else flags)
 
 
 def test_config_and_checkpoint_must_agree(golden, tmp_path):

@@ -1,4 +1,4 @@
-"""Tiny GEDI L4A files for tests, made by hand: one shot for each point that a reader may get wrong."""
+"""Tiny GEDI L4A and L2A files for tests, made by hand: one shot for each point that a reader may get wrong."""
 
 from datetime import date
 
@@ -58,6 +58,50 @@ def write(path, beams, *, chunk=4, lacking=(), renamed=()):
                 if name not in lacking:
                     layout = {"maxshape": (None,), "chunks": (chunk,), "compression": "gzip"}
                     group.create_dataset(name, data=np.array(values, kind), **layout)
+    return path
+
+
+HEIGHTS = NEW.replace("GEDI04", "GEDI02").replace("002_02", "003_01")
+HEIGHTS_3 = HEIGHTS.replace("003_01_V002", "004_01_V003")
+# What L2A has and L4A hasn't, and where it has another name. `rh` is added: (shots, 101), metres.
+GOOD_HEIGHT = {name: GOOD[name] for name in GOOD if not name.startswith(("agbd", "predict", "l4", "l2", "algorithm"))}
+GOOD_HEIGHT |= {
+    "quality_flag": ("u1", 1),
+    "surface_flag": ("u1", 1),
+    "elev_lowestmode": ("f4", 1000.0),
+    "digital_elevation_model": ("f4", 1010.0),
+    "elev_highestreturn": ("f4", 1030.0),
+}
+
+
+def a_profile(top):
+    """101 relative heights that all differ: `top` metres at 98, half a metre a percent."""
+    return top + 0.5 * (np.arange(101) - 98)
+
+
+def write_heights(path, beams, *, chunk=4, lacking=(), version=2):
+    """An L2A file: `beams` gives a list of shots each; a shot's `rh98` is the height, or `rh` its whole profile."""
+    start = FIRST
+    with h5py.File(path, "w") as file:
+        for beam, shots in beams.items():
+            group = file.create_group(beam)
+            columns = {
+                name: (kind, [shot.get(name, good) for shot in shots]) for name, (kind, good) in GOOD_HEIGHT.items()
+            }
+            columns["shot_number"] = ("u8", np.arange(start, start + len(shots), dtype=np.uint64))
+            start += len(shots)
+            if version == 3:
+                columns["l2a_quality_flag_rel3"] = columns.pop("quality_flag")
+                columns["l2a_quality_flag_rel2"] = ("u1", [0] * len(shots))  # of another release: no flag to go by
+            profiles = [shot.get("rh", a_profile(shot.get("rh98", 20.0))) for shot in shots]
+            rh = np.array(profiles, np.float64).reshape(len(shots), 101)
+            of_one = np.where(np.abs(rh) < 300, rh * 100 + 77, 0).astype(np.int16)  # centimetres, another ground
+            columns |= {"rh": ("f4", rh), "geolocation/rh_a1": ("i2", of_one)}
+            for name, (kind, values) in columns.items():
+                if name not in lacking:
+                    values = np.asarray(values)
+                    layout = {"maxshape": (None, *values.shape[1:]), "chunks": (chunk, *values.shape[1:])}
+                    group.create_dataset(name, data=values.astype(kind), **layout)
     return path
 
 

@@ -166,7 +166,7 @@ def test_dropout_samples_are_drawn_by_estimate_alone_and_the_mean_draws_what_it_
     ("fields", "words"),
     [
         ({"spread": "normal"}, "spread is 'normal'; expected one of none, gaussian, laplace, quantiles"),
-        ({"spread": "gaussian", "spread_scale": 0.0}, "spread_scale is 0.0 Mg/ha; expected a number above 0"),
+        ({"spread": "gaussian", "spread_scale": 0.0}, "spread_scale is 0.0; expected a number above 0"),
         ({"spread": "quantiles", "quantile_levels": (0.9, 0.1)}, r"quantile_levels are \(0.9, 0.1\); expected two or"),
         ({"spread": "quantiles", "quantile_levels": (0.5,)}, "expected two or more that increase between 0 and 1"),
         ({"spread": "quantiles", "quantile_levels": (0.0, 0.9)}, "expected two or more that increase between 0 and 1"),

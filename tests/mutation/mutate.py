@@ -17,14 +17,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.mutation import adapters, attention, biomass_jax, data_prep, portable, regional, uncertainty, work
+from tests.mutation import adapters, attention, biomass_jax, data_prep, heights, portable, regional, uncertainty, work
 from tests.mutation.fault import Mutation
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("biomass_jax", "configs", "data_prep", "launch", "tests", "pyproject.toml")
 MUTATIONS = (
     *(*adapters.MUTATIONS, *attention.MUTATIONS, *biomass_jax.MUTATIONS, *uncertainty.MUTATIONS, *regional.MUTATIONS),
-    *(*data_prep.MUTATIONS, *portable.MUTATIONS, *work.MUTATIONS),
+    *(*data_prep.MUTATIONS, *heights.MUTATIONS, *portable.MUTATIONS, *work.MUTATIONS),
 )
 AT_ONCE = 2  # each is one test, which waits for one core for most of its time
 

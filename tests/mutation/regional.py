@@ -193,7 +193,8 @@ ZONES = (
         "residuals_turned_around",
         f"{OF_ZONES}test_model_assisted_by_tracks",
         in_file(
-            ZONES_PY, ("(shots.of.agbd - shots.at.value)[mine], shots", "(shots.at.value - shots.of.agbd)[mine], shots")
+            ZONES_PY,
+            ("(shots.of.value - shots.at.value)[mine], shots", "(shots.at.value - shots.of.value)[mine], shots"),
         ),
     ),
     Mutation(

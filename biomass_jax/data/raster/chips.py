@@ -19,6 +19,7 @@ from rasterio.enums import ColorInterp
 from rasterio.windows import Window
 
 from biomass_jax.data import bands, records
+from biomass_jax.data.labels import BIOMASS, Label, named, parse
 from biomass_jax.data.raster.encoding import AUTO, check_plausible
 from biomass_jax.data.raster.grid import Grid, epsg_code, grid_of, open_quietly, raster_errors
 from biomass_jax.data.raster.image import hidden_pixels, open_image
@@ -28,7 +29,7 @@ from biomass_jax.errors import FractionError, RasterError
 
 Oddities = Counter[tuple[str, str]]  # what was done with pixels or chips, and why: how many
 SPLITS = ("train", "val", "test")
-LABEL_MAX = 2000.0  # Mg/ha; the densest forests known have less, and GEDI's highest footprint 1,300
+LABEL_MAX = BIOMASS.top  # the highest label of GeoTIFFs, unless another limit is given
 TILE_WIDTH = 3660  # of an HLS tile: 16 chips of 224 px a row
 # B01, then B02 to B07, B09, B10, B11 and in some files one more, which is probably Fmask.
 PUBLISHED_BANDS = (None, *bands.BAND_NAMES, None, None, None, None)
@@ -36,6 +37,7 @@ PUBLISHED_COUNTS = (10, 11)
 _STEM = re.compile(r"T?(?P<tile>\d{2}[A-Z]{3})_(?P<cell>\d+)(_tile)?")
 IMAGE_SUFFIX = "_img.tif"
 _SAMPLED = 32  # chips of a folder whose values are looked at together
+_MISTAKEN = {"Mg/ha": "kg", "m": "centimetres"}  # what is taken for a label's unit
 _SUFFIXES = {"images": IMAGE_SUFFIX, "labels": "_label.tif"}
 
 
@@ -48,13 +50,14 @@ class Pair:
         label: path, or None for an image alone.
         band_list: names of the image's bands, None for an unused one; None where its descriptions tell.
         encoding: what the image's numbers are, one of `encoding.ENCODINGS`.
-        label_max: Mg/ha, the highest label that can be.
+        label_max: the highest label that can be, in its unit.
         grid: of the image.
         dtype: int16 where all bands are stored so and taken as they are, else float32.
         tile: from the name, "" where it has another form.
         chip_id: `{tile}_{cell}`, else the name, with the season's start behind it where a season is given.
         row: of the chip in its tile, -1 where unknown.
         col: of the chip in its tile, -1 where unknown.
+        about: what its labels are.
     """
 
     image: Path
@@ -68,6 +71,7 @@ class Pair:
     chip_id: str
     row: int
     col: int
+    about: Label = BIOMASS
 
 
 def find_pairs(folder: str | os.PathLike[str]) -> tuple[dict[str, list[tuple[Path, Path]]], list[str]]:
@@ -120,6 +124,7 @@ def describe_pairs(
     encoding: str = AUTO,
     label_max: float = LABEL_MAX,
     season: str = "",
+    about: Label = BIOMASS,
 ) -> list[Pair]:
     """Read the headers of images.
 
@@ -130,10 +135,13 @@ def describe_pairs(
         paths: images and labels, None for an image alone.
         band_list: names of every image's bands; where None, a file's descriptions, else PUBLISHED_BANDS.
         encoding: see `Pair`.
-        label_max: likewise.
+        label_max: likewise; of another label than biomass its own limit holds too.
         season: `YYYY-MM-DD/YYYY-MM-DD` or "".
+        about: what the labels are.
     """
-    pairs = [_described(image, label, season.split("/")[0], band_list, encoding, label_max) for image, label in paths]
+    label_max = label_max if about == BIOMASS else min(label_max, about.top)
+    start = season.split("/")[0]
+    pairs = [_described(image, label, start, band_list, encoding, label_max, about) for image, label in paths]
     origins: dict[str, set[tuple[int, int]]] = defaultdict(set)
     for pair in pairs:
         if pair.row != records.UNKNOWN_PLACE and pair.grid.crs is not None:
@@ -158,6 +166,7 @@ def _described(
     band_list: tuple[str | None, ...] | None,
     encoding: str,
     label_max: float,
+    about: Label,
 ) -> Pair:
     with raster_errors(str(image)), open_quietly(str(image)) as dataset:
         grid = grid_of(dataset)
@@ -182,7 +191,7 @@ def _described(
         if max(down, right) + size <= TILE_WIDTH:
             row, col = down, right
     chip_id = "_".join(part for part in (name, start) if part)
-    return Pair(image, label, band_list, encoding, label_max, grid, dtype, tile, chip_id, row, col)
+    return Pair(image, label, band_list, encoding, label_max, grid, dtype, tile, chip_id, row, col, about)
 
 
 def read_pair(
@@ -292,14 +301,41 @@ def _as_int16(image: np.ndarray, path: Path) -> np.ndarray:
     return image.astype(np.int16)
 
 
-def check_label_type(dataset: rasterio.DatasetReader, name: str) -> None:
+def label_of_files(paths: Sequence[tuple[Path, Path | None]], name: str | None = None) -> Label:
+    """What the labels of GeoTIFFs are.
+
+    Args:
+        paths: images and labels, None for an image alone.
+        name: of the label, as `labels.parse` takes it; where None, what the first label file calls its band, if that is
+            the name of one, else biomass.
+
+    Raises:
+        DataError: an unknown name.
+        RasterError: the file can't be read.
+    """
+    if name is not None:
+        return parse(name)
+    first = next((label for _, label in paths if label is not None), None)
+    if first is None:
+        return BIOMASS
+    with raster_errors(str(first)), open_quietly(str(first)) as dataset:
+        called = dataset.descriptions[0] or ""
+    return named(called) or BIOMASS
+
+
+def check_label_type(dataset: rasterio.DatasetReader, name: str, unit: str = BIOMASS.unit) -> None:
     """RasterError where the labels of an open raster are complex numbers; `name` is that of the file."""
     if "complex" in dataset.dtypes[0]:
-        raise RasterError(f"{name}: its labels are {dataset.dtypes[0]}; expected real numbers, Mg/ha")
+        raise RasterError(f"{name}: its labels are {dataset.dtypes[0]}; expected real numbers, {unit}")
 
 
 def clean_labels(
-    dataset: rasterio.DatasetReader, name: str, *, window: Window | None = None, label_max: float = LABEL_MAX
+    dataset: rasterio.DatasetReader,
+    name: str,
+    *,
+    window: Window | None = None,
+    label_max: float = LABEL_MAX,
+    unit: str = BIOMASS.unit,
 ) -> tuple[np.ndarray, np.ndarray, Oddities]:
     """The labels of an open raster.
 
@@ -310,16 +346,17 @@ def clean_labels(
         dataset: an open rasterio dataset of one band.
         name: of the file, for messages.
         window: what to read; all of it where None.
-        label_max: Mg/ha, the highest label that can be.
+        label_max: the highest label that can be, in its unit.
+        unit: of the labels, for the message.
 
     Returns:
-        (H, W) float32 Mg/ha, -1 for none; bool (H, W), where there is none though the file doesn't hold -1; and how
+        (H, W) float32, -1 for none; bool (H, W), where there is none though the file doesn't hold -1; and how
         many of these each reason gives.
 
     Raises:
         RasterError: labels that are no real numbers, infinite, or above `label_max`.
     """
-    check_label_type(dataset, name)
+    check_label_type(dataset, name, unit)
     stored = dataset.read(1, window=window)
     label = stored.astype(np.float32)
     hidden = hidden_pixels(dataset, [1], {"window": window})
@@ -342,9 +379,9 @@ def clean_labels(
     high = (label > label_max) | np.isinf(label)
     if high.any():
         raise RasterError(
-            f"{name}: labels up to {label.max():g}, {int(high.sum())} of them above {label_max:g} Mg/ha; "
-            "probably kg, or a no-data value that no tag names. Where they are right, allow them with label_max "
-            "(config.data.label_max)"
+            f"{name}: labels up to {label.max():g}, {int(high.sum())} of them above {label_max:g} {unit}; "
+            f"probably {_MISTAKEN.get(unit, 'another unit')}, or a no-data value that no tag names. Where they are "
+            "right, allow them with label_max (config.data.label_max)"
         )
     return label, besides, +counts
 
@@ -356,7 +393,8 @@ def _read_label(pair: Pair) -> tuple[np.ndarray, Oddities]:
     with raster_errors(str(pair.label)), open_quietly(str(pair.label)) as dataset:
         verify_blocks(pair.label, sparse_ok=True)
         _check_label(dataset, pair)
-        label, _, counts = clean_labels(dataset, str(pair.label), label_max=pair.label_max)
+        name, unit = str(pair.label), pair.about.unit
+        label, _, counts = clean_labels(dataset, name, label_max=pair.label_max, unit=unit)
     return label, counts
 
 

@@ -15,6 +15,7 @@ from rasterio.enums import ColorInterp
 from rasterio.errors import RasterioIOError
 
 from biomass_jax.data import band_names, bands
+from biomass_jax.data.labels import BIOMASS, is_map
 from biomass_jax.data.raster.grid import open_quietly
 from biomass_jax.errors import RasterError
 
@@ -43,7 +44,7 @@ _OTHER_WORDS = (
     "cloud",
     "cloudmask",
 )
-MAP_ENDING = "_agbd"  # what a map's stem ends with: never an input of a folder or a pattern
+MAP_ENDING = f"_{BIOMASS.name}"  # that a map's stem ends with, or another label's name: such are no inputs
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _is_source(name: str) -> bool:
-    return not PurePath(name).stem.endswith(MAP_ENDING)
+    return not is_map(PurePath(name).stem)
 
 
 class StacItem(Protocol):

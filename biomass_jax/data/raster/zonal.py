@@ -10,6 +10,7 @@ import numpy as np
 from affine import Affine
 from rasterio.windows import Window
 
+from biomass_jax.data.labels import BIOMASS, Label, of_bands
 from biomass_jax.data.raster.grid import Grid, grid_of, open_quietly, pixel_areas, raster_errors, transformer
 from biomass_jax.data.raster.resample import NearestSource
 from biomass_jax.data.raster.stac import outline as outline_of
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from shapely import Geometry
 
 UNITS = ("Mg ha-1", "Mg/ha", "Mg ha^-1", "t ha-1", "t/ha")  # of values that times hectares are Mg
-UNIT_TITLES = {"Mg ha-1": "Mg/ha"}  # as legends have it
 SD = "_sd"  # of the band that holds the standard deviation of another one
 CHANGE, SIGNIFICANT = "agbd_change", "significant"  # bands of a raster of change
 _PIECE = 1024  # pixels along the side of a window
@@ -36,18 +36,19 @@ class Covered(NamedTuple):
     pixels: np.ndarray
 
 
-def covered_means(path: str | os.PathLike[str], polygons: "GeoDataFrame") -> Covered:
+def covered_means(path: str | os.PathLike[str], polygons: "GeoDataFrame", *, units: Sequence[str] = ()) -> Covered:
     """Means of a raster's first band over polygons.
 
     Args:
         path: the raster; its no-data value counts as none.
         polygons: a GeoDataFrame with a CRS; empty outlines, and those elsewhere, get NaN and 0.
+        units: that the band may be in, where it tells one; any where there are none.
 
     Returns:
         float64 (n,) each.
 
     Raises:
-        RasterError: the raster can't be read or has no CRS, or exactextract is missing.
+        RasterError: the raster can't be read, has no CRS or another unit, or exactextract is missing.
     """
     exact_extract = _exact_extract()
     found = Covered(np.full(len(polygons), np.nan), np.zeros(len(polygons)), np.zeros(len(polygons)))
@@ -55,6 +56,8 @@ def covered_means(path: str | os.PathLike[str], polygons: "GeoDataFrame") -> Cov
         grid = grid_of(dataset)
         if grid.crs is None:
             raise RasterError(f"{path}: it has no CRS, so nothing tells which polygons lie on it")
+        if units and dataset.units[0] and dataset.units[0] not in units:
+            raise RasterError(f"{path}: its values are in {dataset.units[0]!r}; expected {units[0]}")
         outlines = polygons.geometry.to_crs(grid.crs.to_wkt())
         pixel = abs(grid.transform.a * grid.transform.e - grid.transform.b * grid.transform.d)
         found.pixels[:] = [outline.area / pixel if outline else 0 for outline in outlines]
@@ -73,7 +76,7 @@ def covered_means(path: str | os.PathLike[str], polygons: "GeoDataFrame") -> Cov
 class Entry(NamedTuple):
     """One of the maps: where it lies, its CRS and bands, its box of degrees, whose east may be beyond 180, and tags.
 
-    `sign` is the band of a raster of change that says what is significant; None of a map of biomass.
+    `sign` is the band of a raster of change that says what is significant; None of a map. `about` is its label.
     """
 
     path: str
@@ -84,6 +87,7 @@ class Entry(NamedTuple):
     box: tuple[float, float, float, float]
     sign: int | None
     tags: dict[str, str]
+    about: Label
 
 
 class Cells(NamedTuple):
@@ -147,13 +151,13 @@ class Maps:
         """Look at each.
 
         Args:
-            paths: of the maps; bands `agbd` and, where there is one, `agbd_sd` are found by their descriptions; in
-                place of them all three of a raster of change.
+            paths: of the maps; bands `agbd` and, where there is one, `agbd_sd` are found by their descriptions, as
+                are those of heights (`rh98`); in place of them all three of a raster of change of biomass.
             classes: a raster of whole numbers, taken at the pixels' centres.
 
         Raises:
-            RasterError: one can't be read, has no CRS, no such band, or another unit than Mg/ha; maps of biomass and
-                rasters of change together.
+            RasterError: one can't be read, has no CRS, no such band, or another unit than its label's; maps and rasters
+                of change together, or maps of different labels.
         """
         self._datasets: OrderedDict[Any, Any] = OrderedDict()
         self.classes = None if classes is None else os.fspath(classes)
@@ -163,8 +167,19 @@ class Maps:
             raise RasterError(
                 f"{kinds[False]} is a raster of change, {kinds[True]} a map of biomass; give one kind alone"
             )
+        for entry in self.entries[1:]:
+            if entry.about != self.label:
+                first = self.entries[0].path
+                raise RasterError(
+                    f"{first} is of {self.label.name}, {entry.path} of {entry.about.name}; give one alone"
+                )
         self._boxes = np.array([entry.box for entry in self.entries]).reshape(-1, 4)
         self._before: dict[int, list[int]] = {}
+
+    @property
+    def label(self) -> Label:
+        """What the maps are of; biomass where there is none."""
+        return self.entries[0].about if self.entries else BIOMASS
 
     @property
     def of_change(self) -> bool:
@@ -342,12 +357,18 @@ def _entry(path: str) -> Entry:
         if grid.crs is None:
             raise RasterError(f"{path}: it has no CRS, so nothing tells which zones lie on it")
         names, tags, sign = [name or "" for name in dataset.descriptions], dataset.tags(), None
+        about = of_bands(names)
+        if f"{about.name}_change" in names and not about.adds_up:
+            raise RasterError(
+                f"{path}: a change of {about.name} in {about.units}, of which zones have no losses and gains as "
+                "amounts; give the maps of each year, whose means by zone can be compared"
+            )
         if CHANGE in names:
             if lost := {f"{CHANGE}{SD}", SIGNIFICANT} - {*names}:
                 raise RasterError(f"{path}: a band {CHANGE} and none {min(lost)}; make it anew with biomass-jax change")
             value, sign = names.index(CHANGE) + 1, names.index(SIGNIFICANT) + 1
-        elif "agbd" in names:
-            value = names.index("agbd") + 1
+        elif about.name in names:
+            value = names.index(about.name) + 1
         elif dataset.count == 1:
             value = 1
         else:
@@ -355,12 +376,13 @@ def _entry(path: str) -> Entry:
         sd = names.index(f"{names[value - 1]}{SD}") + 1 if f"{names[value - 1]}{SD}" in names else None
         for band in filter(None, (value, sd)):
             unit = dataset.units[band - 1]
-            if unit and unit not in UNITS:
-                raise RasterError(f"{path}: band {band} is in {unit!r}; expected {UNITS[0]}, a map of biomass")
+            if unit and unit not in (UNITS if about == BIOMASS else (about.units,)):
+                what = "biomass" if about == BIOMASS else about.name
+                raise RasterError(f"{path}: band {band} is in {unit!r}; expected {about.units}, a map of {what}")
             if (dataset.scales[band - 1], dataset.offsets[band - 1]) != (1, 0):
-                raise RasterError(f"{path}: band {band} has a scale or an offset; expected values in Mg/ha as they are")
+                raise RasterError(f"{path}: band {band} has a scale or an offset; expected {about.unit} as they are")
     west, south, east, north = outline_of(grid)["bbox"]
-    return Entry(path, grid, grid.crs, value, sd, (west, south, east + 360 * (east < west), north), sign, tags)
+    return Entry(path, grid, grid.crs, value, sd, (west, south, east + 360 * (east < west), north), sign, tags, about)
 
 
 def _alike(one: Entry, other: Entry) -> bool:

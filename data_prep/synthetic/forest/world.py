@@ -18,7 +18,13 @@ BINS = 60  # of colours, to find what one pixel tells
 
 
 def write_forest_world(
-    out: Path, *, shape: tuple[int, int] = (900, 1120), scenes: int = 5, tiles: int = 1, seed: int = 0
+    out: Path,
+    *,
+    shape: tuple[int, int] = (900, 1120),
+    scenes: int = 5,
+    tiles: int = 1,
+    seed: int = 0,
+    heights: int | None = None,
 ) -> dict[str, Any]:
     """Write HLS granules of one to three tiles, GEDI orbits over them, and `plan.json`; return what that holds.
 
@@ -28,6 +34,7 @@ def write_forest_world(
         scenes: number of dates in the season.
         tiles: number of tiles; neighbours overlap.
         seed: another seed, another forest; the same seed gives the same bytes.
+        heights: see `write_world`.
 
     Raises:
         ValueError: too small a shape, no scene, or not 1 to 3 tiles.
@@ -50,7 +57,7 @@ def write_forest_world(
         return {"best": scores(labels, truth), "one_pixel": scores(labels, _mean_of_alike(seen, labels))}
 
     world = World("forest", seed, forest.biomass, clear, limits)
-    return write_world(world, out, shape=shape, scenes=scenes, tiles=tiles)
+    return write_world(world, out, shape=shape, scenes=scenes, tiles=tiles, heights=heights)
 
 
 def _mean_of_alike(values: Floats, labels: Floats) -> Floats:

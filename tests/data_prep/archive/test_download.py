@@ -38,6 +38,10 @@ def test_orbits_are_searched_by_box_in_each_season():
         "temporal": TEMPORAL,
     }
     search = Recorded()
+    search_gedi(Area(box=(-122.0, 36.0, -121.0, 37.0)), [SEASON], search=search, label="rh98")
+    product = {"short_name": "GEDI02_A", "version": "002"}
+    assert search.queries == [product | {"bounding_box": (-122.0, 36.0, -121.0, 37.0), "temporal": TEMPORAL}]
+    search = Recorded()
     search_gedi(Area(tile="10SFF"), [SEASON], search=search)
     west, south, east, north = search.queries[0]["bounding_box"]
     assert -122 < west < -121.8 and 35.9 < south < 36.1 and -120.7 < east < -120.5 and 36.9 < north < 37.1
