@@ -19,7 +19,6 @@ MOST_MODULES_IN_A_FOLDER = 14
 MOST_PRODUCT_LINES = 46_000  # of biomass_jax and data_prep; lower it when they shrink, raise it for what users get
 # Modules that one other module imports stand for an idea of their own, or belong to that one.
 OF_THEIR_OWN = {
-    "biomass_jax.models.attention": "what computes it is chosen there, and read by itself",
     "biomass_jax.convert.torch_file.pickle": "safe against hostile files; read and tested by itself",
     "biomass_jax.convert.torch_file.write": "the other direction of the file formats",
     "biomass_jax.evaluation.uncertainty": "measures of pixels' uncertainty as numbers, without a model or a run",

@@ -1,4 +1,4 @@
-"""GEDI L4A or L2A orbits (HDF5) to footprint tables (GeoParquet): `python -m data_prep gedi --help`."""
+"""GEDI orbits (HDF5) to footprint tables (GeoParquet): `python -m data_prep gedi --help`."""
 
 import argparse
 import os
