@@ -31,8 +31,8 @@ class Predict:
     )
     attention: str = setting(
         "auto",
-        "fused, one kernel for NVIDIA GPUs, see [speed](performance.md#attention-on-a-gpu); einsum; auto, fused where "
-        "the model runs on one such GPU and its windows fit",
+        "fused, kernels for NVIDIA GPUs, see [speed](performance.md#kernels-for-gpus); einsum, plain JAX; auto, fused "
+        "where the model runs on such GPUs and its shapes fit",
         choices="biomass_jax.models.fused.choice:CHOICES",
     )
     tile: int = setting(224, "px, side of a tile: the size that the model was trained on")

@@ -33,8 +33,8 @@ class ModelSettings:
     remat: tuple[int, ...] = setting((), "stages (0 to 3) computed twice to save memory: `(0,1)`")
     attention: str = setting(
         "auto",
-        "fused, one kernel for NVIDIA GPUs, see [speed](performance.md#attention-on-a-gpu); einsum; auto, fused where "
-        "the model runs on one such GPU and its windows fit",
+        "fused, kernels for NVIDIA GPUs, see [speed](performance.md#kernels-for-gpus); einsum, plain JAX; auto, fused "
+        "where the model runs on such GPUs and its shapes fit",
         choices="biomass_jax.models.fused.choice:CHOICES",
     )
 
