@@ -6,6 +6,7 @@ FUSED = "biomass_jax/models/fused/attention.py"
 BOTH_WAYS = "tests/models/fused/test_attention.py::test_output_and_gradients_are_the_einsums"
 MLP = "biomass_jax/models/fused/mlp.py"
 MLP_TESTS = "tests/models/fused/test_mlp.py"
+SPLIT = "tests/models/fused/test_kernels.py::test_two_devices_give_what_one_gives"
 CHOICE = "biomass_jax/models/fused/choice.py"
 
 MUTATIONS = (
@@ -94,14 +95,16 @@ MUTATIONS = (
         in_file(MLP, ("_ERF_IS_ONE = 3.83", "_ERF_IS_ONE = 3.43")),
     ),
     Mutation(
-        "kernel_on_all_rows_of_the_wrong_device",
-        f"{MLP_TESTS}::test_split_over_devices",
+        "kernel_of_maps_split_by_their_rows",
+        SPLIT,
+        in_file("biomass_jax/runtime/mesh.py", ("else PartitionSpec(AXES)", "else PartitionSpec(None, AXES[0])")),
+    ),
+    Mutation(
+        "kernel_splits_rows_that_do_not_divide",
+        SPLIT,
         in_file(
             "biomass_jax/runtime/mesh.py",
-            (
-                "split = PartitionSpec() if len(rows) % mesh.size else PartitionSpec(AXES)",
-                "split = PartitionSpec(None, AXES[0])",
-            ),
+            ("PartitionSpec() if len(rows) % mesh.size else PartitionSpec(AXES)", "PartitionSpec(AXES)"),
         ),
     ),
     Mutation(

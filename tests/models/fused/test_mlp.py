@@ -9,7 +9,6 @@ import pytest
 
 from biomass_jax.models.fused import mlp
 from biomass_jax.models.swin import SwinBlock
-from biomass_jax.runtime import mesh as sharding
 from tests.models.fused.test_attention import CUDA, lowered_for_cuda, relative_error
 
 # Shape of the map and hidden channels: rows that aren't whole programs, channels that are no power of two.
@@ -135,28 +134,3 @@ def test_lowering_for_cuda_keeps_the_hidden_layer_on_the_chip():
     texts = [lowered_for_cuda(way, x, weights) for way in (mlp.add_mlp, mlp.plain_add_mlp)]
     assert [text.count(CUDA) for text in texts] == [1, 0]
     assert ["3x5x7x192" in text or "105x192" in text for text in texts] == [False, True]
-
-
-@pytest.mark.parametrize("batch", [4, 3])
-def test_split_over_devices(batch):
-    """Two devices with rows of their own, or with all where rows don't divide, give what one gives."""
-    mesh = sharding.create_mesh(jax.devices()[:2])
-    x, weights = drawn("96 channels")
-    x = jnp.concatenate([x, -x])[:batch]
-    rows = sharding.batch_sharding(mesh) if batch % 2 == 0 else sharding.replicated(mesh)
-
-    def run(x, weights):
-        return sharding.on_each_device(mlp.add_mlp, x, weights)
-
-    def loss(x, weights):
-        return (run(x, weights) ** 2).sum()
-
-    found = []
-    for placed in (rows, None):
-        function = sharding.traced_for(placed and sharding.batch_sharding(mesh))(jax.value_and_grad(loss, (0, 1)))
-        given = (
-            (jax.device_put(x, placed), jax.device_put(weights, sharding.replicated(mesh))) if placed else (x, weights)
-        )
-        found.append(jax.tree.leaves(jax.jit(function)(*given)))
-    for ours, theirs in zip(*found, strict=True):
-        assert relative_error(ours, theirs) < 1e-6
