@@ -89,7 +89,7 @@ def make(folder: Path, out: Path, work: WorkSettings, predict: Mapping[str, Any]
     if (settings["inputs"] is None) == (work.tiles is None) or bool(work.tiles) != bool(work.seasons):
         raise WorkError("give either --inputs, the images, or --tiles and --seasons together, of NASA's archive")
     items = _of_archive(work) if work.tiles else _of_files(settings["inputs"])
-    for name in ("bundle", "mask"):
+    for name in ("bundle", "base", "adapters", "mask"):
         settings[name] = settings[name] and os.path.abspath(settings[name])  # a worker may start anywhere
     settings = {name: value for name, value in settings.items() if name not in ("inputs", *_LEFT_OUT)}
     place = {"sensors": work.sensors.replace(",", "+").split("+"), "max_cloud": work.max_cloud}

@@ -28,6 +28,7 @@ def model(monkeypatch):
     def open_stub(config, shardings):
         opened.append(config.bundle)
         settings = {field: getattr(config, field) for field in prediction.PREDICTOR_FIELDS}
+        del settings["base"]  # of what is opened
         return Predictor(stub_bundle(), model_fn=nir, **settings, **shardings)
 
     monkeypatch.setattr(prediction, "open_predictor", open_stub)

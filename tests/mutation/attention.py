@@ -110,6 +110,8 @@ MUTATIONS = (
     Mutation(
         "last_products_in_bfloat16",
         "tests/models/test_biomass.py::test_weights_cast_once_give_the_numbers_of_weights_cast_in_each_call",
-        in_file("biomass_jax/models/build.py", ('_FLOAT32 = ("final", "spread")', '_FLOAT32 = ("spread",)')),
+        in_file(
+            "biomass_jax/models/build.py", ('FLOAT32_PRODUCTS = ("final", "spread")', 'FLOAT32_PRODUCTS = ("spread",)')
+        ),
     ),
 )
