@@ -64,7 +64,7 @@ def _compiled(draw: Initializer, length: int, dtype: np.dtype) -> Callable[..., 
 def draw_variables(module: nn.Module, key: jax.Array, *inputs: jax.ShapeDtypeStruct) -> dict[str, Any]:
     """Fresh variables, `module.init`'s to the bit, one array after the other: nothing is compiled for all at once.
 
-    That took half a minute for a Swin-B, on CPU and on GPU alike.
+    That took half a minute and more for a Swin-B, on CPU and on GPU alike.
 
     Args:
         module: with a field `dtype`; weights are float32 whatever it is.

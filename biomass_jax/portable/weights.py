@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from biomass_jax.bundle import flatten
 from biomass_jax.models.build import FLOAT32_PRODUCTS
+from biomass_jax.trees import flatten
 
 PRECISIONS = ("float32", "bfloat16", "int8")
 _LARGEST = 127  # of int8 that is symmetric about 0: -128 has no opposite

@@ -140,7 +140,7 @@ def label_raster(
         label: what the footprints tell, `agbd` or a relative height.
 
     Raises:
-        PrepError: labels that is negative or not finite, a tile that isn't in `tiles`.
+        PrepError: labels that are negative or not finite, a tile that isn't in `tiles`.
     """
     if shot_owner not in ("nearest", "all"):
         raise PrepError(f"shot_owner: found {shot_owner!r}, expected 'nearest' or 'all'")

@@ -161,6 +161,8 @@ def test_polygons_may_be_in_degrees_and_what_they_do_not_touch_is_not_run(made, 
 
 
 @pytest.mark.slow
+# Threads that open files at once undo each other's filters of warnings.
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 def test_within_its_polygon_an_adapter_maps_as_its_merged_model(made, tmp_path):
     """And a lazy image, row of tiles by row of tiles, as a file."""
     rioxarray = pytest.importorskip("rioxarray")

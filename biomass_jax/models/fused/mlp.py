@@ -19,10 +19,10 @@ from jax.ref import AbstractRef
 from jax.typing import DTypeLike
 
 from biomass_jax.models.fused import kernels
-from biomass_jax.models.layers import gelu, layer_norm
+from biomass_jax.models.layers import LayerNorm, gelu, layer_norm
 
 MOST_CHANNELS = 256  # a program's part of the result has to stay in registers
-EPSILON = 1e-5
+EPSILON = LayerNorm.epsilon
 HIDDEN = 64  # the hidden layer is a multiple of
 ROWS = 64  # of the map, that a program computes
 
@@ -85,6 +85,7 @@ def why_not(shape: tuple[int, ...], hidden: int, dtype: DTypeLike) -> str:
     return ""
 
 
+@jax.custom_jvp
 def add_mlp(x: jax.Array, weights: MlpWeights) -> jax.Array:
     """x + fc2(gelu(fc1(norm(x)))) by the kernel; `why_not` says what it takes.
 
@@ -95,7 +96,7 @@ def add_mlp(x: jax.Array, weights: MlpWeights) -> jax.Array:
     Returns:
         as x.
     """
-    return _add_mlp(x, weights)
+    return _forward(x, weights)
 
 
 def plain_add_mlp(x: jax.Array, weights: MlpWeights) -> jax.Array:
@@ -105,12 +106,7 @@ def plain_add_mlp(x: jax.Array, weights: MlpWeights) -> jax.Array:
     return x + (jnp.dot(y, weights.kernel_out.astype(x.dtype)) + weights.bias_out.astype(x.dtype))
 
 
-@jax.custom_jvp
-def _add_mlp(x: jax.Array, weights: MlpWeights) -> jax.Array:
-    return _forward(x, weights)
-
-
-@_add_mlp.defjvp
+@add_mlp.defjvp
 def _add_mlp_jvp(
     primals: tuple[jax.Array, MlpWeights], tangents: tuple[jax.Array, MlpWeights]
 ) -> tuple[jax.Array, jax.Array]:
